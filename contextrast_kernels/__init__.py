@@ -1,0 +1,28 @@
+"""Boundary-aware contrastive learning for semantic segmentation: the Contextrast loss (CVPR 2024), its parts and relatives."""
+
+from contextrast_kernels.anchors import class_anchors, fuse_anchors
+from contextrast_kernels.backend import available, backend
+from contextrast_kernels.bane import bane_negatives, distance_transform, edge_distance, error_map, select_nearest
+from contextrast_kernels.contextrast import contextrast_loss
+from contextrast_kernels.info_nce import info_nce
+from contextrast_kernels.modules import ContextrastLoss, ProjectionHead
+from contextrast_kernels.pixel_anchor import pixel_anchor_loss
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ContextrastLoss",
+    "ProjectionHead",
+    "available",
+    "backend",
+    "bane_negatives",
+    "class_anchors",
+    "contextrast_loss",
+    "distance_transform",
+    "edge_distance",
+    "error_map",
+    "fuse_anchors",
+    "info_nce",
+    "pixel_anchor_loss",
+    "select_nearest",
+]

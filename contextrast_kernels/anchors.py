@@ -1,0 +1,95 @@
+"""Class anchors and their fusion across layers.
+
+    a^n = Σ_p v_p [y_p = n] / Σ_p [y_p = n]          Eq. 1: the mean embedding of the pixels labelled n, over the whole batch
+    â_i^n = (1 - w_h) a_i^n + w_h a_I^n,  â_I = a_I   a lower layer's anchor takes on the context of the last layer's
+"""
+
+import torch
+from torch import Tensor
+
+from contextrast_kernels import checks, maps
+from contextrast_kernels.backend import unchanged_by_autocast
+from contextrast_kernels.embedding import pixel_embeddings
+
+
+def class_anchors(
+    features: Tensor, labels: Tensor, num_classes: int, *, ignore_index: int = 255, normalize: bool = True
+) -> tuple[Tensor, Tensor]:
+    """The mean embedding of every class over the batch (Eq. 1).
+
+    Args:
+        features: (B, D, h, w), float16, bfloat16, float32 or float64, any strides.
+        labels: (B, H, W) or (B, 1, H, W) integers of any size, brought to (h, w) by nearest sampling.
+        num_classes: N. A label outside 0..N-1 counts as ignored.
+        ignore_index: the label of pixels that take no part.
+        normalize: embeddings are x / ‖x‖₂ over D; without it, x itself.
+
+    Returns:
+        anchors: (N, D), float32, or float64 for float64 features. A class without pixels has a zero row.
+        counts: (N,) int64, the number of pixels of each class.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, rank, size or device; the sentence names it.
+    """
+    checks.feature_map("features", features)
+    checks.num_classes(num_classes)
+    checks.ignore_index(ignore_index)
+    checks.flag("normalize", normalize)
+    labels = checks.class_map("labels", labels)
+    checks.together("features", features, "labels", labels)
+    height, width = features.shape[-2:]
+    checks.samples_from("labels", labels, height, width)
+    return mean_embeddings(features, maps.targets(labels, height, width, num_classes, ignore_index), num_classes, normalize)
+
+
+@unchanged_by_autocast
+def mean_embeddings(features: Tensor, targets: Tensor, num_classes: int, normalize: bool) -> tuple[Tensor, Tensor]:
+    """Eq. 1 for targets (B, h, w): the class of each pixel, -1 for none."""
+    valid = targets >= 0
+    embeddings = pixel_embeddings(features, valid, normalize)
+    # Pixels without a class fall into an extra row N, which is cut off.
+    row = torch.where(valid, targets, num_classes).flatten()
+    sums = embeddings.new_zeros(num_classes + 1, embeddings.shape[1]).index_add(0, row, embeddings)[:-1]
+    counts = row.new_zeros(num_classes + 1).index_add(0, row, torch.ones_like(row))[:-1]
+    return sums / counts.clamp(min=1).unsqueeze(1), counts
+
+
+def fuse_anchors(anchors: Tensor, counts: Tensor, top_anchors: Tensor, top_counts: Tensor, weight: float = 0.7) -> Tensor:
+    """A lower layer's anchors mixed with the last layer's: (1 - weight) * anchors + weight * top_anchors.
+
+    A class without pixels in the last layer keeps its own anchor; a class without pixels in the lower layer has none (a zero
+    row).
+
+    Args:
+        anchors, counts: (N, D) and (N,) of the lower layer, as ``class_anchors`` returns them.
+        top_anchors, top_counts: the same of the last layer.
+        weight: w_h, the share of the last layer, between 0 and 1.
+
+    Returns:
+        (N, D) fused anchors.
+    """
+    _check_anchors("anchors", anchors)
+    for name, value in (("counts", counts), ("top_anchors", top_anchors), ("top_counts", top_counts)):
+        checks.tensor(name, value, "a tensor as class_anchors returns it")
+        checks.together("anchors", anchors, name, value, batch=False)
+    _check_anchors("top_anchors", top_anchors)
+    if top_anchors.shape != anchors.shape:
+        raise ValueError(
+            f"top_anchors: expected shape {tuple(anchors.shape)}, that of anchors, got {checks.describe(top_anchors)}; "
+            "all layers share N and D"
+        )
+    for name, value in (("counts", counts), ("top_counts", top_counts)):
+        if tuple(value.shape) != (anchors.shape[0],):
+            raise ValueError(f"{name}: expected shape ({anchors.shape[0]},), got {checks.describe(value)}")
+    checks.real("weight", weight, low=0.0, high=1.0)
+    mixed = (1 - weight) * anchors + weight * top_anchors
+    fused = torch.where((top_counts > 0).unsqueeze(1), mixed, anchors)
+    return torch.where((counts > 0).unsqueeze(1), fused, 0.0)
+
+
+def _check_anchors(name: str, value: Tensor) -> None:
+    checks.tensor(name, value, "floating-point anchors (N, D)")
+    if not value.is_floating_point():
+        raise TypeError(f"{name}: expected floating-point anchors (N, D), got {checks.describe(value)}")
+    if value.ndim != 2:
+        raise ValueError(f"{name}: expected anchors (N, D), got {checks.describe(value)}")

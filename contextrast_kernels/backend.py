@@ -1,0 +1,112 @@
+"""Which implementation runs: chosen by device, unless the caller says otherwise.
+
+reference
+    the definitions in plain PyTorch, on any device
+triton
+    fused kernels of the losses
+native
+    the compiled library of csrc/: error map, edge distance, distance transform, selection
+auto
+    the fastest of these that can run on the tensor's device
+"""
+
+import contextlib
+import functools
+import os
+import warnings
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from contextrast_kernels import native
+
+CHOICES = ("auto", "reference", "triton", "native")
+
+_forced: str | None = None
+
+
+@contextlib.contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Run everything inside the ``with`` block on one backend.
+
+    ``name`` is "auto", "reference", "triton" or "native". A forced backend holds for the ops it has and raises RuntimeError if
+    it cannot run on the given tensors; ops that it does not have choose as "auto" does. Outside of any block the environment
+    variable CONTEXTRAST_BACKEND decides, read at each call.
+    """
+    global _forced
+    if name not in CHOICES:
+        raise ValueError(f"backend: expected one of {', '.join(map(repr, CHOICES))}, got {name!r}")
+    previous, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = previous
+
+
+def _requested() -> str:
+    name = _forced if _forced is not None else os.environ.get("CONTEXTRAST_BACKEND", "auto")
+    if name not in CHOICES:
+        raise ValueError(
+            f"CONTEXTRAST_BACKEND: expected one of {', '.join(map(repr, CHOICES))}, got {name!r}; set or unset the variable"
+        )
+    return name
+
+
+@torch.compiler.assume_constant_result
+def _native_status(device_type: str) -> str:
+    return native.status().get(device_type, f"the native library has no code for {device_type} tensors")
+
+
+def _status(name: str, device_type: str) -> str:
+    """"ok", or why backend ``name`` cannot run on this kind of device."""
+    return _native_status(device_type) if name == "native" else "ok"
+
+
+def available() -> dict[str, str]:
+    """Each backend's state on this machine: "ok", or the reason why it cannot run here."""
+    device_type = "cuda" if torch.cuda.is_available() else "cpu"
+    return {
+        "reference": "ok",
+        "triton": "this version has no Triton kernels",
+        "native": _status("native", device_type),
+    }
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, RuntimeWarning, stacklevel=4)
+
+
+def choose(tensor: Tensor, offered: tuple[str, ...]) -> str:
+    """The backend that runs an op on ``tensor``; ``offered`` are the fast backends that have the op, best first."""
+    device_type = tensor.device.type
+    name = _requested()
+    if name == "reference":
+        return name
+    if name in offered:
+        status = _status(name, device_type)
+        if status != "ok":
+            raise RuntimeError(
+                f"backend {name!r} cannot run on {device_type} tensors: {status}; use backend('auto') or backend('reference')"
+            )
+        return name
+    for candidate in offered:
+        status = _status(candidate, device_type)
+        if status == "ok":
+            return candidate
+        if device_type == "cuda" and not torch.compiler.is_compiling():
+            _warn_once(f"contextrast_kernels: the {candidate} backend cannot run, so a slower one is used: {status}")
+    return "reference"
+
+
+def unchanged_by_autocast(function):
+    """Losses choose their own precision: autocast is off inside. The first argument is a tensor or a list of tensors."""
+
+    @functools.wraps(function)
+    def wrapper(first, *args, **kwargs):
+        device_type = (first if isinstance(first, Tensor) else first[0]).device.type
+        with torch.autocast(device_type, enabled=False):
+            return function(first, *args, **kwargs)
+
+    return wrapper

@@ -1,0 +1,323 @@
+"""Boundary-aware negatives (BANE): wrongly predicted pixels, nearest to the edge of their error region.
+
+    e(p)   = predicted class where the pixel is valid and wrong, else -1         Eq. 6: all N binary maps B^n = [e = n] in one
+    D(p)   = min_{q ∈ E^n} ‖p - q‖₂,  n = e(p)                                    Eq. 7: E^n are the edge pixels of B^n
+    chosen = for every image and class, the ⌈ratio · |B^n|⌉ pixels of smallest (D, hash)
+
+An edge pixel of B^n has a 4-neighbour inside the image that is not in B^n. The nearest edge pixel of *any* class is always one
+of p's own class: on every monotone staircase from p to another region, the last pixel before it leaves B^n is an edge pixel of
+B^n, and nearer. So one binary distance transform serves all classes. Squared distances are integers, and everything is decided
+on the integers.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from contextrast_kernels import checks, maps, native
+from contextrast_kernels.backend import choose
+from contextrast_kernels.hashing import STREAM_TIES, image_hash, seed_tensor
+
+NEGATIVES = ("bane", "semi-hard", "none")
+DISTANCE_AT = ("layer", "full")
+
+NO_EDGE = torch.iinfo(torch.int32).max
+"""Squared distance where there is nothing to measure to."""
+
+
+def error_map(predictions: Tensor, labels: Tensor, *, num_classes: int | None = None, ignore_index: int = 255) -> Tensor:
+    """The wrongly predicted class of every pixel (Eq. 6).
+
+    Args:
+        predictions: class map (B, H', W') of integers or logits (B, N, H', W') of floats, brought to the labels' size by
+            nearest sampling. Ties of the argmax go to the lowest class.
+        labels: (B, H, W) or (B, 1, H, W) integers.
+        num_classes: N; None takes the channels of the logits, and with a class map every value >= 0 (below 2**31) is a class.
+        ignore_index: the label of pixels that take no part.
+
+    Returns:
+        int32 (B, H, W): the predicted class where the pixel is valid and the prediction is wrong, else -1.
+    """
+    predictions, labels, num_classes = _check_maps(predictions, labels, num_classes, ignore_index)
+    height, width = labels.shape[-2:]
+    checks.samples_from("predictions", predictions, height, width)
+    return _error_map(predictions, labels, num_classes, ignore_index, height, width)
+
+
+def edge_distance(classes: Tensor, *, squared: bool = False) -> Tensor:
+    """Distance of every pixel to the nearest edge pixel of its own class in its image (Eq. 7). Exact.
+
+    Args:
+        classes: (B, H, W) or (B, 1, H, W) integers, negative = outside of every class; as ``error_map`` returns them.
+        squared: return the exact squared distance.
+
+    Returns:
+        float32 (B, H, W) in pixels, or int32 squared. Edge pixels have 0, pixels outside have -1. A class that fills its whole
+        image has no edge: inf, or the largest int32.
+    """
+    classes = checks.class_map("classes", classes)
+    checks.flag("squared", squared)
+    if choose(classes, ("native",)) == "native":
+        return native.edge_distance(classes, squared)
+    classes = classes.long()
+    inside = classes >= 0
+    distance = _squared_distance(_edges(classes) & inside)
+    return _in_pixels(torch.where(inside, distance, -1), squared)
+
+
+def distance_transform(mask: Tensor, *, squared: bool = False) -> Tensor:
+    """Euclidean distance of every nonzero pixel to the nearest zero of its map. Exact, batched; SciPy's meaning.
+
+    Args:
+        mask: (..., H, W), bool, integer or floating point; every leading axis is a batch axis. NaN is nonzero.
+        squared: return the exact squared distance.
+
+    Returns:
+        float32 (..., H, W) in pixels, or int32 squared; 0 on zeros. A map without a zero: inf, or the largest int32.
+    """
+    checks.tensor("mask", mask, "a map (..., H, W)")
+    if mask.ndim < 2 or mask.is_complex():
+        raise ValueError(f"mask: expected a real map (..., H, W), got {checks.describe(mask)}")
+    checks.sides("mask", mask)
+    checks.flag("squared", squared)
+    batched = (mask != 0).reshape(-1, *mask.shape[-2:]) if mask.ndim != 3 else mask != 0
+    if choose(mask, ("native",)) == "native":
+        return native.distance_transform(batched, squared).reshape(mask.shape)
+    return _in_pixels(_squared_distance(~batched), squared).reshape(mask.shape)
+
+
+def select_nearest(
+    classes: Tensor, distance_sq: Tensor, ratio: float, *, num_classes: int | None = None, seed: int | Tensor = 0
+) -> Tensor:
+    """Exactly ⌈ratio · |B^n|⌉ pixels of every image and class, nearest first; ties are broken by a hash of (seed, pixel).
+
+    Args:
+        classes: (B, h, w) integers, negative = none; as ``error_map`` returns them.
+        distance_sq: (B, h, w) int32, as ``edge_distance(squared=True)`` returns them.
+        ratio: between 0 and 1. The product is rounded once, in float64.
+        num_classes: N; values from N on are no class. None: every value >= 0 is a class.
+        seed: int, or an int64 tensor of one element.
+
+    Returns:
+        bool (B, h, w). The same seed gives the same mask on every device and backend.
+    """
+    classes = checks.class_map("classes", classes)
+    distance_sq = checks.class_map("distance_sq", distance_sq, shape=classes.shape)
+    if distance_sq.dtype != torch.int32:
+        raise TypeError(
+            f"distance_sq: expected int32, as edge_distance(squared=True) returns it, got {checks.describe(distance_sq)}"
+        )
+    checks.together("classes", classes, "distance_sq", distance_sq)
+    checks.real("ratio", ratio, low=0.0, high=1.0)
+    if num_classes is not None:
+        checks.num_classes(num_classes)
+    checks.seed(seed)
+    if choose(classes, ("native",)) == "native":
+        return native.select_nearest(classes, distance_sq, ratio, -1 if num_classes is None else num_classes, seed_tensor(seed, classes.device))
+    return _select_nearest(classes.long(), distance_sq.long(), ratio, num_classes, seed)
+
+
+def bane_negatives(
+    predictions: Tensor,
+    labels: Tensor,
+    *,
+    num_classes: int | None = None,
+    size: tuple[int, int] | None = None,
+    ratio: float = 0.5,
+    negatives: str = "bane",
+    distance_at: str = "layer",
+    ignore_index: int = 255,
+    seed: int | Tensor = 0,
+) -> Tensor:
+    """The hard negatives of one layer: for each pixel, the class whose anchor it is pushed away from.
+
+    Args:
+        predictions: class map (B, H', W') or logits (B, N, H', W').
+        labels: (B, H, W) or (B, 1, H, W) integers.
+        num_classes: as in ``error_map``.
+        size: (h, w) of the layer; None is the labels' size.
+        ratio: share of each image's and class's error pixels that is chosen, between 0 and 1.
+        negatives: "bane" takes the pixels nearest to the edge of their error region, "semi-hard" as many at random, "none" none.
+        distance_at: "layer" samples predictions and labels to the layer and measures there (the paper); "full" measures at the
+            labels' size and samples errors and distances to the layer, so that one transform serves all layers.
+        seed: int, or an int64 tensor of one element.
+
+    Returns:
+        int32 (B, h, w): the wrongly predicted class of a chosen pixel, else -1.
+    """
+    predictions, labels, num_classes = _check_maps(predictions, labels, num_classes, ignore_index)
+    if size is None:
+        size = labels.shape[-2:]
+    checks.size("size", tuple(size) if isinstance(size, torch.Size) else size)
+    check_selection(ratio, negatives, distance_at)
+    checks.seed(seed)
+    for name, value in (("predictions", predictions), ("labels", labels)):
+        checks.samples_from(name, value, *size)
+    [(_, chosen)] = layer_negatives(
+        predictions, labels, [tuple(size)], num_classes, ratio, negatives, distance_at, ignore_index, seed
+    )
+    return chosen
+
+
+def check_selection(ratio: float, negatives: str, distance_at: str) -> None:
+    """The arguments that choose the hard negatives."""
+    checks.real("ratio", ratio, low=0.0, high=1.0)
+    checks.choice("negatives", negatives, NEGATIVES)
+    checks.choice("distance_at", distance_at, DISTANCE_AT)
+
+
+def layer_negatives(
+    predictions: Tensor,
+    labels: Tensor,
+    sizes: list[tuple[int, int]],
+    num_classes: int | None,
+    ratio: float,
+    negatives: str,
+    distance_at: str,
+    ignore_index: int,
+    seed: int | Tensor,
+) -> list[tuple[Tensor, Tensor]]:
+    """For every layer the error map and the chosen negatives, both int32 (B, h, w) with -1 for none."""
+    if distance_at == "full":
+        # Predictions meet the labels at the labels' size; one distance map is then sampled to every layer.
+        full_errors = _error_map(predictions, labels, num_classes, ignore_index, *labels.shape[-2:])
+        full_distance = edge_distance(full_errors, squared=True) if negatives == "bane" else None
+    layers = []
+    for height, width in sizes:
+        if distance_at == "full":
+            errors = maps.to_size(full_errors, height, width)
+            distance = None if full_distance is None else maps.to_size(full_distance, height, width)
+        else:
+            errors = _error_map(predictions, labels, num_classes, ignore_index, height, width)
+            distance = edge_distance(errors, squared=True) if negatives == "bane" else None
+        if negatives == "none":
+            chosen = torch.full_like(errors, -1)
+        else:
+            distance = torch.zeros_like(errors) if distance is None else distance  # semi-hard: by hash alone
+            chosen = torch.where(select_nearest(errors, distance, ratio, seed=seed), errors, -1)
+        layers.append((errors, chosen))
+    return layers
+
+
+def _check_maps(predictions, labels, num_classes, ignore_index) -> tuple[Tensor, Tensor, int | None]:
+    if num_classes is not None:
+        checks.num_classes(num_classes)
+    checks.ignore_index(ignore_index)
+    predictions = checks.predictions("predictions", predictions, num_classes)
+    labels = checks.class_map("labels", labels)
+    checks.together("predictions", predictions, "labels", labels)
+    if num_classes is None and predictions.is_floating_point():
+        num_classes = predictions.shape[1]
+    return predictions, labels, num_classes
+
+
+def _error_map(
+    predictions: Tensor, labels: Tensor, num_classes: int | None, ignore_index: int, height: int, width: int
+) -> Tensor:
+    """Eq. 6 at a size: labels and predictions are each sampled from their own size straight to it."""
+    if choose(labels, ("native",)) == "native":
+        sampled = maps.to_size(labels, height, width)
+        return native.error_map(predictions, sampled, -1 if num_classes is None else num_classes, ignore_index)
+    target = maps.targets(labels, height, width, num_classes, ignore_index)
+    predicted = maps.predicted_classes(predictions, height, width)
+    limit = NO_EDGE if num_classes is None else num_classes - 1
+    wrong = (target >= 0) & (predicted != target) & (predicted >= 0) & (predicted <= limit)
+    return torch.where(wrong, predicted, -1).int()
+
+
+def _edges(classes: Tensor) -> Tensor:
+    """Pixels with a 4-neighbour inside the image of another value: bool (B, H, W)."""
+    vertical = classes[:, 1:] != classes[:, :-1]
+    horizontal = classes[:, :, 1:] != classes[:, :, :-1]
+    return (
+        F.pad(vertical, (0, 0, 0, 1)) | F.pad(vertical, (0, 0, 1, 0)) | F.pad(horizontal, (0, 1)) | F.pad(horizontal, (1, 0))
+    )
+
+
+_UNREACHED = 2**30
+"""Above every squared distance between two pixels of a map of 16384 x 16384, and additions to it stay far from overflow."""
+
+
+def _squared_distance(seeds: Tensor) -> Tensor:
+    """Exact squared Euclidean distance to the nearest seed of the map: int64 (B, H, W), NO_EDGE in a map without seeds.
+
+    Separable: the distance g to the nearest seed of the column first, then along each row min_u (x - u)² + g(u)².
+    """
+    batch, height, width = seeds.shape
+    if seeds.numel() == 0:
+        return seeds.long()
+    row = torch.arange(height, device=seeds.device)[:, None]
+    above = torch.where(seeds, row, -_UNREACHED).cummax(1).values
+    below = torch.where(seeds, row, _UNREACHED).flip(1).cummin(1).values.flip(1)
+    g = torch.minimum(row - above, below - row)
+    g_squared = torch.where(g < height, g * g, _UNREACHED)
+    distance = _lower_envelope(g_squared.reshape(batch * height, width)).reshape(batch, height, width)
+    return torch.where(distance < _UNREACHED, distance, NO_EDGE)
+
+
+def _lower_envelope(g: Tensor) -> Tensor:
+    """min_u (x - u)² + g(u) for every x, along the rows of an int64 (R, W).
+
+    The leftmost arg-min u*(x) does not decrease with x, so it is found by divide and conquer: with u* known at every 2h-th x,
+    the x half-way between two of them need only look between their arg-mins. One level's ranges touch at their ends, so laid
+    end to end they fill exactly W - 1 + (number of ranges) places whatever the data: a static shape.
+    """
+    rows, width = g.shape
+    device = g.device
+    index_bits = (checks.MAX_SIDE - 1).bit_length()
+    nearest = g.new_zeros(rows, width)
+    h = 1
+    while 2 * h <= width:
+        h *= 2
+    while h >= 1:
+        # This level answers x = h-1, 3h-1, 5h-1, ...; x = 2h-1, 4h-1, ... are known and bound the ranges.
+        known = nearest[:, 2 * h - 1 :: 2 * h]
+        bounds = torch.cat([g.new_zeros(rows, 1), known, g.new_full((rows, 1), width - 1)], dim=1)
+        ranges = bounds.shape[1] - 1
+        starts = bounds[:, 1:-1] + torch.arange(1, ranges, device=device)
+        place = torch.zeros(rows, width - 1 + ranges, dtype=torch.int64, device=device)
+        in_range = place.scatter(1, starts, 1).cumsum(1)
+        u = torch.arange(width - 1 + ranges, device=device) - in_range
+        x = (2 * in_range + 1) * h - 1
+        # Value and index in one integer, so that one minimum finds both.
+        candidate = ((x - u) ** 2 + g.gather(1, u) << index_bits) | u
+        best = torch.full((rows, ranges), torch.iinfo(torch.int64).max, device=device)
+        best = best.scatter_reduce(1, in_range, candidate, "amin")
+        answers = nearest[:, h - 1 :: 2 * h]
+        answers.copy_(best[:, : answers.shape[1]] & ((1 << index_bits) - 1))
+        h //= 2
+    x = torch.arange(width, device=device)
+    return (x - nearest) ** 2 + g.gather(1, nearest)
+
+
+def _in_pixels(distance_sq: Tensor, squared: bool) -> Tensor:
+    """Squared distances as int32, or distances as float32 (rounded from float64), NO_EDGE becoming inf; -1 stays -1."""
+    if squared:
+        return distance_sq.int()
+    distance = torch.where(distance_sq == NO_EDGE, torch.inf, distance_sq.double()).abs().sqrt()
+    return torch.where(distance_sq < 0, -1.0, distance).float()
+
+
+def _select_nearest(
+    classes: Tensor, distance_sq: Tensor, ratio: float, num_classes: int | None, seed: int | Tensor
+) -> Tensor:
+    """Sort each image by (class, distance, hash); the first k of each class are chosen."""
+    batch, height, width = classes.shape
+    pixels = height * width
+    if classes.numel() == 0:
+        return torch.zeros_like(classes, dtype=torch.bool)
+    is_class = classes >= 0 if num_classes is None else (classes >= 0) & (classes < num_classes)
+    classes = torch.where(is_class, classes, -1).reshape(batch, pixels)
+    order_in_class = (distance_sq << 32) + image_hash(seed, STREAM_TIES, height, width, classes.device)
+    by_key = order_in_class.reshape(batch, pixels).argsort(1)
+    sorted_classes, by_class = classes.gather(1, by_key).sort(dim=1, stable=True)
+    order = by_key.gather(1, by_class)
+
+    place = torch.arange(pixels, device=classes.device)
+    changes = F.pad(sorted_classes[:, 1:] != sorted_classes[:, :-1], (1, 1), value=True)
+    first = torch.where(changes[:, :-1], place, 0).cummax(1).values
+    last = torch.where(changes[:, 1:], place, pixels).flip(1).cummin(1).values.flip(1)
+    # One float64 product, rounded up: 0.07 · 100 gives 8.
+    k = ((last - first + 1).double() * ratio).ceil()
+    chosen = (place - first < k) & (sorted_classes >= 0)
+    return torch.zeros_like(chosen).scatter(1, order, chosen).reshape(batch, height, width)

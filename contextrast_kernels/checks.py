@@ -1,0 +1,148 @@
+"""Arguments are checked here: one sentence that names the argument, what was expected and what came. Nothing here synchronises."""
+
+import math
+import numbers
+
+import torch
+from torch import Tensor
+
+MAX_SIDE = 16384
+"""Longest side of a map: squared distances and their sums stay inside 32 bits."""
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+def describe(value) -> str:
+    """What came, for the end of a sentence."""
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} of shape {tuple(value.shape)} on {value.device}"
+    return f"{type(value).__name__} {value!r}"
+
+
+def tensor(name: str, value, expected: str) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected {expected}, got {type(value).__name__}")
+
+
+def sides(name: str, value: Tensor) -> None:
+    if value.shape[-2] > MAX_SIDE or value.shape[-1] > MAX_SIDE:
+        raise ValueError(
+            f"{name}: expected sides of at most {MAX_SIDE} pixels, got {describe(value)}; crop or downsample it"
+        )
+
+
+def feature_map(name: str, value) -> None:
+    expected = "a floating-point feature map (B, D, h, w)"
+    tensor(name, value, expected)
+    if value.dtype not in _FLOATS:
+        raise TypeError(f"{name}: expected {expected}, got {describe(value)}")
+    if value.ndim != 4:
+        raise ValueError(f"{name}: expected {expected}, got {describe(value)}")
+    if value.shape[1] == 0:
+        raise ValueError(f"{name}: expected at least one channel, got {describe(value)}; drop this layer from the list")
+    sides(name, value)
+
+
+def class_map(name: str, value, *, shape: tuple | None = None) -> Tensor:
+    """A map of class numbers (B, H, W); (B, 1, H, W) is brought to it."""
+    expected = "an integer map (B, H, W)"
+    tensor(name, value, expected)
+    if value.dtype not in _INTEGERS:
+        hint = "; take the argmax, or call .long()" if value.is_floating_point() else "; call .long()"
+        raise TypeError(f"{name}: expected {expected}, got {describe(value)}{hint}")
+    if value.ndim == 4 and value.shape[1] == 1:
+        value = value[:, 0]
+    if value.ndim != 3:
+        raise ValueError(f"{name}: expected {expected} or (B, 1, H, W), got {describe(value)}")
+    sides(name, value)
+    if shape is not None and tuple(value.shape) != tuple(shape):
+        raise ValueError(f"{name}: expected shape {tuple(shape)}, got {describe(value)}")
+    return value
+
+
+def predictions(name: str, value, num_classes: int | None) -> Tensor:
+    """A class map (B, H', W') of integers, or logits (B, N, H', W') of floats."""
+    expected = "a class map (B, H', W') of integers or logits (B, N, H', W') of floats"
+    tensor(name, value, expected)
+    if value.dtype in _INTEGERS:
+        return class_map(name, value)
+    if value.dtype not in _FLOATS:
+        raise TypeError(f"{name}: expected {expected}, got {describe(value)}")
+    if value.ndim != 4:
+        raise ValueError(f"{name}: expected {expected}, got {describe(value)}")
+    if value.shape[1] == 0 or (num_classes is not None and value.shape[1] != num_classes):
+        channels = "at least one channel" if num_classes is None else f"{num_classes} channels (num_classes)"
+        raise ValueError(f"{name}: expected logits with {channels}, got {describe(value)}")
+    sides(name, value)
+    return value
+
+
+def together(first_name: str, first: Tensor, name: str, value: Tensor, *, batch: bool = True) -> None:
+    """Two arguments live on one device and, where both have it, share the batch size."""
+    if first.device != value.device:
+        raise ValueError(
+            f"{name}: expected a tensor on {first.device}, where {first_name} is, got {describe(value)}; move one of them"
+        )
+    if batch and first.shape[0] != value.shape[0]:
+        raise ValueError(
+            f"{name}: expected batch size {first.shape[0]}, that of {first_name}, got {describe(value)}"
+        )
+
+
+def samples_from(name: str, value: Tensor, height: int, width: int) -> None:
+    """A map without pixels cannot be brought to a size that has some."""
+    if height * width > 0 and value.shape[-2] * value.shape[-1] == 0:
+        raise ValueError(f"{name}: expected a map with at least one pixel, got {describe(value)}")
+
+
+def integer(name: str, value, *, low: int | None = None, high: int | None = None) -> None:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral | torch.SymInt):
+        raise TypeError(f"{name}: expected an integer, got {describe(value)}")
+    if (low is not None and value < low) or (high is not None and value > high):
+        limits = f"at least {low}" if high is None else f"between {low} and {high}"
+        raise ValueError(f"{name}: expected an integer {limits}, got {value}")
+
+
+def num_classes(value) -> None:
+    integer("num_classes", value, low=1, high=2**31 - 1)
+
+
+def ignore_index(value) -> None:
+    integer("ignore_index", value, low=-(2**63), high=2**63 - 1)
+
+
+def size(name: str, value) -> None:
+    if not isinstance(value, tuple | list) or len(value) != 2:
+        raise TypeError(f"{name}: expected a pair (height, width), got {describe(value)}")
+    for side in value:
+        integer(name, side, low=0, high=MAX_SIDE)
+
+
+def real(name: str, value, *, low: float, high: float = math.inf, open_low: bool = False) -> None:
+    """A finite number in [low, high], or in (low, high] with ``open_low``. NaN is refused."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real | torch.SymFloat | torch.SymInt):
+        raise TypeError(f"{name}: expected a number, got {describe(value)}")
+    above = value > low if open_low else value >= low
+    if not (above and value <= high and value < math.inf):
+        bound = f"above {low:g}" if open_low else f"of at least {low:g}"
+        bound += "" if high == math.inf else f" and at most {high:g}"
+        raise ValueError(f"{name}: expected a finite number {bound}, got {value}")
+
+
+def flag(name: str, value) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected True or False, got {describe(value)}")
+
+
+def choice(name: str, value, options: tuple[str, ...]) -> None:
+    if value not in options:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, options))}, got {value!r}")
+
+
+def seed(value) -> None:
+    if isinstance(value, Tensor):
+        if value.dtype != torch.int64 or value.numel() != 1:
+            raise TypeError(f"seed: expected an int or an int64 tensor of one element, got {describe(value)}")
+        return
+    integer("seed", value, low=-(2**63), high=2**63 - 1)

@@ -1,0 +1,47 @@
+"""Counter-based randomness: every draw is a pure function of (seed, stream, pixel).
+
+The same seed gives the same draw on every backend and device, bit for bit. A pixel is named by its index inside its own image
+(row * width + column), so a draw depends on neither batch nor rank.
+"""
+
+import torch
+from torch import Tensor
+
+STREAM_TIES = 0
+"""Breaks ties of BANE and orders the semi-hard selection."""
+STREAM_BASE = 1
+"""Base pixels of layer i are drawn from stream STREAM_BASE + i."""
+
+_LOW_32_BITS = 0xFFFFFFFF
+
+
+def _mix(x):
+    """An invertible mixing of 32-bit integers, held in 64 bits (a Python int or an int64 tensor)."""
+    x = ((x ^ (x >> 15)) * 0x2C1B3C6D) & _LOW_32_BITS
+    x = ((x ^ (x >> 12)) * 0x297A2D39) & _LOW_32_BITS
+    return x ^ (x >> 15)
+
+
+def seed_tensor(seed: int | Tensor, device: torch.device) -> Tensor:
+    """The seed as an int64 scalar on a device."""
+    return torch.as_tensor(seed, dtype=torch.int64, device=device).reshape(())
+
+
+def pixel_hash(seed: int | Tensor, stream: int, pixels: Tensor) -> Tensor:
+    """Hash of each pixel index: int64 in [0, 2**32), of the shape of ``pixels`` (int64).
+
+    ``seed`` is an int64 number or tensor of one element. For a fixed (seed, stream) the map is a bijection of the 32-bit
+    integers, so no two pixels of an image ever tie.
+    """
+    if isinstance(seed, Tensor):
+        seed = seed_tensor(seed, pixels.device)
+    high, low = (seed >> 32) & _LOW_32_BITS, seed & _LOW_32_BITS
+    stream_key = _mix((stream + 0x9E3779B9) & _LOW_32_BITS)
+    key = _mix(_mix(stream_key ^ high) ^ low)
+    return _mix(pixels ^ key)
+
+
+def image_hash(seed: int | Tensor, stream: int, height: int, width: int, device: torch.device) -> Tensor:
+    """``pixel_hash`` of every pixel of an image: int64 (height, width)."""
+    pixels = torch.arange(height * width, device=device)
+    return pixel_hash(seed, stream, pixels).reshape(height, width)

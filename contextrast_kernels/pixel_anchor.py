@@ -1,0 +1,124 @@
+"""The pixel-anchor loss of one layer (Eqs. 3-4).
+
+    s_np = a^n · v_p / τ                              similarity of anchor n and pixel p
+    Z_n  = log Σ_{p negative of n} exp(s_np)           -inf where a class has no negative
+    L    = 1/|C| Σ_{n∈C} 1/|P^n| Σ_{p∈P^n} softplus(Z_n - s_np)
+
+P^n are the pixels labelled n and C the classes that have any. softplus(Z - s) = -log e^s / (e^s + Σ_neg e^{s'}) is InfoNCE
+with one positive and all negatives in the denominator, the other positives left out.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from contextrast_kernels import checks, maps
+from contextrast_kernels.backend import unchanged_by_autocast
+from contextrast_kernels.embedding import pixel_embeddings
+
+
+def pixel_anchor_loss(
+    features: Tensor,
+    labels: Tensor,
+    anchors: Tensor,
+    *,
+    negatives: Tensor | None = None,
+    base: Tensor | None = None,
+    temperature: float = 0.1,
+    ignore_index: int = 255,
+    normalize: bool = True,
+) -> Tensor:
+    """InfoNCE between class anchors and the pixels of one layer (Eqs. 3-4).
+
+    The negatives of anchor n are the pixels with ``negatives == n`` and the pixels of ``base`` whose label is not n, each
+    once. With neither map given, every pixel of another class is a negative.
+
+    Args:
+        features: (B, D, h, w), float16, bfloat16, float32 or float64, any strides.
+        labels: (B, H, W) or (B, 1, H, W) integers, brought to (h, w) by nearest sampling. Pixels with a label outside 0..N-1
+            or equal to ``ignore_index`` take no part, also when ``negatives`` or ``base`` names them.
+        anchors: (N, D), as ``class_anchors`` or ``fuse_anchors`` returns them; differentiable.
+        negatives: (B, h, w) integers: the class each pixel is a negative of, or any value outside 0..N-1 for none.
+        base: (B, h, w) bool.
+        temperature: τ.
+        normalize: embeddings are x / ‖x‖₂ over D.
+
+    Returns:
+        A scalar, float32, or float64 for float64 features. Without a valid pixel it is 0, with a live graph. NaN or inf at a
+        valid pixel gives NaN.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, rank, size, range or device; the sentence names it.
+    """
+    checks.feature_map("features", features)
+    checks.ignore_index(ignore_index)
+    checks.real("temperature", temperature, low=0.0, open_low=True)
+    checks.flag("normalize", normalize)
+    labels = checks.class_map("labels", labels)
+    checks.together("features", features, "labels", labels)
+    batch, channels, height, width = features.shape
+    checks.samples_from("labels", labels, height, width)
+    checks.tensor("anchors", anchors, "floating-point anchors (N, D)")
+    if not anchors.is_floating_point():
+        raise TypeError(f"anchors: expected floating-point anchors (N, D), got {checks.describe(anchors)}")
+    if anchors.ndim != 2 or anchors.shape[0] == 0 or anchors.shape[1] != channels:
+        raise ValueError(
+            f"anchors: expected shape (N, {channels}) with the channels of features and N of at least 1, "
+            f"got {checks.describe(anchors)}"
+        )
+    checks.together("features", features, "anchors", anchors, batch=False)
+    layer = (batch, height, width)
+    if negatives is not None:
+        negatives = checks.class_map("negatives", negatives, shape=layer).long()
+        checks.together("features", features, "negatives", negatives)
+    if base is not None:
+        checks.tensor("base", base, "a bool map (B, h, w)")
+        if base.dtype != torch.bool:
+            raise TypeError(f"base: expected a bool map (B, h, w), got {checks.describe(base)}")
+        if tuple(base.shape) != layer:
+            raise ValueError(f"base: expected shape {layer}, that of the features, got {checks.describe(base)}")
+        checks.together("features", features, "base", base)
+    if negatives is None and base is None:
+        base = torch.ones(layer, dtype=torch.bool, device=features.device)
+    targets = maps.targets(labels, height, width, anchors.shape[0], ignore_index)
+    return anchor_info_nce(features, targets, anchors, negatives, base, temperature, normalize)
+
+
+@unchanged_by_autocast
+def anchor_info_nce(
+    features: Tensor,
+    targets: Tensor,
+    anchors: Tensor,
+    negatives: Tensor | None,
+    base: Tensor | None,
+    temperature: float,
+    normalize: bool,
+) -> Tensor:
+    """Eqs. 3-4 for targets (B, h, w): the class of each pixel, -1 for none."""
+    valid = targets >= 0
+    embeddings = pixel_embeddings(features, valid, normalize)
+    num_classes = anchors.shape[0]
+    valid, label = valid.flatten(), targets.flatten().clamp(min=0)
+    classes = torch.arange(num_classes, device=features.device)
+    counts = classes.new_zeros(num_classes).index_add(0, label, valid.long())
+
+    # The anchor of a class without pixels is in no term; a NaN there must not leak into the others' gradients.
+    anchors = torch.where((counts > 0).unsqueeze(1), anchors.to(embeddings.dtype), 0.0)
+    similarity = embeddings @ anchors.T / temperature  # (P, N)
+    own = similarity.gather(1, label.unsqueeze(1)).squeeze(1)
+
+    is_negative = torch.zeros_like(similarity, dtype=torch.bool)
+    if negatives is not None:
+        is_negative = is_negative | (negatives.flatten().unsqueeze(1) == classes)
+    if base is not None:
+        is_negative = is_negative | (base.flatten().unsqueeze(1) & (label.unsqueeze(1) != classes))
+    is_negative = is_negative & valid.unsqueeze(1)
+    has_negative = is_negative.any(0)
+    # A column of nothing but -inf has no derivative: classes without negatives are set aside before and after the sum.
+    z = torch.where(is_negative, similarity, -torch.inf)
+    z = torch.where(has_negative, z, 0.0).logsumexp(0)
+
+    # -log σ(s - Z) = softplus(Z - s), stable on both sides. 0 · s carries a NaN or inf of a pixel whose class has no negative.
+    term = torch.where(has_negative[label], -F.logsigmoid(own - z[label]), 0.0) + 0.0 * own
+    weight = valid / (counts[label] * (counts > 0).sum()).clamp(min=1)
+    return (weight.to(term.dtype) * term).sum()
