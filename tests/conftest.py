@@ -1,0 +1,56 @@
+"""What every test shares: the interpreter switch, the backends to run on, inputs, and an honest list of what was skipped."""
+
+import os
+from collections import Counter
+
+import torch
+
+# Triton reads this when a kernel's module is imported, so it is decided before any test is collected.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import numpy as np
+import pytest
+
+import contextrast_kernels as ck
+
+torch.set_num_threads(2)
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device; torch.cuda.is_available() is False"))
+
+
+def pytest_terminal_summary(terminalreporter):
+    reasons = Counter()
+    for report in terminalreporter.stats.get("skipped", []):
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        reasons[reason.removeprefix("Skipped: ")] += 1
+    if reasons:
+        terminalreporter.section("skipped, and why")
+        for reason, count in reasons.most_common():
+            terminalreporter.line(f"{count:5d}  {reason}")
+
+
+@pytest.fixture(params=["reference", "native"])
+def map_backend(request):
+    """Runs a test of the integer maps (errors, distances, selection) on every backend that has them on this machine."""
+    if ck.available()[request.param] != "ok":
+        pytest.skip(f"backend {request.param}: {ck.available()[request.param]}")
+    with ck.backend(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def reference():
+    """The definitions in plain PyTorch, whatever else is installed."""
+    with ck.backend("reference"):
+        yield
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(20240)

@@ -1,0 +1,326 @@
+"""The definitions of the Contextrast loss as literal loops, to be read beside the specification.
+
+One function per definition, Python numbers and NumPy arrays in float64, one pixel at a time, nothing vectorised and nothing shared
+with the package. Feature maps are (B, D, h, w), label maps (B, H, W), class maps (B, H', W'), logits (B, N, H', W').
+"""
+
+import math
+
+import numpy as np
+
+NO_EDGE = 2**31 - 1  # the squared distance where a class has no edge pixel, or a mask has no zero
+
+
+# ------------------------------------------------------------------------------------------------------------ maps and labels
+
+
+def resize(image, size):
+    """Nearest sampling by exact integers: row r of h takes source row (r H) // h."""
+    H, W = image.shape[-2:]
+    h, w = size
+    out = np.empty((*image.shape[:-2], h, w), dtype=image.dtype)
+    for r in range(h):
+        for c in range(w):
+            out[..., r, c] = image[..., (r * H) // h, (c * W) // w]
+    return out
+
+
+def predicted_classes(predictions):
+    """A class map as it is; of logits the largest channel, the lowest class among equals."""
+    if predictions.ndim == 3:
+        return predictions
+    B, N, H, W = predictions.shape
+    classes = np.empty((B, H, W), dtype=np.int64)
+    for b in range(B):
+        for r in range(H):
+            for c in range(W):
+                best = 0
+                for n in range(1, N):
+                    if predictions[b, n, r, c] > predictions[b, best, r, c]:
+                        best = n
+                classes[b, r, c] = best
+    return classes
+
+
+def is_class(value, num_classes):
+    value = int(value)
+    return value >= 0 and (num_classes is None or value < num_classes)
+
+
+def is_valid(label, num_classes, ignore_index):
+    return int(label) != ignore_index and is_class(label, num_classes)
+
+
+# ------------------------------------------------------------------------------------------------------------ the hash
+
+
+def mix(x):
+    x = ((x ^ (x >> 15)) * 0x2C1B3C6D) % 2**32
+    x = ((x ^ (x >> 12)) * 0x297A2D39) % 2**32
+    return x ^ (x >> 15)
+
+
+def hash32(seed, stream, p):
+    """Unsigned 32-bit hash of pixel p = row * w + column inside its image."""
+    lo = seed % 2**32
+    hi = (seed // 2**32) % 2**32
+    key = mix(mix(mix((stream + 0x9E3779B9) % 2**32) ^ hi) ^ lo)
+    return mix((p % 2**32) ^ key)
+
+
+# ------------------------------------------------------------------------------------------------------------ anchors, Eq. 1
+
+
+def embedding(x, normalize=True):
+    """v = x / |x|; 0 where |x| <= 1e-12; a NaN stays a NaN."""
+    x = [float(value) for value in x]
+    if not normalize:
+        return x
+    length = math.sqrt(math.fsum(value * value for value in x))
+    if length <= 1e-12:
+        return [0.0] * len(x)
+    return [value / length for value in x]
+
+
+def class_anchors(features, labels, num_classes, ignore_index=255, normalize=True):
+    """Eq. 1: the mean embedding of all valid pixels of the batch with label n, and their number."""
+    B, D, h, w = features.shape
+    y = resize(labels, (h, w))
+    sums, counts = np.zeros((num_classes, D)), np.zeros(num_classes, dtype=np.int64)
+    for b in range(B):
+        for r in range(h):
+            for c in range(w):
+                if is_valid(y[b, r, c], num_classes, ignore_index):
+                    n = int(y[b, r, c])
+                    sums[n] += embedding(features[b, :, r, c], normalize)
+                    counts[n] += 1
+    anchors = np.zeros((num_classes, D))
+    for n in range(num_classes):
+        if counts[n] > 0:
+            anchors[n] = sums[n] / counts[n]
+    return anchors, counts
+
+
+def fuse_anchors(anchors, counts, top_anchors, top_counts, weight=0.7):
+    """w_l a + w_h a_I; a class missing from the top layer keeps a, a class missing here has none."""
+    fused = np.zeros_like(anchors)
+    for n in range(len(anchors)):
+        if counts[n] > 0 and top_counts[n] > 0:
+            fused[n] = (1 - weight) * anchors[n] + weight * top_anchors[n]
+        elif counts[n] > 0:
+            fused[n] = anchors[n]
+    return fused
+
+
+# ------------------------------------------------------------------------------------------------------------ BANE, Eqs. 6-7
+
+
+def error_map(predictions, labels, num_classes=None, ignore_index=255):
+    """Eq. 6: the wrongly predicted class, or -1; predictions are brought to the labels' size."""
+    if num_classes is None and predictions.ndim == 4:
+        num_classes = predictions.shape[1]
+    p = resize(predicted_classes(predictions), labels.shape[-2:])
+    e = np.full(labels.shape, -1, dtype=np.int64)
+    for at in np.ndindex(labels.shape):
+        if (
+            is_valid(labels[at], num_classes, ignore_index)
+            and is_class(p[at], num_classes)
+            and int(p[at]) != int(labels[at])
+        ):
+            e[at] = int(p[at])
+    return e
+
+
+def edge_pixels(classes):
+    """Pixels of a class with a 4-neighbour inside the image that is not in that class; classes is one image (H, W)."""
+    H, W = classes.shape
+    edge = np.zeros((H, W), dtype=bool)
+    for r in range(H):
+        for c in range(W):
+            if classes[r, c] >= 0:
+                for i, j in ((r - 1, c), (r + 1, c), (r, c - 1), (r, c + 1)):
+                    if 0 <= i < H and 0 <= j < W and classes[i, j] != classes[r, c]:
+                        edge[r, c] = True
+    return edge
+
+
+def edge_distance_sq(classes):
+    """Eq. 7, squared: to the nearest edge pixel of the pixel's own class. -1 outside every class, NO_EDGE without an edge."""
+    B, H, W = classes.shape
+    squared = np.full((B, H, W), -1, dtype=np.int64)
+    for b in range(B):
+        edge = edge_pixels(classes[b])
+        edges_of = {}
+        for r, c in np.argwhere(edge):
+            edges_of.setdefault(int(classes[b, r, c]), []).append((int(r), int(c)))
+        for r in range(H):
+            for c in range(W):
+                if classes[b, r, c] >= 0:
+                    squared[b, r, c] = NO_EDGE
+                    for i, j in edges_of.get(int(classes[b, r, c]), []):
+                        squared[b, r, c] = min(squared[b, r, c], (r - i) ** 2 + (c - j) ** 2)
+    return squared
+
+
+def distance_transform_sq(mask):
+    """SciPy's meaning, squared: from every nonzero pixel of one image (H, W) to the nearest zero; NO_EDGE without a zero."""
+    H, W = mask.shape
+    zeros = [(r, c) for r in range(H) for c in range(W) if mask[r, c] == 0]
+    squared = np.zeros((H, W), dtype=np.int64)
+    for r in range(H):
+        for c in range(W):
+            if mask[r, c] != 0:
+                squared[r, c] = min([(r - i) ** 2 + (c - j) ** 2 for i, j in zeros], default=NO_EDGE)
+    return squared
+
+
+def select_nearest(classes, distance_sq, ratio, num_classes=None, seed=0):
+    """Per image and class the ceil(ratio |B^n|) pixels that come first in order of (squared distance, hash)."""
+    B, H, W = classes.shape
+    selected = np.zeros((B, H, W), dtype=bool)
+    for b in range(B):
+        members = {}
+        for r in range(H):
+            for c in range(W):
+                if is_class(classes[b, r, c], num_classes):
+                    rank = (int(distance_sq[b, r, c]), hash32(seed, 0, r * W + c))
+                    members.setdefault(int(classes[b, r, c]), []).append((rank, r, c))
+        for pixels in members.values():
+            k = math.ceil(ratio * len(pixels))
+            for _, r, c in sorted(pixels)[:k]:
+                selected[b, r, c] = True
+    return selected
+
+
+def bane_negatives(predictions, labels, num_classes=None, size=None, ratio=0.5, negatives="bane", distance_at="layer",
+                   ignore_index=255, seed=0):
+    """The class each pixel of the layer is a hard negative of, or -1."""
+    if num_classes is None and predictions.ndim == 4:
+        num_classes = predictions.shape[1]
+    size = labels.shape[-2:] if size is None else size
+    if distance_at == "layer":
+        e = error_map(resize(predicted_classes(predictions), size), resize(labels, size), num_classes, ignore_index)
+        squared = edge_distance_sq(e)
+    else:
+        full = error_map(predictions, labels, num_classes, ignore_index)
+        e, squared = resize(full, size), resize(edge_distance_sq(full), size)
+    if negatives == "none":
+        return np.full_like(e, -1)
+    if negatives == "semi-hard":
+        squared = np.zeros_like(squared)
+    return np.where(select_nearest(e, squared, ratio, num_classes, seed), e, -1)
+
+
+def base_pixels(size, base_rate, stream, seed=0):
+    """Where hash(seed, 1 + i, p) < base_rate 2^32; the same in every image. stream is 1 + i."""
+    h, w = size
+    return np.array([[hash32(seed, stream, r * w + c) < base_rate * 2.0**32 for c in range(w)] for r in range(h)])
+
+
+# ------------------------------------------------------------------------------------------------------------ losses, Eqs. 3-4
+
+
+def softplus(z):
+    """log(1 + e^z), also for z = -inf."""
+    return z + math.log1p(math.exp(-z)) if z > 0 else math.log1p(math.exp(z))
+
+
+def logsumexp(values):
+    """-inf of nothing."""
+    top = max(values, default=-math.inf)
+    if top == -math.inf:
+        return -math.inf
+    return top + math.log(math.fsum(math.exp(value - top) for value in values))
+
+
+def dot(a, b):
+    return math.fsum(float(x) * float(y) for x, y in zip(a, b, strict=True))
+
+
+def pixel_anchor_loss(features, labels, anchors, negatives=None, base=None, temperature=0.1, ignore_index=255, normalize=True):
+    """Eqs. 3-4: mean over present classes n, mean over pixels p of n, of softplus(Z_n - s_np)."""
+    B, _, h, w = features.shape
+    N = len(anchors)
+    y = resize(labels, (h, w))
+    if negatives is None and base is None:
+        base = np.ones((B, h, w), dtype=bool)
+    pixels = [
+        (b, r, c)
+        for b in range(B)
+        for r in range(h)
+        for c in range(w)
+        if is_valid(y[b, r, c], N, ignore_index)
+    ]
+    if any(not np.isfinite(features[b, :, r, c]).all() for b, r, c in pixels):
+        return math.nan
+
+    def similarity(n, pixel):
+        b, r, c = pixel
+        return dot(anchors[n], embedding(features[b, :, r, c], normalize)) / temperature
+
+    def is_negative(n, pixel):
+        chosen = negatives is not None and int(negatives[pixel]) == n
+        other = base is not None and bool(base[pixel]) and int(y[pixel]) != n
+        return chosen or other
+
+    terms = []
+    for n in range(N):
+        positives = [pixel for pixel in pixels if int(y[pixel]) == n]
+        if positives:
+            Z = logsumexp([similarity(n, pixel) for pixel in pixels if is_negative(n, pixel)])
+            terms.append(math.fsum(softplus(Z - similarity(n, pixel)) for pixel in positives) / len(positives))
+    return math.fsum(terms) / len(terms) if terms else 0.0
+
+
+def layer_anchors(features, labels, num_classes, ignore_index=255, fusion_weight=0.7, normalize=True, normalize_anchors=False):
+    """The anchors each layer's loss uses: Eq. 1, fused with the last layer's, normalised if asked."""
+    top, top_counts = class_anchors(features[-1], labels, num_classes, ignore_index, normalize)
+    fused = []
+    for x in features[:-1]:
+        anchors, counts = class_anchors(x, labels, num_classes, ignore_index, normalize)
+        fused.append(fuse_anchors(anchors, counts, top, top_counts, fusion_weight))
+    fused.append(top)
+    if normalize_anchors:
+        fused = [np.array([embedding(row) for row in anchors]).reshape(anchors.shape) for anchors in fused]
+    return fused
+
+
+def contextrast_layer_losses(features, labels, predictions, num_classes, ignore_index=255, temperature=0.1, fusion_weight=0.7,
+                             negatives="bane", ratio=0.5, base_rate=0.0, distance_at="layer", normalize=True,
+                             normalize_anchors=False, seed=0, anchors=None):
+    """L_i of every layer. anchors: given rows instead of the batch's own, which is what a stopped gradient sees."""
+    if anchors is None:
+        anchors = layer_anchors(features, labels, num_classes, ignore_index, fusion_weight, normalize, normalize_anchors)
+    losses = []
+    for i, x in enumerate(features):
+        B, _, h, w = x.shape
+        chosen = bane_negatives(predictions, labels, num_classes, (h, w), ratio, negatives, distance_at, ignore_index, seed)
+        base = np.array([base_pixels((h, w), base_rate, 1 + i, seed)] * B).reshape(B, h, w)
+        losses.append(pixel_anchor_loss(x, labels, anchors[i], chosen, base, temperature, ignore_index, normalize))
+    return losses
+
+
+def contextrast_loss(features, labels, predictions, num_classes, layer_weights=(1.0, 0.7, 0.4, 0.1), **options):
+    """L_PA: the sum over layers of lambda_i L_i."""
+    losses = contextrast_layer_losses(features, labels, predictions, num_classes, **options)
+    return math.fsum(weight * loss for weight, loss in zip(layer_weights, losses, strict=True))
+
+
+def info_nce(rows, row_labels, columns=None, column_labels=None, temperature=0.1, ignore_index=-1):
+    """Mean over rows with a valid label of the mean over positives j of softplus(LSE of the negatives - s_ij)."""
+    own = columns is None
+    if own:
+        columns, column_labels = rows, row_labels
+    terms = []
+    for i in range(len(rows)):
+        if int(row_labels[i]) == ignore_index:
+            continue
+        positives, negatives = [], []
+        for j in range(len(columns)):
+            if int(column_labels[j]) == ignore_index or (own and i == j):
+                continue
+            s = dot(rows[i], columns[j]) / temperature
+            (positives if int(column_labels[j]) == int(row_labels[i]) else negatives).append(s)
+        Z = logsumexp(negatives)
+        terms.append(math.fsum(softplus(Z - s) for s in positives) / len(positives) if positives else 0.0)
+    return math.fsum(terms) / len(terms) if terms else 0.0
