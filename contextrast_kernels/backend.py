@@ -53,9 +53,13 @@ def _requested() -> str:
     return name
 
 
-@torch.compiler.assume_constant_result
 def _native_status(device_type: str) -> str:
     return native.status().get(device_type, f"the native library has no code for {device_type} tensors")
+
+
+# What torch.compiler.assume_constant_result does, without its import of the whole compiler (and Triton): whether the library
+# opens does not change within a process, and torch.compile need not look into how.
+_native_status._dynamo_marked_constant = True
 
 
 def _status(name: str, device_type: str) -> str:

@@ -120,5 +120,5 @@ def anchor_info_nce(
 
     # -log σ(s - Z) = softplus(Z - s), stable on both sides. 0 · s carries a NaN or inf of a pixel whose class has no negative.
     term = torch.where(has_negative[label], -F.logsigmoid(own - z[label]), 0.0) + 0.0 * own
-    weight = valid / (counts[label] * (counts > 0).sum()).clamp(min=1)
-    return (weight.to(term.dtype) * term).sum()
+    weight = valid.to(term.dtype) / (counts[label] * (counts > 0).sum()).clamp(min=1)
+    return (weight * term).sum()

@@ -1,0 +1,30 @@
+"""``python -m contextrast_kernels doctor | demo``"""
+
+import sys
+
+USAGE = """usage: python -m contextrast_kernels {doctor,demo} [options]
+
+  doctor   versions, device, what each backend can do here and why not, and a self-check of a few seconds
+  demo     train a small network with and without the loss and draw what it does (demo --help lists the options)
+"""
+
+
+def main(arguments: list[str]) -> int:
+    command, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
+    if command == "doctor":
+        from contextrast_kernels import doctor
+
+        return doctor.main(rest)
+    if command == "demo":
+        from contextrast_kernels.demo import training
+
+        return training.main(rest)
+    asked_for_help = command in ("-h", "--help")
+    print(USAGE, file=sys.stdout if asked_for_help else sys.stderr, end="")
+    if not asked_for_help:
+        print(f"command: expected doctor or demo, got {command or 'nothing'}", file=sys.stderr)
+    return 0 if asked_for_help else 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,110 @@
+"""The house: what imports what, what an import brings in, and what is in the tree."""
+
+import ast
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+import contextrast_kernels as ck
+
+ROOT = pathlib.Path(__file__).parent.parent
+PACKAGE = ROOT / "contextrast_kernels"
+
+# A module imports only from floors below its own, or from modules of its floor that stand before it.
+FLOORS = [
+    ["native", "checks", "hashing", "maps", "embedding", "kernels._tiles"],
+    ["backend"],
+    ["kernels"],
+    ["anchors", "pixel_anchor", "bane", "info_nce"],
+    ["contextrast"],
+    ["modules", "metrics", "viz"],
+    ["__init__"],
+    ["doctor", "demo"],
+    ["__main__"],
+]
+
+
+def _floor(module: str) -> int:
+    names = [module, module.split(".")[0]]
+    for name in names:
+        for number, floor in enumerate(FLOORS):
+            if name in floor:
+                return number
+    raise AssertionError(f"{module} has no floor: add it to FLOORS")
+
+
+def _imported(source: pathlib.Path):
+    for node in ast.walk(ast.parse(source.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{source.name}: imports are absolute"
+            if node.module == "contextrast_kernels":
+                for alias in node.names:
+                    yield alias.name if (PACKAGE / f"{alias.name}.py").exists() or (PACKAGE / alias.name).is_dir() else "__init__"
+            elif (node.module or "").startswith("contextrast_kernels."):
+                yield node.module.removeprefix("contextrast_kernels.")
+        elif isinstance(node, ast.Import):
+            for alias in node.names:
+                if alias.name == "contextrast_kernels":
+                    yield "__init__"
+
+
+def test_imports_only_go_down():
+    for source in sorted(PACKAGE.rglob("*.py")):
+        parts = source.relative_to(PACKAGE).with_suffix("").parts
+        module = ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
+        for imported in _imported(source):
+            same_room = imported.split(".")[0] == module.split(".")[0]
+            assert same_room or _floor(imported) < _floor(module), f"{module} imports {imported}, which is not below it"
+
+
+def test_an_import_brings_in_nothing_heavy_beyond_torch():
+    program = (
+        "import sys, torch; before = set(sys.modules); import contextrast_kernels; "
+        "new = {name.split('.')[0] for name in set(sys.modules) - before}; "
+        "heavy = new & {'triton', 'kornia', 'skimage', 'matplotlib', 'tqdm', 'scipy', 'cv2', 'cupy'}; "
+        "assert not heavy, heavy; assert 'contextrast_kernels.demo' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
+
+
+def test_the_native_library_is_not_opened_by_an_import():
+    program = (
+        "import contextrast_kernels, pathlib; maps = pathlib.Path('/proc/self/maps'); "
+        "assert not maps.exists() or 'contextrast_kernels' not in maps.read_text()"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
+
+
+def test_setup_never_imports_torch():
+    tree = ast.parse((ROOT / "setup.py").read_text())
+    names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert not any(name.split(".")[0] in ("torch", "contextrast_kernels") for name in names if name)
+
+
+@pytest.mark.parametrize("name", ck.__all__)
+def test_every_public_name_is_documented(name):
+    documented = getattr(ck, name)
+    assert documented.__doc__ and len(documented.__doc__.split()) >= 5
+
+
+def _run(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "contextrast_kernels", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+
+
+def test_doctor_checks_this_machine():
+    result = _run("doctor")
+    assert result.returncode == 0, result.stdout + result.stderr
+    for words in ("torch", "reference", "triton", "native", "everything agrees"):
+        assert words in result.stdout
+
+
+@pytest.mark.parametrize("arguments", [[], ["dance"]])
+def test_an_unknown_command_is_refused_with_the_known_ones(arguments):
+    result = _run(*arguments)
+    assert result.returncode == 2
+    assert "doctor" in result.stderr and "demo" in result.stderr
