@@ -129,8 +129,8 @@ CONTEXTRAST_HD bool row_window(const int32_t *parabolas, int first, int last, in
   return window_is_proof(first, last, x, steps + 1, best);
 }
 
-// Anchors 0..segments(first, last, size) split the columns first..last into segments of `size`; the last one may be shorter.
-CONTEXTRAST_HD int segments(int first, int last, int size) { return (last - first + size - 1) / size; }
+// Segment j holds the pixels first + j*size .. first + (j+1)*size - 1, up to last; it lies between anchors j and j+1, the last of which is `last`.
+CONTEXTRAST_HD int segments(int first, int last, int size) { return (last - first) / size + 1; }
 CONTEXTRAST_HD int anchor_column(int first, int last, int size, int j) { return lesser(first + j * size, last); }
 
 // Bisection: solve anchor 0 over first..last, anchor n = segments() from there to last, then

@@ -1,0 +1,140 @@
+// What the host code of every function shares: refusals, dispatch on an integer type, threads, scratch.
+#ifndef CONTEXTRAST_HOST_H
+#define CONTEXTRAST_HOST_H
+
+#include <stddef.h>
+#include <stdio.h>
+
+#include <atomic>
+#include <system_error>
+#include <thread>
+
+#include "contextrast.h"
+
+// Where the compiler and the loader can choose between versions of a function at load time, the loops over pixels exist for the x86-64 levels
+// 4 (AVX-512), 3 (AVX2) and the baseline; what they inline is compiled with them. CMakeLists.txt finds out.
+#if defined(CONTEXTRAST_HAS_CLONES)
+#define CONTEXTRAST_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define CONTEXTRAST_CLONES
+#endif
+
+namespace contextrast {
+
+// ---- Refusals
+
+template <class... Values>
+int refuse(char *error, const char *format, Values... values) {
+  snprintf(error, CONTEXTRAST_ERROR_SIZE, format, values...);
+  return CONTEXTRAST_BAD_ARGUMENT;
+}
+
+inline bool is_integer(int32_t type) { return type >= CONTEXTRAST_UINT8 && type <= CONTEXTRAST_INT64; }
+
+inline int check_sides(const char *name, int64_t height, int64_t width, char *error) {
+  if (height >= 0 && width >= 0 && height <= CONTEXTRAST_MAX_SIDE && width <= CONTEXTRAST_MAX_SIDE) return CONTEXTRAST_OK;
+  return refuse(error, "%s has sides of %lld x %lld pixels, but at most %d are supported: tile or downsample it", name,
+                static_cast<long long>(height), static_cast<long long>(width), CONTEXTRAST_MAX_SIDE);
+}
+
+inline int check_integer_map(const char *name, const ContextrastMap &map, char *error) {
+  if (!is_integer(map.type) || map.channels != 0)
+    return refuse(error, "%s must be a map of uint8, int8, int16, int32 or int64, got type %d with %lld channels", name,
+                  static_cast<int>(map.type), static_cast<long long>(map.channels));
+  return check_sides(name, map.height, map.width, error);
+}
+
+// predictions and labels of one error map
+inline int check_pair(const ContextrastMap &predictions, const ContextrastMap &labels, char *error) {
+  if (const int code = check_integer_map("labels", labels, error)) return code;
+  if (predictions.channels == 0) {
+    if (const int code = check_integer_map("predictions", predictions, error)) return code;
+  } else {
+    if (predictions.channels < 0 || predictions.type < CONTEXTRAST_FLOAT16 || predictions.type > CONTEXTRAST_FLOAT64)
+      return refuse(error, "predictions with channels must be logits of float16, bfloat16, float32 or float64, got type %d",
+                    static_cast<int>(predictions.type));
+    if (const int code = check_sides("predictions", predictions.height, predictions.width, error)) return code;
+  }
+  if (predictions.batch != labels.batch)
+    return refuse(error, "predictions hold %lld images and labels %lld, but they must agree", static_cast<long long>(predictions.batch),
+                  static_cast<long long>(labels.batch));
+  if (labels.batch > 0 && labels.height * labels.width > 0 && predictions.height * predictions.width == 0)
+    return refuse(error, "predictions have no pixels, but labels have %lld x %lld", static_cast<long long>(labels.height),
+                  static_cast<long long>(labels.width));
+  return CONTEXTRAST_OK;
+}
+
+// ---- Types
+
+// body(T()) for the C++ type T of an integer map.
+template <class Body>
+void with_integer(int32_t type, const Body &body) {
+  switch (type) {
+    case CONTEXTRAST_UINT8: return body(uint8_t());
+    case CONTEXTRAST_INT8: return body(int8_t());
+    case CONTEXTRAST_INT16: return body(int16_t());
+    case CONTEXTRAST_INT32: return body(int32_t());
+    default: return body(int64_t());
+  }
+}
+
+// ---- Threads
+
+constexpr int MAX_THREADS = 64;
+constexpr int64_t PIXELS_A_THREAD = 1 << 16; // fewer are done before another thread has started
+
+// body(task, worker) for every task 0..tasks-1, worker < threads. Threads live for the call only, so that nothing is left behind for a fork.
+template <class Body>
+void share(int threads, int64_t tasks, const Body &body) {
+  std::atomic<int64_t> next{0};
+  const auto work = [&](int worker) {
+    for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) body(task, worker);
+  };
+  std::thread helpers[MAX_THREADS];
+  int started = 0;
+  try {
+    while (started < threads - 1 && started < MAX_THREADS - 1 && started < tasks - 1) {
+      helpers[started] = std::thread(work, started + 1);
+      ++started;
+    }
+  } catch (const std::system_error &) {
+    // the system gives no more threads: those there are do the work
+  }
+  work(0);
+  for (int i = 0; i < started; ++i) helpers[i].join();
+}
+
+inline int threads_for(int threads, int64_t pixels) {
+  const int64_t useful = 1 + pixels / PIXELS_A_THREAD;
+  const int64_t wanted = threads < 1 ? 1 : threads > MAX_THREADS ? MAX_THREADS : threads;
+  return static_cast<int>(wanted < useful ? wanted : useful);
+}
+
+// ---- Scratch, taken piece by piece. Every piece is a multiple of 16 bytes long, so that the next one is aligned.
+
+class Scratch {
+ public:
+  explicit Scratch(void *memory) : start_(static_cast<char *>(memory)) {}
+
+  template <class T>
+  T *take(int64_t count) {
+    T *piece = reinterpret_cast<T *>(start_ ? start_ + used_ : nullptr);
+    used_ += (count * static_cast<int64_t>(sizeof(T)) + 15) / 16 * 16;
+    return piece;
+  }
+
+  int64_t used() const { return used_; } // with no memory behind it, a Scratch measures
+
+ private:
+  char *start_;
+  int64_t used_ = 0;
+};
+
+// ---- Pieces that one file lends the others
+
+// The error map at size (height, width), labels and predictions each sampled from their own. The arguments have been checked.
+void errors_at(const ContextrastMap &predictions, const ContextrastMap &labels, int64_t num_classes, int64_t ignore_index, int64_t height,
+               int64_t width, int32_t *errors, int threads);
+
+} // namespace contextrast
+#endif
