@@ -1,0 +1,336 @@
+"""What the demo trains on: texture mosaics with exact labels, or CamVid read by path; and the paper's augmentation.
+
+A mosaic scene is made of warped Voronoi regions, small discs and thin bars, each filled with a piece of one
+photograph, which is its class. A bar of void pixels (255) crosses every scene. The photographs ship inside the
+scikit-image wheel, all of them CC0, and nothing is downloaded. Training scenes are cut from their left halves,
+validation scenes from their right halves.
+
+========= ========================================= ===========================================================
+class     photograph                                credit and licence, as scikit-image states them
+========= ========================================= ===========================================================
+brick     brick wall                                cc0textures.com, Bricks25: CC0
+grass     grass                                     deviantart.com, linolafett, Grass-01: CC0
+gravel    gravel                                    cc0textures.com, Gravel04: CC0
+cell      quantitative phase image of a cell        Müller, Schürmann, Girardo, Cojoc and Guck (2018): CC0
+cat       the cat Chelsea                           Stefan van der Walt: CC0
+coffee    a cup of coffee on a wooden table         Rachel Michetti, courtesy of Pikolo Espresso Bar: CC0
+retina    fundus photograph of a normal left eye    Mikael Häggström (2014), Wikimedia Commons: CC0 1.0
+========= ========================================= ===========================================================
+
+Without scikit-image the textures are procedural (torch alone) and the scenes otherwise the same.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+VOID = 255
+
+Batch = tuple[Tensor, Tensor]  # images (B,3,H,W) float32 in 0..1, labels (B,H,W) int64 with VOID
+
+
+class DataError(Exception):
+    """The data cannot be used; the message is one sentence that names the file."""
+
+
+# ---------------------------------------------------------------------------------------------------------- textures
+
+
+def photographs() -> dict[str, Tensor]:
+    """The CC0 photographs by class, each (3,H,W) float32 in 0..1. Raises ImportError without scikit-image."""
+    from skimage import data, transform
+
+    # The retina has 1411 x 1411 pixels, in which a region of a scene would show no vessel.
+    images = {
+        "brick": data.brick(),
+        "grass": data.grass(),
+        "gravel": data.gravel(),
+        "cell": data.cell(),
+        "cat": data.chelsea(),
+        "coffee": data.coffee(),
+        "retina": transform.downscale_local_mean(data.retina(), (3, 3, 1)),
+    }
+    tensors = {name: torch.as_tensor(image).float() / 255 for name, image in images.items()}
+    return {name: t.permute(2, 0, 1) if t.ndim == 3 else t.expand(3, -1, -1) for name, t in tensors.items()}
+
+
+def procedural() -> dict[str, Tensor]:
+    """Seven synthetic textures of the same form as `photographs`, from torch alone; always the same."""
+    H, W = 256, 512
+    generator = torch.Generator().manual_seed(0)
+    y, x = torch.meshgrid(torch.arange(H).float(), torch.arange(W).float(), indexing="ij")
+
+    def noise(cell: int) -> Tensor:
+        coarse = torch.rand(1, 1, H // cell + 2, W // cell + 2, generator=generator)
+        return F.interpolate(coarse, scale_factor=cell, mode="bicubic")[0, 0, :H, :W].clamp(0, 1)
+
+    def tinted(gray: Tensor, red: float, green: float, blue: float) -> Tensor:
+        gray = 0.75 * gray + 0.25 * noise(4)
+        return torch.stack((gray * red, gray * green, gray * blue)).clamp(0, 1)
+
+    wave = 2 * math.pi / 16
+    return {
+        "sand": tinted(noise(2), 0.9, 0.8, 0.7),
+        "cloud": tinted(noise(16), 0.7, 0.8, 0.9),
+        "waves": tinted(0.5 + 0.5 * torch.sin(wave * (y + 12 * noise(32))), 0.7, 0.8, 0.9),
+        "stripes": tinted(((x + y) % 16 < 8).float(), 0.9, 0.8, 0.7),
+        "checker": tinted(((x // 8 + y // 8) % 2), 0.8, 0.8, 0.8),
+        "dots": tinted(((x % 12 - 6) ** 2 + (y % 12 - 6) ** 2 < 14).float(), 0.8, 0.9, 0.7),
+        "rings": tinted(0.5 + 0.5 * torch.sin(wave * torch.hypot(x % 64 - 32, y % 64 - 32)), 0.8, 0.7, 0.9),
+    }
+
+
+class Textures:
+    """One half of every image of a dict such as `photographs()` gives: "train" the left half, "val" the right one.
+
+    A half smaller than a scene of size x size pixels is continued by its mirror image.
+    """
+
+    def __init__(self, images: dict[str, Tensor], split: str, size: int, device: torch.device | str = "cpu"):
+        halves = []
+        for image in images.values():
+            middle = image.shape[-1] // 2
+            half = image[..., :middle] if split == "train" else image[..., middle:]
+            rows, columns = (_mirrored(max(length, size), length) for length in half.shape[-2:])
+            halves.append(half[:, rows[:, None], columns])
+        self.size = size
+        self.room = torch.tensor([[side - size + 1 for side in half.shape[-2:]] for half in halves], device=device)
+        H, W = (max(half.shape[axis] for half in halves) for axis in (-2, -1))
+        self.pixels = torch.zeros(len(halves), H, W, 3, device=device)
+        for n, half in enumerate(halves):
+            self.pixels[n, : half.shape[-2], : half.shape[-1]] = half.permute(1, 2, 0)
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def paint(self, labels: Tensor, corners: Tensor, gain: Tensor, shade: Tensor) -> Tensor:
+        """Fill every pixel from the texture of its class: labels (B,S,S) → images (B,3,S,S), not clamped.
+
+        corners (B,N,2): where in each texture the scene's upper left pixel lies, from 0 to below `room` (N,2).
+        gain (B,N,1), shade (B,N,3): a colour c becomes c * gain + shade.
+        """
+        N, H, W, _ = self.pixels.shape
+        y, x = (torch.arange(self.size, device=labels.device) for _ in range(2))
+        start = (torch.arange(N, device=labels.device) * H + corners[..., 0]) * W + corners[..., 1]  # (B,N)
+        flat = labels.flatten(1)
+        source = start.gather(1, flat).view_as(labels) + y[:, None] * W + x
+        colours = self.pixels.view(-1, 3)[source]  # (B,S,S,3)
+        of_class = (flat + N * torch.arange(len(flat), device=labels.device)[:, None]).view_as(labels)
+        return (colours * gain.reshape(-1, 1)[of_class] + shade.reshape(-1, 3)[of_class]).permute(0, 3, 1, 2)
+
+
+def _mirrored(count: int, length: int) -> Tensor:
+    """Positions 0, 1, ... length-1, length-1, ... 1, 0, 0, 1, ...: `count` of them."""
+    position = torch.arange(count) % (2 * length)
+    return torch.minimum(position, 2 * length - 1 - position)
+
+
+# ------------------------------------------------------------------------------------------------------------ scenes
+
+
+def mosaic(textures: Textures, count: int, generator: torch.Generator) -> Batch:
+    """Draw `count` scenes of the textures' size. The generator is the CPU's, so that every device draws the same."""
+    B, N, S, device = count, len(textures), textures.size, textures.pixels.device
+
+    def draw(*shape: int) -> Tensor:
+        return torch.rand(*shape, generator=generator).to(device)
+
+    def draw_class(*shape: int) -> Tensor:
+        return torch.randint(N, shape, generator=generator).to(device)
+
+    # Shapes are described for a scene of 128 pixels.
+    y = torch.arange(S, device=device)[:, None] * (128 / S)
+    x = torch.arange(S, device=device) * (128 / S)
+
+    def disc() -> Tensor:
+        row, column, radius = 128 * draw(B, 1, 1), 128 * draw(B, 1, 1), 3 + 6 * draw(B, 1, 1)
+        return (y - row) ** 2 + (x - column) ** 2 < radius**2
+
+    def bar(half_width: float) -> Tensor:
+        angle, row, column = math.pi * draw(B, 1, 1), 128 * draw(B, 1, 1), 128 * draw(B, 1, 1)
+        return ((y - row) * angle.cos() - (x - column) * angle.sin()).abs() < half_width
+
+    regions = 9
+    warp = 6 * torch.sin(y / 9 + 6 * draw(B, 1, 1)) + 6 * torch.cos(x / 11 + 6 * draw(B, 1, 1))
+    sites = 128 * draw(2, B, regions, 1, 1)
+    nearest = (((y + warp)[:, None] - sites[0]) ** 2 + ((x + warp)[:, None] - sites[1]) ** 2).argmin(1)  # (B,S,S)
+    labels = draw_class(B, regions).gather(1, nearest.flatten(1)).view(B, S, S)
+    for shape in (disc(), disc(), bar(1.5), bar(1.5)):
+        labels = torch.where(shape, draw_class(B, 1, 1), labels)
+
+    corners = (draw(B, N, 2) * textures.room).long()
+    images = textures.paint(labels, corners, gain=0.7 + 0.6 * draw(B, N, 1), shade=0.1 * (draw(B, N, 3) - 0.5))
+    return images.clamp(0, 1), labels.masked_fill(bar(2.0), VOID)
+
+
+class Mosaic:
+    """Texture-mosaic scenes: as many for training as are asked for, a fixed set for validation.
+
+    `note` says which textures are used and, where photographs are missing, what would bring them.
+    """
+
+    def __init__(self, size: int = 160, *, validation: int = 96, device: torch.device | str = "cpu"):
+        try:
+            images = photographs()
+            self.note = "texture mosaics from scikit-image's CC0 photographs"
+        except ImportError as error:
+            images = procedural()
+            self.note = f"procedural texture mosaics, as the photographs need scikit-image ({error})"
+        self.classes = tuple(images)
+        self.size = (size, size)
+        self.textures = Textures(images, "train", size, device)
+        generator = torch.Generator().manual_seed(2**32)
+        self.validation = mosaic(Textures(images, "val", size, device), validation, generator)
+
+    def batches(self, batch: int, seed: int) -> Iterator[Batch]:
+        """Training batches without end; the same seed gives the same ones."""
+        generator = torch.Generator().manual_seed(seed)
+        while True:
+            yield mosaic(self.textures, batch, generator)
+
+
+# ------------------------------------------------------------------------------------------------------------ CamVid
+
+
+class CamVid:
+    """CamVid's frames in SegNet's layout, brought to one size and kept in memory (about 40 MB at 144 pixels of height).
+
+    root: a folder with train, trainannot, val and valannot. An image and its label map share their file stem; a
+    label map is a
+        PNG of one channel with 0..10 for the classes below and 11 for void.
+    size: height in pixels; the width keeps the frames' proportions.
+    limit: read only so many frames of each split.
+
+    Every file is read and checked here, so that nothing fails later: DataError names the first bad one.
+    """
+
+    classes = (
+        "sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car", "pedestrian", "bicyclist",
+    )  # fmt: skip
+    note = "CamVid"
+
+    def __init__(self, root: Path, size: int = 144, *, limit: int | None = None, device: torch.device | str = "cpu"):
+        if not root.is_dir():
+            raise DataError(f"no folder {root}: expected CamVid's, which holds train, trainannot, val and valannot.")
+        self.images, self.labels = (t.to(device) for t in _read_split(root, "train", size, limit, len(self.classes)))
+        images, labels = (t.to(device) for t in _read_split(root, "val", size, limit, len(self.classes)))
+        self.size = tuple(labels.shape[-2:])
+        if self.size != tuple(self.labels.shape[-2:]):
+            raise DataError(
+                f"the frames of {root / 'train'} and {root / 'val'} have different proportions, "
+                f"which would give {tuple(self.labels.shape[-2:])} and {self.size} pixels: both must be the same."
+            )
+        self.validation = images.float() / 255, labels.long()
+
+    def batches(self, batch: int, seed: int) -> Iterator[Batch]:
+        """Training batches without end, each frame once before any comes again; the same seed gives the same ones."""
+        generator = torch.Generator().manual_seed(seed)
+        order = torch.empty(0, dtype=torch.long)
+        while True:
+            while len(order) < batch:
+                order = torch.cat((order, torch.randperm(len(self.images), generator=generator)))
+            chosen, order = order[:batch].to(self.images.device), order[batch:]
+            yield self.images[chosen].float() / 255, self.labels[chosen].long()
+
+
+def _read_split(root: Path, split: str, height: int, limit: int | None, num_classes: int) -> Batch:
+    """All frames of a split: images (n,3,h,w) and labels (n,h,w), both uint8."""
+    import numpy as np
+
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise DataError(f"reading CamVid needs Pillow ({error}): pip install pillow.") from error
+
+    def read(path: Path) -> Image.Image:
+        try:
+            with Image.open(path) as image:
+                image.load()
+                return image
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise DataError(f"cannot read {path}: {error}.") from error
+
+    images_folder, labels_folder = root / split, root / f"{split}annot"
+    for folder in (images_folder, labels_folder):
+        if not folder.is_dir():
+            raise DataError(f"no folder {folder}: SegNet's layout has train, trainannot, val and valannot.")
+    paths = sorted(path for path in images_folder.iterdir() if path.suffix.lower() in (".png", ".jpg", ".jpeg"))[:limit]
+    if not paths:
+        raise DataError(f"no .png or .jpg image in {images_folder}.")
+
+    images, labels, first = [], [], None
+    for path in paths:
+        label_path = labels_folder / f"{path.stem}.png"
+        if not label_path.is_file():
+            raise DataError(f"no label map {label_path} for the image {path}.")
+        image, label = read(path).convert("RGB"), read(label_path)
+        if label.size != image.size:
+            raise DataError(f"the label map {label_path} has {_pixels(label)}, its image has {_pixels(image)}.")
+        if label.mode not in ("L", "P"):
+            raise DataError(f"the label map {label_path} is of mode {label.mode}; expected one byte a pixel (L or P).")
+        values = np.array(label)
+        if values.max() > num_classes:
+            raise DataError(
+                f"the label map {label_path} holds the value {values.max()}; "
+                f"expected 0..{num_classes - 1} for the classes and {num_classes} for void."
+            )
+        if first is None:
+            first_path, first = path, image
+        elif image.size != first.size:
+            raise DataError(f"the image {path} has {_pixels(image)}, {first_path} has {_pixels(first)}.")
+        W, H = image.size
+        width = max(1, round(height * W / H))
+        images.append(np.array(image.resize((width, height), Image.Resampling.BILINEAR)))
+        values[values == num_classes] = VOID
+        labels.append(values[np.arange(height)[:, None] * H // height, np.arange(width) * W // width])
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(np.stack(labels))
+
+
+def _pixels(image: Image.Image) -> str:
+    return f"{image.width} x {image.height} pixels"
+
+
+# ------------------------------------------------------------------------------------------------------ augmentation
+
+
+def augmentation() -> tuple[Callable[[Tensor, Tensor], Batch], str]:
+    """The paper's augmentation (colour jitter, flip, random scale) on the batch's device, and a note that names it.
+
+    Without kornia only flips remain. Every image of a batch draws its own parameters from torch's global generator.
+    """
+    try:
+        import kornia.augmentation as K
+    except ImportError as error:
+        return flip, f"flips alone, as colour jitter and random scale need kornia ({error})"
+
+    joint = K.AugmentationSequential(
+        K.ColorJitter(0.3, 0.3, 0.3, 0.05, p=0.8),
+        K.RandomHorizontalFlip(p=0.5),
+        K.RandomAffine(degrees=0.0, translate=(0.1, 0.1), scale=(0.75, 1.5), p=0.8),
+        data_keys=["input", "mask"],
+    )
+
+    def augment(images: Tensor, labels: Tensor) -> Batch:
+        # Pixels from outside the image come back as 0, which would be a class: 0 stands for void on the way.
+        shifted = torch.where(labels == VOID, 0, labels + 1)[:, None].float()
+        images, shifted = joint(images, shifted)
+        labels = shifted[:, 0].long() - 1
+        return images, torch.where(labels < 0, VOID, labels)
+
+    return augment, "colour jitter, flips and random scale by kornia"
+
+
+def flip(images: Tensor, labels: Tensor) -> Batch:
+    """Mirror about half of the images with their label maps."""
+    chosen = (torch.rand(len(images)) < 0.5).to(images.device)[:, None, None]
+    return torch.where(chosen[:, None], images.flip(-1), images), torch.where(chosen, labels.flip(-1), labels)
