@@ -1,11 +1,14 @@
-// contextrast: exact edge distances and hard-negative selection for label maps. Plain C interface of the native library.
+// contextrast: exact edge distances and hard-negative selection for label maps. Plain C interface of the native
+// library.
 //
-// Every function comes twice: `_cpu` takes a number of threads, `_cuda` a device index and a stream on which it only enqueues work. None
-// allocates device memory, keeps state between calls or waits for the device: the caller passes scratch of at least the size that the matching
-// `_scratch_` function returns (any content, aligned to 16 bytes), and outputs, which are contiguous and wholly written. Inputs may have any
-// strides and are never copied; no value in them can cause an access out of bounds.
+// Every function comes twice: `_cpu` takes a number of threads, `_cuda` a device index and a stream on which it only
+// enqueues work. None allocates device memory, keeps state between calls or waits for the device: the caller passes
+// scratch of at least the size that the matching
+// `_scratch_` function returns (any content, aligned to 16 bytes), and outputs, which are contiguous and wholly
+// written. Inputs may have any strides and are never copied; no value in them can cause an access out of bounds.
 //
-// A function returns CONTEXTRAST_OK, or another code and one sentence in `error`, CONTEXTRAST_ERROR_SIZE bytes of the caller's.
+// A function returns CONTEXTRAST_OK, or another code and one sentence in `error`, CONTEXTRAST_ERROR_SIZE bytes of the
+// caller's.
 //
 // Letters: B images, N classes, H W a map's size, h w a layer's size.
 #ifndef CONTEXTRAST_H
@@ -19,11 +22,11 @@
 #define CONTEXTRAST_API __attribute__((visibility("default")))
 #endif
 
-#define CONTEXTRAST_MAX_SIDE 16384 // squared distances, and what the row search adds to them, stay below 2^31
+#define CONTEXTRAST_MAX_SIDE 16384  // squared distances, and what the row search adds to them, stay below 2^31
 #define CONTEXTRAST_MAX_LAYERS 16
 #define CONTEXTRAST_ERROR_SIZE 256
-#define CONTEXTRAST_NO_EDGE INT32_MAX // squared distance where the class has no edge in its image
-#define CONTEXTRAST_OUTSIDE (-1)      // distance of a pixel that belongs to no class
+#define CONTEXTRAST_NO_EDGE INT32_MAX  // squared distance where the class has no edge in its image
+#define CONTEXTRAST_OUTSIDE (-1)       // distance of a pixel that belongs to no class
 
 #ifdef __cplusplus
 extern "C" {
@@ -49,14 +52,14 @@ typedef enum ContextrastDistanceAt { CONTEXTRAST_AT_LAYER, CONTEXTRAST_AT_FULL }
 // The k errors nearest to their edge, or k errors drawn by hash alone.
 typedef enum ContextrastNegatives { CONTEXTRAST_BANE, CONTEXTRAST_SEMI_HARD } ContextrastNegatives;
 
-// Integer maps (B, H, W), with channels = 0; or logits (B, channels, H, W) of a floating type, standing for the map of their arg-max over the
-// channels (ties: the lowest; NaN counts as the largest, as in torch.argmax). Element (b, n, r, c) lies
-// b*stride_batch + n*stride_channel + r*stride_row + c*stride_column elements behind data.
+// Integer maps (B, H, W), with channels = 0; or logits (B, channels, H, W) of a floating type, standing for the map of
+// their arg-max over the channels (ties: the lowest; NaN counts as the largest, as in torch.argmax). Element (b, n, r,
+// c) lies b*stride_batch + n*stride_channel + r*stride_row + c*stride_column elements behind data.
 typedef struct ContextrastMap {
   const void *data;
   int64_t batch, channels, height, width;
   int64_t stride_batch, stride_channel, stride_row, stride_column;
-  int32_t type; // ContextrastType
+  int32_t type;  // ContextrastType
 } ContextrastMap;
 
 // One layer of bane_negatives: its size, and its output (B, height, width).
@@ -65,61 +68,70 @@ typedef struct ContextrastLayer {
   int32_t *negatives;
 } ContextrastLayer;
 
-// Eq. 6. errors (B, H, W), sized as the labels: the predicted class where the pixel is valid and the prediction, brought to the labels' size, is
-// another class; else -1. Valid: 0 <= label < num_classes and label != ignore_index. A prediction outside 0..num_classes-1 is no error.
-// num_classes = -1: the channels of the logits; for a class map every value from 0 to INT32_MAX is a class.
-CONTEXTRAST_API int contextrast_error_map_cpu(const ContextrastMap *predictions, const ContextrastMap *labels, int64_t num_classes,
-                                              int64_t ignore_index, int32_t *errors, int threads, char *error);
-CONTEXTRAST_API int contextrast_error_map_cuda(const ContextrastMap *predictions, const ContextrastMap *labels, int64_t num_classes,
-                                               int64_t ignore_index, int32_t *errors, int device, void *stream, char *error);
+// Eq. 6. errors (B, H, W), sized as the labels: the predicted class where the pixel is valid and the prediction,
+// brought to the labels' size, is another class; else -1. Valid: 0 <= label < num_classes and label != ignore_index. A
+// prediction outside 0..num_classes-1 is no error. num_classes = -1: the channels of the logits; for a class map every
+// value from 0 to INT32_MAX is a class.
+CONTEXTRAST_API int contextrast_error_map_cpu(const ContextrastMap *predictions, const ContextrastMap *labels,
+                                              int64_t num_classes, int64_t ignore_index, int32_t *errors, int threads,
+                                              char *error);
+CONTEXTRAST_API int contextrast_error_map_cuda(const ContextrastMap *predictions, const ContextrastMap *labels,
+                                               int64_t num_classes, int64_t ignore_index, int32_t *errors, int device,
+                                               void *stream, char *error);
 
-// Eq. 7. Distance of every pixel with a class >= 0 to the nearest edge pixel of its class in its image: one with a 4-neighbour inside the image
-// of another value. distance (B, H, W): squared != 0: int32, CONTEXTRAST_NO_EDGE without an edge; else float32, inf without an edge. Pixels of
-// negative class: CONTEXTRAST_OUTSIDE.
+// Eq. 7. Distance of every pixel with a class >= 0 to the nearest edge pixel of its class in its image: one with a
+// 4-neighbour inside the image of another value. distance (B, H, W): squared != 0: int32, CONTEXTRAST_NO_EDGE without
+// an edge; else float32, inf without an edge. Pixels of negative class: CONTEXTRAST_OUTSIDE.
 CONTEXTRAST_API int64_t contextrast_edge_distance_scratch_cpu(int64_t batch, int64_t height, int64_t width);
 CONTEXTRAST_API int64_t contextrast_edge_distance_scratch_cuda(int64_t batch, int64_t height, int64_t width);
-CONTEXTRAST_API int contextrast_edge_distance_cpu(const ContextrastMap *classes, int squared, void *distance, void *scratch, int threads,
-                                                  char *error);
-CONTEXTRAST_API int contextrast_edge_distance_cuda(const ContextrastMap *classes, int squared, void *distance, void *scratch, int device,
-                                                   void *stream, char *error);
+CONTEXTRAST_API int contextrast_edge_distance_cpu(const ContextrastMap *classes, int squared, void *distance,
+                                                  void *scratch, int threads, char *error);
+CONTEXTRAST_API int contextrast_edge_distance_cuda(const ContextrastMap *classes, int squared, void *distance,
+                                                   void *scratch, int device, void *stream, char *error);
 
-// Distance of every nonzero pixel to the nearest zero of its image, 0 on zeros; types and the value without a zero as above. The scratch is that
-// of edge_distance.
-CONTEXTRAST_API int contextrast_distance_transform_cpu(const ContextrastMap *mask, int squared, void *distance, void *scratch, int threads,
-                                                       char *error);
-CONTEXTRAST_API int contextrast_distance_transform_cuda(const ContextrastMap *mask, int squared, void *distance, void *scratch, int device,
-                                                        void *stream, char *error);
+// Distance of every nonzero pixel to the nearest zero of its image, 0 on zeros; types and the value without a zero as
+// above. The scratch is that of edge_distance.
+CONTEXTRAST_API int contextrast_distance_transform_cpu(const ContextrastMap *mask, int squared, void *distance,
+                                                       void *scratch, int threads, char *error);
+CONTEXTRAST_API int contextrast_distance_transform_cuda(const ContextrastMap *mask, int squared, void *distance,
+                                                        void *scratch, int device, void *stream, char *error);
 
-// Marks, for each image and class, exactly k = ceil(ratio * pixels of the class) pixels: those of smallest distance_sq (int32, the size of
-// classes), ties in the order of hash(*seed, 0, row*W + column). selected (B, H, W): 1 or 0. Classes are 0..num_classes-1; -1: every value >= 0.
-// seed points to memory of the device that computes.
-CONTEXTRAST_API int64_t contextrast_select_nearest_scratch_cpu(int64_t batch, int64_t height, int64_t width, int64_t num_classes,
-                                                               int threads);
-CONTEXTRAST_API int64_t contextrast_select_nearest_scratch_cuda(int64_t batch, int64_t height, int64_t width, int64_t num_classes);
-CONTEXTRAST_API int contextrast_select_nearest_cpu(const ContextrastMap *classes, const ContextrastMap *distance_sq, double ratio,
-                                                   int64_t num_classes, const int64_t *seed, uint8_t *selected, void *scratch,
-                                                   int threads, char *error);
-CONTEXTRAST_API int contextrast_select_nearest_cuda(const ContextrastMap *classes, const ContextrastMap *distance_sq, double ratio,
-                                                    int64_t num_classes, const int64_t *seed, uint8_t *selected, void *scratch,
-                                                    int device, void *stream, char *error);
+// Marks, for each image and class, exactly k = ceil(ratio * pixels of the class) pixels: those of smallest distance_sq
+// (int32, the size of classes), ties in the order of hash(*seed, 0, row*W + column). selected (B, H, W): 1 or 0.
+// Classes are 0..num_classes-1; -1: every value >= 0. seed points to memory of the device that computes.
+CONTEXTRAST_API int64_t contextrast_select_nearest_scratch_cpu(int64_t batch, int64_t height, int64_t width,
+                                                               int64_t num_classes, int threads);
+CONTEXTRAST_API int64_t contextrast_select_nearest_scratch_cuda(int64_t batch, int64_t height, int64_t width,
+                                                                int64_t num_classes);
+CONTEXTRAST_API int contextrast_select_nearest_cpu(const ContextrastMap *classes, const ContextrastMap *distance_sq,
+                                                   double ratio, int64_t num_classes, const int64_t *seed,
+                                                   uint8_t *selected, void *scratch, int threads, char *error);
+CONTEXTRAST_API int contextrast_select_nearest_cuda(const ContextrastMap *classes, const ContextrastMap *distance_sq,
+                                                    double ratio, int64_t num_classes, const int64_t *seed,
+                                                    uint8_t *selected, void *scratch, int device, void *stream,
+                                                    char *error);
 
-// Eqs. 6 and 7 and the selection, for several layers at once. Row r of a layer of h rows samples row (r*H)/h of a map of H, columns likewise.
-// distance_at = CONTEXTRAST_AT_LAYER: labels and predictions are each sampled from their own size to the layer, where errors and distances are
-// computed. CONTEXTRAST_AT_FULL: both are computed at the labels' size and sampled. Each layer's negatives: the error class of the selected
-// pixels, else -1. Of labels, the scratch functions read the sizes alone.
+// Eqs. 6 and 7 and the selection, for several layers at once. Row r of a layer of h rows samples row (r*H)/h of a map
+// of H, columns likewise. distance_at = CONTEXTRAST_AT_LAYER: labels and predictions are each sampled from their own
+// size to the layer, where errors and distances are computed. CONTEXTRAST_AT_FULL: both are computed at the labels'
+// size and sampled. Each layer's negatives: the error class of the selected pixels, else -1. Of labels, the scratch
+// functions read the sizes alone.
 CONTEXTRAST_API int64_t contextrast_bane_negatives_scratch_cpu(const ContextrastMap *labels, int64_t num_classes,
-                                                               const ContextrastLayer *layers, int num_layers, int distance_at,
-                                                               int threads);
+                                                               const ContextrastLayer *layers, int num_layers,
+                                                               int distance_at, int threads);
 CONTEXTRAST_API int64_t contextrast_bane_negatives_scratch_cuda(const ContextrastMap *labels, int64_t num_classes,
-                                                                const ContextrastLayer *layers, int num_layers, int distance_at);
-CONTEXTRAST_API int contextrast_bane_negatives_cpu(const ContextrastMap *predictions, const ContextrastMap *labels, int64_t num_classes,
-                                                   int64_t ignore_index, const ContextrastLayer *layers, int num_layers, double ratio,
-                                                   int negatives, int distance_at, const int64_t *seed, void *scratch, int threads,
-                                                   char *error);
-CONTEXTRAST_API int contextrast_bane_negatives_cuda(const ContextrastMap *predictions, const ContextrastMap *labels, int64_t num_classes,
-                                                    int64_t ignore_index, const ContextrastLayer *layers, int num_layers, double ratio,
-                                                    int negatives, int distance_at, const int64_t *seed, void *scratch, int device,
-                                                    void *stream, char *error);
+                                                                const ContextrastLayer *layers, int num_layers,
+                                                                int distance_at);
+CONTEXTRAST_API int contextrast_bane_negatives_cpu(const ContextrastMap *predictions, const ContextrastMap *labels,
+                                                   int64_t num_classes, int64_t ignore_index,
+                                                   const ContextrastLayer *layers, int num_layers, double ratio,
+                                                   int negatives, int distance_at, const int64_t *seed, void *scratch,
+                                                   int threads, char *error);
+CONTEXTRAST_API int contextrast_bane_negatives_cuda(const ContextrastMap *predictions, const ContextrastMap *labels,
+                                                    int64_t num_classes, int64_t ignore_index,
+                                                    const ContextrastLayer *layers, int num_layers, double ratio,
+                                                    int negatives, int distance_at, const int64_t *seed, void *scratch,
+                                                    int device, void *stream, char *error);
 
 // CONTEXTRAST_OK if the kernels in this library can run on the device, else why not. Only in a library with CUDA code.
 CONTEXTRAST_API int contextrast_cuda_status(int device, char *error);

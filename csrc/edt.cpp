@@ -1,7 +1,8 @@
 // edge_distance and distance_transform on the CPU. Three passes over bands of 32 rows, each band a task for a thread:
 //   1. mark    seeds, and the result of every pixel that is a seed or has no distance; the others are `far`
 //   2. carry   the nearest seeds above and below each band
-//   3. solve   the far pixels, run by run. Both neighbours of a run of far pixels are seeds (or the image ends), so no column beyond them matters.
+//   3. solve   the far pixels, run by run. Both neighbours of a run of far pixels are seeds (or the image ends), so no
+//   column beyond them matters.
 #include <string.h>
 
 #include "host.h"
@@ -11,14 +12,14 @@ namespace contextrast {
 namespace {
 
 constexpr int BAND = 32;
-constexpr int WINDOW = 8;   // steps of the window before a segment is left to the bisection
-constexpr int SEGMENT = 16; // pixels: a small multiple of the lanes of a vector register
+constexpr int WINDOW = 8;    // steps of the window before a segment is left to the bisection
+constexpr int SEGMENT = 16;  // pixels: a small multiple of the lanes of a vector register
 constexpr int SEGMENTS = CONTEXTRAST_MAX_SIDE / SEGMENT + 1;
 
 struct Bands {
   int64_t count;
-  uint32_t *seeds, *carries; // (B, count, W)
-  uint8_t *far;              // (B, H, W)
+  uint32_t *seeds, *carries;  // (B, count, W)
+  uint8_t *far;               // (B, H, W)
 
   Bands(Scratch &scratch, int64_t batch, int64_t height, int64_t width) : count((height + BAND - 1) / BAND) {
     seeds = scratch.take<uint32_t>(batch * count * width);
@@ -56,8 +57,9 @@ struct Zeros {
 // ---- 1. Mark
 
 template <class Kind, class T, class Distance>
-CONTEXTRAST_HD void mark_row(const T *__restrict__ here, const T *__restrict__ up, const T *__restrict__ down, int64_t step, int width,
-                             int bit, uint32_t *__restrict__ seeds, uint8_t *__restrict__ far, Distance *__restrict__ distance) {
+CONTEXTRAST_HD void mark_row(const T *__restrict__ here, const T *__restrict__ up, const T *__restrict__ down,
+                             int64_t step, int width, int bit, uint32_t *__restrict__ seeds, uint8_t *__restrict__ far,
+                             Distance *__restrict__ distance) {
   const auto mark = [&](int x, int left, int right) __attribute__((always_inline)) {
     const T pixel = here[x * step];
     const bool seed = Kind::is_seed(pixel, up[x * step], down[x * step], here[left * step], here[right * step]);
@@ -73,11 +75,12 @@ CONTEXTRAST_HD void mark_row(const T *__restrict__ here, const T *__restrict__ u
 }
 
 template <class Kind, class T, class Distance>
-CONTEXTRAST_CLONES void mark_band(const T *image, int64_t stride_row, int64_t stride_column, int height, int width, int top,
-                                  uint32_t *seeds, uint8_t *far, Distance *distance) {
+CONTEXTRAST_CLONES void mark_band(const T *image, int64_t stride_row, int64_t stride_column, int height, int width,
+                                  int top, uint32_t *seeds, uint8_t *far, Distance *distance) {
   memset(seeds, 0, static_cast<size_t>(width) * sizeof *seeds);
   for (int y = top; y < lesser(top + BAND, height); ++y, far += width, distance += width) {
-    const T *here = image + y * stride_row, *up = y > 0 ? here - stride_row : here, *down = y + 1 < height ? here + stride_row : here;
+    const T *here = image + y * stride_row, *up = y > 0 ? here - stride_row : here,
+            *down = y + 1 < height ? here + stride_row : here;
     if (stride_column == 1)
       mark_row<Kind>(here, up, down, 1, width, y - top, seeds, far, distance);
     else
@@ -87,7 +90,7 @@ CONTEXTRAST_CLONES void mark_band(const T *image, int64_t stride_row, int64_t st
 
 // ---- 2. Carry
 
-CONTEXTRAST_CLONES void carry(const uint32_t *seeds, uint32_t *carries, int64_t count, int width) { // of one image
+CONTEXTRAST_CLONES void carry(const uint32_t *seeds, uint32_t *carries, int64_t count, int width) {  // of one image
   for (int x = 0; x < width; ++x) carries[x] = pack_carry(NO_SEED, 0);
   for (int64_t band = 1; band < count; ++band) {
     const uint32_t *word = seeds + (band - 1) * width, *from = carries + (band - 1) * width;
@@ -131,11 +134,14 @@ CONTEXTRAST_HD void least_costs(const int32_t *parabolas, int x, int first, int 
   for (int i = 0; i < SEGMENT; ++i) best[i] = lowest[i] + (x + i) * (x + i);
 }
 
-// What the window leaves open: the segments marked hard, by bisection over the columns first..last. May write SEGMENT entries beyond last.
+// What the window leaves open: the segments marked hard, by bisection over the columns first..last. May write SEGMENT
+// entries beyond last.
 CONTEXTRAST_HD void bisect(const int32_t *parabolas, int first, int last, const bool *hard, int32_t *best) {
-  int column[SEGMENTS + 1]; // of each anchor
+  int column[SEGMENTS + 1];  // of each anchor
   const int count = segments(first, last, SEGMENT);
-  const auto solve = [&](int j, int from, int to) { column[j] = best_column(parabolas, anchor_column(first, last, SEGMENT, j), from, to); };
+  const auto solve = [&](int j, int from, int to) {
+    column[j] = best_column(parabolas, anchor_column(first, last, SEGMENT, j), from, to);
+  };
   solve(0, first, last);
   solve(count, column[0], last);
   for (int step = first_step(count); step; step /= 2)
@@ -145,7 +151,8 @@ CONTEXTRAST_HD void bisect(const int32_t *parabolas, int first, int last, const 
 }
 
 template <class Distance>
-CONTEXTRAST_CLONES void solve_band(const uint32_t *seeds, const uint32_t *carries, const uint8_t *far, int width, int rows, Distance *distance) {
+CONTEXTRAST_CLONES void solve_band(const uint32_t *seeds, const uint32_t *carries, const uint8_t *far, int width,
+                                   int rows, Distance *distance) {
   int32_t parabolas[CONTEXTRAST_MAX_SIDE], best[CONTEXTRAST_MAX_SIDE + SEGMENT];
   bool hard[SEGMENTS];
   for (int row = 0; row < rows; ++row, far += width, distance += width) {
@@ -156,7 +163,7 @@ CONTEXTRAST_CLONES void solve_band(const uint32_t *seeds, const uint32_t *carrie
       const void *stop = memchr(far + start, 0, static_cast<size_t>(width - start));
       end = stop ? static_cast<int>(static_cast<const uint8_t *>(stop) - far) : width;
 
-      const int first = greater(start - 1, 0), last = lesser(end, width - 1); // the columns that matter
+      const int first = greater(start - 1, 0), last = lesser(end, width - 1);  // the columns that matter
       for (int u = first; u <= last; ++u) parabolas[u] = parabola(column_distance(seeds[u], row, carries[u]), u);
       bool any_hard = false;
       for (int x = start; x < end; ++x) {
@@ -164,7 +171,7 @@ CONTEXTRAST_CLONES void solve_band(const uint32_t *seeds, const uint32_t *carrie
         if (!any_hard) memset(hard, 0, sizeof hard);
         const int segment = (x - first) / SEGMENT;
         any_hard = hard[segment] = true;
-        x = first + (segment + 1) * SEGMENT - 1; // its other pixels will be no easier
+        x = first + (segment + 1) * SEGMENT - 1;  // its other pixels will be no easier
       }
       if (any_hard) bisect(parabolas, first, last, hard, best);
       for (int x = start; x < end; ++x) write(best[x], distance[x]);
@@ -180,7 +187,7 @@ int transform(const char *name, const ContextrastMap &map, Distance *distance, v
   if (map.batch <= 0 || pixels == 0) return CONTEXTRAST_OK;
   Scratch scratch(memory);
   const Bands bands(scratch, map.batch, height, width);
-  const auto for_bands = [&](const auto &body) { // body(image, band of all images, first row, first pixel)
+  const auto for_bands = [&](const auto &body) {  // body(image, band of all images, first row, first pixel)
     share(threads_for(threads, map.batch * pixels), map.batch * bands.count, [&](int64_t band, int) {
       const int64_t image = band / bands.count, top = band % bands.count * BAND;
       body(image, band, static_cast<int>(top), image * pixels + top * width);
@@ -190,28 +197,29 @@ int transform(const char *name, const ContextrastMap &map, Distance *distance, v
   for_bands([&](int64_t image, int64_t band, int top, int64_t start) {
     with_integer(map.type, [&](auto zero) {
       using T = decltype(zero);
-      mark_band<Kind>(static_cast<const T *>(map.data) + image * map.stride_batch, map.stride_row, map.stride_column, height, width, top,
-                      bands.seeds + band * width, bands.far + start, distance + start);
+      mark_band<Kind>(static_cast<const T *>(map.data) + image * map.stride_batch, map.stride_row, map.stride_column,
+                      height, width, top, bands.seeds + band * width, bands.far + start, distance + start);
     });
   });
   share(threads_for(threads, map.batch * bands.count * width), map.batch, [&](int64_t image, int) {
     carry(bands.seeds + image * bands.count * width, bands.carries + image * bands.count * width, bands.count, width);
   });
   for_bands([&](int64_t, int64_t band, int top, int64_t start) {
-    solve_band(bands.seeds + band * width, bands.carries + band * width, bands.far + start, width, lesser(BAND, height - top),
-               distance + start);
+    solve_band(bands.seeds + band * width, bands.carries + band * width, bands.far + start, width,
+               lesser(BAND, height - top), distance + start);
   });
   return CONTEXTRAST_OK;
 }
 
 template <class Kind>
-int transform(const char *name, const ContextrastMap &map, int squared, void *distance, void *scratch, int threads, char *error) {
+int transform(const char *name, const ContextrastMap &map, int squared, void *distance, void *scratch, int threads,
+              char *error) {
   return squared ? transform<Kind>(name, map, static_cast<int32_t *>(distance), scratch, threads, error)
                  : transform<Kind>(name, map, static_cast<float *>(distance), scratch, threads, error);
 }
 
-} // namespace
-} // namespace contextrast
+}  // namespace
+}  // namespace contextrast
 
 extern "C" {
 
@@ -221,12 +229,14 @@ int64_t contextrast_edge_distance_scratch_cpu(int64_t batch, int64_t height, int
   return scratch.used();
 }
 
-int contextrast_edge_distance_cpu(const ContextrastMap *classes, int squared, void *distance, void *scratch, int threads, char *error) {
+int contextrast_edge_distance_cpu(const ContextrastMap *classes, int squared, void *distance, void *scratch,
+                                  int threads, char *error) {
   return contextrast::transform<contextrast::Edges>("classes", *classes, squared, distance, scratch, threads, error);
 }
 
-int contextrast_distance_transform_cpu(const ContextrastMap *mask, int squared, void *distance, void *scratch, int threads, char *error) {
+int contextrast_distance_transform_cpu(const ContextrastMap *mask, int squared, void *distance, void *scratch,
+                                       int threads, char *error) {
   return contextrast::transform<contextrast::Zeros>("mask", *mask, squared, distance, scratch, threads, error);
 }
 
-} // extern "C"
+}  // extern "C"

@@ -7,29 +7,34 @@
 namespace contextrast {
 
 // Row (or column) of a map of size `from` that index i of a map of size `to` samples.
-CONTEXTRAST_HD int sample(int i, int from, int to) { return i * from / to; } // below 2^28
+CONTEXTRAST_HD int sample(int i, int from, int to) { return i * from / to; }  // below 2^28
 
-// Classes are 0..limit-1.
-CONTEXTRAST_HD int64_t class_limit(int64_t num_classes, int64_t channels) {
-  if (num_classes < 0) num_classes = channels > 0 ? channels : INT64_MAX;
-  return lesser(num_classes, static_cast<int64_t>(INT32_MAX) + 1);
+// Classes are 0..limit-1. num_classes = -1: the channels of the logits, or all values of 63 bits.
+CONTEXTRAST_HD uint64_t class_limit(int64_t num_classes, int64_t channels) {
+  if (num_classes >= 0) return static_cast<uint64_t>(num_classes);
+  return channels > 0 ? static_cast<uint64_t>(channels) : static_cast<uint64_t>(1) << 63;
 }
 
-// The class, or -1 for a value that is none. Values come in as int64, so that ignore_index -100 never meets a uint8 156.
-CONTEXTRAST_HD int32_t class_or_none(int64_t value, int64_t limit) {
-  return static_cast<uint64_t>(value) < static_cast<uint64_t>(limit) ? static_cast<int32_t>(value) : -1;
+constexpr int32_t NO_CLASS = -1;
+constexpr int32_t LARGE_CLASS = -2;  // a label that is a class beyond int32, which no prediction can equal
+
+// Values come in as int64, so that ignore_index -100 never meets a uint8 156.
+CONTEXTRAST_HD int32_t prediction_of(int64_t value, uint64_t limit) {
+  return static_cast<uint64_t>(value) < limit && value <= INT32_MAX ? static_cast<int32_t>(value) : NO_CLASS;
 }
 
-CONTEXTRAST_HD int32_t label_or_none(int64_t value, int64_t limit, int64_t ignore_index) {
-  return value == ignore_index ? -1 : class_or_none(value, limit);
+CONTEXTRAST_HD int32_t target_of(int64_t value, uint64_t limit, int64_t ignore_index) {
+  if (static_cast<uint64_t>(value) >= limit || value == ignore_index) return NO_CLASS;
+  return value <= INT32_MAX ? static_cast<int32_t>(value) : LARGE_CLASS;
 }
 
-CONTEXTRAST_HD int32_t error_class(int32_t label, int32_t prediction) {
-  return label >= 0 && prediction != label ? prediction : -1;
+CONTEXTRAST_HD int32_t error_class(int32_t target, int32_t prediction) {
+  return target != NO_CLASS && prediction != target ? prediction : NO_CLASS;
 }
 
-// Logits are compared as integers in the order of their values: the bits of a non-negative number, the negated magnitude of a negative one
-// (so -0 equals 0), and the largest key for NaN. `Bits` is the signed integer of the logit's width, `infinity` the bits of +inf.
+// Logits are compared as integers in the order of their values: the bits of a non-negative number, the negated
+// magnitude of a negative one (so -0 equals 0), and the largest key for NaN. `Bits` is the signed integer of the
+// logit's width, `infinity` the bits of +inf.
 template <class Bits>
 CONTEXTRAST_HD Bits order_key(Bits bits, Bits infinity) {
   constexpr Bits sign = static_cast<Bits>(Bits(1) << (8 * sizeof(Bits) - 1)), largest = static_cast<Bits>(~sign);
@@ -41,5 +46,5 @@ constexpr int16_t INFINITY_FLOAT16 = 0x7C00, INFINITY_BFLOAT16 = 0x7F80;
 constexpr int32_t INFINITY_FLOAT32 = 0x7F800000;
 constexpr int64_t INFINITY_FLOAT64 = 0x7FF0000000000000;
 
-} // namespace contextrast
+}  // namespace contextrast
 #endif

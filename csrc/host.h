@@ -11,8 +11,9 @@
 
 #include "contextrast.h"
 
-// Where the compiler and the loader can choose between versions of a function at load time, the loops over pixels exist for the x86-64 levels
-// 4 (AVX-512), 3 (AVX2) and the baseline; what they inline is compiled with them. CMakeLists.txt finds out.
+// Where the compiler and the loader can choose between versions of a function at load time, the loops over pixels exist
+// for the x86-64 levels 4 (AVX-512), 3 (AVX2) and the baseline; what they inline is compiled with them. CMakeLists.txt
+// finds out.
 #if defined(CONTEXTRAST_HAS_CLONES)
 #define CONTEXTRAST_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
@@ -32,7 +33,8 @@ int refuse(char *error, const char *format, Values... values) {
 inline bool is_integer(int32_t type) { return type >= CONTEXTRAST_UINT8 && type <= CONTEXTRAST_INT64; }
 
 inline int check_sides(const char *name, int64_t height, int64_t width, char *error) {
-  if (height >= 0 && width >= 0 && height <= CONTEXTRAST_MAX_SIDE && width <= CONTEXTRAST_MAX_SIDE) return CONTEXTRAST_OK;
+  if (height >= 0 && width >= 0 && height <= CONTEXTRAST_MAX_SIDE && width <= CONTEXTRAST_MAX_SIDE)
+    return CONTEXTRAST_OK;
   return refuse(error, "%s has sides of %lld x %lld pixels, but at most %d are supported: tile or downsample it", name,
                 static_cast<long long>(height), static_cast<long long>(width), CONTEXTRAST_MAX_SIDE);
 }
@@ -51,16 +53,17 @@ inline int check_pair(const ContextrastMap &predictions, const ContextrastMap &l
     if (const int code = check_integer_map("predictions", predictions, error)) return code;
   } else {
     if (predictions.channels < 0 || predictions.type < CONTEXTRAST_FLOAT16 || predictions.type > CONTEXTRAST_FLOAT64)
-      return refuse(error, "predictions with channels must be logits of float16, bfloat16, float32 or float64, got type %d",
+      return refuse(error,
+                    "predictions with channels must be logits of float16, bfloat16, float32 or float64, got type %d",
                     static_cast<int>(predictions.type));
     if (const int code = check_sides("predictions", predictions.height, predictions.width, error)) return code;
   }
   if (predictions.batch != labels.batch)
-    return refuse(error, "predictions hold %lld images and labels %lld, but they must agree", static_cast<long long>(predictions.batch),
-                  static_cast<long long>(labels.batch));
+    return refuse(error, "predictions hold %lld images and labels %lld, but they must agree",
+                  static_cast<long long>(predictions.batch), static_cast<long long>(labels.batch));
   if (labels.batch > 0 && labels.height * labels.width > 0 && predictions.height * predictions.width == 0)
-    return refuse(error, "predictions have no pixels, but labels have %lld x %lld", static_cast<long long>(labels.height),
-                  static_cast<long long>(labels.width));
+    return refuse(error, "predictions have no pixels, but labels have %lld x %lld",
+                  static_cast<long long>(labels.height), static_cast<long long>(labels.width));
   return CONTEXTRAST_OK;
 }
 
@@ -81,9 +84,10 @@ void with_integer(int32_t type, const Body &body) {
 // ---- Threads
 
 constexpr int MAX_THREADS = 64;
-constexpr int64_t PIXELS_A_THREAD = 1 << 16; // fewer are done before another thread has started
+constexpr int64_t PIXELS_A_THREAD = 1 << 16;  // fewer are done before another thread has started
 
-// body(task, worker) for every task 0..tasks-1, worker < threads. Threads live for the call only, so that nothing is left behind for a fork.
+// body(task, worker) for every task 0..tasks-1, worker < threads. Threads live for the call only, so that nothing is
+// left behind for a fork.
 template <class Body>
 void share(int threads, int64_t tasks, const Body &body) {
   std::atomic<int64_t> next{0};
@@ -123,7 +127,7 @@ class Scratch {
     return piece;
   }
 
-  int64_t used() const { return used_; } // with no memory behind it, a Scratch measures
+  int64_t used() const { return used_; }  // with no memory behind it, a Scratch measures
 
  private:
   char *start_;
@@ -132,9 +136,10 @@ class Scratch {
 
 // ---- Pieces that one file lends the others
 
-// The error map at size (height, width), labels and predictions each sampled from their own. The arguments have been checked.
-void errors_at(const ContextrastMap &predictions, const ContextrastMap &labels, int64_t num_classes, int64_t ignore_index, int64_t height,
-               int64_t width, int32_t *errors, int threads);
+// The error map at size (height, width), labels and predictions each sampled from their own. The arguments have been
+// checked.
+void errors_at(const ContextrastMap &predictions, const ContextrastMap &labels, int64_t num_classes,
+               int64_t ignore_index, int64_t height, int64_t width, int32_t *errors, int threads);
 
-} // namespace contextrast
+}  // namespace contextrast
 #endif

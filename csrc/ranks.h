@@ -1,4 +1,5 @@
-// Who is selected: the hash, the order of the pixels of one class in one image, their number, and the bins of a histogram over that order.
+// Who is selected: the hash, the order of the pixels of one class in one image, their number, and the bins of a
+// histogram over that order.
 #ifndef CONTEXTRAST_RANKS_H
 #define CONTEXTRAST_RANKS_H
 
@@ -8,7 +9,7 @@ namespace contextrast {
 
 // ---- Hash. A bijection of 32-bit words for every seed and stream, so that no two pixels of an image tie.
 
-constexpr uint32_t TIES = 0; // the stream that breaks ties and draws semi-hard negatives
+constexpr uint32_t TIES = 0;  // the stream that breaks ties and draws semi-hard negatives
 
 CONTEXTRAST_HD uint32_t mix(uint32_t x) {
   x = (x ^ x >> 15) * 0x2C1B3C6Du;
@@ -42,20 +43,20 @@ CONTEXTRAST_HD int64_t quota(double ratio, int64_t count) {
   return k < static_cast<double>(count) ? static_cast<int64_t>(k) : count;
 }
 
-// ---- Bins: a monotone integer function of distance_sq. One bin for each value up to 127 (negative ones join 0), then 8 for each octave, and one
-// for "no edge" alone.
+// ---- Bins: a monotone integer function of distance_sq. One bin for each value up to 127 (negative ones join 0), then
+// 8 for each octave, and one for "no edge" alone.
 
 constexpr int EXACT_BINS = 128, OCTAVE_BINS = 8, BINS = EXACT_BINS + 24 * OCTAVE_BINS + 1;
 
 CONTEXTRAST_HD int bin_of(int32_t distance_sq) {
   if (distance_sq < EXACT_BINS) return greater(distance_sq, 0);
   if (distance_sq == CONTEXTRAST_NO_EDGE) return BINS - 1;
-  const int octave = 31 - leading_zeros(static_cast<uint32_t>(distance_sq)); // 7..30
+  const int octave = 31 - leading_zeros(static_cast<uint32_t>(distance_sq));  // 7..30
   return EXACT_BINS + (octave - 7) * OCTAVE_BINS + ((distance_sq >> (octave - 3)) & (OCTAVE_BINS - 1));
 }
 
-// The smallest distance of a bin; the bin's ranks are rank(bin_start(bin), 0) up to, not including, those of the next. Bin 0 starts at
-// INT32_MIN.
+// The smallest distance of a bin; the bin's ranks are rank(bin_start(bin), 0) up to, not including, those of the next.
+// Bin 0 starts at INT32_MIN.
 CONTEXTRAST_HD int32_t bin_start(int bin) {
   if (bin == 0) return INT32_MIN;
   if (bin < EXACT_BINS) return bin;
@@ -64,5 +65,5 @@ CONTEXTRAST_HD int32_t bin_start(int bin) {
   return (OCTAVE_BINS + part) << (octave - 3);
 }
 
-} // namespace contextrast
+}  // namespace contextrast
 #endif

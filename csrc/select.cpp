@@ -1,0 +1,241 @@
+// select_nearest and bane_negatives on the CPU. An image is a task: its pixels are grouped by class, ranked by (squared
+// distance, hash), and each group is parted at its quota.
+#include <string.h>
+
+#include <algorithm>
+
+#include "errors.h"
+#include "host.h"
+#include "ranks.h"
+
+namespace contextrast {
+namespace {
+
+struct Ranked {
+  uint64_t rank;
+  uint32_t pixel;
+};
+
+// A thread's memory for images of up to `pixels` pixels. Groups are numbered by class where all classes are below the
+// number of groups, else by the class's place among those that occur.
+struct Groups {
+  int64_t count;
+  Ranked *ranked;     // (pixels)
+  int32_t *starts;    // (count + 1)
+  int64_t *distinct;  // (pixels)
+
+  static constexpr int64_t USUAL_CLASSES = 1024;  // so many groups even for the smallest layer
+
+  Groups(Scratch &scratch, int64_t pixels) : count(greater(pixels, USUAL_CLASSES)) {
+    ranked = scratch.take<Ranked>(pixels);
+    starts = scratch.take<int32_t>(count + 1);
+    distinct = scratch.take<int64_t>(pixels);
+  }
+};
+
+// One image of classes and, unless null, distances.
+template <class T>
+struct Image {
+  const T *classes;
+  int64_t class_row, class_column;
+  const int32_t *distance_sq;
+  int64_t distance_row, distance_column;
+  int height, width;
+  int64_t num_classes;  // -1: every value >= 0
+
+  template <class Body>
+  void for_pixels(const Body &body) const {  // body(class, row, column) for the pixels that belong to a class
+    for (int r = 0; r < height; ++r)
+      for (int c = 0; c < width; ++c) {
+        const int64_t n = classes[r * class_row + c * class_column];
+        if (n >= 0 && (num_classes < 0 || n < num_classes)) body(n, r, c);
+      }
+  }
+};
+
+// decide(pixel, selected) for every pixel of the image that belongs to a class.
+template <class T, class Decide>
+void select(const Image<T> &image, double ratio, uint32_t key, const Groups &groups, const Decide &decide) {
+  int64_t largest = -1;
+  image.for_pixels([&](int64_t n, int, int) { largest = greater(largest, n); });
+  const bool numbered_by_class = largest < groups.count;
+  int64_t count = largest + 1;  // of groups in use
+  if (!numbered_by_class) {
+    int64_t *end = groups.distinct;
+    image.for_pixels([&](int64_t n, int, int) { *end++ = n; });
+    std::sort(groups.distinct, end);
+    count = std::unique(groups.distinct, end) - groups.distinct;
+  }
+  const auto group = [&](int64_t n) {
+    return numbered_by_class ? n : std::lower_bound(groups.distinct, groups.distinct + count, n) - groups.distinct;
+  };
+
+  int32_t *const starts = groups.starts;  // counts, then where each group starts, then where it ends
+  std::fill(starts, starts + count + 1, 0);
+  image.for_pixels([&](int64_t n, int, int) { ++starts[group(n) + 1]; });
+  for (int64_t i = 0; i < count; ++i) starts[i + 1] += starts[i];
+  image.for_pixels([&](int64_t n, int r, int c) {
+    const uint32_t pixel = static_cast<uint32_t>(r * image.width + c);
+    const int32_t distance_sq =
+        image.distance_sq ? image.distance_sq[r * image.distance_row + c * image.distance_column] : 0;
+    groups.ranked[starts[group(n)]++] = {rank(distance_sq, hash(pixel, key)), pixel};
+  });
+
+  Ranked *start = groups.ranked;
+  for (int64_t i = 0; i < count; ++i) {
+    Ranked *const stop = groups.ranked + starts[i], *const parting = start + quota(ratio, stop - start);
+    if (start < parting && parting < stop)
+      std::nth_element(start, parting, stop, [](const Ranked &a, const Ranked &b) { return a.rank < b.rank; });
+    for (; start < parting; ++start) decide(start->pixel, true);
+    for (; start < stop; ++start) decide(start->pixel, false);
+  }
+}
+
+// body(image, groups) for every image, with the memory of the thread that runs it.
+template <class Body>
+void for_images(int64_t batch, int64_t pixels, int threads, Scratch scratch, const Body &body) {
+  char *const memory = scratch.take<char>(0);
+  Scratch measure(nullptr);
+  Groups(measure, pixels);
+  share(threads_for(threads, batch * pixels), batch, [&](int64_t image, int worker) {
+    Scratch own(memory + worker * measure.used());
+    body(image, Groups(own, pixels));
+  });
+}
+
+int64_t groups_bytes(int64_t batch, int64_t pixels, int threads) {
+  Scratch scratch(nullptr);
+  Groups(scratch, pixels);
+  return scratch.used() * lesser<int64_t>(threads_for(threads, batch * pixels), greater<int64_t>(batch, 1));
+}
+
+// ---- bane_negatives
+
+// layer = map, sampled
+void sample_map(const int32_t *map, int64_t batch, int64_t height, int64_t width, int64_t h, int64_t w, int32_t *layer,
+                int threads) {
+  share(threads_for(threads, batch * h * w), batch * h, [&](int64_t task, int) {
+    const int r = sample(static_cast<int>(task % h), static_cast<int>(height), static_cast<int>(h));
+    const int32_t *row = map + (task / h * height + r) * width;
+    for (int c = 0; c < w; ++c) layer[task * w + c] = row[sample(c, static_cast<int>(width), static_cast<int>(w))];
+  });
+}
+
+}  // namespace
+}  // namespace contextrast
+
+extern "C" {
+
+using namespace contextrast;
+
+int64_t contextrast_select_nearest_scratch_cpu(int64_t batch, int64_t height, int64_t width, int64_t, int threads) {
+  return groups_bytes(batch, height * width, threads);
+}
+
+int contextrast_select_nearest_cpu(const ContextrastMap *classes, const ContextrastMap *distance_sq, double ratio,
+                                   int64_t num_classes, const int64_t *seed, uint8_t *selected, void *scratch,
+                                   int threads, char *error) {
+  if (const int code = check_integer_map("classes", *classes, error)) return code;
+  if (const int code = check_integer_map("distance_sq", *distance_sq, error)) return code;
+  const int64_t batch = classes->batch, pixels = classes->height * classes->width;
+  if (distance_sq->type != CONTEXTRAST_INT32 || distance_sq->batch != batch || distance_sq->height != classes->height ||
+      distance_sq->width != classes->width)
+    return refuse(error, "distance_sq must be an int32 map of the size of classes, (%lld, %lld, %lld)",
+                  static_cast<long long>(batch), static_cast<long long>(classes->height),
+                  static_cast<long long>(classes->width));
+  if (batch <= 0 || pixels == 0) return CONTEXTRAST_OK;
+
+  const uint32_t key = hash_key(*seed, TIES);
+  memset(selected, 0, static_cast<size_t>(batch * pixels));
+  Scratch memory(scratch);
+  for_images(batch, pixels, threads, memory, [&](int64_t b, const Groups &groups) {
+    with_integer(classes->type, [&](auto zero) {
+      using T = decltype(zero);
+      const Image<T> image{static_cast<const T *>(classes->data) + b * classes->stride_batch,
+                           classes->stride_row,
+                           classes->stride_column,
+                           static_cast<const int32_t *>(distance_sq->data) + b * distance_sq->stride_batch,
+                           distance_sq->stride_row,
+                           distance_sq->stride_column,
+                           static_cast<int>(classes->height),
+                           static_cast<int>(classes->width),
+                           num_classes};
+      select(image, ratio, key, groups,
+             [&](uint32_t pixel, bool is_selected) { selected[b * pixels + pixel] = is_selected; });
+    });
+  });
+  return CONTEXTRAST_OK;
+}
+
+// Scratch: with AT_FULL errors and distances at the labels' size; then, for one layer after the other in the same
+// memory, its distances and either what edge_distance or what the selection needs.
+int64_t contextrast_bane_negatives_scratch_cpu(const ContextrastMap *labels, int64_t, const ContextrastLayer *layers,
+                                               int num_layers, int distance_at, int threads) {
+  const int64_t batch = labels->batch, pixels = batch * labels->height * labels->width;
+  const bool full = distance_at == CONTEXTRAST_AT_FULL;
+  Scratch memory(nullptr);
+  if (full) memory.take<int32_t>(pixels), memory.take<int32_t>(pixels);
+  int64_t most = full ? contextrast_edge_distance_scratch_cpu(batch, labels->height, labels->width) : 0;
+  for (int i = 0; i < num_layers; ++i) {
+    const int64_t h = layers[i].height, w = layers[i].width;
+    Scratch own(nullptr);
+    own.take<int32_t>(batch * h * w);
+    const int64_t distances = full ? 0 : contextrast_edge_distance_scratch_cpu(batch, h, w);
+    most = greater(most, own.used() + greater(distances, groups_bytes(batch, h * w, threads)));
+  }
+  return memory.used() + most;
+}
+
+int contextrast_bane_negatives_cpu(const ContextrastMap *predictions, const ContextrastMap *labels, int64_t num_classes,
+                                   int64_t ignore_index, const ContextrastLayer *layers, int num_layers, double ratio,
+                                   int negatives, int distance_at, const int64_t *seed, void *scratch, int threads,
+                                   char *error) {
+  if (const int code = check_pair(*predictions, *labels, error)) return code;
+  for (int i = 0; i < num_layers; ++i) {
+    if (const int code = check_sides("a layer", layers[i].height, layers[i].width, error)) return code;
+    if (labels->batch > 0 && layers[i].height * layers[i].width > 0 && labels->height * labels->width == 0)
+      return refuse(error, "labels have no pixels, but layer %d has %lld x %lld", i,
+                    static_cast<long long>(layers[i].height), static_cast<long long>(layers[i].width));
+  }
+  const int64_t batch = labels->batch, height = labels->height, width = labels->width;
+  if (batch <= 0 || height * width == 0) return CONTEXTRAST_OK;
+
+  const bool full = distance_at == CONTEXTRAST_AT_FULL, bane = negatives == CONTEXTRAST_BANE;
+  const auto distances_of = [&](const int32_t *errors, int64_t h, int64_t w, int32_t *distance_sq, Scratch spare) {
+    const ContextrastMap map{errors, batch, 0, h, w, h * w, 0, w, 1, CONTEXTRAST_INT32};
+    return contextrast_edge_distance_cpu(&map, 1, distance_sq, spare.take<char>(0), threads, error);
+  };
+  Scratch memory(scratch);
+  int32_t *full_errors = nullptr, *full_distances = nullptr;
+  if (full) {
+    full_errors = memory.take<int32_t>(batch * height * width);
+    full_distances = memory.take<int32_t>(batch * height * width);
+    errors_at(*predictions, *labels, num_classes, ignore_index, height, width, full_errors, threads);
+    if (bane) distances_of(full_errors, height, width, full_distances, memory);
+  }
+  const uint32_t key = hash_key(*seed, TIES);
+  for (int i = 0; i < num_layers; ++i) {
+    const int64_t h = layers[i].height, w = layers[i].width, pixels = h * w;
+    if (pixels == 0) continue;
+    Scratch own = memory;
+    int32_t *const errors = layers[i].negatives, *const distances = own.take<int32_t>(batch * pixels);
+    if (full) {
+      sample_map(full_errors, batch, height, width, h, w, errors, threads);
+      if (bane) sample_map(full_distances, batch, height, width, h, w, distances, threads);
+    } else {
+      errors_at(*predictions, *labels, num_classes, ignore_index, h, w, errors, threads);
+      if (bane) distances_of(errors, h, w, distances, own);
+    }
+    for_images(batch, pixels, threads, own, [&](int64_t b, const Groups &groups) {
+      const int64_t start = b * pixels;
+      const Image<int32_t> image{
+          errors + start, w, 1, bane ? distances + start : nullptr, w, 1, static_cast<int>(h), static_cast<int>(w), -1};
+      select(image, ratio, key, groups, [&](uint32_t pixel, bool selected) {
+        if (!selected) errors[start + pixel] = -1;
+      });
+    });
+  }
+  return CONTEXTRAST_OK;
+}
+
+}  // extern "C"
