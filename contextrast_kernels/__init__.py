@@ -1,4 +1,4 @@
-"""Boundary-aware contrastive learning for semantic segmentation: the Contextrast loss (CVPR 2024), its parts and relatives."""
+"""Boundary-aware contrastive learning for semantic segmentation: the Contextrast loss (CVPR 2024) and its parts."""
 
 from contextrast_kernels.anchors import class_anchors, fuse_anchors
 from contextrast_kernels.backend import available, backend

@@ -1,7 +1,9 @@
 """Class anchors and their fusion across layers.
 
-    a^n = Σ_p v_p [y_p = n] / Σ_p [y_p = n]          Eq. 1: the mean embedding of the pixels labelled n, over the whole batch
-    â_i^n = (1 - w_h) a_i^n + w_h a_I^n,  â_I = a_I   a lower layer's anchor takes on the context of the last layer's
+    a^n   = Σ_p v_p [y_p = n] / Σ_p [y_p = n]         Eq. 1: the mean embedding of the batch's pixels with label n
+    â_i^n = (1 - w_h) a_i^n + w_h a_I^n,  â_I = a_I   a lower layer's anchor takes on the last layer's context
+
+v are the pixel embeddings of ``embedding.py``, i is a layer and I the last one.
 """
 
 import torch
@@ -39,7 +41,9 @@ def class_anchors(
     checks.together("features", features, "labels", labels)
     height, width = features.shape[-2:]
     checks.samples_from("labels", labels, height, width)
-    return mean_embeddings(features, maps.targets(labels, height, width, num_classes, ignore_index), num_classes, normalize)
+    return mean_embeddings(
+        features, maps.targets(labels, height, width, num_classes, ignore_index), num_classes, normalize
+    )
 
 
 @unchanged_by_autocast
@@ -54,11 +58,13 @@ def mean_embeddings(features: Tensor, targets: Tensor, num_classes: int, normali
     return sums / counts.clamp(min=1).unsqueeze(1), counts
 
 
-def fuse_anchors(anchors: Tensor, counts: Tensor, top_anchors: Tensor, top_counts: Tensor, weight: float = 0.7) -> Tensor:
+def fuse_anchors(
+    anchors: Tensor, counts: Tensor, top_anchors: Tensor, top_counts: Tensor, weight: float = 0.7
+) -> Tensor:
     """A lower layer's anchors mixed with the last layer's: (1 - weight) * anchors + weight * top_anchors.
 
-    A class without pixels in the last layer keeps its own anchor; a class without pixels in the lower layer has none (a zero
-    row).
+    A class without pixels in the last layer keeps its own anchor; a class without pixels in the lower layer has none
+    (a zero row).
 
     Args:
         anchors, counts: (N, D) and (N,) of the lower layer, as ``class_anchors`` returns them.

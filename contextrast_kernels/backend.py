@@ -30,9 +30,9 @@ _forced: str | None = None
 def backend(name: str) -> Iterator[None]:
     """Run everything inside the ``with`` block on one backend.
 
-    ``name`` is "auto", "reference", "triton" or "native". A forced backend holds for the ops it has and raises RuntimeError if
-    it cannot run on the given tensors; ops that it does not have choose as "auto" does. Outside of any block the environment
-    variable CONTEXTRAST_BACKEND decides, read at each call.
+    ``name`` is "auto", "reference", "triton" or "native". A forced backend holds for the ops it has and raises
+    RuntimeError if it cannot run on the given tensors; ops that it does not have choose as "auto" does. Outside of
+    any block the environment variable CONTEXTRAST_BACKEND decides, read at each call.
     """
     global _forced
     if name not in CHOICES:
@@ -48,7 +48,7 @@ def _requested() -> str:
     name = _forced if _forced is not None else os.environ.get("CONTEXTRAST_BACKEND", "auto")
     if name not in CHOICES:
         raise ValueError(
-            f"CONTEXTRAST_BACKEND: expected one of {', '.join(map(repr, CHOICES))}, got {name!r}; set or unset the variable"
+            f"CONTEXTRAST_BACKEND: expected one of {', '.join(map(repr, CHOICES))}, got {name!r}; unset it"
         )
     return name
 
@@ -57,13 +57,13 @@ def _native_status(device_type: str) -> str:
     return native.status().get(device_type, f"the native library has no code for {device_type} tensors")
 
 
-# What torch.compiler.assume_constant_result does, without its import of the whole compiler (and Triton): whether the library
-# opens does not change within a process, and torch.compile need not look into how.
+# What torch.compiler.assume_constant_result does, without its import of the whole compiler (and Triton): whether the
+# library opens does not change within a process, and torch.compile need not look into how.
 _native_status._dynamo_marked_constant = True
 
 
 def _status(name: str, device_type: str) -> str:
-    """"ok", or why backend ``name`` cannot run on this kind of device."""
+    """Why backend ``name`` cannot run on this kind of device, or "ok"."""
     return _native_status(device_type) if name == "native" else "ok"
 
 
@@ -92,7 +92,8 @@ def choose(tensor: Tensor, offered: tuple[str, ...]) -> str:
         status = _status(name, device_type)
         if status != "ok":
             raise RuntimeError(
-                f"backend {name!r} cannot run on {device_type} tensors: {status}; use backend('auto') or backend('reference')"
+                f"backend {name!r} cannot run on {device_type} tensors: {status}; "
+                "use backend('auto') or backend('reference')"
             )
         return name
     for candidate in offered:
@@ -105,11 +106,11 @@ def choose(tensor: Tensor, offered: tuple[str, ...]) -> str:
 
 
 def unchanged_by_autocast(function):
-    """Losses choose their own precision: autocast is off inside. The first argument is a tensor or a list of tensors."""
+    """Losses choose their own precision: autocast is off inside. The first argument is a tensor."""
 
     @functools.wraps(function)
     def wrapper(first, *args, **kwargs):
-        device_type = (first if isinstance(first, Tensor) else first[0]).device.type
+        device_type = first.device.type
         with torch.autocast(device_type, enabled=False):
             return function(first, *args, **kwargs)
 

@@ -1,13 +1,13 @@
 """Boundary-aware negatives (BANE): wrongly predicted pixels, nearest to the edge of their error region.
 
-    e(p)   = predicted class where the pixel is valid and wrong, else -1         Eq. 6: all N binary maps B^n = [e = n] in one
-    D(p)   = min_{q ∈ E^n} ‖p - q‖₂,  n = e(p)                                    Eq. 7: E^n are the edge pixels of B^n
+    e(p)   = predicted class where the pixel is valid and wrong, else -1    Eq. 6: all N maps B^n = [e = n] in one
+    D(p)   = min_{q ∈ E^n} ‖p - q‖₂,  n = e(p)                               Eq. 7: E^n are the edge pixels of B^n
     chosen = for every image and class, the ⌈ratio · |B^n|⌉ pixels of smallest (D, hash)
 
-An edge pixel of B^n has a 4-neighbour inside the image that is not in B^n. The nearest edge pixel of *any* class is always one
-of p's own class: on every monotone staircase from p to another region, the last pixel before it leaves B^n is an edge pixel of
-B^n, and nearer. So one binary distance transform serves all classes. Squared distances are integers, and everything is decided
-on the integers.
+An edge pixel of B^n has a 4-neighbour inside the image that is not in B^n. The nearest edge pixel of *any* class is
+always one of p's own class: on every monotone staircase from p to another region, the last pixel before it leaves B^n
+is an edge pixel of B^n, and nearer. So one binary distance transform serves all classes. Squared distances are
+integers, and everything is decided on the integers.
 """
 
 import torch
@@ -25,14 +25,17 @@ NO_EDGE = torch.iinfo(torch.int32).max
 """Squared distance where there is nothing to measure to."""
 
 
-def error_map(predictions: Tensor, labels: Tensor, *, num_classes: int | None = None, ignore_index: int = 255) -> Tensor:
+def error_map(
+    predictions: Tensor, labels: Tensor, *, num_classes: int | None = None, ignore_index: int = 255
+) -> Tensor:
     """The wrongly predicted class of every pixel (Eq. 6).
 
     Args:
-        predictions: class map (B, H', W') of integers or logits (B, N, H', W') of floats, brought to the labels' size by
-            nearest sampling. Ties of the argmax go to the lowest class.
+        predictions: class map (B, H', W') of integers or logits (B, N, H', W') of floats, brought to the labels' size
+            by nearest sampling. Ties of the argmax go to the lowest class.
         labels: (B, H, W) or (B, 1, H, W) integers.
-        num_classes: N; None takes the channels of the logits, and with a class map every value >= 0 (below 2**31) is a class.
+        num_classes: N; None takes the channels of the logits, and with a class map every value >= 0 (below 2**31) is
+            a class.
         ignore_index: the label of pixels that take no part.
 
     Returns:
@@ -52,7 +55,8 @@ def edge_distance(classes: Tensor, *, squared: bool = False) -> Tensor:
         squared: return the exact squared distance.
 
     Returns:
-        float32 (B, H, W) in pixels, or int32 squared. Edge pixels have 0, pixels outside have -1. A class that fills its whole
+        float32 (B, H, W) in pixels, or int32 squared. Edge pixels have 0, pixels outside have -1. A class that fills
+        its whole
         image has no edge: inf, or the largest int32.
     """
     classes = checks.class_map("classes", classes)
@@ -89,7 +93,7 @@ def distance_transform(mask: Tensor, *, squared: bool = False) -> Tensor:
 def select_nearest(
     classes: Tensor, distance_sq: Tensor, ratio: float, *, num_classes: int | None = None, seed: int | Tensor = 0
 ) -> Tensor:
-    """Exactly ⌈ratio · |B^n|⌉ pixels of every image and class, nearest first; ties are broken by a hash of (seed, pixel).
+    """Exactly ⌈ratio · |B^n|⌉ pixels of every image and class, nearest first, ties by a hash of (seed, pixel).
 
     Args:
         classes: (B, h, w) integers, negative = none; as ``error_map`` returns them.
@@ -105,7 +109,7 @@ def select_nearest(
     distance_sq = checks.class_map("distance_sq", distance_sq, shape=classes.shape)
     if distance_sq.dtype != torch.int32:
         raise TypeError(
-            f"distance_sq: expected int32, as edge_distance(squared=True) returns it, got {checks.describe(distance_sq)}"
+            f"distance_sq: expected int32, as edge_distance(squared=True) gives, got {checks.describe(distance_sq)}"
         )
     checks.together("classes", classes, "distance_sq", distance_sq)
     checks.real("ratio", ratio, low=0.0, high=1.0)
@@ -113,7 +117,9 @@ def select_nearest(
         checks.num_classes(num_classes)
     checks.seed(seed)
     if choose(classes, ("native",)) == "native":
-        return native.select_nearest(classes, distance_sq, ratio, -1 if num_classes is None else num_classes, seed_tensor(seed, classes.device))
+        return native.select_nearest(
+            classes, distance_sq, ratio, -1 if num_classes is None else num_classes, seed_tensor(seed, classes.device)
+        )
     return _select_nearest(classes.long(), distance_sq.long(), ratio, num_classes, seed)
 
 
@@ -137,9 +143,11 @@ def bane_negatives(
         num_classes: as in ``error_map``.
         size: (h, w) of the layer; None is the labels' size.
         ratio: share of each image's and class's error pixels that is chosen, between 0 and 1.
-        negatives: "bane" takes the pixels nearest to the edge of their error region, "semi-hard" as many at random, "none" none.
-        distance_at: "layer" samples predictions and labels to the layer and measures there (the paper); "full" measures at the
-            labels' size and samples errors and distances to the layer, so that one transform serves all layers.
+        negatives: "bane" takes the pixels nearest to the edge of their error region, "semi-hard" as many at random,
+            "none" none.
+        distance_at: "layer" samples predictions and labels to the layer and measures there (the paper); "full"
+            measures at the labels' size and samples errors and distances to the layer, so that one transform serves
+            all layers.
         seed: int, or an int64 tensor of one element.
 
     Returns:
@@ -230,12 +238,15 @@ def _edges(classes: Tensor) -> Tensor:
     vertical = classes[:, 1:] != classes[:, :-1]
     horizontal = classes[:, :, 1:] != classes[:, :, :-1]
     return (
-        F.pad(vertical, (0, 0, 0, 1)) | F.pad(vertical, (0, 0, 1, 0)) | F.pad(horizontal, (0, 1)) | F.pad(horizontal, (1, 0))
+        F.pad(vertical, (0, 0, 0, 1))
+        | F.pad(vertical, (0, 0, 1, 0))
+        | F.pad(horizontal, (0, 1))
+        | F.pad(horizontal, (1, 0))
     )
 
 
 _UNREACHED = 2**30
-"""Above every squared distance between two pixels of a map of 16384 x 16384, and additions to it stay far from overflow."""
+"""Above every squared distance between two pixels of a map of 16384 x 16384, and far from overflow."""
 
 
 def _squared_distance(seeds: Tensor) -> Tensor:
@@ -258,9 +269,10 @@ def _squared_distance(seeds: Tensor) -> Tensor:
 def _lower_envelope(g: Tensor) -> Tensor:
     """min_u (x - u)² + g(u) for every x, along the rows of an int64 (R, W).
 
-    The leftmost arg-min u*(x) does not decrease with x, so it is found by divide and conquer: with u* known at every 2h-th x,
-    the x half-way between two of them need only look between their arg-mins. One level's ranges touch at their ends, so laid
-    end to end they fill exactly W - 1 + (number of ranges) places whatever the data: a static shape.
+    The leftmost arg-min u*(x) does not decrease with x, so it is found by divide and conquer: with u* known at every
+    2h-th x, the x half-way between two of them need only look between their arg-mins. One level's ranges touch at
+    their ends, so laid end to end they fill exactly W - 1 + (number of ranges) places whatever the data: a static
+    shape.
     """
     rows, width = g.shape
     device = g.device

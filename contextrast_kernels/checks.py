@@ -1,4 +1,4 @@
-"""Arguments are checked here: one sentence that names the argument, what was expected and what came. Nothing here synchronises."""
+"""Arguments are checked here: one sentence says which one, what was expected and what came. Nothing synchronises."""
 
 import math
 import numbers
@@ -13,10 +13,14 @@ _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def describe(value) -> str:
     """What came, for the end of a sentence."""
     if isinstance(value, Tensor):
-        return f"{str(value.dtype).removeprefix('torch.')} of shape {tuple(value.shape)} on {value.device}"
+        return f"{name_of(value.dtype)} of shape {tuple(value.shape)} on {value.device}"
     return f"{type(value).__name__} {value!r}"
 
 
@@ -82,12 +86,10 @@ def together(first_name: str, first: Tensor, name: str, value: Tensor, *, batch:
     """Two arguments live on one device and, where both have it, share the batch size."""
     if first.device != value.device:
         raise ValueError(
-            f"{name}: expected a tensor on {first.device}, where {first_name} is, got {describe(value)}; move one of them"
+            f"{name}: expected a tensor on {first.device}, where {first_name} is, got {describe(value)}; move it there"
         )
     if batch and first.shape[0] != value.shape[0]:
-        raise ValueError(
-            f"{name}: expected batch size {first.shape[0]}, that of {first_name}, got {describe(value)}"
-        )
+        raise ValueError(f"{name}: expected batch size {first.shape[0]}, that of {first_name}, got {describe(value)}")
 
 
 def samples_from(name: str, value: Tensor, height: int, width: int) -> None:

@@ -1,9 +1,12 @@
-"""The Contextrast loss: anchors → fusion → negatives → pixel-anchor loss, summed over the encoder's layers (Eqs. 1-4, 6-7).
+"""The Contextrast loss: anchors → fusion → negatives → pixel-anchor loss, summed over the encoder's layers.
 
-    L_PA = Σ_i λ_i L_i
+    L_PA = Σ_i λ_i L_i        Eq. 4; the objective is the cross-entropy + 0.1 · L_PA (Eq. 5)
+
+i counts the layers from high to low resolution.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -34,13 +37,13 @@ def contextrast_loss(
     detach_anchors: bool = False,
     seed: int | Tensor = 0,
 ) -> Tensor:
-    """The pixel-anchor loss of all encoder layers, L_PA = Σ_i λ_i L_i (Eq. 4). Add 0.1 of it to the cross-entropy (Eq. 5).
+    """The pixel-anchor loss of all encoder layers, L_PA = Σ_i λ_i L_i (Eq. 4). Add 0.1 of it to the cross-entropy.
 
     Args:
-        features: projected feature maps (B, D, h_i, w_i), one a layer, from high to low resolution; the same D and dtype in
-            all (float16, bfloat16, float32 or float64), any strides.
-        labels: (B, H, W) or (B, 1, H, W) integers, brought to each layer by nearest sampling. A label outside 0..N-1 counts as
-            ignored.
+        features: projected feature maps (B, D, h_i, w_i), one a layer, from high to low resolution; the same D and
+            dtype in all (float16, bfloat16, float32 or float64), any strides.
+        labels: (B, H, W) or (B, 1, H, W) integers, brought to each layer by nearest sampling. A label outside 0..N-1
+            counts as ignored.
         predictions: the network's final logits (B, N, H', W') or their class map (B, H', W'), of any size. No gradient.
         num_classes: N.
         ignore_index: the label of pixels that take no part.
@@ -55,13 +58,13 @@ def contextrast_loss(
         seed: int, or an int64 tensor of one element, which never synchronises.
 
     Returns:
-        A scalar, float32, or float64 for float64 features. Where nothing can be contrasted it is 0 with a live graph and zero
-        gradients. NaN or inf at a valid pixel gives NaN.
+        A scalar, float32, or float64 for float64 features. Where nothing can be contrasted it is 0 with a live graph
+        and zero gradients. NaN or inf at a valid pixel gives NaN.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, rank, size, range or device; the sentence names it.
     """
-    check_options(
+    options = Options(
         num_classes=num_classes,
         ignore_index=ignore_index,
         layer_weights=layer_weights,
@@ -76,68 +79,50 @@ def contextrast_loss(
         detach_anchors=detach_anchors,
     )
     checks.seed(seed)
-    labels, predictions = check_inputs(features, labels, predictions, num_classes, len(layer_weights))
-    loss, _ = total_loss(
-        features,
-        labels,
-        predictions,
-        num_classes=num_classes,
-        ignore_index=ignore_index,
-        layer_weights=layer_weights,
-        temperature=temperature,
-        fusion_weight=fusion_weight,
-        negatives=negatives,
-        ratio=ratio,
-        base_rate=base_rate,
-        distance_at=distance_at,
-        normalize=normalize,
-        normalize_anchors=normalize_anchors,
-        detach_anchors=detach_anchors,
-        seed=seed,
-    )
+    loss, _ = total_loss(features, labels, predictions, options, seed)
     return loss
 
 
-def check_options(
-    *,
-    num_classes,
-    ignore_index,
-    layer_weights,
-    temperature,
-    fusion_weight,
-    negatives,
-    ratio,
-    base_rate,
-    distance_at,
-    normalize,
-    normalize_anchors,
-    detach_anchors,
-) -> None:
-    """Everything that can be said without a batch."""
-    checks.num_classes(num_classes)
-    checks.ignore_index(ignore_index)
-    if not isinstance(layer_weights, Sequence) or isinstance(layer_weights, str) or len(layer_weights) == 0:
-        raise TypeError(f"layer_weights: expected one number for each layer, got {checks.describe(layer_weights)}")
-    for weight in layer_weights:
-        checks.real("layer_weights", weight, low=0.0)
-    checks.real("temperature", temperature, low=0.0, open_low=True)
-    checks.real("fusion_weight", fusion_weight, low=0.0, high=1.0)
-    bane.check_selection(ratio, negatives, distance_at)
-    checks.real("base_rate", base_rate, low=0.0, high=1.0)
-    for name, value in (
-        ("normalize", normalize),
-        ("normalize_anchors", normalize_anchors),
-        ("detach_anchors", detach_anchors),
-    ):
-        checks.flag(name, value)
-    if base_rate == 0 and (negatives == "none" or ratio == 0):
-        raise ValueError(
-            f"negatives: expected some source of negatives, got negatives={negatives!r} with ratio={ratio} and base_rate=0; "
-            "set base_rate above 0, or choose 'bane' or 'semi-hard' with a ratio above 0"
-        )
+@dataclass(frozen=True)
+class Options:
+    """The keywords of ``contextrast_loss``, checked: everything that can be said without a batch."""
+
+    num_classes: int
+    ignore_index: int
+    layer_weights: Sequence[float]
+    temperature: float
+    fusion_weight: float
+    negatives: str
+    ratio: float
+    base_rate: float
+    distance_at: str
+    normalize: bool
+    normalize_anchors: bool
+    detach_anchors: bool
+
+    def __post_init__(self):
+        checks.num_classes(self.num_classes)
+        checks.ignore_index(self.ignore_index)
+        weights = self.layer_weights
+        if not isinstance(weights, Sequence) or isinstance(weights, str) or len(weights) == 0:
+            raise TypeError(f"layer_weights: expected one number for each layer, got {checks.describe(weights)}")
+        for weight in weights:
+            checks.real("layer_weights", weight, low=0.0)
+        checks.real("temperature", self.temperature, low=0.0, open_low=True)
+        checks.real("fusion_weight", self.fusion_weight, low=0.0, high=1.0)
+        bane.check_selection(self.ratio, self.negatives, self.distance_at)
+        checks.real("base_rate", self.base_rate, low=0.0, high=1.0)
+        checks.flag("normalize", self.normalize)
+        checks.flag("normalize_anchors", self.normalize_anchors)
+        checks.flag("detach_anchors", self.detach_anchors)
+        if self.base_rate == 0 and (self.negatives == "none" or self.ratio == 0):
+            raise ValueError(
+                f"negatives: expected some source of negatives, got negatives={self.negatives!r}, ratio={self.ratio} "
+                "and base_rate=0; set base_rate above 0, or choose 'bane' or 'semi-hard' with a ratio above 0"
+            )
 
 
-def check_inputs(features, labels, predictions, num_classes, layers) -> tuple[Tensor, Tensor]:
+def check_inputs(features, labels, predictions, options: Options) -> tuple[Tensor, Tensor]:
     """The batch; returns labels and predictions with their rank settled."""
     if not isinstance(features, Sequence) or len(features) == 0:
         raise TypeError(
@@ -145,23 +130,26 @@ def check_inputs(features, labels, predictions, num_classes, layers) -> tuple[Te
         )
     for i, x in enumerate(features):
         checks.feature_map(f"features[{i}]", x)
-    if len(features) != layers:
-        raise ValueError(f"layer_weights: expected {len(features)} weights, one for each layer in features, got {layers}")
+    if len(features) != len(options.layer_weights):
+        raise ValueError(
+            f"layer_weights: expected {len(features)} weights, one for each layer in features, "
+            f"got {len(options.layer_weights)}"
+        )
     labels = checks.class_map("labels", labels)
-    predictions = checks.predictions("predictions", predictions, num_classes)
+    predictions = checks.predictions("predictions", predictions, options.num_classes)
     first = features[0]
     for i, x in enumerate(features):
         name = f"features[{i}]"
         checks.together("features[0]", first, name, x)
         if x.shape[1] != first.shape[1] or x.dtype != first.dtype:
             raise ValueError(
-                f"{name}: expected {first.shape[1]} channels of {str(first.dtype).removeprefix('torch.')}, as features[0] has, "
+                f"{name}: expected {first.shape[1]} channels of {checks.name_of(first.dtype)}, as features[0] has, "
                 f"got {checks.describe(x)}; project all layers to one size and dtype"
             )
-        previous = features[max(i - 1, 0)]
-        if x.shape[2] > previous.shape[2] or x.shape[3] > previous.shape[3]:
+        before = tuple(features[max(i - 1, 0)].shape[2:])
+        if x.shape[2] > before[0] or x.shape[3] > before[1]:
             raise ValueError(
-                f"{name}: expected at most the size {tuple(previous.shape[2:])} of the layer before, got {tuple(x.shape[2:])}; "
+                f"{name}: expected at most the size {before} of the layer before, got {tuple(x.shape[2:])}; "
                 "list the layers from high to low resolution"
             )
     for name, value in (("labels", labels), ("predictions", predictions)):
@@ -171,57 +159,54 @@ def check_inputs(features, labels, predictions, num_classes, layers) -> tuple[Te
 
 
 def total_loss(
-    features,
-    labels,
-    predictions,
-    *,
-    num_classes,
-    ignore_index,
-    layer_weights,
-    temperature,
-    fusion_weight,
-    negatives,
-    ratio,
-    base_rate,
-    distance_at,
-    normalize,
-    normalize_anchors,
-    detach_anchors,
-    seed,
+    features: Sequence[Tensor], labels: Tensor, predictions: Tensor, options: Options, seed: int | Tensor
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """L_PA of checked arguments, and what happened in each layer: detached tensors (I,).
+    """L_PA, and what happened in each layer: detached tensors (I,).
 
-    loss: L_i; classes: |C|; positives: valid pixels; negatives: chosen and base pixels; errors: wrongly predicted pixels.
+    loss: L_i; classes: |C|; positives: valid pixels; negatives: chosen and base pixels; errors: wrong pixels.
     """
+    labels, predictions = check_inputs(features, labels, predictions, options)
     sizes = [tuple(x.shape[-2:]) for x in features]
-    targets = [maps.targets(labels, *size, num_classes, ignore_index) for size in sizes]
+    targets = [maps.targets(labels, *size, options.num_classes, options.ignore_index) for size in sizes]
     hard = bane.layer_negatives(
-        predictions.detach(), labels, sizes, num_classes, ratio, negatives, distance_at, ignore_index, seed
+        predictions.detach(),
+        labels,
+        sizes,
+        options.num_classes,
+        options.ratio,
+        options.negatives,
+        options.distance_at,
+        options.ignore_index,
+        seed,
     )
 
     anchors, counts = zip(
-        *(mean_embeddings(x, target, num_classes, normalize) for x, target in zip(features, targets)), strict=True
+        *(mean_embeddings(x, target, options.num_classes, options.normalize) for x, target in zip(features, targets)),
+        strict=True,
     )
-    if detach_anchors:
+    if options.detach_anchors:
         anchors = [a.detach() for a in anchors]
     fused = [
-        *(fuse_anchors(a, n, anchors[-1], counts[-1], fusion_weight) for a, n in zip(anchors[:-1], counts[:-1])),
+        *(
+            fuse_anchors(a, n, anchors[-1], counts[-1], options.fusion_weight)
+            for a, n in zip(anchors[:-1], counts[:-1])
+        ),
         anchors[-1],
     ]
-    if normalize_anchors:
+    if options.normalize_anchors:
         fused = [unit(a) for a in fused]
 
     losses, drawn = [], []
     for i, (x, target, a, (_, chosen), size) in enumerate(zip(features, targets, fused, hard, sizes)):
         base = None
         drawn_here = chosen >= 0
-        if base_rate > 0:
-            base = (image_hash(seed, STREAM_BASE + i, *size, x.device) < base_rate * 2.0**32) & (target >= 0)
+        if options.base_rate > 0:
+            base = (image_hash(seed, STREAM_BASE + i, *size, x.device) < options.base_rate * 2.0**32) & (target >= 0)
             drawn_here = drawn_here | base
-        losses.append(anchor_info_nce(x, target, a, chosen, base, temperature, normalize))
+        losses.append(anchor_info_nce(x, target, a, chosen, base, options.temperature, options.normalize))
         drawn.append(drawn_here.sum())
     losses = torch.stack(losses)
-    weights = losses.new_tensor(list(layer_weights))
+    weights = losses.new_tensor(list(options.layer_weights))
     report = {
         "loss": losses.detach(),
         "classes": torch.stack([(n > 0).sum() for n in counts]),

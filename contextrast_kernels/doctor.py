@@ -29,7 +29,11 @@ def main(arguments: list[str]) -> int:
         print(f"  {'native, ' + device:14} {status}")
     print("\nself-check")
     failures = sum(not _run(name, check) for name, check in _checks())
-    print("\neverything agrees with the definitions" if not failures else f"\n{failures} checks failed: please report this page")
+    print(
+        "\neverything agrees with the definitions"
+        if not failures
+        else f"\n{failures} checks failed: please report this page"
+    )
     return 1 if failures else 0
 
 
@@ -86,7 +90,9 @@ def _check_hash() -> str:
     return "4 values"
 
 
-def _scene(batch: int = 2, height: int = 24, width: int = 37, num_classes: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
+def _scene(
+    batch: int = 2, height: int = 24, width: int = 37, num_classes: int = 4
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Blocky labels with an ignored strip, and predictions that are wrong in places."""
     generator = torch.Generator().manual_seed(0)
     coarse = torch.randint(0, num_classes, (batch, height // 4 + 1, width // 4 + 1), generator=generator)

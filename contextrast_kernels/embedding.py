@@ -22,10 +22,10 @@ def unit(x: Tensor) -> Tensor:
 
 
 def pixel_embeddings(features: Tensor, valid: Tensor, normalize: bool) -> Tensor:
-    """Embeddings (P, D) of a feature map (B, D, h, w), one row for each pixel of ``valid`` (B, h, w), in image and row order.
+    """Embeddings (P, D) of a feature map (B, D, h, w), one row a pixel, in image and row order; zero outside ``valid``.
 
-    Pixels outside ``valid`` become zero rows before anything is computed on them, so that a NaN there reaches neither value
-    nor gradient.
+    Pixels outside ``valid`` (B, h, w) become zero before anything is computed on them, so that a NaN there reaches
+    neither value nor gradient.
     """
     x = features.movedim(1, -1).to(compute_dtype(features.dtype))
     x = torch.where(valid.unsqueeze(-1), x, 0.0).flatten(0, 2)

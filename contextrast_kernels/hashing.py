@@ -1,7 +1,7 @@
 """Counter-based randomness: every draw is a pure function of (seed, stream, pixel).
 
-The same seed gives the same draw on every backend and device, bit for bit. A pixel is named by its index inside its own image
-(row * width + column), so a draw depends on neither batch nor rank.
+The same seed gives the same draw on every backend and device, bit for bit. A pixel is named by its index inside its
+own image (row * width + column), so a draw depends on neither batch nor rank.
 """
 
 import torch
@@ -30,8 +30,8 @@ def seed_tensor(seed: int | Tensor, device: torch.device) -> Tensor:
 def pixel_hash(seed: int | Tensor, stream: int, pixels: Tensor) -> Tensor:
     """Hash of each pixel index: int64 in [0, 2**32), of the shape of ``pixels`` (int64).
 
-    ``seed`` is an int64 number or tensor of one element. For a fixed (seed, stream) the map is a bijection of the 32-bit
-    integers, so no two pixels of an image ever tie.
+    ``seed`` is an int64 number or tensor of one element. For a fixed (seed, stream) the map is a bijection of the
+    32-bit integers, so no two pixels of an image ever tie.
     """
     if isinstance(seed, Tensor):
         seed = seed_tensor(seed, pixels.device)

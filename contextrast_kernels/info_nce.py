@@ -30,13 +30,15 @@ def info_nce(
     Args:
         rows: (R, D) floating point, used as they are: normalise them before if cosines are meant.
         row_labels: (R,) integers.
-        columns, column_labels: (C, D) and (C,), of the rows' dtype. None: the rows against themselves, without the pairs (i, i).
+        columns, column_labels: (C, D) and (C,), of the rows' dtype. None: the rows against themselves, without the
+            pairs (i, i).
         temperature: τ.
         ignore_index: rows with this label are left out; such columns are neither positive nor negative.
 
     Returns:
-        A scalar, float32, or float64 for float64 rows. A row without a positive or without a negative adds 0 and stays in the
-        mean; without a valid row the loss is 0, with a live graph. NaN or inf in a valid row or column gives NaN.
+        A scalar, float32, or float64 for float64 rows. A row without a positive or without a negative adds 0 and
+        stays in the mean; without a valid row the loss is 0, with a live graph. NaN or inf in a valid row or column
+        gives NaN.
     """
     _check_rows("rows", rows, "row_labels", row_labels)
     itself = columns is None
@@ -49,7 +51,7 @@ def info_nce(
         checks.together("rows", rows, "columns", columns, batch=False)
         if columns.shape[1] != rows.shape[1] or columns.dtype != rows.dtype:
             raise ValueError(
-                f"columns: expected (C, {rows.shape[1]}) of {str(rows.dtype).removeprefix('torch.')}, as the rows are, "
+                f"columns: expected (C, {rows.shape[1]}) of {checks.name_of(rows.dtype)}, as the rows are, "
                 f"got {checks.describe(columns)}"
             )
     checks.real("temperature", temperature, low=0.0, open_low=True)
@@ -100,5 +102,7 @@ def _check_rows(name: str, rows: Tensor, labels_name: str, labels: Tensor) -> No
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise TypeError(f"{labels_name}: expected integer labels, got {checks.describe(labels)}; call .long()")
     if labels.ndim != 1 or labels.shape[0] != rows.shape[0]:
-        raise ValueError(f"{labels_name}: expected shape ({rows.shape[0]},), one for each of {name}, got {checks.describe(labels)}")
+        raise ValueError(
+            f"{labels_name}: expected shape ({rows.shape[0]},), one for each of {name}, got {checks.describe(labels)}"
+        )
     checks.together(name, rows, labels_name, labels, batch=False)

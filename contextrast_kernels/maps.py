@@ -20,8 +20,8 @@ def to_size(values: Tensor, height: int, width: int) -> Tensor:
 def targets(labels: Tensor, height: int, width: int, num_classes: int | None, ignore_index: int) -> Tensor:
     """Labels (B, H, W) at a layer's size: int64 (B, height, width), the class, or -1 where the pixel takes no part.
 
-    A label outside 0..N-1 counts as ignored. Labels are widened before any comparison, so that ``ignore_index=-100`` never
-    meets a uint8 156.
+    A label outside 0..N-1 counts as ignored. Labels are widened before any comparison, so that ``ignore_index=-100``
+    never meets a uint8 156.
     """
     classes = to_size(labels, height, width).long()
     valid = (classes >= 0) & (classes != ignore_index)

@@ -1,19 +1,20 @@
 """The losses and heads as modules."""
 
 from collections.abc import Sequence
+from dataclasses import asdict
 
 import torch
 from torch import Tensor, nn
 
 from contextrast_kernels import checks, maps
-from contextrast_kernels.contextrast import check_inputs, check_options, total_loss
+from contextrast_kernels.contextrast import Options, check_inputs, total_loss
 
 
 class ProjectionHead(nn.Sequential):
     """Projects one encoder layer's features to the common embedding size: (B, in_channels, h, w) → (B, dim, h, w).
 
-    Two 1x1 convolutions with ReLU and batch normalisation between them, as in MS/CS, on whose code Contextrast was very likely
-    built (docs/method.md). The output is not normalised: the loss does that. Used in training only.
+    Two 1x1 convolutions with ReLU and batch normalisation between them, as in MS/CS, on whose code Contextrast was
+    very likely built (docs/method.md). The output is not normalised: the loss does that. Used in training only.
     """
 
     def __init__(self, in_channels: int, dim: int = 256):
@@ -33,13 +34,13 @@ class ContextrastLoss(nn.Module):
     Args:
         num_classes: N.
         debug: also check values (label range, finite features), which synchronises with the device.
-        seed: the first seed. It lives in an int64 buffer that advances by one each training-mode forward, so that a checkpoint
-            continues the same draws; evaluation leaves it alone.
+        seed: the first seed. It lives in an int64 buffer that advances by one each training-mode forward, so that a
+            checkpoint continues the same draws; evaluation leaves it alone.
         Everything else as in ``contextrast_loss``.
 
-    After a forward ``last`` holds detached tensors of shape (layers,): "loss" (L_i, unweighted), "classes" (classes present),
-    "positives" (valid pixels), "negatives" (chosen and base pixels) and "errors" (wrongly predicted pixels). Only reading their
-    values synchronises.
+    After a forward ``last`` holds detached tensors of shape (layers,): "loss" (L_i, unweighted), "classes" (classes
+    present), "positives" (valid pixels), "negatives" (chosen and base pixels) and "errors" (wrongly predicted
+    pixels). Only reading their values synchronises.
 
     Example:
         >>> criterion = ContextrastLoss(num_classes=19)
@@ -65,42 +66,39 @@ class ContextrastLoss(nn.Module):
         debug: bool = False,
     ):
         super().__init__()
-        self.options = {
-            "num_classes": num_classes,
-            "ignore_index": ignore_index,
-            "layer_weights": layer_weights,
-            "temperature": temperature,
-            "fusion_weight": fusion_weight,
-            "negatives": negatives,
-            "ratio": ratio,
-            "base_rate": base_rate,
-            "distance_at": distance_at,
-            "normalize": normalize,
-            "normalize_anchors": normalize_anchors,
-            "detach_anchors": detach_anchors,
-        }
-        check_options(**self.options)
+        self.options = Options(
+            num_classes=num_classes,
+            ignore_index=ignore_index,
+            layer_weights=layer_weights,
+            temperature=temperature,
+            fusion_weight=fusion_weight,
+            negatives=negatives,
+            ratio=ratio,
+            base_rate=base_rate,
+            distance_at=distance_at,
+            normalize=normalize,
+            normalize_anchors=normalize_anchors,
+            detach_anchors=detach_anchors,
+        )
         checks.seed(seed)
         checks.flag("debug", debug)
-        self.options["layer_weights"] = tuple(layer_weights)
         self.debug = debug
         self.register_buffer("seed", torch.tensor(int(seed), dtype=torch.int64))
         self.last: dict[str, Tensor] = {}
 
     def forward(self, features: Sequence[Tensor], labels: Tensor, predictions: Tensor) -> Tensor:
         """The loss of one batch: see ``contextrast_loss``."""
-        num_classes, layers = self.options["num_classes"], len(self.options["layer_weights"])
-        labels, predictions = check_inputs(features, labels, predictions, num_classes, layers)
         if self.debug:
             self._check_values(features, labels, predictions)
         # The draws of this step keep their seed when the buffer moves on.
-        loss, self.last = total_loss(features, labels, predictions, **self.options, seed=self.seed.clone())
+        loss, self.last = total_loss(features, labels, predictions, self.options, self.seed.clone())
         if self.training:
             self.seed.add_(1)
         return loss
 
     def _check_values(self, features: Sequence[Tensor], labels: Tensor, predictions: Tensor) -> None:
-        num_classes, ignore_index = self.options["num_classes"], self.options["ignore_index"]
+        labels, predictions = check_inputs(features, labels, predictions, self.options)
+        num_classes, ignore_index = self.options.num_classes, self.options.ignore_index
         for name, classes in (("labels", labels), ("predictions", predictions)):
             if classes.is_floating_point():
                 continue
@@ -109,16 +107,16 @@ class ContextrastLoss(nn.Module):
             if wrong.any():
                 raise ValueError(
                     f"{name}: expected values in 0..{num_classes - 1} or ignore_index {ignore_index}, "
-                    f"got {classes[wrong][0].item()} (and {int(wrong.sum())} of {classes.numel()} pixels are out of range)"
+                    f"got {classes[wrong][0].item()} ({int(wrong.sum())} of {classes.numel()} pixels are out of range)"
                 )
         for i, x in enumerate(features):
             valid = maps.targets(labels, *x.shape[-2:], num_classes, ignore_index) >= 0
             broken = ~x.isfinite().all(1) & valid
             if broken.any():
                 raise ValueError(
-                    f"features[{i}]: expected finite values at every valid pixel, got NaN or inf at {int(broken.sum())} of "
-                    f"{int(valid.sum())}; look for an overflow in the encoder or the projection head"
+                    f"features[{i}]: expected finite values at every valid pixel, got NaN or inf at "
+                    f"{int(broken.sum())} of {int(valid.sum())}; look for an overflow in the encoder or the projection head"
                 )
 
     def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+        return ", ".join(f"{name}={value!r}" for name, value in asdict(self.options).items())

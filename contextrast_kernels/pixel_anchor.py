@@ -4,8 +4,8 @@
     Z_n  = log Σ_{p negative of n} exp(s_np)           -inf where a class has no negative
     L    = 1/|C| Σ_{n∈C} 1/|P^n| Σ_{p∈P^n} softplus(Z_n - s_np)
 
-P^n are the pixels labelled n and C the classes that have any. softplus(Z - s) = -log e^s / (e^s + Σ_neg e^{s'}) is InfoNCE
-with one positive and all negatives in the denominator, the other positives left out.
+P^n are the pixels labelled n and C the classes that have any. softplus(Z - s) = -log e^s / (e^s + Σ_neg e^{s'}) is
+InfoNCE with one positive and all negatives in the denominator, the other positives left out.
 """
 
 import torch
@@ -30,13 +30,13 @@ def pixel_anchor_loss(
 ) -> Tensor:
     """InfoNCE between class anchors and the pixels of one layer (Eqs. 3-4).
 
-    The negatives of anchor n are the pixels with ``negatives == n`` and the pixels of ``base`` whose label is not n, each
-    once. With neither map given, every pixel of another class is a negative.
+    The negatives of anchor n are the pixels with ``negatives == n`` and the pixels of ``base`` whose label is not n,
+    each once. With neither map given, every pixel of another class is a negative.
 
     Args:
         features: (B, D, h, w), float16, bfloat16, float32 or float64, any strides.
-        labels: (B, H, W) or (B, 1, H, W) integers, brought to (h, w) by nearest sampling. Pixels with a label outside 0..N-1
-            or equal to ``ignore_index`` take no part, also when ``negatives`` or ``base`` names them.
+        labels: (B, H, W) or (B, 1, H, W) integers, brought to (h, w) by nearest sampling. Pixels with a label outside
+            0..N-1 or equal to ``ignore_index`` take no part, also when ``negatives`` or ``base`` names them.
         anchors: (N, D), as ``class_anchors`` or ``fuse_anchors`` returns them; differentiable.
         negatives: (B, h, w) integers: the class each pixel is a negative of, or any value outside 0..N-1 for none.
         base: (B, h, w) bool.
@@ -44,8 +44,8 @@ def pixel_anchor_loss(
         normalize: embeddings are x / ‖x‖₂ over D.
 
     Returns:
-        A scalar, float32, or float64 for float64 features. Without a valid pixel it is 0, with a live graph. NaN or inf at a
-        valid pixel gives NaN.
+        A scalar, float32, or float64 for float64 features. Without a valid pixel it is 0, with a live graph. NaN or
+        inf at a valid pixel gives NaN.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, rank, size, range or device; the sentence names it.
@@ -118,7 +118,8 @@ def anchor_info_nce(
     z = torch.where(is_negative, similarity, -torch.inf)
     z = torch.where(has_negative, z, 0.0).logsumexp(0)
 
-    # -log σ(s - Z) = softplus(Z - s), stable on both sides. 0 · s carries a NaN or inf of a pixel whose class has no negative.
+    # -log σ(s - Z) = softplus(Z - s), stable on both sides. 0 · s carries a NaN or inf of a pixel whose class has no
+    # negative.
     term = torch.where(has_negative[label], -F.logsigmoid(own - z[label]), 0.0) + 0.0 * own
     weight = valid.to(term.dtype) / (counts[label] * (counts > 0).sum()).clamp(min=1)
     return (weight * term).sum()

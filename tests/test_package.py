@@ -41,7 +41,11 @@ def _imported(source: pathlib.Path):
             assert node.level == 0, f"{source.name}: imports are absolute"
             if node.module == "contextrast_kernels":
                 for alias in node.names:
-                    yield alias.name if (PACKAGE / f"{alias.name}.py").exists() or (PACKAGE / alias.name).is_dir() else "__init__"
+                    yield (
+                        alias.name
+                        if (PACKAGE / f"{alias.name}.py").exists() or (PACKAGE / alias.name).is_dir()
+                        else "__init__"
+                    )
             elif (node.module or "").startswith("contextrast_kernels."):
                 yield node.module.removeprefix("contextrast_kernels.")
         elif isinstance(node, ast.Import):
