@@ -1,0 +1,234 @@
+"""The rows-against-columns contrast of Eq. 2 against loops, hand-worked numbers and central differences."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch.autograd import gradcheck, gradgradcheck
+
+import contextrast_kernels as ck
+import literal
+from inputs import leaves
+
+pytestmark = pytest.mark.usefixtures("reference")
+
+TIGHT = {"rel": 1e-12, "abs": 1e-13}
+
+
+def case(rng, R=9, C=14, D=4, N=3, ignored=0.2, dtype=torch.float64):
+    def labels(n):
+        return torch.from_numpy(np.where(rng.random(n) < ignored, -1, rng.integers(0, N, n)))
+
+    rows, columns = (torch.from_numpy(rng.standard_normal((n, D)) * 0.4).to(dtype) for n in (R, C))
+    return rows, labels(R), columns, labels(C)
+
+
+def literal_loss(rows, row_labels, columns=None, column_labels=None, **options):
+    tensors = (rows, row_labels, columns, column_labels)
+    return literal.info_nce(*(None if x is None else x.detach().numpy() for x in tensors), **options)
+
+
+def test_hand_worked_loss():
+    """tau = 1, D = 1. Row 2 (label 0) against columns 1, 3 (label 0) and -1, 0.5 (label 1), and 9 (ignored).
+
+    s = 2, 6 | -2, 1; Z = log(e^-2 + e); its mean is (softplus(Z - 2) + softplus(Z - 6)) / 2. Row 1 (label 7) has no positive and
+    adds 0. The ignored row does not count: the loss is the first row's mean over two rows.
+    """
+    rows = torch.tensor([[2.0], [1.0], [5.0]], dtype=torch.float64)
+    columns = torch.tensor([[1.0], [3.0], [-1.0], [0.5], [9.0]], dtype=torch.float64)
+    loss = ck.info_nce(rows, torch.tensor([0, 7, -1]), columns, torch.tensor([0, 0, 1, 1, -1]), temperature=1.0)
+    z = math.log(math.exp(-2) + math.exp(1))
+    expected = (math.log1p(math.exp(z - 2)) + math.log1p(math.exp(z - 6))) / 2 / 2
+    assert loss.item() == pytest.approx(expected)
+
+
+def test_hand_worked_loss_of_rows_against_themselves():
+    """Rows 1, 1, -1 with labels 0, 0, 1, tau = 0.5: rows 0 and 1 have s = 2 and Z = -2, softplus(-4); row 2 has no positive."""
+    rows = torch.tensor([[1.0], [1.0], [-1.0]], dtype=torch.float64)
+    loss = ck.info_nce(rows, torch.tensor([0, 0, 1]), temperature=0.5)
+    assert loss.item() == pytest.approx(2 / 3 * math.log1p(math.exp(-4)))
+
+
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("ignore_index", [-1, 2, 255])
+def test_loss_equals_the_loops(rng, own, ignore_index):
+    for R, C in ((9, 14), (1, 5), (5, 1), (20, 3)):
+        rows, row_labels, columns, column_labels = case(rng, R=R, C=C)
+        columns, column_labels = (None, None) if own else (columns, column_labels)
+        loss = ck.info_nce(rows, row_labels, columns, column_labels, temperature=0.2, ignore_index=ignore_index)
+        assert (loss.shape, loss.dtype) == ((), torch.float64)
+        expected = literal_loss(rows, row_labels, columns, column_labels, temperature=0.2, ignore_index=ignore_index)
+        assert loss.item() == pytest.approx(expected, **TIGHT)
+
+
+def test_gradient_equals_central_differences_of_the_loops(rng):
+    rows, row_labels, columns, column_labels = case(rng, R=4, C=6, D=2, ignored=0.1)
+    for own in (False, True):
+        x, c = leaves([rows, columns])
+        others = (None, None) if own else (c, column_labels)
+        ck.info_nce(x, row_labels, *others, temperature=0.5).backward()
+        for leaf in (x,) if own else (x, c):
+            values = leaf.detach()
+            for at in np.ndindex(*values.shape):
+                kept, sides = values[at].item(), []
+                for step in (1e-5, -1e-5):
+                    values[at] = kept + step
+                    sides.append(literal_loss(x, row_labels, *others, temperature=0.5))
+                values[at] = kept
+                assert leaf.grad[at].item() == pytest.approx((sides[0] - sides[1]) / 2e-5, rel=1e-6, abs=1e-8)
+
+
+def test_loss_is_twice_differentiable(rng):
+    rows, row_labels, columns, column_labels = case(rng, R=5, C=6, D=2)
+    x, c = leaves([rows, columns])
+
+    def both(a, b):
+        return ck.info_nce(a, row_labels, b, column_labels, temperature=0.5)
+
+    def own(a):
+        return ck.info_nce(a, row_labels, temperature=0.5)
+
+    for function, inputs in ((both, (x, c)), (own, (x,))):
+        assert gradcheck(function, inputs)
+        assert gradgradcheck(function, inputs, fast_mode=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64])
+def test_every_label_dtype(rng, dtype):
+    rows, row_labels, columns, column_labels = case(rng)
+    expected = ck.info_nce(rows, row_labels, columns, column_labels)
+    ignore_index = 255 if dtype == torch.uint8 else -1  # -1 becomes 255 in uint8
+    loss = ck.info_nce(rows, row_labels.to(dtype), columns, column_labels.to(dtype), ignore_index=ignore_index)
+    assert torch.equal(loss, expected)
+    mixed = ck.info_nce(rows, row_labels.to(torch.int32), columns, column_labels)
+    assert torch.equal(mixed, expected)
+
+
+def test_labels_are_names_not_indices(rng):
+    """Any integers, compared in 64 bits: labels that agree in their low 8, 16 or 32 bits are different."""
+    rows, row_labels, columns, column_labels = case(rng)
+    expected = ck.info_nce(rows, row_labels, columns, column_labels)
+    for names in ([1, 1 + 2**8, 1 + 2**16], [0, 2**32, 2**33], [-(2**63), 2**63 - 1, -2]):
+        table = torch.tensor([*names, -1])
+        assert ck.info_nce(rows, table[row_labels], columns, table[column_labels]).item() == pytest.approx(expected.item(), **TIGHT)
+
+
+def test_ignore_minus_100_never_meets_a_uint8_156(rng):
+    rows = torch.eye(3, dtype=torch.float64)
+    labels = torch.tensor([156, 156, 3], dtype=torch.uint8)
+    assert torch.equal(ck.info_nce(rows, labels, ignore_index=-100), ck.info_nce(rows, labels.long(), ignore_index=-100))
+    assert ck.info_nce(rows, labels, ignore_index=-100) > 0
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_nothing_to_contrast_gives_zero_and_a_live_graph(rng, own):
+    rows, row_labels, columns, column_labels = case(rng)
+    cases = [
+        (rows, torch.full_like(row_labels, -1), columns, column_labels),
+        (rows[:0], row_labels[:0], columns, column_labels),
+        (rows, row_labels, columns[:0], column_labels[:0]),
+        (rows, row_labels, columns, torch.full_like(column_labels, -1)),
+        (rows, torch.zeros_like(row_labels), columns, torch.zeros_like(column_labels)),  # no negative
+        (rows, torch.zeros_like(row_labels), columns, torch.ones_like(column_labels)),  # no positive
+        (rows[:1], row_labels[:1], columns[:0], column_labels[:0]),
+    ]
+    if own:
+        everyone = torch.arange(9)
+        cases = [(r, y, None, None) for r, y in ((rows, everyone), (rows[:1], everyone[:1]), (rows[:0], everyone[:0]),
+                 (rows, torch.full_like(row_labels, -1)), (rows, torch.zeros_like(row_labels)))]  # fmt: skip
+    for r, y, c, z in cases:
+        inputs = leaves([r] if c is None else [r, c])
+        loss = ck.info_nce(inputs[0], y, *((None, None) if c is None else (inputs[1], z)))
+        assert loss.item() == 0
+        gradients = torch.autograd.grad(loss, inputs)
+        assert [g.shape for g in gradients] == [x.shape for x in inputs]
+        assert not any(g.any() for g in gradients)
+
+
+def test_ignored_rows_and_columns_change_nothing(rng):
+    rows, row_labels, columns, column_labels = case(rng, ignored=0.4)
+    results = []
+    for value in (0.0, 3.0, float("nan"), float("inf")):
+        x = torch.where(row_labels[:, None] == -1, value, rows)
+        c = torch.where(column_labels[:, None] == -1, value, columns)
+        for own in (False, True):
+            a, b = leaves([x, c])
+            loss = ck.info_nce(a, row_labels) if own else ck.info_nce(a, row_labels, b, column_labels)
+            loss.backward()
+            assert not a.grad[row_labels == -1].any()
+            results.append((loss.detach(), a.grad, torch.zeros(()) if own else b.grad))
+    for i, result in enumerate(results[2:]):
+        assert all(torch.equal(x, y) for x, y in zip(result, results[i % 2], strict=True))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("where", ["row", "positive column", "negative column", "row without a positive", "row without a negative"])
+def test_nan_or_inf_in_a_valid_place_is_never_hidden(bad, where):
+    rows, row_labels = torch.full((2, 3), 0.5, dtype=torch.float64), torch.tensor([0, 1])
+    columns, column_labels = torch.full((4, 3), 0.3, dtype=torch.float64), torch.tensor([0, 1, 1, 0])
+    if where == "row":
+        rows[1, 0] = bad
+    elif where == "positive column":
+        row_labels, columns[0, 1] = torch.tensor([0, 0]), bad
+    elif where == "negative column":
+        row_labels, columns[1, 1] = torch.tensor([0, 0]), bad
+    elif where == "row without a positive":
+        row_labels, rows[1, 2] = torch.tensor([0, 5]), bad
+    else:
+        column_labels, row_labels, rows[1, 2] = torch.zeros(4, dtype=torch.int64), torch.tensor([0, 0]), bad
+    assert ck.info_nce(rows, row_labels, columns, column_labels).isnan()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_precision_of_float32_and_half(rng, dtype):
+    """Against float64 on the same inputs; bounds as for the pixel-anchor loss (test_pixel_anchor.py)."""
+    rows, row_labels, columns, column_labels = case(rng, R=40, C=60, D=32, dtype=dtype)
+    x, c = leaves([rows, columns])
+    loss = ck.info_nce(x, row_labels, c, column_labels, temperature=0.2)
+    loss.backward()
+    X, C = leaves([rows.double(), columns.double()])
+    exact = ck.info_nce(X, row_labels, C, column_labels, temperature=0.2)
+    exact.backward()
+    assert loss.dtype == torch.float32
+    assert abs(loss.item() - exact.item()) <= 5e-6 * exact.item()
+    info = torch.finfo(dtype)
+    for got, want in ((x.grad, X.grad), (c.grad, C.grad)):
+        assert got.dtype == dtype
+        bound = info.eps / 2 * want.abs() + info.smallest_normal * info.eps + 2e-5 * want.abs().max()
+        assert ((got.double() - want).abs() <= bound).all()
+
+
+def test_large_similarities_neither_overflow_nor_vanish(rng):
+    rows, row_labels, columns, column_labels = case(rng, dtype=torch.float32)
+    x, c = leaves([rows * 1e3, columns * 1e3])
+    loss = ck.info_nce(x, row_labels, c, column_labels, temperature=0.01)
+    assert loss.item() == pytest.approx(literal_loss(x.double(), row_labels, c.double(), column_labels, temperature=0.01), rel=1e-5)
+    loss.backward()
+    assert x.grad.isfinite().all()
+    assert c.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("autocast_dtype", [torch.bfloat16, torch.float16])
+def test_autocast_and_layout_change_nothing(rng, autocast_dtype):
+    rows, row_labels, columns, column_labels = case(rng, D=16, dtype=torch.float32)
+    results = []
+    for enabled in (False, True):
+        x, c = leaves([rows, columns])
+        with torch.autocast("cpu", autocast_dtype, enabled=enabled):
+            loss = ck.info_nce(x, row_labels, c, column_labels)
+        loss.backward()
+        results.append((loss.detach(), x.grad, c.grad))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    strided = ck.info_nce(rows.repeat_interleave(2, 1)[:, ::2], row_labels, columns.T.contiguous().T, column_labels.repeat_interleave(2)[::2])
+    torch.testing.assert_close(strided, results[0][0], rtol=1e-6, atol=0)
+
+
+def test_self_pairs_are_excluded_and_nothing_else(rng):
+    """Given the same rows as columns, the pair (i, i) is a positive like any other; without columns it is not."""
+    rows, row_labels, _, _ = case(rng)
+    own = ck.info_nce(rows, row_labels)
+    with_pairs = ck.info_nce(rows, row_labels, rows, row_labels)
+    assert own.item() == pytest.approx(literal_loss(rows, row_labels), **TIGHT)
+    assert with_pairs.item() == pytest.approx(literal_loss(rows, row_labels, rows, row_labels), **TIGHT)
+    assert own != with_pairs
