@@ -13,7 +13,7 @@ from torch import Tensor
 
 from contextrast_kernels import bane, checks, maps
 from contextrast_kernels.anchors import fuse_anchors, mean_embeddings
-from contextrast_kernels.embedding import unit
+from contextrast_kernels.embedding import compute_dtype, unit
 from contextrast_kernels.hashing import STREAM_BASE, image_hash
 from contextrast_kernels.pixel_anchor import anchor_info_nce
 
@@ -166,6 +166,8 @@ def total_loss(
     loss: L_i; classes: |C|; positives: valid pixels; negatives: chosen and base pixels; errors: wrong pixels.
     """
     labels, predictions = check_inputs(features, labels, predictions, options)
+    # Widened once, so that a half-precision gradient is summed in float32 and rounded once.
+    features = [x.to(compute_dtype(x.dtype)) for x in features]
     sizes = [tuple(x.shape[-2:]) for x in features]
     targets = [maps.targets(labels, *size, options.num_classes, options.ignore_index) for size in sizes]
     hard = bane.layer_negatives(

@@ -115,7 +115,7 @@ class ContextrastLoss(nn.Module):
             if broken.any():
                 raise ValueError(
                     f"features[{i}]: expected finite values at every valid pixel, got NaN or inf at "
-                    f"{int(broken.sum())} of {int(valid.sum())}; look for an overflow in the encoder or the projection head"
+                    f"{int(broken.sum())} of {int(valid.sum())} pixels; look for an overflow before the loss"
                 )
 
     def extra_repr(self) -> str:

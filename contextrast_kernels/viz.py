@@ -51,7 +51,7 @@ def negatives(
     image.
 
     Args:
-        image: (3, H, W), float in 0..1 or uint8.
+        image: (3, H, W), float in 0..1 or uint8; shown as it is in every row.
         labels: (H, W) integers.
         predictions: class map (H', W') of integers or logits (N, H', W') of floats.
         num_classes: N.
@@ -122,7 +122,9 @@ def negatives(
             axis.set(xticks=[], yticks=[])
             if picture is not None:
                 axis.imshow(picture.numpy(), interpolation="nearest")
-        row[0].set_ylabel(f"{h} × {w}", fontsize=11)
+        H, W = labels.shape[-2:]
+        stride = f"stride {H // h}\n" if H % h == 0 and W % w == 0 and H // h == W // w else ""
+        row[0].set_ylabel(f"{stride}{h} × {w}", fontsize=11)
 
         reached = distance[(distance >= 0) & distance.isfinite()]
         highest = max(reached.max().item(), 1.0) if len(reached) else 1.0
@@ -145,7 +147,7 @@ def negatives(
         ncols=min(len(patches), 10),
         frameon=False,
         fontsize=9,
-        title="errors and negatives in the predicted class's colour, pale where not chosen; distances in the layer's px",
+        title="errors and negatives in the predicted class's colour, pale where not chosen; distance in the layer's px",
         title_fontsize=9,
     )
     return figure

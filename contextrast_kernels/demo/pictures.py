@@ -54,8 +54,8 @@ def _curves(runs: list[Run]):
 
 
 def _negatives(network: Network, data: scenes.Mosaic | scenes.CamVid):
-    """The hard negatives of the validation image with the most classes."""
-    images, labels = data.validation
+    """The hard negatives of the image with the most classes among those to be shown."""
+    images, labels = data.shown
     N = len(data.classes)
     classes = torch.stack([(labels == n).flatten(1).any(1) for n in range(N)]).sum(0)
     chosen = classes.argmax()

@@ -176,7 +176,8 @@ def mosaic(textures: Textures, count: int, generator: torch.Generator) -> Batch:
 class Mosaic:
     """Texture-mosaic scenes: as many for training as are asked for, a fixed set for validation.
 
-    `note` says which textures are used and, where photographs are missing, what would bring them.
+    `note` says which textures are used and, where photographs are missing, what would bring them. `shown` holds a few
+    validation scenes for pictures, large enough that a stage of stride 32 can be looked at.
     """
 
     def __init__(self, size: int = 160, *, validation: int = 96, device: torch.device | str = "cpu"):
@@ -191,6 +192,7 @@ class Mosaic:
         self.textures = Textures(images, "train", size, device)
         generator = torch.Generator().manual_seed(2**32)
         self.validation = mosaic(Textures(images, "val", size, device), validation, generator)
+        self.shown = mosaic(Textures(images, "val", max(size, 256), device), 8, generator)
 
     def batches(self, batch: int, seed: int) -> Iterator[Batch]:
         """Training batches without end; the same seed gives the same ones."""
@@ -230,7 +232,7 @@ class CamVid:
                 f"the frames of {root / 'train'} and {root / 'val'} have different proportions, "
                 f"which would give {tuple(self.labels.shape[-2:])} and {self.size} pixels: both must be the same."
             )
-        self.validation = images.float() / 255, labels.long()
+        self.validation = self.shown = images.float() / 255, labels.long()
 
     def batches(self, batch: int, seed: int) -> Iterator[Batch]:
         """Training batches without end, each frame once before any comes again; the same seed gives the same ones."""

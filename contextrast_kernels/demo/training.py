@@ -183,7 +183,7 @@ def train(
     batches = data.batches(batch, seed)
     evaluations = {math.ceil(steps * tenth / 10) for tenth in range(1, 11)}
     run.scores.append(evaluate(network, data, 0))
-    seconds, warm_up, waiting = 0.0, min(5, steps // 2), []
+    seconds, loss_seconds, warm_up, waiting = 0.0, [], min(5, steps // 2), []
     with Progress(run, steps, batch) as progress:
         for number in range(1, steps + 1):
             began = time.perf_counter()
@@ -196,30 +196,32 @@ def train(
             seconds = 0.0 if number == warm_up else seconds + time.perf_counter() - began
             if number in evaluations:
                 run.scores.append(evaluate(network, data, number))
+                if alpha:
+                    loss_seconds.append(time_loss(contextrast, network, heads, data, batch))
             progress.update(evaluated=number in evaluations)
     run.seconds_per_step = seconds / (steps - warm_up)
-    if alpha:
-        run.loss_seconds = time_loss(contextrast, network, heads, data, batch)
+    run.loss_seconds = statistics.fmean(loss_seconds or [0.0])
     return run, network
 
 
 def time_loss(
     contextrast: nn.Module, network: Network, heads: nn.ModuleList, data: scenes.Mosaic | scenes.CamVid, batch: int
 ) -> float:
-    """Median seconds of Contextrast's forward and backward, without the projection heads, on the network as trained."""
+    """Seconds of Contextrast's forward and backward, without the projection heads; leaves the training as it was."""
     images, labels = (tensor[:batch] for tensor in data.validation)
+    modules = nn.ModuleList((network, heads, contextrast)).eval()
     with torch.no_grad(), mixed_precision(images.device):
         logits, features = network(images)
         embeddings = [head(feature) for head, feature in zip(heads, features)]
-    seconds = []
-    for _ in range(12):
+    for _ in range(2):  # the first time warms up
         leaves = [embedding.detach().requires_grad_() for embedding in embeddings]
         wait(images.device)
         began = time.perf_counter()
         contextrast(leaves, labels, logits).backward()
         wait(images.device)
-        seconds.append(time.perf_counter() - began)
-    return statistics.median(seconds[2:])
+        seconds = time.perf_counter() - began
+    modules.train()
+    return seconds
 
 
 def wait(device: torch.device) -> None:
