@@ -85,6 +85,8 @@ def fuse_anchors(
             "all layers share N and D"
         )
     for name, value in (("counts", counts), ("top_counts", top_counts)):
+        if value.is_floating_point():
+            raise TypeError(f"{name}: expected integers, as class_anchors returns them, got {checks.describe(value)}")
         if tuple(value.shape) != (anchors.shape[0],):
             raise ValueError(f"{name}: expected shape ({anchors.shape[0]},), got {checks.describe(value)}")
     checks.real("weight", weight, low=0.0, high=1.0)

@@ -21,7 +21,8 @@ def describe(value) -> str:
     """What came, for the end of a sentence."""
     if isinstance(value, Tensor):
         return f"{name_of(value.dtype)} of shape {tuple(value.shape)} on {value.device}"
-    return f"{type(value).__name__} {value!r}"
+    text = repr(value)
+    return f"{type(value).__name__} {text}" if len(text) <= 60 and "\n" not in text else type(value).__name__
 
 
 def tensor(name: str, value, expected: str) -> None:
@@ -118,7 +119,7 @@ def size(name: str, value) -> None:
     if not isinstance(value, tuple | list) or len(value) != 2:
         raise TypeError(f"{name}: expected a pair (height, width), got {describe(value)}")
     for side in value:
-        integer(name, side, low=0, high=MAX_SIDE)
+        integer(name, side, low=1, high=MAX_SIDE)
 
 
 def real(name: str, value, *, low: float, high: float = math.inf, open_low: bool = False) -> None:
