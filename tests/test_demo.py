@@ -1,0 +1,478 @@
+"""The demo: its scenes, its refusals, its two runs, and what it leaves on the disk."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import contextrast_kernels as ck
+from contextrast_kernels import viz
+from contextrast_kernels.demo import scenes, training
+
+VOID = scenes.VOID
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Images this small gain nothing from a second thread, and lose where it must wait for a core."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def mosaic():
+    return scenes.Mosaic(64, validation=16)
+
+
+# ------------------------------------------------------------------------------------------------------------ scenes
+
+
+def coded_photographs():
+    """Photographs whose pixels say where they come from: red the class, green the row, blue the column."""
+    photographs = {}
+    for n, (H, W) in enumerate(((40, 70), (90, 33), (64, 128))):
+        image = torch.empty(3, H, W)
+        image[0], image[1], image[2] = n, torch.arange(H)[:, None], torch.arange(W)
+        photographs[f"class {n}"] = image
+    return photographs
+
+
+@pytest.mark.parametrize("size", [16, 64])
+def test_training_and_validation_share_no_pixel_of_a_photograph(size):
+    for n, photograph in enumerate(coded_photographs().values()):
+        middle = photograph.shape[-1] // 2
+        halves = []
+        for split in ("train", "val"):
+            textures = scenes.Textures(coded_photographs(), split, size)
+            room = textures.room[n] + size - 1  # all that a scene can reach
+            halves.append(textures.pixels[n, : room[0], : room[1]])
+        assert halves[0][..., 2].max() == middle - 1
+        assert halves[1][..., 2].min() == middle
+        for half in halves:
+            assert (half[..., 0] == n).all()
+            assert half[..., 1].unique().tolist() == list(range(photograph.shape[-2]))
+
+
+def test_every_pixel_is_painted_from_its_class():
+    generator = torch.Generator().manual_seed(0)
+    textures = scenes.Textures(coded_photographs(), "val", 24)
+    labels = torch.randint(3, (2, 24, 24), generator=generator)
+    corners = (torch.rand(2, 3, 2, generator=generator) * textures.room).long()
+    gain, shade = torch.rand(2, 3, 1, generator=generator), torch.rand(2, 3, 3, generator=generator)
+    images = textures.paint(labels, corners, gain, shade)
+    for b in range(2):
+        for y in range(24):
+            for x in range(24):
+                n = labels[b, y, x]
+                row, column = corners[b, n] + torch.tensor([y, x])
+                colour = textures.pixels[n, row, column] * gain[b, n] + shade[b, n]
+                assert torch.equal(images[b, :, y, x], colour)
+
+
+def test_a_scene_has_exact_labels():
+    # Red is the class, and gain and shade change it alike for all of a class: one value a class and scene remains.
+    scale = torch.tensor([0.2, 0.002, 0.002])[:, None, None]
+    textures = scenes.Textures({name: p * scale for name, p in coded_photographs().items()}, "train", 64)
+    images, labels = scenes.mosaic(textures, 8, torch.Generator().manual_seed(5))
+    assert images.shape == (8, 3, 64, 64) and images.dtype == torch.float32
+    assert labels.shape == (8, 64, 64) and labels.dtype == torch.int64
+    assert images.min() >= 0 and images.max() <= 1
+    assert set(labels.unique().tolist()) == {0, 1, 2, VOID}
+    for image, label in zip(images, labels):
+        assert (label == VOID).any(), "a bar of void crosses every scene"
+        for n in range(3):
+            assert len(image[0, label == n].unique()) <= 1
+
+
+def test_the_same_seed_gives_the_same_scenes(mosaic):
+    (first, labels), (again, labels_again) = (next(mosaic.batches(2, seed=3)) for _ in range(2))
+    assert torch.equal(first, again) and torch.equal(labels, labels_again)
+    assert not torch.equal(labels, next(mosaic.batches(2, seed=4))[1])
+    batches = mosaic.batches(2, seed=3)
+    next(batches)
+    assert not torch.equal(labels, next(batches)[1])
+    assert torch.equal(mosaic.validation[0], scenes.Mosaic(64, validation=16).validation[0])
+
+
+def test_procedural_textures_are_fixed_and_differ():
+    textures = scenes.procedural()
+    assert len(textures) == 7
+    for name, again in scenes.procedural().items():
+        assert torch.equal(textures[name], again)
+        assert again.shape == (3, 256, 512) and again.min() >= 0 and again.max() <= 1
+        assert again[..., :256].std() > 0.05 and again[..., 256:].std() > 0.05
+
+
+# ------------------------------------------------------------------------------------------------------------ CamVid
+
+
+@pytest.fixture
+def camvid(tmp_path):
+    """A folder in SegNet's layout with frames of 40 x 30 pixels: 3 for training (one a JPEG), 2 for validation."""
+    image_module = pytest.importorskip("PIL.Image", reason="CamVid is read with Pillow, which is not installed")
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 3), ("val", 2)):
+        for folder in (split, f"{split}annot"):
+            (tmp_path / "data" / folder).mkdir(parents=True)
+        for i in range(count):
+            image = image_module.fromarray(rng.integers(0, 256, (30, 40, 3), dtype=np.uint8))
+            image.save(tmp_path / "data" / split / (f"{i}.jpg" if i == 2 else f"{i}.png"))
+            label = image_module.fromarray(rng.integers(0, 12, (30, 40), dtype=np.uint8))
+            label.save(tmp_path / "data" / f"{split}annot" / f"{i}.png")
+    return tmp_path / "data"
+
+
+def test_camvid_is_brought_to_the_size_by_exact_nearest_sampling(camvid):
+    from PIL import Image
+
+    data = scenes.CamVid(camvid, 24)
+    assert data.size == (24, 32)
+    assert data.images.shape == (3, 3, 24, 32) and data.labels.shape == (3, 24, 32)
+    images, labels = data.validation
+    assert images.shape == (2, 3, 24, 32) and images.dtype == torch.float32 and 0 <= images.min() <= images.max() <= 1
+    for i in range(2):
+        source = np.array(Image.open(camvid / "valannot" / f"{i}.png"))
+        for r in range(24):
+            for c in range(32):
+                value = source[r * 30 // 24, c * 40 // 32]
+                assert labels[i, r, c] == (VOID if value == 11 else value)
+
+
+def test_camvid_gives_each_frame_once_before_any_again(camvid):
+    data = scenes.CamVid(camvid, 24)
+    for batch in (1, 2, 7):  # 7: more than there are frames
+        batches = data.batches(batch, seed=1)
+        seen = torch.cat([next(batches)[1] for _ in range(12)])[:12]
+        frame = (seen[:, None] == data.labels).flatten(2).all(2).int().argmax(1)
+        assert frame.view(4, 3).sort(1).values.tolist() == [[0, 1, 2]] * 4
+    assert torch.equal(next(data.batches(2, seed=1))[0], next(data.batches(2, seed=1))[0])
+
+
+def broken(camvid, what):
+    """Break one thing; returns the path that the message must name and a few of its words."""
+    from PIL import Image
+
+    label = camvid / "valannot" / "1.png"
+    if what == "no folder":
+        for path in (camvid / "trainannot").iterdir():
+            path.unlink()
+        (camvid / "trainannot").rmdir()
+        return camvid / "trainannot", "no folder"
+    if what == "no images":
+        for path in (camvid / "val").iterdir():
+            path.unlink()
+        return camvid / "val", "no .png or .jpg"
+    if what == "no label":
+        label.unlink()
+        return label, "no label map"
+    if what == "truncated label":
+        label.write_bytes(label.read_bytes()[:-200])
+        return label, "cannot read"
+    if what == "truncated image":
+        path = camvid / "train" / "2.jpg"
+        path.write_bytes(path.read_bytes()[:300])
+        return path, "cannot read"
+    if what == "empty label":
+        label.write_bytes(b"")
+        return label, "cannot read"
+    if what == "size":
+        Image.fromarray(np.zeros((30, 41), dtype=np.uint8)).save(label)
+        return label, "41 x 30 pixels, its image has 40 x 30 pixels"
+    if what == "range":
+        Image.fromarray(np.full((30, 40), 12, dtype=np.uint8)).save(label)
+        return label, "holds the value 12"
+    if what == "colour":
+        Image.fromarray(np.zeros((30, 40, 3), dtype=np.uint8)).save(label)
+        return label, "mode RGB"
+    for folder, shape in (("val", (30, 60, 3)), ("valannot", (30, 60))):
+        for path in (camvid / folder).iterdir():
+            Image.fromarray(np.zeros(shape, dtype=np.uint8)).save(path)
+    return camvid / "val", "different proportions"
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        "no folder",
+        "no images",
+        "no label",
+        "truncated label",
+        "truncated image",
+        "empty label",
+        "size",
+        "range",
+        "colour",
+        "proportions",
+    ],
+)
+def test_unusable_data_is_one_sentence_that_names_the_file(camvid, what, capsys):
+    path, words = broken(camvid, what)
+    out = camvid.parent / "out"
+    assert training.main(["--data", "camvid", "--root", str(camvid), "--out", str(out), "--size", "64"]) == 2
+    printed = capsys.readouterr()
+    assert str(path) in printed.err and words in printed.err
+    assert printed.err.count("\n") == 1 and printed.err.endswith(".\n")
+    assert printed.out == "" and not out.exists()
+
+
+def test_a_missing_root_is_one_sentence(tmp_path, capsys):
+    assert training.main(["--data", "camvid", "--root", str(tmp_path / "nowhere")]) == 2
+    assert f"no folder {tmp_path / 'nowhere'}" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------------------------ augmentation
+
+
+def test_augmentation_moves_image_and_labels_together_and_pads_with_void():
+    pytest.importorskip("kornia", reason="kornia is not installed")
+    augment, note = scenes.augmentation()
+    assert "kornia" in note
+    torch.manual_seed(0)
+    # Classes 0 and 5 and a void bar; the image is brighter where the class is 5, nowhere black, and jitter keeps that.
+    labels = torch.zeros(64, 48, 56, dtype=torch.long)
+    labels[:, :, 30:] = 5
+    labels[:, 20:24] = VOID
+    images = torch.where(labels == 5, 0.8, 0.3)[:, None].expand(-1, 3, -1, -1).contiguous()
+    moved_images, moved = augment(images, labels)
+    assert moved.dtype == torch.int64 and moved.shape == labels.shape and moved_images.shape == images.shape
+    assert set(moved.unique().tolist()) == {0, 5, VOID}
+    assert moved_images.min() >= 0 and moved_images.max() <= 1
+
+    padded = moved_images.sum(1) == 0
+    assert padded.any() and (moved[padded] == VOID).all()
+    void = (labels == VOID).float().mean()
+    assert (moved == VOID).float().mean() > void  # the padding was not void before
+    for image, label in zip(moved_images.mean(1), moved):
+        dark, bright = image[label == 0], image[label == 5]
+        if len(dark) and len(bright):
+            # One jittered grey each, apart from the interpolated column between them.
+            assert dark.median() < bright.median()
+            assert (dark < bright.median()).float().mean() > 0.95 and (bright > dark.median()).float().mean() > 0.95
+
+
+def test_flips_alone_keep_every_pixel():
+    torch.manual_seed(0)
+    labels = torch.randint(0, 5, (32, 6, 7))
+    images = torch.stack((labels, labels, labels), 1).float()
+    moved_images, moved = scenes.flip(images, labels)
+    assert torch.equal(moved_images[:, 0].long(), moved)
+    flipped = [not torch.equal(a, b) for a, b in zip(moved, labels)]
+    assert all(torch.equal(a, b.flip(-1) if f else b) for a, b, f in zip(moved, labels, flipped))
+    assert 0 < sum(flipped) < 32
+
+
+# ---------------------------------------------------------------------------------------------------------- training
+
+
+def test_the_runs_differ_by_the_term_alone(mosaic):
+    """With a vanishing weight, heads and Contextrast change nothing: same weights, same batches, same augmentation."""
+    augment, _ = scenes.augmentation()
+    alone, _ = training.train("alone", 0.0, mosaic, augment, seed=2, steps=3, batch=2)
+    beside, _ = training.train("beside", 1e-38, mosaic, augment, seed=2, steps=3, batch=2)
+    assert alone.cross_entropy == beside.cross_entropy
+    assert alone.scores == beside.scores
+    assert alone.contextrast == [] and len(beside.contextrast) == 3 and all(loss > 0 for loss in beside.contextrast)
+
+
+def test_contextrast_reaches_the_network(mosaic):
+    augment, _ = scenes.augmentation()
+    alone, _ = training.train("alone", 0.0, mosaic, augment, seed=2, steps=3, batch=2)
+    added, _ = training.train("added", 0.1, mosaic, augment, seed=2, steps=3, batch=2)
+    assert alone.cross_entropy[0] == added.cross_entropy[0]
+    assert alone.cross_entropy[1:] != added.cross_entropy[1:]
+
+
+def small(tmp_path, *more):
+    return ["--quick", "--steps", "2", "--batch", "2", "--device", "cpu", "--out", str(tmp_path / "out"), *more]
+
+
+def test_status_is_1_where_miou_cannot_rise(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(training, "evaluate", lambda network, data, step: training.Score(step, 0.25, 0.25, [0.25]))
+    assert training.main(small(tmp_path)) == 1
+    errors = capsys.readouterr().err.splitlines()
+    assert [line.startswith("demo: the validation mIoU did not rise") for line in errors] == [True, True]
+    assert (tmp_path / "out" / "metrics.json").is_file()
+
+
+def test_several_seeds_give_a_spread_and_no_warning_about_one(tmp_path, monkeypatch, capsys):
+    scores = iter([0.1, 0.5, 0.5, 0.1, 0.6, 0.6, 0.1, 0.3, 0.3, 0.1, 0.6, 0.6])  # before and two more, of four runs
+    monkeypatch.setattr(
+        training, "evaluate", lambda network, data, step: training.Score(step, next(scores), 0.5, [0.5])
+    )
+    assert training.main(small(tmp_path, "--seed", "3", "5")) == 0
+    text = capsys.readouterr().out
+    assert "0.400 ± 0.141" in text and "0.600 ± 0.000" in text and "+0.200 ± 0.141" in text
+    assert "over 2 seeds" in text and "several seeds agree" not in text
+    runs = json.loads((tmp_path / "out" / "metrics.json").read_text())["runs"]
+    assert [(run["seed"], run["alpha"]) for run in runs] == [(3, 0.0), (3, 0.1), (5, 0.0), (5, 0.1)]
+
+
+def test_a_failure_leaves_the_old_results_and_nothing_else(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "metrics.json").write_text("old")
+
+    def fail(folder, *_):
+        (folder / "curves.png").write_text("half")
+        raise RuntimeError("disk full")
+
+    monkeypatch.setattr(training.pictures, "draw", fail)
+    with pytest.raises(RuntimeError, match="disk full"):
+        training.main(small(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert [path.name for path in out.iterdir()] == ["metrics.json"]
+    assert (out / "metrics.json").read_text() == "old"
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--data", "camvid"], "--root and --data camvid go together"),
+        (["--root", "somewhere"], "--root and --data camvid go together"),
+        (["--data", "cityscapes"], "invalid choice: 'cityscapes'"),
+        (["--steps", "0"], "--steps: expected 1 to"),
+        (["--steps", "many"], "invalid int value: 'many'"),
+        (["--batch", "-3"], "--batch: expected 1 to 1024, got -3"),
+        (["--size", "32"], "--size: expected 64 to 1024, got 32"),
+        (["--seed", "1", "1"], "--seed: expected different numbers"),
+        (["--seed", "-1"], "--seed: expected different numbers"),
+        (["--device", "cuda:99"], "--device cuda:99 cannot be used"),
+        (["--device", "toaster"], "--device toaster cannot be used"),
+        (["--device", "meta"], "--device meta cannot be used: expected auto, cpu, cuda"),
+        (["--out", "/dev/null"], "is a file; give a folder"),
+        (["--out", "/no/such/place"], "is no folder that can be written to"),
+    ],
+)
+def test_a_bad_flag_is_one_sentence(flags, words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        training.main(flags)
+    assert stop.value.code == 2
+    usage, sentence = capsys.readouterr().err.splitlines()
+    assert usage.startswith("usage: python -m contextrast_kernels demo") and words in sentence
+
+
+def test_a_folder_with_other_files_is_not_replaced(tmp_path, capsys):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(SystemExit):
+        training.main(["--out", str(tmp_path)])
+    assert "holds thesis.tex" in capsys.readouterr().err
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+
+# -------------------------------------------------------------------------------------------------- as users start it
+
+
+def start(code_or_module: list[str], tmp_path: pathlib.Path) -> subprocess.CompletedProcess:
+    # One thread: several demos at once on a small machine would otherwise wait for each other.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(pathlib.Path(ck.__file__).parents[1])}
+    return subprocess.run(
+        [sys.executable, *code_or_module], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
+    )
+
+
+def test_a_quick_run_end_to_end(tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    done = start(["-m", "contextrast_kernels", "demo", "--quick", "--device", "cpu"], tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["demo_out"]
+    out = tmp_path / "demo_out"
+    assert {path.name for path in out.iterdir()} == {"metrics.json", "curves.png", "negatives.png"}
+    for name in ("curves.png", "negatives.png"):
+        assert (out / name).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+    facts = json.loads((out / "metrics.json").read_text())
+    alone, added = facts["runs"]
+    for run in (alone, added):
+        assert len(run["scores"]) == 11 and len(run["cross_entropy"]) == facts["settings"]["steps"] == 30
+        assert run["miou"] == pytest.approx(sum(score["miou"] for score in run["scores"][-3:]) / 3)
+        assert run["miou"] > run["miou_before"] == run["scores"][0]["miou"]
+        assert run["cross_entropy"][-1] < run["cross_entropy"][0]
+        assert run["seconds_per_step"] > 0
+    assert alone["scores"][0] == added["scores"][0] and alone["cross_entropy"][0] == added["cross_entropy"][0]
+    assert alone["contextrast"] == [] and len(added["contextrast"]) == 30
+    assert f"{added['miou']:.3f}" in done.stdout and "Noise" in done.stdout
+
+
+def test_it_runs_on_torch_alone_and_says_what_is_missing(tmp_path):
+    without = """
+import sys
+for name in ("kornia", "skimage", "matplotlib", "tqdm", "PIL", "scipy"):
+    sys.modules[name] = None  # import raises ModuleNotFoundError
+from contextrast_kernels.demo.training import main
+sys.exit(main(["--quick", "--device", "cpu"]))
+"""
+    done = start(["-c", without], tmp_path)
+    assert done.returncode == 0, done.stderr
+    for package in ("scikit-image", "kornia", "tqdm", "matplotlib"):
+        assert f"need {package}" in done.stdout or f"needs {package}" in done.stdout
+    assert [path.name for path in (tmp_path / "demo_out").iterdir()] == ["metrics.json"]
+
+
+# ---------------------------------------------------------------------------------------------------------- pictures
+
+
+def test_the_picture_shows_what_the_loss_chooses():
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    generator = torch.Generator().manual_seed(1)
+    H, W, N = 24, 36, 4
+    labels = torch.randint(N, (H // 6, W // 6), generator=generator).repeat_interleave(6, 0).repeat_interleave(6, 1)
+    labels[:5, :5] = VOID
+    logits = torch.randn(N, H // 4, W // 4, generator=generator)
+    sizes = [(12, 18), (5, 7)]
+    figure = viz.negatives(torch.rand(3, H, W), labels, logits, num_classes=N, sizes=sizes, class_names="abcd")
+    axes = [axis for axis in figure.axes if axis.get_label() != "<colorbar>"]
+    assert len(axes) == len(sizes) * 6
+    assert [axis.get_title() for axis in axes[:6]] == [
+        "image", "labels", "prediction", "error map", "edge distance", "chosen negatives",
+    ]  # fmt: skip
+    colours = viz.class_colours(N)
+    for i, (h, w) in enumerate(sizes):
+        errors, distance, chosen = (torch.tensor(np.ma.getdata(a.images[0].get_array())) for a in axes[6 * i + 3 :][:3])
+        negatives = ck.bane_negatives(logits[None], labels[None], num_classes=N, size=(h, w))[0]
+        rows, columns = torch.arange(h) * H // h, torch.arange(w) * W // w
+        target = labels[rows[:, None], columns]
+        predicted = logits.argmax(0)[(torch.arange(h) * (H // 4) // h)[:, None], torch.arange(w) * (W // 4) // w]
+        wrong = (target != VOID) & (predicted != target)
+        assert wrong.any() and (negatives >= 0).any()
+        assert torch.equal(errors[wrong], colours[predicted[wrong]])
+        assert torch.equal(errors[target == VOID], torch.tensor(viz.VOID_COLOUR).expand(int((target == VOID).sum()), 3))
+        assert torch.equal(distance.isfinite(), wrong)
+        exact = (chosen == colours[predicted]).all(-1) & wrong
+        assert torch.equal(exact, negatives >= 0)
+
+
+def test_the_colours_of_many_classes_differ():
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    for N in (1, 7, 11, 16, 17, 150):
+        colours = viz.class_colours(N)
+        assert colours.shape == (N, 3) and len(colours.unique(dim=0)) == N
+
+
+def test_wrong_arguments_of_the_picture_are_named():
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    image, labels = torch.rand(3, 8, 8), torch.zeros(8, 8, dtype=torch.long)
+    good = {"num_classes": 2, "sizes": [(4, 4)]}
+    for name, arguments in (
+        ("image", (image[0], labels, labels)),
+        ("labels", (image, labels[None], labels)),
+        ("predictions", (image, labels, labels.float())),
+    ):
+        with pytest.raises(ValueError, match=f"^{name}: expected"):
+            viz.negatives(*arguments, **good)
+    for name, change in (("sizes", {"sizes": []}), ("class_names", {"class_names": ["one"]}), ("ratio", {"ratio": 2})):
+        with pytest.raises(ValueError, match=f"^{name}: expected"):
+            viz.negatives(image, labels, labels, **{**good, **change})
+
+
+def test_a_picture_of_one_class_that_fills_the_image():
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    labels = torch.zeros(8, 8, dtype=torch.uint8)
+    figure = viz.negatives(torch.zeros(3, 8, 8, dtype=torch.uint8), labels, labels + 1, num_classes=2, sizes=[(8, 8)])
+    figure.canvas.draw()
