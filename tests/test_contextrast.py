@@ -320,6 +320,7 @@ def test_degenerate_batches_give_zero_and_a_live_graph(rng, options, dtype):
     assert_zero_with_live_graph(features, torch.ones_like(labels), predictions.clamp(max=0), **options)  # one class, all wrong
     assert_zero_with_live_graph(features, torch.ones_like(labels), torch.ones_like(labels), **options)  # one class, all right
     assert_zero_with_live_graph([x[:0] for x in features], labels[:0], predictions[:0], **options)
+    assert_zero_with_live_graph([x[:, :, :0] for x in features], labels, predictions, **options)
     assert_zero_with_live_graph([x[:1, :, :1, :1] for x in features], labels[:1, :1, :1], predictions[:1, :1, :1], **options)
     if "base_rate" not in options:
         assert_zero_with_live_graph(features, labels, torch.where(labels == 255, 0, labels), **options)  # no error
