@@ -3,9 +3,9 @@
 //
 // Every function comes twice: `_cpu` takes a number of threads, `_cuda` a device index and a stream on which it only
 // enqueues work. None allocates device memory, keeps state between calls or waits for the device: the caller passes
-// scratch of at least the size that the matching
-// `_scratch_` function returns (any content, aligned to 16 bytes), and outputs, which are contiguous and wholly
-// written. Inputs may have any strides and are never copied; no value in them can cause an access out of bounds.
+// scratch of at least the size that the matching `_scratch_` function returns (any content, aligned to 16 bytes), and
+// outputs, which are contiguous and wholly written. A `_scratch_cpu` function must be given the same number of threads.
+// Inputs may have any strides and are never copied; no value in them can cause an access out of bounds.
 //
 // A function returns CONTEXTRAST_OK, or another code and one sentence in `error`, CONTEXTRAST_ERROR_SIZE bytes of the
 // caller's.
@@ -82,7 +82,8 @@ CONTEXTRAST_API int contextrast_error_map_cuda(const ContextrastMap *predictions
 // Eq. 7. Distance of every pixel with a class >= 0 to the nearest edge pixel of its class in its image: one with a
 // 4-neighbour inside the image of another value. distance (B, H, W): squared != 0: int32, CONTEXTRAST_NO_EDGE without
 // an edge; else float32, inf without an edge. Pixels of negative class: CONTEXTRAST_OUTSIDE.
-CONTEXTRAST_API int64_t contextrast_edge_distance_scratch_cpu(int64_t batch, int64_t height, int64_t width);
+CONTEXTRAST_API int64_t contextrast_edge_distance_scratch_cpu(int64_t batch, int64_t height, int64_t width,
+                                                              int threads);
 CONTEXTRAST_API int64_t contextrast_edge_distance_scratch_cuda(int64_t batch, int64_t height, int64_t width);
 CONTEXTRAST_API int contextrast_edge_distance_cpu(const ContextrastMap *classes, int squared, void *distance,
                                                   void *scratch, int threads, char *error);

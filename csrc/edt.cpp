@@ -56,11 +56,12 @@ struct Zeros {
 
 // ---- 1. Mark
 
+// One row; neighbours in a column lie `step` elements apart.
 template <class Kind, class T, class Distance>
-CONTEXTRAST_HD void mark_row(const T *__restrict__ here, const T *__restrict__ up, const T *__restrict__ down,
-                             int64_t step, int width, int bit, uint32_t *__restrict__ seeds, uint8_t *__restrict__ far,
-                             Distance *__restrict__ distance) {
-  const auto mark = [&](int x, int left, int right) __attribute__((always_inline)) {
+CONTEXTRAST_HD void mark_row(const T *__restrict here, const T *__restrict up, const T *__restrict down, int64_t step,
+                             int width, int bit, uint32_t *__restrict seeds, uint8_t *__restrict far,
+                             Distance *__restrict distance) {
+  const auto mark = [=](int x, int left, int right) {
     const T pixel = here[x * step];
     const bool seed = Kind::is_seed(pixel, up[x * step], down[x * step], here[left * step], here[right * step]);
     const bool wanted = Kind::is_wanted(pixel);
@@ -223,7 +224,7 @@ int transform(const char *name, const ContextrastMap &map, int squared, void *di
 
 extern "C" {
 
-int64_t contextrast_edge_distance_scratch_cpu(int64_t batch, int64_t height, int64_t width) {
+int64_t contextrast_edge_distance_scratch_cpu(int64_t batch, int64_t height, int64_t width, int) {
   contextrast::Scratch scratch(nullptr);
   contextrast::Bands(scratch, batch, height, width);
   return scratch.used();

@@ -57,7 +57,7 @@ CONTEXTRAST_CLONES void read_argmax(const RowSource &source, const Bits *row, in
   }
   for (int64_t n = 1; n < source.map.channels; ++n) {
     const Bits *channel = row + n * source.map.stride_channel;
-    const auto update = [&](int i, Bits bits) __attribute__((always_inline)) {
+    const auto update = [&](int i, Bits bits) {
       const Bits key = order_key(bits, infinity);
       classes[i] = key > largest[i] ? static_cast<int32_t>(n) : classes[i];
       largest[i] = greater(largest[i], key);

@@ -175,12 +175,12 @@ int64_t contextrast_bane_negatives_scratch_cpu(const ContextrastMap *labels, int
   const bool full = distance_at == CONTEXTRAST_AT_FULL;
   Scratch memory(nullptr);
   if (full) memory.take<int32_t>(pixels), memory.take<int32_t>(pixels);
-  int64_t most = full ? contextrast_edge_distance_scratch_cpu(batch, labels->height, labels->width) : 0;
+  int64_t most = full ? contextrast_edge_distance_scratch_cpu(batch, labels->height, labels->width, threads) : 0;
   for (int i = 0; i < num_layers; ++i) {
     const int64_t h = layers[i].height, w = layers[i].width;
     Scratch own(nullptr);
     own.take<int32_t>(batch * h * w);
-    const int64_t distances = full ? 0 : contextrast_edge_distance_scratch_cpu(batch, h, w);
+    const int64_t distances = full ? 0 : contextrast_edge_distance_scratch_cpu(batch, h, w, threads);
     most = greater(most, own.used() + greater(distances, groups_bytes(batch, h * w, threads)));
   }
   return memory.used() + most;

@@ -1,0 +1,243 @@
+"""The native library of csrc/: opened on first use, one op for each function it exports.
+
+``native.edge_distance`` is the op ``contextrast::edge_distance``, and so on: CPU and CUDA tensors of any strides, which
+are passed on and never copied. What the functions compute is said in csrc/contextrast.h; arguments are checked by their
+callers, in bane.py. None is differentiable.
+"""
+
+import ctypes
+import functools
+import pathlib
+
+import torch
+from torch import Tensor
+
+_PATH = pathlib.Path(__file__).with_name("_native.so")
+_ERROR_SIZE = 256
+_TYPES = (
+    torch.uint8,
+    torch.int8,
+    torch.int16,
+    torch.int32,
+    torch.int64,
+    torch.float16,
+    torch.bfloat16,
+    torch.float32,
+    torch.float64,
+)
+_TYPE_CODES = {dtype: code for code, dtype in enumerate(_TYPES)} | {torch.bool: _TYPES.index(torch.uint8)}
+_NEGATIVES = ("bane", "semi-hard")
+_DISTANCE_AT = ("layer", "full")
+
+
+class _Map(ctypes.Structure):
+    """ContextrastMap: where a tensor (B, H, W) or (B, N, H, W) lies."""
+
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("batch", "channels", "height", "width")),
+        *((name, ctypes.c_int64) for name in ("stride_batch", "stride_channel", "stride_row", "stride_column")),
+        ("type", ctypes.c_int32),
+    )
+
+    def __init__(self, tensor: Tensor):
+        channels, stride_channel = (tensor.shape[1], tensor.stride(1)) if tensor.ndim == 4 else (0, 0)
+        super().__init__(
+            *(tensor.data_ptr(), tensor.shape[0], channels, *tensor.shape[-2:]),
+            *(tensor.stride(0), stride_channel, *tensor.stride()[-2:], _TYPE_CODES[tensor.dtype]),
+        )
+
+
+class _Layer(ctypes.Structure):
+    """ContextrastLayer: a size, and where the negatives of that size go."""
+
+    _fields_ = (("height", ctypes.c_int64), ("width", ctypes.c_int64), ("negatives", ctypes.c_void_p))
+
+
+_MAP, _LAYERS = ctypes.POINTER(_Map), ctypes.POINTER(_Layer)
+_POINTER, _INT64, _INT, _DOUBLE = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_double
+# The arguments that a function's two versions share, and those of its two scratch functions.
+_ARGUMENTS = {
+    "error_map": (_MAP, _MAP, _INT64, _INT64, _POINTER),
+    "edge_distance": (_MAP, _INT, _POINTER, _POINTER),
+    "distance_transform": (_MAP, _INT, _POINTER, _POINTER),
+    "select_nearest": (_MAP, _MAP, _DOUBLE, _INT64, _POINTER, _POINTER, _POINTER),
+    "bane_negatives": (_MAP, _MAP, _INT64, _INT64, _LAYERS, _INT, _DOUBLE, _INT, _INT, _POINTER, _POINTER),
+}
+_SCRATCH_ARGUMENTS = {
+    "edge_distance": (_INT64, _INT64, _INT64),
+    "select_nearest": (_INT64, _INT64, _INT64, _INT64),
+    "bane_negatives": (_MAP, _INT64, _LAYERS, _INT, _INT),
+}
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | str:
+    """The opened library, or why it cannot be."""
+    if not _PATH.exists():
+        return (
+            "the native library is not built: install a C++17 compiler and reinstall contextrast_kernels with "
+            "CONTEXTRAST_NATIVE=1, which says what is missing"
+        )
+    try:
+        library = ctypes.CDLL(str(_PATH))
+        for device in "cpu", "cuda":
+            if not hasattr(library, f"contextrast_error_map_{device}"):
+                continue  # built without nvcc
+            for name, arguments in _ARGUMENTS.items():
+                where = (_INT,) if device == "cpu" else (_INT, _POINTER)
+                getattr(library, f"contextrast_{name}_{device}").argtypes = (*arguments, *where, ctypes.c_char_p)
+            for name, arguments in _SCRATCH_ARGUMENTS.items():
+                scratch = getattr(library, f"contextrast_{name}_scratch_{device}")
+                scratch.argtypes, scratch.restype = (*arguments, _INT) if device == "cpu" else arguments, _INT64
+    except (OSError, AttributeError) as error:
+        return f"the native library {_PATH.name} cannot be opened ({error}): reinstall contextrast_kernels"
+    return library
+
+
+@functools.cache
+def status() -> dict[str, str]:
+    """For "cpu" and "cuda" tensors: "ok", or the reason why the library cannot serve them."""
+    library = _library()
+    if isinstance(library, str):
+        return {"cpu": library, "cuda": library}
+    if not hasattr(library, "contextrast_cuda_status"):
+        cuda = "the native library was built without CUDA: put nvcc on PATH and reinstall contextrast_kernels"
+    elif not torch.cuda.is_available():
+        cuda = "no CUDA device: torch.cuda.is_available() is False"
+    else:
+        text = ctypes.create_string_buffer(_ERROR_SIZE)
+        failed = library.contextrast_cuda_status(torch.cuda.current_device(), text)
+        cuda = text.value.decode(errors="replace") if failed else "ok"
+    return {"cpu": "ok", "cuda": cuda}
+
+
+def _function(name: str, device: torch.device):
+    library = _library()
+    if isinstance(library, str) or not hasattr(library, f"contextrast_{name}_{device.type}"):
+        reason = status().get(device.type, "it has code for CPU and CUDA only")
+        raise RuntimeError(f"the native library cannot serve {device.type} tensors: {reason}")
+    return getattr(library, f"contextrast_{name}_{device.type}")
+
+
+def _call(name: str, device: torch.device, arguments: tuple, scratch: tuple = ()) -> None:
+    """Runs a function on torch's number of threads or current stream.
+
+    scratch: if it takes any, the function that says how much, and the arguments of that.
+    """
+    where = (torch.get_num_threads(),)
+    if device.type == "cuda":
+        where = (device.index, torch.cuda.current_stream(device).cuda_stream)
+    if scratch:
+        scratch_name, *scratch_arguments = scratch
+        threads = where if device.type == "cpu" else ()
+        size = _function(f"{scratch_name}_scratch", device)(*scratch_arguments, *threads)
+        # On CUDA the allocator hands this memory out again only to work behind this call on the same stream.
+        memory = torch.empty(size, dtype=torch.uint8, device=device)
+        arguments = (*arguments, memory.data_ptr())
+    text = ctypes.create_string_buffer(_ERROR_SIZE)
+    code = _function(name, device)(*arguments, *where, text)
+    if code:
+        raise (ValueError if code == 1 else RuntimeError)(f"{name}: {text.value.decode(errors='replace')}")
+
+
+@torch.library.custom_op("contextrast::error_map", mutates_args=())
+def error_map(predictions: Tensor, labels: Tensor, num_classes: int, ignore_index: int) -> Tensor:
+    """predictions (B, H', W') integers or (B, N, H', W') floats, labels (B, H, W) → int32 (B, H, W), -1 = no error.
+
+    num_classes -1: the channels of the logits, or every value >= 0.
+    """
+    errors = torch.empty(labels.shape, dtype=torch.int32, device=labels.device)
+    arguments = (_Map(predictions), _Map(labels), num_classes, ignore_index, errors.data_ptr())
+    _call("error_map", labels.device, arguments)
+    return errors
+
+
+@error_map.register_fake
+def _(predictions, labels, num_classes, ignore_index):
+    return torch.empty(labels.shape, dtype=torch.int32, device=labels.device)
+
+
+def _distance(name: str, image: Tensor, squared: bool) -> Tensor:
+    distance = torch.empty(image.shape, dtype=torch.int32 if squared else torch.float32, device=image.device)
+    _call(name, image.device, (_Map(image), squared, distance.data_ptr()), ("edge_distance", *image.shape))
+    return distance
+
+
+def _fake_distance(image, squared):
+    return torch.empty(image.shape, dtype=torch.int32 if squared else torch.float32, device=image.device)
+
+
+@torch.library.custom_op("contextrast::edge_distance", mutates_args=())
+def edge_distance(classes: Tensor, squared: bool) -> Tensor:
+    """(B, H, W) integers → float32, or int32 squared, (B, H, W); -1 where the class is negative."""
+    return _distance("edge_distance", classes, squared)
+
+
+@torch.library.custom_op("contextrast::distance_transform", mutates_args=())
+def distance_transform(mask: Tensor, squared: bool) -> Tensor:
+    """(B, H, W) bool or integers → float32, or int32 squared, (B, H, W); 0 on zeros."""
+    return _distance("distance_transform", mask, squared)
+
+
+edge_distance.register_fake(_fake_distance)
+distance_transform.register_fake(_fake_distance)
+
+
+@torch.library.custom_op("contextrast::select_nearest", mutates_args=())
+def select_nearest(classes: Tensor, distance_sq: Tensor, ratio: float, num_classes: int, seed: Tensor) -> Tensor:
+    """(B, h, w) integers, (B, h, w) int32, int64 of one element on the same device → bool (B, h, w).
+
+    num_classes -1: every value >= 0.
+    """
+    selected = torch.empty(classes.shape, dtype=torch.bool, device=classes.device)
+    arguments = (_Map(classes), _Map(distance_sq), ratio, num_classes, seed.data_ptr(), selected.data_ptr())
+    _call("select_nearest", classes.device, arguments, ("select_nearest", *classes.shape, num_classes))
+    return selected
+
+
+@select_nearest.register_fake
+def _(classes, distance_sq, ratio, num_classes, seed):
+    return torch.empty(classes.shape, dtype=torch.bool, device=classes.device)
+
+
+def _layer_sizes(sizes: list[int]) -> list[tuple[int, int]]:
+    return list(zip(sizes[::2], sizes[1::2]))
+
+
+@torch.library.custom_op("contextrast::bane_negatives", mutates_args=())
+def bane_negatives(
+    predictions: Tensor,
+    labels: Tensor,
+    num_classes: int,
+    sizes: list[int],
+    ratio: float,
+    negatives: str,
+    distance_at: str,
+    ignore_index: int,
+    seed: Tensor,
+) -> list[Tensor]:
+    """Errors, distances and selection of several layers; sizes h_0, w_0, h_1, w_1, … → int32 (B, h_i, w_i), -1 = none.
+
+    num_classes as in ``error_map``; negatives "bane" or "semi-hard"; distance_at "layer" or "full"; seed int64 of one
+    element on the same device.
+    """
+    device = labels.device
+    layers = [torch.empty(labels.shape[0], *size, dtype=torch.int32, device=device) for size in _layer_sizes(sizes)]
+    descriptors = (_Layer * len(layers))(*((*layer.shape[1:], layer.data_ptr()) for layer in layers))
+    labels_map, at = _Map(labels), _DISTANCE_AT.index(distance_at)
+    which = (ratio, _NEGATIVES.index(negatives), at, seed.data_ptr())
+    _call(
+        "bane_negatives",
+        device,
+        (_Map(predictions), labels_map, num_classes, ignore_index, descriptors, len(layers), *which),
+        ("bane_negatives", labels_map, num_classes, descriptors, len(layers), at),
+    )
+    return layers
+
+
+@bane_negatives.register_fake
+def _(predictions, labels, num_classes, sizes, ratio, negatives, distance_at, ignore_index, seed):
+    return [
+        torch.empty(labels.shape[0], *size, dtype=torch.int32, device=labels.device) for size in _layer_sizes(sizes)
+    ]

@@ -1,0 +1,131 @@
+"""Builds the Python package and, where the tools are found, the native library beside it.
+
+csrc/ needs a C++17 compiler, its CUDA kernels also nvcc; CMakeLists.txt alone knows sources and flags. The environment
+variable CONTEXTRAST_NATIVE says what a failed build costs: by default one sentence (the package works on PyTorch
+alone), with 1 the installation; with 0 nothing is built.
+"""
+
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+from setuptools import Command, Distribution, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build import build
+
+ROOT = pathlib.Path(__file__).resolve().parent
+LIBRARY = pathlib.Path("contextrast_kernels", "_native.so")
+
+
+class BuildFailed(Exception):
+    pass
+
+
+def find_tool(name: str, folders: list[str]) -> str | None:
+    return shutil.which(name) or next(filter(None, (shutil.which(name, path=folder) for folder in folders)), None)
+
+
+def build_tool(name: str) -> str:
+    found = find_tool(name, [os.path.dirname(sys.executable)])
+    if found is None:
+        raise BuildFailed(f"{name} was not found; `pip install {name}` brings it")
+    return found
+
+
+def find_nvcc() -> str | None:
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    return find_tool("nvcc", [os.path.join(home, "bin") for home in homes if home])
+
+
+def run(*command: object) -> None:
+    done = subprocess.run([str(word) for word in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    print(done.stdout, flush=True)
+    if done.returncode:
+        errors = [line.strip() for line in done.stdout.splitlines() if "error" in line.lower()]
+        raise BuildFailed(errors[0] if errors else f"{command[0]} ended with status {done.returncode}")
+
+
+def build_library(target: pathlib.Path, nvcc: str | None) -> None:
+    cmake, ninja = build_tool("cmake"), build_tool("ninja")
+    work = ROOT / "build" / "native"
+    shutil.rmtree(work, ignore_errors=True)  # a cache may name the tools of an environment that is gone
+    options = [f"-DCMAKE_MAKE_PROGRAM={ninja}", f"-DCONTEXTRAST_CUDA={'ON' if nvcc else 'OFF'}"]
+    if nvcc:
+        options.append(f"-DCMAKE_CUDA_COMPILER={nvcc}")
+    run(cmake, "-S", ROOT, "-B", work, "-G", "Ninja", *options)
+    run(cmake, "--build", work)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # A process may have the old library open: replace the file, never its content.
+    fresh = target.with_suffix(".new")
+    shutil.copy2(work / LIBRARY.name, fresh)
+    os.replace(fresh, target)
+
+
+class build_native(Command):
+    """Puts the library into the package: the one in the build folder or, for `pip install -e`, the sources."""
+
+    user_options = []  # noqa: RUF012, setuptools reads it from the class
+    editable_mode = False
+
+    def initialize_options(self):
+        self.build_lib = None
+
+    def finalize_options(self):
+        self.set_undefined_options("build", ("build_lib", "build_lib"))
+
+    def target(self) -> pathlib.Path:
+        return (ROOT if self.editable_mode else pathlib.Path(self.build_lib)) / LIBRARY
+
+    def run(self):
+        wish = os.environ.get("CONTEXTRAST_NATIVE", "")
+        if wish == "0":
+            return
+        nvcc = find_nvcc()
+        # If the CUDA kernels cannot be built, the CPU code still may.
+        for attempt in dict.fromkeys([nvcc, None]):
+            try:
+                build_library(self.target(), attempt)
+                self.distribution.has_library = True
+                return
+            except (BuildFailed, OSError) as failure:
+                what = "CUDA kernels were" if attempt else "native library was"
+                sentence = f"contextrast_kernels: the {what} not built: {failure}"
+                if wish == "1":
+                    sys.exit(f"{sentence} (demanded by CONTEXTRAST_NATIVE=1)")
+                self.announce(sentence, level=4)
+
+    def get_source_files(self):
+        return ["CMakeLists.txt", *(str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc").iterdir()))]
+
+    def get_outputs(self):
+        return [str(self.target())] if self.distribution.has_library else []
+
+    def get_output_mapping(self):
+        return {}
+
+
+class Build(build):
+    sub_commands = [*build.sub_commands, ("build_native", None)]  # noqa: RUF012
+
+
+class Wheel(bdist_wheel):
+    def run(self):
+        self.run_command("build")
+        self.root_is_pure = not self.distribution.has_library
+        super().run()
+
+    def get_tag(self):
+        # The library holds no Python symbol: one wheel for every Python.
+        return ("py3", "none", super().get_tag()[2] if self.distribution.has_library else "any")
+
+
+class Package(Distribution):
+    has_library = False
+
+    def has_ext_modules(self):
+        return self.has_library
+
+
+setup(distclass=Package, cmdclass={"build": Build, "build_native": build_native, "bdist_wheel": Wheel})
