@@ -1,0 +1,1 @@
+"""Fused Triton kernels of the losses. Nothing here is imported until an op needs it."""

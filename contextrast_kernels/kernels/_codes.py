@@ -1,0 +1,204 @@
+"""Label codes: what every sweep must know of a pixel, in one or two bytes, for all layers in one launch.
+
+    y     the class of the pixel, >= N where it takes no part
+    e     the class whose anchor it is a hard negative of, >= N for none
+    base  1 where it is a negative of every class but its own
+
+Labels keep their own resolution and dtype in memory and are sampled here once, with exact integers, instead of in each sweep:
+at stride 4 every int64 label sits in a memory sector of its own. Counts come along.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton import language as tl
+
+from contextrast_kernels.kernels import _launch
+from contextrast_kernels.kernels._tiles import layer_of, pick, pick_pointer
+
+PIXELS = 1024
+"""Pixels of a program."""
+
+
+class Codes(NamedTuple):
+    """Codes of all layers end to end (``_launch.pixel_starts``), and counts (layers, N) and (layers, 2) in int64."""
+
+    y: Tensor
+    e: Tensor
+    base: Tensor | None
+    counts: Tensor
+    totals: Tensor
+    """Of each layer: hard and base negatives, each pixel once; error pixels."""
+
+
+def codes(
+    features: Sequence[Tensor],
+    labels: Tensor,
+    num_classes: int,
+    ignore_index: int,
+    negatives: Sequence[Tensor] | None = None,
+    errors: Sequence[Tensor] | None = None,
+    base: Sequence[Tensor] | None = None,
+    base_rate: float = 0.0,
+    seed: Tensor | None = None,
+) -> Codes:
+    """negatives, errors, base: integer maps (B, h, w) of each layer, as the public functions take them. base_rate: the share of
+    pixels to draw as base (1: all, and no seed is needed)."""
+    device = features[0].device
+    dense = base is not None or base_rate > 0
+    code_type = torch.uint8 if num_classes <= 255 else torch.int16
+    pixels = _launch.pixel_starts(features)[-1]
+    y = torch.empty(pixels, dtype=code_type, device=device)
+    e = torch.empty(pixels, dtype=code_type, device=device)
+    base_map = torch.empty(pixels, dtype=torch.uint8, device=device) if dense else None
+    tallies = torch.zeros(len(features), num_classes + 2, dtype=torch.int64, device=device)
+    counts, totals = tallies[:, :num_classes], tallies[:, num_classes:]
+
+    batch = features[0].shape[0]
+    layers = [i for i, x in enumerate(features) if x.numel()]
+    blocks, first = 0, []
+    for i in layers:
+        first.append(blocks)
+        blocks += triton.cdiv(batch * features[i].shape[2] * features[i].shape[3], PIXELS)
+    starts = _launch.pixel_starts(features)
+    given = {
+        name: None if maps is None else tuple(maps[i].contiguous() for i in layers)
+        for name, maps in (("negatives", negatives), ("errors", errors), ("base_maps", base))
+    }
+    if not blocks:
+        return Codes(y, e, base_map, counts, totals)
+    _launch.launch(
+        _label_codes,
+        (blocks,),
+        {
+            "labels": labels,
+            "label_strides": labels.stride(),
+            **given,
+            "seed": seed,
+            "y": y,
+            "e": e,
+            "base": base_map,
+            "counts": counts,
+            "totals": totals,
+            "geometry": _launch.Geometry(
+                tuple(layers),
+                tuple(first),
+                tuple(starts[i] for i in layers),
+                tuple(features[i].shape[2] for i in layers),
+                tuple(features[i].shape[3] for i in layers),
+            ),
+            "B": batch,
+            "H": labels.shape[1],
+            "W": labels.shape[2],
+            "N": num_classes,
+            "ignore_index": ignore_index,
+            # For an integer hash, hash < rate · 2³² exactly when hash < ⌈rate · 2³²⌉.
+            "threshold": _ceil(base_rate * 2.0**32),
+        },
+        {
+            "DRAW": base is None and 0 < base_rate < 1,
+            "NONE": 255 if num_classes <= 255 else 256,
+            "BINS": triton.next_power_of_2(num_classes),
+            "PIXELS": PIXELS,
+        },
+        reads=_launch.nbytes(*(m for maps in given.values() if maps for m in maps))
+        + sum(batch * min(x.shape[2], labels.shape[1]) * min(x.shape[3] * 32, labels.shape[2] * labels.element_size()) for x in features),
+        writes=_launch.nbytes(y, e, *([base_map] if dense else [])),
+    )
+    return Codes(y, e, base_map, counts, totals)
+
+
+def _ceil(x: float) -> int:
+    return -int(-x // 1)
+
+
+@triton.jit
+def _mix(x):
+    """An invertible mixing of 32-bit integers, as ``hashing._mix``."""
+    x = (x ^ (x >> 15)) * tl.full((), 0x2C1B3C6D, tl.uint32)
+    x = (x ^ (x >> 12)) * tl.full((), 0x297A2D39, tl.uint32)
+    return x ^ (x >> 15)
+
+
+@triton.jit
+def _hash(seed, stream, pixel):
+    """hash(seed, stream, pixel) of ``hashing.pixel_hash``; stream and pixel are uint32."""
+    high = ((seed >> 32) & 0xFFFFFFFF).to(tl.uint32)
+    low = (seed & 0xFFFFFFFF).to(tl.uint32)
+    key = _mix(_mix(_mix(stream + tl.full((), 0x9E3779B9, tl.uint32)) ^ high) ^ low)
+    return _mix(pixel ^ key)
+
+
+@triton.jit(do_not_specialize=["label_strides", "geometry", "B", "H", "W", "N", "ignore_index", "threshold"])
+def _label_codes(
+    labels,
+    label_strides,
+    negatives,
+    errors,
+    base_maps,
+    seed,
+    y,
+    e,
+    base,
+    counts,
+    totals,
+    geometry,
+    B,
+    H,
+    W,
+    N,
+    ignore_index,
+    threshold,
+    DRAW: tl.constexpr,
+    NONE: tl.constexpr,
+    BINS: tl.constexpr,
+    PIXELS: tl.constexpr,
+):
+    program = tl.program_id(0)
+    layer = layer_of(program, geometry.block)
+    number = pick(geometry.number, layer)
+    h = pick(geometry.h, layer)
+    w = pick(geometry.w, layer)
+    pixel = (program - pick(geometry.block, layer)).to(tl.int64) * PIXELS + tl.arange(0, PIXELS)
+    image_size = tl.cast(h, tl.int64) * w
+    live = pixel < image_size * B
+    b = pixel // image_size
+    inside = (pixel - b * image_size).to(tl.int32)
+    r = inside // w
+    c = inside - r * w
+
+    # 1. The label at row ⌊r H / h⌋, column ⌊c W / w⌋, compared as int64: -100 never meets a uint8 156.
+    source = b * label_strides[0] + (r * H // h).to(tl.int64) * label_strides[1] + (c * W // w).to(tl.int64) * label_strides[2]
+    label = tl.load(labels + source, mask=live, other=0).to(tl.int64)
+    valid = live & (label >= 0) & (label < N) & (label != ignore_index)
+    here = tl.cast(pick(geometry.pixel, layer), tl.int64) + pixel
+    tl.store(y + here, tl.where(valid, label, NONE).to(y.dtype.element_ty), mask=live)
+    n = tl.arange(0, BINS)
+    seen = tl.histogram(tl.where(valid, label, 0).to(tl.int32), BINS, mask=valid)
+    tl.atomic_add(counts + number * (N + 2) + n, seen.to(tl.int64), mask=seen > 0, sem="relaxed")
+
+    # 2. Negatives; an ignored pixel is none, whatever a given map says.
+    if negatives is not None:
+        negative = tl.load(pick_pointer(negatives, layer) + pixel, mask=live, other=-1).to(tl.int64)
+        hard = valid & (negative >= 0) & (negative < N)
+        tl.store(e + here, tl.where(hard, negative, NONE).to(e.dtype.element_ty), mask=live)
+    else:
+        hard = valid & (label < 0)
+        tl.store(e + here, tl.full((PIXELS,), NONE, tl.int32).to(e.dtype.element_ty), mask=live)
+    if base is not None:
+        if base_maps is not None:
+            is_base = valid & (tl.load(pick_pointer(base_maps, layer) + pixel, mask=live, other=0) != 0)
+        elif DRAW:
+            drawn = _hash(tl.load(seed), (number + 1).to(tl.uint32), inside.to(tl.uint32))
+            is_base = valid & (drawn.to(tl.int64) < threshold)
+        else:
+            is_base = valid
+        tl.store(base + here, is_base.to(tl.uint8), mask=live)
+        hard = hard | is_base
+    tl.atomic_add(totals + number * (N + 2), tl.sum(hard.to(tl.int64), 0), sem="relaxed")
+    if errors is not None:
+        error = tl.load(pick_pointer(errors, layer) + pixel, mask=live, other=-1)
+        tl.atomic_add(totals + number * (N + 2) + 1, tl.sum((live & (error >= 0)).to(tl.int64), 0), sem="relaxed")

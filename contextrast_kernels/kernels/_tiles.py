@@ -1,0 +1,248 @@
+"""Pieces that the sweeps share, named after what they compute.
+
+A block is a few rows of P pixels of one image. A sweep takes one row of it at a time, a tile x (channels, P), in chunks of channels:
+once for what needs the whole vector (its norm, its products with anchors), and again, then from cache, for what is done with it.
+Letters as everywhere: B images, N classes, D channels, h w layer size, P pixels.
+"""
+
+import triton
+from triton import language as tl
+
+ZERO_NORM_SQUARED = tl.constexpr(1e-24)
+"""The square of ``embedding.ZERO_NORM``."""
+LARGEST_REACH = tl.constexpr(2.0**100)
+"""Unnormalised features beyond this have no fixed-point scale: their sums become NaN."""
+
+# ------------------------------------------------------------------------------------------------------------ layers and blocks
+
+
+@triton.jit
+def real(bits):
+    """The float64 whose bits a launch passed as an integer."""
+    return bits.to(tl.int64).to(tl.float64, bitcast=True)
+
+
+@triton.jit
+def layer_of(program, starts):
+    """The layer that a program works on; ``starts`` is the first program of each."""
+    layer = 0
+    for i in tl.static_range(1, len(starts)):
+        layer += (program >= starts[i]).to(tl.int32)
+    return layer
+
+
+@triton.jit
+def pick(numbers, layer):
+    value = numbers[0]
+    for i in tl.static_range(1, len(numbers)):
+        value = tl.where(layer == i, numbers[i], value)
+    return value
+
+
+@triton.jit
+def pick_pointer(pointers, layer):
+    value = pointers[0]
+    for i in tl.static_range(1, len(pointers)):
+        if layer == i:
+            value = pointers[i]
+    return value
+
+
+@triton.jit
+def block_of(program, geometry, layer, ROWS: tl.constexpr, P: tl.constexpr):
+    """The image, first row and first column of a program's block."""
+    h = pick(geometry.h, layer)
+    w = pick(geometry.w, layer)
+    across = tl.cdiv(w, P)
+    blocks = across * tl.cdiv(h, ROWS)
+    block = program - pick(geometry.block, layer)
+    b = block // blocks
+    block = block % blocks
+    return b, (block // across) * ROWS, (block % across) * P, h, w
+
+
+@triton.jit
+def image_codes(geometry, layer, b, h, w):
+    """Offset of an image in the code maps (and in every other map with one number a pixel)."""
+    return tl.cast(pick(geometry.pixel, layer), tl.int64) + tl.cast(b, tl.int64) * h * w
+
+
+@triton.jit
+def image_features(
+    pointers, strides, layer, b, UNIT: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr
+):
+    """Pointer to an image's features and the strides of h, w and d. The products with ALIGN tell the compiler what divides
+    the strides; offsets inside an image have 32 bits unless WIDE."""
+    image = pick_pointer(pointers, layer) + tl.cast(b, tl.int64) * (tl.cast(pick(strides.b, layer), tl.int64) * ALIGN)
+    if WIDE:
+        sH = tl.cast(pick(strides.h, layer), tl.int64) * ALIGN
+        sW = tl.cast(pick(strides.w, layer), tl.int64) * ALIGN
+        sD = tl.cast(pick(strides.d, layer), tl.int64) * ALIGN
+    else:
+        sH = pick(strides.h, layer) * ALIGN
+        sW = pick(strides.w, layer) * ALIGN
+        sD = pick(strides.d, layer) * ALIGN
+    if UNIT == "w":
+        return image, sH, 1, sD
+    elif UNIT == "d":
+        return image, sH, sW, 1
+    else:
+        return image, sH, sW, sD
+
+
+# ------------------------------------------------------------------------------------------------------------ pixels and channels
+
+
+@triton.jit
+def channels(row, pixel, live, d0, sD, D: tl.constexpr, CHUNK: tl.constexpr):
+    """Channels d0 .. d0+CHUNK-1 of a row of pixels: (CHUNK, P), zero outside. ``live`` may depend on the position alone where
+    w has stride 1: a mask that changes from pixel to pixel would break the wide loads."""
+    d = d0 + tl.arange(0, CHUNK)
+    if D % CHUNK == 0:
+        return tl.load(row + (d[:, None] * sD + pixel[None, :]), mask=live[None, :], other=0.0)
+    else:
+        return tl.load(row + (d[:, None] * sD + pixel[None, :]), mask=live[None, :] & (d < D)[:, None], other=0.0)
+
+
+@triton.jit
+def table_rows(table, rows, live, d0, D: tl.constexpr, CHUNK: tl.constexpr):
+    """Columns d0 .. d0+CHUNK-1 of one row of a table (N, D) for each pixel: (CHUNK, P), zero outside."""
+    d = d0 + tl.arange(0, CHUNK)
+    if D % CHUNK == 0:
+        return tl.load(table + (rows[None, :] * D + d[:, None]), mask=live[None, :], other=0.0)
+    else:
+        return tl.load(table + (rows[None, :] * D + d[:, None]), mask=live[None, :] & (d < D)[:, None], other=0.0)
+
+
+@triton.jit
+def class_rows(table, classes, d0, D: tl.constexpr, CHUNK: tl.constexpr):
+    """Columns d0 .. d0+CHUNK-1 of the rows of some classes (-1: a row of zeros): (classes, CHUNK)."""
+    d = d0 + tl.arange(0, CHUNK)
+    return tl.load(table + (classes[:, None] * D + d[None, :]), mask=(classes >= 0)[:, None] & (d < D)[None, :], other=0.0)
+
+
+@triton.jit
+def size_term(x, NORMALIZE: tl.constexpr):
+    """Summed over the channels, ‖x‖²; without normalisation 0, or NaN where a channel is not finite."""
+    if NORMALIZE:
+        return x * x
+    else:
+        return x * 0.0
+
+
+@triton.jit
+def is_finite(size):
+    """Whether a pixel's vector is finite, from its summed ``size_term``."""
+    return size < float("inf")
+
+
+@triton.jit
+def inverse_norm(size, NORMALIZE: tl.constexpr):
+    """r = 1/‖x‖, 0 for a vector without direction; 1 without normalisation. v = r x."""
+    if NORMALIZE:
+        vanishes = size <= ZERO_NORM_SQUARED
+        return tl.where(vanishes, 0.0, tl.rsqrt(tl.where(vanishes, 1.0, size)))
+    else:
+        return size + 1.0
+
+
+@triton.jit
+def dot_features(a, x, acc):
+    """acc + a · x, exact to about twice the bits of x. a (M, K) is in the accumulator's type, x (K, ·) is features as they
+    came: raw x meets the tensor cores, so nothing is done to its elements, and what weights them is in the small operand.
+
+    bfloat16: a in two pieces. float16: two TF32 pieces, since a may leave float16's range and x is exact in TF32.
+    float32: three TF32 products. float64: as it is.
+    """
+    if x.dtype == tl.bfloat16:
+        high = a.to(tl.bfloat16)
+        low = (a - high.to(tl.float32)).to(tl.bfloat16)
+        return tl.dot(high, x, tl.dot(low, x, acc))
+    elif x.dtype == tl.float16:
+        exact = x.to(tl.float32)
+        high = (a.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+        return tl.dot(high, exact, tl.dot(a - high, exact, acc, input_precision="tf32"), input_precision="tf32")
+    elif x.dtype == tl.float32:
+        return tl.dot(a, x, acc, input_precision="tf32x3")
+    else:
+        return tl.dot(a, x, acc, input_precision="ieee", out_dtype=tl.float64)
+
+
+# ------------------------------------------------------------------------------------------------------------ classes of a block
+
+
+@triton.jit
+def block_classes(
+    codes, r0, h, c, w, rank0, N, ROWS: tl.constexpr, P: tl.constexpr, BINS: tl.constexpr, SLOTS: tl.constexpr
+):
+    """Of the classes in a block, ascending, those of rank rank0 .. rank0+SLOTS-1 (-1: no more), and how many there are in all.
+
+    A block of a real label map holds a handful of classes: sums over them need SLOTS rows, not N. One with more takes
+    further rounds.
+    """
+    r = r0 + tl.arange(0, ROWS)
+    inside = (r < h)[:, None] & (c < w)[None, :]
+    code = tl.load(codes + (r[:, None] * w + c[None, :]), mask=inside, other=BINS).to(tl.int32)
+    code = tl.reshape(tl.where(inside, code, BINS), (ROWS * P,))
+    n = tl.arange(0, BINS)
+    present = (tl.histogram(code, BINS, mask=code < N) > 0).to(tl.int32)
+    rank = tl.cumsum(present, 0) - 1 - rank0
+    slot = tl.arange(0, SLOTS)
+    of_slot = (present > 0)[None, :] & (rank[None, :] == slot[:, None])
+    return tl.max(tl.where(of_slot, n[None, :], -1), 1), tl.sum(present, 0)
+
+
+# ------------------------------------------------------------------------------------------------------------ order-free sums
+
+
+@triton.jit
+def power_of_two(exponent):
+    """2^exponent in float32, exactly; exponent between -126 and 127."""
+    return ((exponent + 127) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def exponent_above(x):
+    """An integer e with |x| < 2^e, for finite x of size 2^-60 .. 2^126; -60 below."""
+    e = ((x.to(tl.float32).to(tl.int32, bitcast=True) >> 23) & 255) - 126
+    return tl.maximum(e, -60)
+
+
+@triton.jit
+def vector_scale(reach, layer, headroom, NORMALIZE: tl.constexpr):
+    """What a sum of embeddings is multiplied with before it becomes an int64, so that it may be added in any order with the
+    same bits. |v| <= 1 when normalised; else a power of two is taken from the layer's largest |x|."""
+    if NORMALIZE:
+        return power_of_two(headroom)
+    else:
+        return power_of_two(headroom - exponent_above(tl.load(reach + layer)))
+
+
+@triton.jit
+def zero_tiles(COUNT: tl.constexpr, M: tl.constexpr, K: tl.constexpr, DTYPE: tl.constexpr):
+    tiles = ()
+    for _ in tl.static_range(COUNT):
+        tiles = tiles + (tl.zeros((M, K), DTYPE),)  # noqa: RUF005 - tuples grow by + in Triton
+    return tiles
+
+
+@triton.jit
+def add_fixed(pointer, tile, scale, mask):
+    """Adds a tile to int64 sums in fixed point."""
+    tl.atomic_add(pointer, (tile * scale).to(tl.int64), mask=mask, sem="relaxed")
+
+
+# ------------------------------------------------------------------------------------------------------------ functions
+
+
+@triton.jit
+def sigmoid(t):
+    return 1.0 / (1.0 + tl.exp(-t))
+
+
+@triton.jit
+def softplus(t):
+    """log(1 + e^t), to full relative precision also where e^t is tiny: log(1 + u) = log(w) u / (w - 1) with w = 1 + u rounded."""
+    u = tl.exp(-tl.abs(t))
+    w = 1.0 + u
+    return tl.maximum(t, 0.0) + tl.where(w == 1.0, u, tl.log(w) * (u / tl.where(w == 1.0, 1.0, w - 1.0)))

@@ -1,0 +1,312 @@
+"""Class anchors (Eq. 1): sums of embeddings by class in one read of the features, and the tables made from them.
+
+    a^n = Σ_p r_p x_p [y_p = n] / c_n,    r_p = 1/‖x_p‖,    c_n = Σ_p [y_p = n]
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton import language as tl
+
+from contextrast_kernels.kernels import _launch
+from contextrast_kernels.kernels._codes import Codes, codes
+from contextrast_kernels.kernels._gradient import feature_gradients
+from contextrast_kernels.kernels._tiles import (
+    LARGEST_REACH,
+    ZERO_NORM_SQUARED,
+    add_fixed,
+    block_classes,
+    block_of,
+    channels,
+    dot_features,
+    exponent_above,
+    image_codes,
+    image_features,
+    inverse_norm,
+    is_finite,
+    layer_of,
+    pick,
+    power_of_two,
+    real,
+    size_term,
+    vector_scale,
+    zero_tiles,
+)
+
+
+class Sums(NamedTuple):
+    """What a rank knows of its pixels before anchors can be formed. ``reach`` combines over ranks by maximum, and before the
+    sums are taken; the others by addition."""
+
+    sums: Tensor
+    """(layers, N, D) int64 fixed point: Σ v of every class."""
+    broken: Tensor
+    """(layers, N) int32: nonzero where a pixel of the class is not finite."""
+    reach: Tensor | None
+    """(layers,) the largest |x| of a valid pixel; None when normalised."""
+
+
+def forward(
+    features: Tensor, labels: Tensor, num_classes: int, ignore_index: int, normalize: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Anchors (N, D), counts (N,), and the label codes that ``backward`` needs."""
+    code = codes([features], labels, num_classes, ignore_index)
+    sums = class_sums([features], code, num_classes, normalize)
+    (table,) = anchor_tables(sums, code.counts, _launch.accumulator(features.dtype), pixels(features))
+    return table, code.counts[0].clone(), code.y
+
+
+def backward(gradient: Tensor, features: Tensor, counts: Tensor, y: Tensor, normalize: bool) -> Tensor:
+    """dL/dx: every pixel gets its class's dL/da / c, through v = x / ‖x‖."""
+    pull = (gradient / counts.clamp(min=1).unsqueeze(1)).to(_launch.accumulator(features.dtype)).unsqueeze(0).contiguous()
+    (dx,) = feature_gradients([features], y, pull.shape[1], normalize, pull=pull)
+    return dx
+
+
+def pixels(*features: Tensor) -> int:
+    return max(x.shape[0] * x.shape[2] * x.shape[3] for x in features)
+
+
+def sums_tiles(dtype: torch.dtype, D: int) -> dict:
+    """Chosen by registers and spills as compiled (tests/budgets.json), not yet by time."""
+    two_bytes = dtype in (torch.float16, torch.bfloat16)
+    CHUNK = min(16, triton.next_power_of_2(D))
+    return {"ROWS": 8, "P": 64 if two_bytes and D <= 512 else 32, "CHUNK": CHUNK, **_columns(D, 256 if dtype == torch.float64 else 512)}
+
+
+def _columns(D: int, most: int) -> dict:
+    """A program sums COLUMNS channels, K at a time; more channels are shared out over programs."""
+    K = min(64, max(16, triton.next_power_of_2(D)))
+    columns = triton.cdiv(D, K) * K
+    return {"K": K, "COLUMNS": triton.cdiv(triton.cdiv(columns, triton.cdiv(columns, most)), K) * K}
+
+
+def class_sums(features: Sequence[Tensor], code: Codes, num_classes: int, normalize: bool, ranks: int = 1) -> Sums:
+    """Σ v over the pixels of every class. One read of the features; without ``normalize`` two."""
+    x = features[0]
+    L, D = len(features), x.shape[1]
+    acc = _launch.accumulator(x.dtype)
+    sums = torch.zeros(L, num_classes, D, dtype=torch.int64, device=x.device)
+    broken = torch.zeros(L, num_classes, dtype=torch.int32, device=x.device)
+    reach = None
+    if not normalize:
+        reach = torch.zeros(L, dtype=acc, device=x.device)
+        arguments = {"codes": code.y, "reach": reach, "N": num_classes}
+        _launch.sweep(_largest_features, features, arguments, {"ROWS": 8, "P": 64, "CHUNK": min(16, triton.next_power_of_2(D))})
+    tiles = sums_tiles(x.dtype, D)
+    _launch.sweep(
+        _class_anchors_fwd,
+        features,
+        {
+            "codes": code.y,
+            "sums": sums,
+            "broken": broken,
+            "reach": reach,
+            "headroom": _launch.headroom(ranks * pixels(*features)),
+            "N": num_classes,
+        },
+        {
+            **tiles,
+            "SLOTS": 16,
+            "BINS": triton.next_power_of_2(num_classes),
+            "NORMALIZE": normalize,
+            "ACC": _launch.triton_type(acc),
+        },
+        parts=triton.cdiv(D, tiles["COLUMNS"]),
+    )
+    return Sums(sums, broken, reach)
+
+
+def anchor_tables(
+    sums: Sums,
+    counts: Tensor,
+    dtype: torch.dtype,
+    pixels: int,
+    fusion_weight: float = 0.0,
+    normalize_anchors: bool = False,
+) -> Tensor:
+    """â (layers, N, D) from the sums of all ranks: means, mixed with the last layer's, normalised if asked. A class without pixels has
+    a zero row, one with a broken pixel a row of NaN."""
+    L, N, D = sums.sums.shape
+    table = torch.empty(L, N, D, dtype=dtype, device=counts.device)
+    _launch.launch(
+        _anchor_tables,
+        (N,),
+        {
+            **sums._asdict(),
+            "counts": counts,
+            "counts_stride": counts.stride(0),
+            "table": table,
+            "headroom": _launch.headroom(pixels),
+            "fusion_weight": _launch.bits(fusion_weight),
+            "N": N,
+        },
+        {
+            "L": L,
+            "D": D,
+            "BLOCK": triton.next_power_of_2(D),
+            "NORMALIZE": sums.reach is None,
+            "NORMALIZE_ANCHORS": normalize_anchors,
+        },
+        reads=_launch.nbytes(sums.sums),
+        writes=_launch.nbytes(table),
+    )
+    return table
+
+
+@triton.jit(do_not_specialize=["strides", "geometry", "headroom", "N"])
+def _class_anchors_fwd(
+    x,
+    strides,
+    geometry,
+    codes,
+    sums,
+    broken,
+    reach,
+    headroom,
+    N,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    P: tl.constexpr,
+    CHUNK: tl.constexpr,
+    K: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    BINS: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    UNIT: tl.constexpr,
+    ALIGN: tl.constexpr,
+    WIDE: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """sums[n] += Σ_p r_p x_p [y_p = n] over one block, COLUMNS of the channels.
+
+    Fused: the norm and the sum by class. A row of the block is read from memory for its norms and again, from cache, for the
+    product W · xᵀ with W = r_p [y_p = class of slot], which runs on the tensor cores and touches no element of x by hand.
+    Moves: the features once, and 8 bytes x D for each class of each block into the sums.
+    """
+    program = tl.program_id(0)
+    d0 = tl.program_id(1) * COLUMNS
+    layer = layer_of(program, geometry.block)
+    number = pick(geometry.number, layer)
+    b, r0, c0, h, w = block_of(program, geometry, layer, ROWS, P)
+    image, sH, sW, sD = image_features(x, strides, layer, b, UNIT, ALIGN, WIDE)
+    codes += image_codes(geometry, layer, b, h, w)
+    c = c0 + tl.arange(0, P)
+    live = c < w
+    scale = vector_scale(reach, number, headroom, NORMALIZE)
+
+    rank0 = 0
+    classes = 1
+    while rank0 < classes:
+        slots, classes = block_classes(codes, r0, h, c, w, rank0, N, ROWS, P, BINS, SLOTS)
+        totals = zero_tiles(COLUMNS // K, SLOTS, K, ACC)
+        for r in range(r0, tl.minimum(r0 + ROWS, h)):
+            row = image + tl.cast(r, tl.int64) * sH
+            y = tl.load(codes + (r * w + c), mask=live, other=BINS).to(tl.int32)
+            sizes = tl.zeros((CHUNK, P), ACC)
+            for k in tl.range(0, D, CHUNK, loop_unroll_factor=8):
+                sizes += size_term(channels(row, c * sW, live, k, sD, D, CHUNK).to(ACC), NORMALIZE)
+            size = tl.sum(sizes, 0)
+            # 0 · NaN would carry a broken pixel into every class of the block: it is taken out, and its class marked.
+            sound = is_finite(size)
+            some_broken = tl.min(sound.to(tl.int32), 0) == 0
+            if some_broken:
+                tl.atomic_max(broken + number * N + y, 1, mask=live & (y < N) & (sound == 0), sem="relaxed")
+            weight = tl.where((slots[:, None] == y[None, :]) & sound[None, :], inverse_norm(size, NORMALIZE)[None, :], 0.0)
+            grown = ()
+            for k in tl.static_range(COLUMNS // K):
+                tile = channels(row, c * sW, live, d0 + k * K, sD, D, K)
+                if some_broken:
+                    tile = tl.where(sound[None, :], tile, 0.0)
+                grown = grown + (dot_features(weight, tl.trans(tile), totals[k]),)  # noqa: RUF005
+            totals = grown
+        for k in tl.static_range(COLUMNS // K):
+            d = d0 + k * K + tl.arange(0, K)
+            here = sums + (number * N + slots[:, None]) * D + d[None, :]
+            add_fixed(here, totals[k], scale, (slots >= 0)[:, None] & (d < D)[None, :])
+        rank0 += SLOTS
+
+
+@triton.jit(do_not_specialize=["strides", "geometry", "N"])
+def _largest_features(
+    x,
+    strides,
+    geometry,
+    codes,
+    reach,
+    N,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    P: tl.constexpr,
+    CHUNK: tl.constexpr,
+    UNIT: tl.constexpr,
+    ALIGN: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """reach = max |x| over the finite channels of valid pixels. Unnormalised features alone need this read."""
+    program = tl.program_id(0)
+    layer = layer_of(program, geometry.block)
+    b, r0, c0, h, w = block_of(program, geometry, layer, ROWS, P)
+    image, sH, sW, sD = image_features(x, strides, layer, b, UNIT, ALIGN, WIDE)
+    codes += image_codes(geometry, layer, b, h, w)
+    c = c0 + tl.arange(0, P)
+    live = c < w
+    largest = tl.zeros((CHUNK, P), reach.dtype.element_ty)
+    for r in range(r0, tl.minimum(r0 + ROWS, h)):
+        row = image + tl.cast(r, tl.int64) * sH
+        valid = tl.load(codes + (r * w + c), mask=live, other=255).to(tl.int32) < N
+        for k in range(0, D, CHUNK):
+            size = tl.abs(channels(row, c * sW, live, k, sD, D, CHUNK).to(reach.dtype.element_ty))
+            largest = tl.maximum(largest, tl.where(valid[None, :] & (size < float("inf")), size, 0.0))
+    tl.atomic_max(reach + pick(geometry.number, layer), tl.max(tl.max(largest, 0), 0), sem="relaxed")
+
+
+@triton.jit
+def _mean(
+    sums, broken, reach, counts, counts_stride, layer, n, d, headroom, N, D: tl.constexpr, NORMALIZE: tl.constexpr
+):
+    """a^n of a layer in float64, and its count."""
+    count = tl.load(counts + layer * counts_stride + n)
+    scale = vector_scale(reach, layer, headroom, NORMALIZE).to(tl.float64)
+    total = tl.load(sums + (layer * N + n) * D + d, mask=d < D, other=0).to(tl.float64)
+    lost = tl.load(broken + layer * N + n) > 0
+    if not NORMALIZE:
+        lost = lost | (tl.load(reach + layer) >= LARGEST_REACH)
+    return tl.where(lost & (count > 0), float("nan"), total / (scale * tl.maximum(count, 1).to(tl.float64))), count
+
+
+@triton.jit(do_not_specialize=["headroom", "fusion_weight", "N", "counts_stride"])
+def _anchor_tables(
+    sums,
+    broken,
+    reach,
+    counts,
+    counts_stride,
+    table,
+    headroom,
+    fusion_weight,
+    N,
+    L: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    NORMALIZE_ANCHORS: tl.constexpr,
+):
+    """One program, one class: â_i = (1 - w_h) a_i + w_h a_I where the class is in both layers, else a_i; 0 where layer i lacks it."""
+    n = tl.program_id(0)
+    d = tl.arange(0, BLOCK)
+    w_h = real(fusion_weight)
+    top, top_count = _mean(sums, broken, reach, counts, counts_stride, L - 1, n, d, headroom, N, D, NORMALIZE)
+    for i in tl.static_range(L):
+        anchor, count = _mean(sums, broken, reach, counts, counts_stride, i, n, d, headroom, N, D, NORMALIZE)
+        if i < L - 1:
+            anchor = tl.where(top_count > 0, (1 - w_h) * anchor + w_h * top, anchor)
+        anchor = tl.where(count > 0, anchor, 0.0)
+        if NORMALIZE_ANCHORS:
+            size = tl.sum(anchor * anchor, 0)
+            anchor = tl.where(size <= ZERO_NORM_SQUARED, 0.0, anchor * tl.rsqrt(tl.where(size <= ZERO_NORM_SQUARED, 1.0, size)))
+        tl.store(table + (i * N + n) * D + d, anchor.to(table.dtype.element_ty), mask=d < D)
