@@ -75,13 +75,14 @@ def negatives(
         raise ValueError(f"image: expected (3, H, W), got {checks.describe(image)}")
     if labels.ndim != 2:
         raise ValueError(f"labels: expected the map (H, W) of one image, got {checks.describe(labels)}")
-    if not sizes:
-        raise ValueError("sizes: expected the (h, w) of at least one layer, got none")
+    if not sizes or any(len(size) != 2 or min(size) < 1 for size in sizes):
+        raise ValueError(f"sizes: expected the (h, w) of at least one layer, got {sizes!r}")
     checks.num_classes(num_classes)
     names = [str(n) for n in range(num_classes)] if class_names is None else list(class_names)
     if len(names) != num_classes:
         raise ValueError(f"class_names: expected {num_classes} names (num_classes), got {len(names)}")
 
+    H, W = labels.shape
     image = (image.float() / 255 if image.dtype == torch.uint8 else image.float().clamp(0, 1)).permute(1, 2, 0)
     labels, predictions = labels[None], predictions[None]
     colours = class_colours(num_classes)
@@ -93,20 +94,21 @@ def negatives(
         known = (classes >= 0) & (classes < num_classes)
         return of_class[torch.where(known, classes.long(), elsewhere)][0]
 
+    place = {"extent": (0, W, H, 0), "interpolation": "nearest"}  # every layer is drawn as large as the image
     columns = ("image", "labels", "prediction", "error map", "edge distance", "chosen negatives")
-    figure = Figure(figsize=(12.5, 0.7 + 2.0 * len(sizes) * image.shape[0] / image.shape[1]), layout="constrained")
+    figure = Figure(figsize=(12.5, 0.7 + 2.0 * len(sizes) * H / W), layout="constrained")
     axes = figure.subplots(len(sizes), len(columns), squeeze=False)
     distance_map = colormaps["viridis"].with_extremes(bad=CORRECT_COLOUR, over="black")
     for axis, title in zip(axes[0], columns):
         axis.set_title(title, fontsize=11)
     for row, (h, w) in zip(axes, sizes):
+        chosen = bane_negatives(
+            predictions, labels, num_classes=num_classes, size=(h, w), ratio=ratio, ignore_index=ignore_index, seed=seed
+        )
         at_layer = targets(labels, h, w, num_classes, ignore_index)
         predicted = predicted_classes(predictions, h, w)
         errors = error_map(predicted, at_layer, num_classes=num_classes, ignore_index=-1)
         distance = edge_distance(errors)[0]
-        chosen = bane_negatives(
-            predictions, labels, num_classes=num_classes, size=(h, w), ratio=ratio, ignore_index=ignore_index, seed=seed
-        )
         around = torch.where(at_layer < 0, void, correct)
         error_colours = painted(errors, around)
         pale = torch.where(errors[0, ..., None] >= 0, 0.25 * error_colours + 0.75, error_colours)
@@ -121,16 +123,14 @@ def negatives(
         for axis, picture in zip(row, pictures):
             axis.set(xticks=[], yticks=[])
             if picture is not None:
-                axis.imshow(picture.numpy(), interpolation="nearest")
-        H, W = labels.shape[-2:]
+                axis.imshow(picture.numpy(), **place)
         stride = f"stride {H // h}\n" if H % h == 0 and W % w == 0 and H // h == W // w else ""
         row[0].set_ylabel(f"{stride}{h} × {w}", fontsize=11)
 
         reached = distance[(distance >= 0) & distance.isfinite()]
         highest = max(reached.max().item(), 1.0) if len(reached) else 1.0
-        shown = torch.where(distance >= 0, distance, torch.nan).numpy()
-        drawn = row[4].imshow(shown, cmap=distance_map, vmin=0, vmax=highest, interpolation="nearest")
-        row[4].set_facecolor(CORRECT_COLOUR)
+        shown = torch.where(distance >= 0, distance.clamp(max=highest + 1), torch.nan).numpy()
+        drawn = row[4].imshow(shown, cmap=distance_map, vmin=0, vmax=highest, **place)
         bar = figure.colorbar(drawn, ax=row[4], fraction=0.05, pad=0.02, ticks=[0, int(highest)])
         bar.ax.tick_params(labelsize=8, length=2)
 

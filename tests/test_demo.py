@@ -5,6 +5,7 @@ import os
 import pathlib
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -58,6 +59,12 @@ def test_training_and_validation_share_no_pixel_of_a_photograph(size):
         for half in halves:
             assert (half[..., 0] == n).all()
             assert half[..., 1].unique().tolist() == list(range(photograph.shape[-2]))
+
+
+def test_a_small_half_goes_on_as_its_mirror_image():
+    pixels = scenes.Textures({"class": coded_photographs()["class 1"][:, :4, :6]}, "val", 10).pixels[0]
+    assert pixels[:, 0, 1].tolist() == [0, 1, 2, 3, 3, 2, 1, 0, 0, 1]
+    assert pixels[0, :, 2].tolist() == [3, 4, 5, 5, 4, 3, 3, 4, 5, 5]
 
 
 def test_every_pixel_is_painted_from_its_class():
@@ -289,6 +296,25 @@ def test_contextrast_reaches_the_network(mosaic):
     assert alone.cross_entropy[1:] != added.cross_entropy[1:]
 
 
+def test_boundary_miou_counts_only_pixels_near_a_boundary():
+    labels = torch.zeros(3, 20, 20, dtype=torch.long)
+    labels[:, :, 10:] = 1
+    predictions = labels.clone()
+    predictions[:, :, :6] = 1  # boundary pixels are columns 9 and 10, so columns 6 to 13 are within 3 px
+    data = SimpleNamespace(classes="ab", validation=(predictions[:, None].expand(-1, 3, -1, -1).float(), labels))
+
+    class Given(torch.nn.Module):
+        def forward(self, images):
+            return torch.stack((1 - images[:, 0], images[:, 0]), 1), []
+
+    score = training.evaluate(Given(), data, step=7)
+    assert (score.step, score.boundary_miou) == (7, 1.0)
+    assert score.miou == pytest.approx((4 / 10 + 10 / 16) / 2)
+    predictions[:, :, 6] = 1
+    data.validation = (predictions[:, None].expand(-1, 3, -1, -1).float(), labels)
+    assert training.evaluate(Given(), data, step=7).boundary_miou == pytest.approx((3 / 4 + 4 / 5) / 2)
+
+
 def small(tmp_path, *more):
     return ["--quick", "--steps", "2", "--batch", "2", "--device", "cpu", "--out", str(tmp_path / "out"), *more]
 
@@ -301,7 +327,9 @@ def test_status_is_1_where_miou_cannot_rise(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "out" / "metrics.json").is_file()
 
 
-def test_several_seeds_give_a_spread_and_no_warning_about_one(tmp_path, monkeypatch, capsys):
+def test_several_seeds_give_a_spread_and_replace_old_results(tmp_path, monkeypatch, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "metrics.json").write_text("old")
     scores = iter([0.1, 0.5, 0.5, 0.1, 0.6, 0.6, 0.1, 0.3, 0.3, 0.1, 0.6, 0.6])  # before and two more, of four runs
     monkeypatch.setattr(
         training, "evaluate", lambda network, data, step: training.Score(step, next(scores), 0.5, [0.5])
@@ -390,13 +418,13 @@ def test_a_quick_run_end_to_end(tmp_path):
     facts = json.loads((out / "metrics.json").read_text())
     alone, added = facts["runs"]
     for run in (alone, added):
-        assert len(run["scores"]) == 11 and len(run["cross_entropy"]) == facts["settings"]["steps"] == 30
+        assert len(run["scores"]) == 11 and len(run["cross_entropy"]) == facts["settings"]["steps"] == 20
         assert run["miou"] == pytest.approx(sum(score["miou"] for score in run["scores"][-3:]) / 3)
         assert run["miou"] > run["miou_before"] == run["scores"][0]["miou"]
         assert run["cross_entropy"][-1] < run["cross_entropy"][0]
         assert run["seconds_per_step"] > 0
     assert alone["scores"][0] == added["scores"][0] and alone["cross_entropy"][0] == added["cross_entropy"][0]
-    assert alone["contextrast"] == [] and len(added["contextrast"]) == 30
+    assert alone["contextrast"] == [] and len(added["contextrast"]) == 20
     assert f"{added['miou']:.3f}" in done.stdout and "Noise" in done.stdout
 
 
@@ -466,7 +494,12 @@ def test_wrong_arguments_of_the_picture_are_named():
     ):
         with pytest.raises(ValueError, match=f"^{name}: expected"):
             viz.negatives(*arguments, **good)
-    for name, change in (("sizes", {"sizes": []}), ("class_names", {"class_names": ["one"]}), ("ratio", {"ratio": 2})):
+    for name, change in (
+        ("sizes", {"sizes": []}),
+        ("sizes", {"sizes": [(4, 0)]}),
+        ("class_names", {"class_names": ["one"]}),
+        ("ratio", {"ratio": 2}),
+    ):
         with pytest.raises(ValueError, match=f"^{name}: expected"):
             viz.negatives(image, labels, labels, **{**good, **change})
 
@@ -475,4 +508,6 @@ def test_a_picture_of_one_class_that_fills_the_image():
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     labels = torch.zeros(8, 8, dtype=torch.uint8)
     figure = viz.negatives(torch.zeros(3, 8, 8, dtype=torch.uint8), labels, labels + 1, num_classes=2, sizes=[(8, 8)])
-    figure.canvas.draw()
+    axis = next(axis for axis in figure.axes if axis.get_title() == "edge distance")
+    drawn = axis.images[0]
+    assert (drawn.to_rgba(drawn.get_array())[..., :3] == 0).all(), "a distance without an edge is black"

@@ -180,7 +180,7 @@ class Mosaic:
     validation scenes for pictures, large enough that a stage of stride 32 can be looked at.
     """
 
-    def __init__(self, size: int = 160, *, validation: int = 96, device: torch.device | str = "cpu"):
+    def __init__(self, size: int, *, validation: int, device: torch.device | str = "cpu"):
         try:
             images = photographs()
             self.note = "texture mosaics from scikit-image's CC0 photographs"
@@ -205,7 +205,7 @@ class Mosaic:
 
 
 class CamVid:
-    """CamVid's frames in SegNet's layout, brought to one size and kept in memory (about 40 MB at 144 pixels of height).
+    """CamVid's frames in SegNet's layout, brought to one size and kept in memory.
 
     root: a folder with train, trainannot, val and valannot. An image and its label map share their file stem; a
     label map is a
@@ -221,7 +221,7 @@ class CamVid:
     )  # fmt: skip
     note = "CamVid"
 
-    def __init__(self, root: Path, size: int = 144, *, limit: int | None = None, device: torch.device | str = "cpu"):
+    def __init__(self, root: Path, size: int, *, limit: int | None = None, device: torch.device | str = "cpu"):
         if not root.is_dir():
             raise DataError(f"no folder {root}: expected CamVid's, which holds train, trainannot, val and valannot.")
         self.images, self.labels = (t.to(device) for t in _read_split(root, "train", size, limit, len(self.classes)))

@@ -357,9 +357,9 @@ def without_nan(value: object) -> object:
 DEFAULTS = {
     # (data, quick): steps, batch, size, validation images (None: all)
     ("mosaic", False): (600, 8, 160, 96),
-    ("camvid", False): (600, 8, 144, None),
-    ("mosaic", True): (30, 8, 64, 16),
-    ("camvid", True): (30, 8, 64, 16),
+    ("camvid", False): (400, 8, 192, None),
+    ("mosaic", True): (20, 8, 64, 16),
+    ("camvid", True): (20, 8, 64, 16),
 }
 
 
@@ -372,9 +372,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", choices=("mosaic", "camvid"), default="mosaic", help="default: mosaic")
     parser.add_argument("--root", type=Path, help="CamVid's folder, with train, trainannot, val and valannot")
     parser.add_argument("--out", type=Path, default=Path("demo_out"), help="folder of the results (default: demo_out)")
-    parser.add_argument("--steps", type=int, help="training steps of each run (default: 600)")
+    parser.add_argument("--steps", type=int, help="training steps of each run (default: mosaic 600, camvid 400)")
     parser.add_argument("--batch", type=int, help="images in a batch (default: 8)")
-    parser.add_argument("--size", type=int, help="height of the images in pixels (default: mosaic 160, camvid 144)")
+    parser.add_argument("--size", type=int, help="height of the images in pixels (default: mosaic 160, camvid 192)")
     parser.add_argument("--seed", type=int, nargs="+", default=[0], help="one or more; both runs are made for each")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     parser.add_argument("--quick", action="store_true", help="seconds instead of minutes: shows that everything works")
