@@ -84,10 +84,14 @@ def distance_transform(mask: Tensor, *, squared: bool = False) -> Tensor:
         raise ValueError(f"mask: expected a real map (..., H, W), got {checks.describe(mask)}")
     checks.sides("mask", mask)
     checks.flag("squared", squared)
-    batched = (mask != 0).reshape(-1, *mask.shape[-2:]) if mask.ndim != 3 else mask != 0
+    batched = mask.unsqueeze(0) if mask.ndim == 2 else mask.flatten(0, -3)
+    if batched.is_floating_point():
+        batched = batched != 0
     if choose(mask, ("native",)) == "native":
-        return native.distance_transform(batched, squared).reshape(mask.shape)
-    return _in_pixels(_squared_distance(~batched), squared).reshape(mask.shape)
+        distance = native.distance_transform(batched, squared)
+    else:
+        distance = _in_pixels(_squared_distance(batched == 0), squared)
+    return distance.reshape(mask.shape)
 
 
 def select_nearest(
