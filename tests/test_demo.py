@@ -418,13 +418,13 @@ def test_a_quick_run_end_to_end(tmp_path):
     facts = json.loads((out / "metrics.json").read_text())
     alone, added = facts["runs"]
     for run in (alone, added):
-        assert len(run["scores"]) == 11 and len(run["cross_entropy"]) == facts["settings"]["steps"] == 20
+        assert len(run["scores"]) == 11 and len(run["cross_entropy"]) == facts["settings"]["steps"] == 40
         assert run["miou"] == pytest.approx(sum(score["miou"] for score in run["scores"][-3:]) / 3)
         assert run["miou"] > run["miou_before"] == run["scores"][0]["miou"]
         assert run["cross_entropy"][-1] < run["cross_entropy"][0]
         assert run["seconds_per_step"] > 0
     assert alone["scores"][0] == added["scores"][0] and alone["cross_entropy"][0] == added["cross_entropy"][0]
-    assert alone["contextrast"] == [] and len(added["contextrast"]) == 20
+    assert alone["contextrast"] == [] and len(added["contextrast"]) == 40
     assert f"{added['miou']:.3f}" in done.stdout and "Noise" in done.stdout
 
 

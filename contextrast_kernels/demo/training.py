@@ -358,8 +358,8 @@ DEFAULTS = {
     # (data, quick): steps, batch, size, validation images (None: all)
     ("mosaic", False): (600, 8, 160, 96),
     ("camvid", False): (400, 8, 192, None),
-    ("mosaic", True): (20, 8, 64, 16),
-    ("camvid", True): (20, 8, 64, 16),
+    ("mosaic", True): (40, 8, 64, 16),
+    ("camvid", True): (40, 8, 64, 16),
 }
 
 
