@@ -8,6 +8,7 @@ Labels keep their own resolution and dtype in memory and are sampled here once, 
 at stride 4 every int64 label sits in a memory sector of its own. Counts come along.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -58,14 +59,9 @@ def codes(
     counts, totals = tallies[:, :num_classes], tallies[:, num_classes:]
 
     batch = features[0].shape[0]
-    layers = [i for i, x in enumerate(features) if x.numel()]
-    blocks, first = 0, []
-    for i in layers:
-        first.append(blocks)
-        blocks += triton.cdiv(batch * features[i].shape[2] * features[i].shape[3], PIXELS)
-    starts = _launch.pixel_starts(features)
+    pixel_runs, blocks = _launch.flat_geometry(features, PIXELS)
     given = {
-        name: None if maps is None else tuple(maps[i].contiguous() for i in layers)
+        name: None if maps is None else tuple(maps[i].contiguous() for i in pixel_runs.number)
         for name, maps in (("negatives", negatives), ("errors", errors), ("base_maps", base))
     }
     if not blocks:
@@ -83,20 +79,14 @@ def codes(
             "base": base_map,
             "counts": counts,
             "totals": totals,
-            "geometry": _launch.Geometry(
-                tuple(layers),
-                tuple(first),
-                tuple(starts[i] for i in layers),
-                tuple(features[i].shape[2] for i in layers),
-                tuple(features[i].shape[3] for i in layers),
-            ),
+            "geometry": pixel_runs,
             "B": batch,
             "H": labels.shape[1],
             "W": labels.shape[2],
             "N": num_classes,
             "ignore_index": ignore_index,
             # For an integer hash, hash < rate · 2³² exactly when hash < ⌈rate · 2³²⌉.
-            "threshold": _ceil(base_rate * 2.0**32),
+            "threshold": math.ceil(base_rate * 2.0**32),
         },
         {
             "DRAW": base is None and 0 < base_rate < 1,
@@ -109,10 +99,6 @@ def codes(
         writes=_launch.nbytes(y, e, *([base_map] if dense else [])),
     )
     return Codes(y, e, base_map, counts, totals)
-
-
-def _ceil(x: float) -> int:
-    return -int(-x // 1)
 
 
 @triton.jit

@@ -71,7 +71,7 @@ def feature_gradients(
     D = features[0].shape[1]
     acc = _launch.accumulator(features[0].dtype)
     arguments = {"y": y, "pull": pull, "gradient": gradient, "temperature": _launch.bits(temperature), "N": num_classes}
-    constants = {"NORMALIZE": normalize, "ACC": _launch.triton_type(acc), "CHUNK": min(16, triton.next_power_of_2(D))}
+    constants = {"NORMALIZE": normalize, "ACC": _launch.triton_type(acc), "CHUNK": _launch.chunk(D)}
     if terms is None or terms.base is None:
         arguments |= terms._asdict() if terms is not None else dict.fromkeys(Terms._fields)
         arguments.pop("base")
@@ -79,7 +79,7 @@ def feature_gradients(
     else:
         arguments |= terms._asdict()
         arguments.pop("similarity")
-        K = min(64, max(16, triton.next_power_of_2(D)))
+        K = _launch.columns(D, D)["K"]
         tiles = {"ROWS": 4, "P": 32 if D <= 256 else 16, "K": K, "CLASSES": 16}
         _launch.sweep(_features_bwd_dense, features, arguments, {**constants, **tiles}, out=out)
     return out
@@ -127,7 +127,7 @@ def _features_bwd(
     program = tl.program_id(0)
     layer = layer_of(program, geometry.block)
     number = pick(geometry.number, layer)
-    b, r0, c0, h, w = block_of(program, geometry, layer, ROWS, P)
+    b, r0, c0, h, w = block_of(program, geometry, layer, ROWS, P, UNIT, ALIGN)
     image, sH, sW, sD = image_features(x, strides, layer, b, UNIT, ALIGN, WIDE)
     out_image, oH, oW, oD = image_features(out, out_strides, layer, b, OUT_UNIT, OUT_ALIGN, WIDE)
     codes = image_codes(geometry, layer, b, h, w)
@@ -252,7 +252,7 @@ def _features_bwd_dense(
     program = tl.program_id(0)
     layer = layer_of(program, geometry.block)
     number = pick(geometry.number, layer)
-    b, r0, c0, h, w = block_of(program, geometry, layer, ROWS, P)
+    b, r0, c0, h, w = block_of(program, geometry, layer, ROWS, P, UNIT, ALIGN)
     image, sH, sW, sD = image_features(x, strides, layer, b, UNIT, ALIGN, WIDE)
     out_image, oH, oW, oD = image_features(out, out_strides, layer, b, OUT_UNIT, OUT_ALIGN, WIDE)
     codes = image_codes(geometry, layer, b, h, w)
@@ -298,12 +298,12 @@ def _features_bwd_dense(
             s = products * (norm * inverse_temperature)[None, :]
             pulled = tl.load(toward + classes, mask=classes >= 0, other=0.0)[:, None] * sigmoid(log_sum - s)
             pushed = tl.load(away + classes, mask=classes >= 0, other=0.0)[:, None] * tl.exp(s - log_sum)
-            weights = tl.where(own, pulled, tl.where(against, pushed, 0.0))
+            weights = tl.where(own, pulled, 0.0) + tl.where(against, pushed, 0.0)
             along += tl.sum(tl.where(own | against, weights * products, 0.0), 0)
             grown = ()
             for k in tl.static_range((D + K - 1) // K):
                 rows = tl.trans(class_rows(table, classes, k * K, D, K))
-                if ACC == tl.float64:
+                if tl.float64 == ACC:
                     grown = grown + (tl.dot(rows, weights, gradients[k], input_precision="ieee", out_dtype=ACC),)  # noqa: RUF005
                 else:
                     grown = grown + (tl.dot(rows, weights, gradients[k], input_precision="tf32x3"),)  # noqa: RUF005

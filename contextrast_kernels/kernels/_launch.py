@@ -96,8 +96,10 @@ class Layout(NamedTuple):
     unit: str
     """The axis of stride 1: "w" (NCHW), "d" (channels_last), or "" for neither."""
     align: int
-    """A power of two, at most 16, that divides all other strides; with an address divisible by 16 it widens the loads."""
+    """A power of two that divides all other strides, and the width where w has stride 1: so many elements can be read at once
+    wherever a row begins. No more than 16 bytes' worth."""
     aligned: bool
+    """The first address is divisible by 16."""
     wide: bool
     """Offsets inside one image need 64 bits."""
 
@@ -105,12 +107,18 @@ class Layout(NamedTuple):
 def layout(x: Tensor) -> Layout:
     stride = dict(zip("bdhw", x.stride(), strict=True))
     unit = "d" if stride["d"] == 1 else "w" if stride["w"] == 1 else ""
-    others = [stride[axis] for axis, size in zip("bdhw", x.shape, strict=True) if axis != unit and size > 1]
-    align = 16
-    while unit and any(s % align for s in others):
+    steps = [stride[axis] for axis, size in zip("bdhw", x.shape, strict=True) if axis != unit and size > 1]
+    if unit == "w":
+        steps.append(x.shape[3])
+    align = 16 // x.element_size() if unit else 1
+    while any(s % align for s in steps):
         align //= 2
     extent = sum(s * (size - 1) for s, size in zip(x.stride()[1:], x.shape[1:], strict=True))
-    return Layout(unit, align if unit else 1, x.data_ptr() % 16 == 0 if x.device.type != "meta" else True, extent >= 2**31)
+    return Layout(unit, align, address(x) % 16 == 0, extent >= 2**31)
+
+
+def address(x: Tensor) -> int:
+    return x.storage_offset() * x.element_size() if x.device.type == "meta" else x.data_ptr()
 
 
 def strides(tensors: Sequence[Tensor], align: int) -> Strides:
@@ -126,44 +134,83 @@ class Group(NamedTuple):
 
     layers: tuple[int, ...]
     layouts: tuple[Layout, ...]
+    """What holds for all of them: of x, and of dx where it is written."""
 
 
 def groups(*maps: Sequence[Tensor]) -> list[Group]:
-    """Layers grouped by the layouts of all their feature maps (x, and dx where it is written)."""
-    found: dict[tuple[Layout, ...], list[int]] = {}
+    """Layers grouped by the layouts of all their feature maps. Those that cannot be read 16 bytes at a time share one group with
+    the smallest alignment among them: they are few and small."""
+    found: dict[tuple, tuple[list[int], list[tuple[Layout, ...]]]] = {}
     for i, of_layer in enumerate(zip(*maps, strict=True)):
         if of_layer[0].numel():
-            found.setdefault(tuple(layout(x) for x in of_layer), []).append(i)
-    return [Group(tuple(layers), layouts) for layouts, layers in found.items()]
+            layouts = tuple(layout(x) for x in of_layer)
+            kind = tuple(lies._replace(align=lies.align * x.element_size() == 16) for lies, x in zip(layouts, of_layer))
+            layers, members = found.setdefault(kind, ([], []))
+            layers.append(i)
+            members.append(layouts)
+    return [
+        Group(tuple(layers), tuple(min(of_map, key=lambda lies: lies.align) for of_map in zip(*members)))
+        for layers, members in found.values()
+    ]
 
 
 def pixel_starts(features: Sequence[Tensor]) -> list[int]:
     """Where each layer begins in the code maps, which hold all layers end to end, and where the last one ends."""
     starts = [0]
     for x in features:
-        pixels = x.shape[0] * x.shape[2] * x.shape[3]
-        starts.append(starts[-1] + -(-pixels // 16) * 16)
+        starts.append(starts[-1] + triton.cdiv(pixels(x), 16) * 16)
     return starts
 
 
-def geometry(features: Sequence[Tensor], layers: Sequence[int], rows: int, columns: int) -> tuple[Geometry, int]:
-    """Geometry of blocks of ``rows`` x ``columns`` pixels of one image, and their number."""
+def geometry(
+    features: Sequence[Tensor], layers: Sequence[int], rows: int, columns: int, align: int
+) -> tuple[Geometry, int]:
+    """Geometry of blocks of ``rows`` x ``columns`` pixels of one image, and their number. Widths are in units of ``align``."""
     starts = pixel_starts(features)
     block = [0]
     for i in layers:
         batch, _, h, w = features[i].shape
         block.append(block[-1] + batch * triton.cdiv(h, rows) * triton.cdiv(w, columns))
     picked = [features[i] for i in layers]
-    return (
-        Geometry(
-            tuple(layers),
-            tuple(block[:-1]),
-            tuple(starts[i] for i in layers),
-            tuple(x.shape[2] for x in picked),
-            tuple(x.shape[3] for x in picked),
-        ),
-        block[-1],
-    )
+    heights, widths = [x.shape[2] for x in picked], [x.shape[3] // align for x in picked]
+    return Geometry(*map(tuple, (layers, block[:-1], [starts[i] for i in layers], heights, widths))), block[-1]
+
+
+def flat_geometry(features: Sequence[Tensor], run: int) -> tuple[Geometry, int]:
+    """Geometry of runs of ``run`` pixels, regardless of rows and images, and their number."""
+    layers = [i for i, x in enumerate(features) if x.numel()]
+    starts = pixel_starts(features)
+    blocks, first = 0, []
+    for i in layers:
+        first.append(blocks)
+        blocks += triton.cdiv(pixels(features[i]), run)
+    sizes = [features[i].shape[2:] for i in layers]
+    picked = (layers, first, [starts[i] for i in layers], [h for h, _ in sizes], [w for _, w in sizes])
+    return Geometry(*map(tuple, picked)), blocks
+
+
+def pixels(*features: Tensor) -> int:
+    """Pixels of the largest layer."""
+    return max(x.shape[0] * x.shape[2] * x.shape[3] for x in features)
+
+
+def columns(D: int, most: int) -> dict:
+    """A program sums COLUMNS channels, K at a time; more channels are shared out over programs."""
+    K = min(64, max(16, triton.next_power_of_2(D)))
+    chunks = triton.cdiv(D, K)
+    parts = triton.cdiv(chunks * K, most)
+    return {"K": K, "COLUMNS": triton.cdiv(chunks, parts) * K}
+
+
+def chunk(D: int) -> int:
+    """Channels taken at a time where nothing but arithmetic asks for them."""
+    return min(16, triton.next_power_of_2(D))
+
+
+def blocks_of_layers(features: Sequence[Tensor], tiles: dict) -> list[int]:
+    """Blocks of each layer in a sweep with these tiles."""
+    P = segment(features, tiles["P"])
+    return [x.shape[0] * triton.cdiv(x.shape[2], tiles["ROWS"]) * triton.cdiv(x.shape[3], P) for x in features]
 
 
 def segment(features: Sequence[Tensor], longest: int) -> int:
@@ -201,15 +248,16 @@ def sweep(
     for group in groups(features, out) if out is not None else groups(features):
         picked = [features[i] for i in group.layers]
         lies = group.layouts[0]
-        P = segment(picked, tiles["P"])
-        blocks_geometry, blocks = geometry(features, group.layers, tiles["ROWS"], P)
+        P = segment(features, tiles["P"])
+        width_unit = lies.align if lies.unit == "w" else 1
+        blocks_geometry, blocks = geometry(features, group.layers, tiles["ROWS"], P, width_unit)
         constants = {
             **tiles,
             "P": P,
             "D": picked[0].shape[1],
             "UNIT": lies.unit,
             "ALIGN": lies.align,
-            "WIDE": any(layout_.wide for layout_ in group.layouts),
+            "WIDE": any(of_map.wide for of_map in group.layouts),
         }
         given = {"x": tuple(picked), "strides": strides(picked, lies.align), "geometry": blocks_geometry, **arguments}
         if out is not None:

@@ -49,10 +49,13 @@ def pick_pointer(pointers, layer):
 
 
 @triton.jit
-def block_of(program, geometry, layer, ROWS: tl.constexpr, P: tl.constexpr):
-    """The image, first row and first column of a program's block."""
+def block_of(program, geometry, layer, ROWS: tl.constexpr, P: tl.constexpr, UNIT: tl.constexpr, ALIGN: tl.constexpr):
+    """The image, first row and first column of a program's block, and the layer's size. The product with ALIGN tells the
+    compiler what divides a width, and so the mask at the end of a row."""
     h = pick(geometry.h, layer)
     w = pick(geometry.w, layer)
+    if UNIT == "w":
+        w = w * ALIGN
     across = tl.cdiv(w, P)
     blocks = across * tl.cdiv(h, ROWS)
     block = program - pick(geometry.block, layer)

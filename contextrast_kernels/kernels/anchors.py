@@ -16,20 +16,17 @@ from contextrast_kernels.kernels._codes import Codes, codes
 from contextrast_kernels.kernels._gradient import feature_gradients
 from contextrast_kernels.kernels._tiles import (
     LARGEST_REACH,
-    ZERO_NORM_SQUARED,
     add_fixed,
     block_classes,
     block_of,
     channels,
     dot_features,
-    exponent_above,
     image_codes,
     image_features,
     inverse_norm,
     is_finite,
     layer_of,
     pick,
-    power_of_two,
     real,
     size_term,
     vector_scale,
@@ -55,8 +52,8 @@ def forward(
     """Anchors (N, D), counts (N,), and the label codes that ``backward`` needs."""
     code = codes([features], labels, num_classes, ignore_index)
     sums = class_sums([features], code, num_classes, normalize)
-    (table,) = anchor_tables(sums, code.counts, _launch.accumulator(features.dtype), pixels(features))
-    return table, code.counts[0].clone(), code.y
+    table, _ = anchor_tables(sums, code.counts, _launch.accumulator(features.dtype), _launch.pixels(features))
+    return table[0], code.counts[0].clone(), code.y
 
 
 def backward(gradient: Tensor, features: Tensor, counts: Tensor, y: Tensor, normalize: bool) -> Tensor:
@@ -66,22 +63,19 @@ def backward(gradient: Tensor, features: Tensor, counts: Tensor, y: Tensor, norm
     return dx
 
 
-def pixels(*features: Tensor) -> int:
-    return max(x.shape[0] * x.shape[2] * x.shape[3] for x in features)
+def largest_features(features: Sequence[Tensor], code: Codes, num_classes: int) -> Tensor:
+    """The largest finite |x| of each layer's valid pixels (layers,): unnormalised sums are scaled by it."""
+    x = features[0]
+    reach = torch.zeros(len(features), dtype=_launch.accumulator(x.dtype), device=x.device)
+    arguments = {"codes": code.y, "reach": reach, "N": num_classes}
+    _launch.sweep(_largest_features, features, arguments, {"ROWS": 8, "P": 64, "CHUNK": _launch.chunk(x.shape[1])})
+    return reach
 
 
 def sums_tiles(dtype: torch.dtype, D: int) -> dict:
     """Chosen by registers and spills as compiled (tests/budgets.json), not yet by time."""
     two_bytes = dtype in (torch.float16, torch.bfloat16)
-    CHUNK = min(16, triton.next_power_of_2(D))
-    return {"ROWS": 8, "P": 64 if two_bytes and D <= 512 else 32, "CHUNK": CHUNK, **_columns(D, 256 if dtype == torch.float64 else 512)}
-
-
-def _columns(D: int, most: int) -> dict:
-    """A program sums COLUMNS channels, K at a time; more channels are shared out over programs."""
-    K = min(64, max(16, triton.next_power_of_2(D)))
-    columns = triton.cdiv(D, K) * K
-    return {"K": K, "COLUMNS": triton.cdiv(triton.cdiv(columns, triton.cdiv(columns, most)), K) * K}
+    return {"ROWS": 8, "P": 64 if two_bytes and D <= 512 else 32, "CHUNK": _launch.chunk(D), **_launch.columns(D, 256 if dtype == torch.float64 else 512)}
 
 
 def class_sums(features: Sequence[Tensor], code: Codes, num_classes: int, normalize: bool, ranks: int = 1) -> Sums:
@@ -91,11 +85,7 @@ def class_sums(features: Sequence[Tensor], code: Codes, num_classes: int, normal
     acc = _launch.accumulator(x.dtype)
     sums = torch.zeros(L, num_classes, D, dtype=torch.int64, device=x.device)
     broken = torch.zeros(L, num_classes, dtype=torch.int32, device=x.device)
-    reach = None
-    if not normalize:
-        reach = torch.zeros(L, dtype=acc, device=x.device)
-        arguments = {"codes": code.y, "reach": reach, "N": num_classes}
-        _launch.sweep(_largest_features, features, arguments, {"ROWS": 8, "P": 64, "CHUNK": min(16, triton.next_power_of_2(D))})
+    reach = None if normalize else largest_features(features, code, num_classes)
     tiles = sums_tiles(x.dtype, D)
     _launch.sweep(
         _class_anchors_fwd,
@@ -105,7 +95,7 @@ def class_sums(features: Sequence[Tensor], code: Codes, num_classes: int, normal
             "sums": sums,
             "broken": broken,
             "reach": reach,
-            "headroom": _launch.headroom(ranks * pixels(*features)),
+            "headroom": _launch.headroom(ranks * _launch.pixels(*features)),
             "N": num_classes,
         },
         {
@@ -127,11 +117,12 @@ def anchor_tables(
     pixels: int,
     fusion_weight: float = 0.0,
     normalize_anchors: bool = False,
-) -> Tensor:
-    """â (layers, N, D) from the sums of all ranks: means, mixed with the last layer's, normalised if asked. A class without pixels has
-    a zero row, one with a broken pixel a row of NaN."""
+) -> tuple[Tensor, Tensor]:
+    """â (layers, N, D) from the sums of all ranks: means, mixed with the last layer's, normalised if asked. A class without
+    pixels has a zero row, one with a broken pixel a row of NaN. And ‖â‖ (layers, N) as it was before it was normalised."""
     L, N, D = sums.sums.shape
     table = torch.empty(L, N, D, dtype=dtype, device=counts.device)
+    lengths = torch.empty(L, N, dtype=dtype, device=counts.device)
     _launch.launch(
         _anchor_tables,
         (N,),
@@ -140,6 +131,7 @@ def anchor_tables(
             "counts": counts,
             "counts_stride": counts.stride(0),
             "table": table,
+            "lengths": lengths,
             "headroom": _launch.headroom(pixels),
             "fusion_weight": _launch.bits(fusion_weight),
             "N": N,
@@ -154,7 +146,7 @@ def anchor_tables(
         reads=_launch.nbytes(sums.sums),
         writes=_launch.nbytes(table),
     )
-    return table
+    return table, lengths
 
 
 @triton.jit(do_not_specialize=["strides", "geometry", "headroom", "N"])
@@ -192,7 +184,7 @@ def _class_anchors_fwd(
     d0 = tl.program_id(1) * COLUMNS
     layer = layer_of(program, geometry.block)
     number = pick(geometry.number, layer)
-    b, r0, c0, h, w = block_of(program, geometry, layer, ROWS, P)
+    b, r0, c0, h, w = block_of(program, geometry, layer, ROWS, P, UNIT, ALIGN)
     image, sH, sW, sD = image_features(x, strides, layer, b, UNIT, ALIGN, WIDE)
     codes += image_codes(geometry, layer, b, h, w)
     c = c0 + tl.arange(0, P)
@@ -250,7 +242,7 @@ def _largest_features(
     """reach = max |x| over the finite channels of valid pixels. Unnormalised features alone need this read."""
     program = tl.program_id(0)
     layer = layer_of(program, geometry.block)
-    b, r0, c0, h, w = block_of(program, geometry, layer, ROWS, P)
+    b, r0, c0, h, w = block_of(program, geometry, layer, ROWS, P, UNIT, ALIGN)
     image, sH, sW, sD = image_features(x, strides, layer, b, UNIT, ALIGN, WIDE)
     codes += image_codes(geometry, layer, b, h, w)
     c = c0 + tl.arange(0, P)
@@ -287,6 +279,7 @@ def _anchor_tables(
     counts,
     counts_stride,
     table,
+    lengths,
     headroom,
     fusion_weight,
     N,
@@ -306,7 +299,8 @@ def _anchor_tables(
         if i < L - 1:
             anchor = tl.where(top_count > 0, (1 - w_h) * anchor + w_h * top, anchor)
         anchor = tl.where(count > 0, anchor, 0.0)
+        size = tl.sum(anchor * anchor, 0)
+        tl.store(lengths + i * N + n, tl.sqrt(size).to(lengths.dtype.element_ty))
         if NORMALIZE_ANCHORS:
-            size = tl.sum(anchor * anchor, 0)
-            anchor = tl.where(size <= ZERO_NORM_SQUARED, 0.0, anchor * tl.rsqrt(tl.where(size <= ZERO_NORM_SQUARED, 1.0, size)))
+            anchor = anchor * inverse_norm(size, True)
         tl.store(table + (i * N + n) * D + d, anchor.to(table.dtype.element_ty), mask=d < D)

@@ -1,0 +1,753 @@
+"""The pixel-anchor loss (Eqs. 3-4) of all layers, in two steps between which ranks may reduce.
+
+    s_np = â^n · v_p / τ        Z_n = log Σ_{p negative of n} exp(s_np)        σ_p = sigmoid(Z_y - s_yp)
+    L = 1/|C| Σ_n 1/c_n Σ_{p∈P^n} softplus(Z_n - s_np)
+
+``negative_sums`` finds Z. ``moments`` sweeps once more and yields the loss and dL/dâ together, since the upstream gradient is a
+scalar that can wait:
+
+    dL/dâ^n = 1/(|C| τ) ( -A⁺_n / c_n + G_n A⁻_n ),   A⁺_n = Σ_{p∈P^n} σ_p v_p,   A⁻_n = Σ_{p negative} exp(s_np - Z_n) v_p
+
+with G_n the mean of σ over P^n. G_n is known only after the sweep, so A⁺ and A⁻ are summed apart. ``finish`` puts the pieces
+together for each class.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton import language as tl
+
+from contextrast_kernels.kernels import _launch
+from contextrast_kernels.kernels._codes import PIXELS, Codes, codes
+from contextrast_kernels.kernels._gradient import Terms, feature_gradients
+from contextrast_kernels.kernels._tiles import (
+    add_fixed,
+    block_classes,
+    block_of,
+    channels,
+    class_rows,
+    dot_features,
+    exponent_above,
+    image_codes,
+    image_features,
+    inverse_norm,
+    is_finite,
+    layer_of,
+    pick,
+    power_of_two,
+    real,
+    sigmoid,
+    size_term,
+    softplus,
+    table_rows,
+    vector_scale,
+    zero_tiles,
+)
+from contextrast_kernels.kernels.anchors import largest_features
+
+CLASSES = 16
+"""Classes that a program holds at a time."""
+
+
+class Moments(NamedTuple):
+    """Sums over the pixels, which add up over ranks."""
+
+    vectors: Tensor
+    """(layers, 2, N, D) int64 fixed point: A⁺ and A⁻."""
+    terms: Tensor
+    """(layers, 3, N) int64: Σ softplus(Z - s) and Σ σ in fixed point; nonzero where a term is not finite."""
+
+
+class Outcome(NamedTuple):
+    loss: Tensor
+    """Scalar: Σ λ_i L_i."""
+    losses: Tensor
+    """(layers,) L_i."""
+    report: Tensor
+    """(4, layers) int64: classes, positives, negatives, errors."""
+    coefficients: Tensor
+    """(layers, 2, N): k⁺ and k⁻ of ``_gradient``."""
+    pull: Tensor
+    """(layers, N, D): T of ``_gradient``, or dL/dâ of given anchors."""
+
+
+def forward(
+    features: Tensor,
+    labels: Tensor,
+    anchors: Tensor,
+    negatives: Tensor | None,
+    base: Tensor | None,
+    temperature: float,
+    ignore_index: int,
+    normalize: bool,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """The loss, dL/danchors, and what ``backward`` needs besides. Without negatives and base every other-class pixel is one."""
+    code = codes(
+        [features],
+        labels,
+        anchors.shape[0],
+        ignore_index,
+        negatives=None if negatives is None else [negatives],
+        base=None if base is None else [base],
+        base_rate=1.0 if negatives is None and base is None else 0.0,
+    )
+    table, lengths = given_table(anchors, code.counts, _launch.accumulator(features.dtype))
+    reach = None if normalize else largest_features([features], code, anchors.shape[0])
+    Z, similarity = log_sums([features], code, table, temperature, normalize)
+    scales = Scales(lengths, reach, temperature, _launch.headroom(_launch.pixels(features)))
+    sums = moments([features], code, table, Z, scales)
+    outcome = finish(sums, code.counts, code.totals, table, Z, scales, (1.0,))
+    saved = [code.y, code.e, table, Z, outcome.coefficients]
+    saved += [similarity if code.base is None else code.base]
+    return outcome.loss, outcome.pull[0], saved
+
+
+def backward(
+    gradient: Tensor,
+    features: Tensor,
+    saved: Sequence[Tensor],
+    temperature: float,
+    normalize: bool,
+) -> Tensor:
+    """dL/dx of the features."""
+    y, e, table, Z, coefficients, last = saved
+    base, similarity = (last, None) if last.dtype == torch.uint8 else (None, last)
+    terms = Terms(e, base, similarity, table, Z, coefficients)
+    (dx,) = feature_gradients(
+        [features], y, table.shape[1], normalize, terms=terms, temperature=temperature, gradient=gradient
+    )
+    return dx
+
+
+class Scales(NamedTuple):
+    """What the fixed-point scales of the sums follow from."""
+
+    lengths: Tensor
+    """(layers, N): a bound of ‖â‖."""
+    reach: Tensor | None
+    temperature: float
+    headroom: int
+
+    def arguments(self) -> dict:
+        return {
+            "lengths": self.lengths,
+            "reach": self.reach,
+            "temperature": _launch.bits(self.temperature),
+            "headroom": self.headroom,
+        }
+
+
+def given_table(anchors: Tensor, counts: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Given anchors as a table (1, N, D): rows of classes without pixels become zero, as they are in no term; and ‖â‖ (1, N)."""
+    N, D = anchors.shape
+    table = torch.empty(1, N, D, dtype=dtype, device=anchors.device)
+    lengths = torch.empty(1, N, dtype=dtype, device=anchors.device)
+    _launch.launch(
+        _given_table,
+        (N,),
+        {"anchors": anchors, "strides": anchors.stride(), "counts": counts, "table": table, "lengths": lengths},
+        {"D": D, "BLOCK": triton.next_power_of_2(D)},
+        reads=_launch.nbytes(anchors),
+        writes=_launch.nbytes(table),
+    )
+    return table, lengths
+
+
+def log_sums(
+    features: Sequence[Tensor], code: Codes, table: Tensor, temperature: float, normalize: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Z (layers, N), -inf where a class has no negative; and the similarity of each hard negative to its anchor, in the order
+    of the codes. Ranks combine Z by log-sum-exp.
+
+    Where a pixel is a negative of one class only, the negatives alone are read (in NCHW the row segments that hold one). With
+    base pixels everything is read, and no similarity is kept.
+    """
+    L, N, D = table.shape
+    shared = {"e": code.e, "table": table, "temperature": _launch.bits(temperature), "N": N}
+    constants = {"NORMALIZE": normalize, "ACC": _launch.triton_type(table.dtype)}
+    Z = torch.empty(L, N, dtype=table.dtype, device=table.device)
+    if code.base is None:
+        largest = torch.full((L, N), -torch.inf, dtype=table.dtype, device=table.device)
+        total = torch.zeros(L, N, dtype=torch.int64, device=table.device)
+        similarity = torch.empty(code.e.shape, dtype=table.dtype, device=table.device)
+        _launch.sweep(
+            _hard_similarities,
+            features,
+            {**shared, "similarity": similarity, "largest": largest},
+            {"ROWS": 8, "P": 64, "CHUNK": _launch.chunk(D), **constants},
+        )
+        runs, blocks = _launch.flat_geometry(features, PIXELS)
+        headroom = _launch.headroom(_launch.pixels(*features))
+        sums = {"largest": largest, "total": total, "headroom": headroom, "N": N}
+        _launch.launch(
+            _exponentials,
+            (blocks,),
+            {**sums, "e": code.e, "similarity": similarity, "geometry": runs, "B": features[0].shape[0]},
+            {"PIXELS": PIXELS},
+            reads=_launch.nbytes(code.e, similarity),
+        )
+        _launch.launch(_hard_log_sums, (L,), {**sums, "Z": Z}, {"BINS": triton.next_power_of_2(N)})
+        return Z, similarity
+    tiles = {"ROWS": 8, "P": 64 if table.dtype == torch.float32 else 32, "K": _launch.columns(D, D)["K"], "CLASSES": CLASSES}
+    blocks = _launch.blocks_of_layers(features, tiles)
+    first = [sum(blocks[:i]) for i in range(L)]
+    partial = torch.empty(2, sum(blocks), N, dtype=table.dtype, device=table.device)
+    _launch.sweep(
+        _dense_similarities,
+        features,
+        {**shared, "y": code.y, "base": code.base, "partial": partial, "partial_start": tuple(first), "partials": sum(blocks)},
+        {**tiles, **constants},
+    )
+    _launch.launch(
+        _dense_log_sums,
+        (L, N),
+        {"partial": partial, "first": tuple(first), "count": tuple(blocks), "partials": sum(blocks), "Z": Z, "N": N},
+        {"RUN": 256},
+        reads=_launch.nbytes(partial),
+    )
+    return Z, None
+
+
+def moments(
+    features: Sequence[Tensor],
+    code: Codes,
+    table: Tensor,
+    Z: Tensor,
+    scales: Scales,
+) -> Moments:
+    """The sums over pixels that the loss and dL/dâ are made of. One read of the features."""
+    L, N, D = table.shape
+    vectors = torch.zeros(L, 2, N, D, dtype=torch.int64, device=table.device)
+    terms = torch.zeros(L, 3, N, dtype=torch.int64, device=table.device)
+    tiles = moments_tiles(features[0].dtype, D)
+    dense = code.base is not None
+    _launch.sweep(
+        _pixel_anchor_fwd,
+        features,
+        {"y": code.y, "e": code.e, "base": code.base, "table": table, "Z": Z, "vectors": vectors, "terms": terms}
+        | {**scales.arguments(), "N": N},
+        {
+            **tiles,
+            "SLOTS": CLASSES,
+            "BINS": triton.next_power_of_2(N),
+            "NORMALIZE": scales.reach is None,
+            "ACC": _launch.triton_type(table.dtype),
+        },
+        parts=triton.cdiv(D, tiles["COLUMNS"]),
+    )
+    return Moments(vectors, terms)
+
+
+def moments_tiles(dtype: torch.dtype, D: int) -> dict:
+    """Chosen by registers and spills as compiled (tests/budgets.json), not yet by time."""
+    return {"ROWS": 8, "P": 64 if dtype in (torch.float16, torch.bfloat16) else 32, **_launch.columns(D, 256)}
+
+
+def finish(
+    sums: Moments,
+    counts: Tensor,
+    totals: Tensor,
+    table: Tensor,
+    Z: Tensor,
+    scales: Scales,
+    layer_weights: Sequence[float],
+    *,
+    fusion_weight: float | None = None,
+    normalize_anchors: bool = False,
+) -> Outcome:
+    """Loss and dL/dâ from the sums of all ranks' pixels; with ``fusion_weight`` on to T, the pull on each class's pixels."""
+    L, N, D = table.shape
+    device = table.device
+    losses = torch.empty(L, dtype=table.dtype, device=device)
+    loss = torch.empty((), dtype=table.dtype, device=device)
+    report = torch.empty(4, L, dtype=torch.int64, device=device)
+    coefficients = torch.empty(L, 2, N, dtype=table.dtype, device=device)
+    pull = torch.empty(L, N, D, dtype=table.dtype, device=device)
+    _launch.launch(
+        _finish,
+        (N,),
+        {**sums._asdict(), "counts": counts, "totals": totals, "counts_stride": counts.stride(0)}
+        | {"totals_stride": totals.stride(0), "table": table, "Z": Z, **scales.arguments()}
+        | {"loss": loss, "losses": losses, "report": report, "coefficients": coefficients, "pull": pull}
+        | {
+            "layer_weights": tuple(_launch.bits(weight) for weight in layer_weights),
+            "fusion_weight": _launch.bits(fusion_weight or 0.0),
+            "N": N,
+        },
+        {
+            "L": L,
+            "D": D,
+            "BLOCK": triton.next_power_of_2(D),
+            "BINS": triton.next_power_of_2(N),
+            "NORMALIZE": scales.reach is None,
+            "NORMALIZE_ANCHORS": normalize_anchors,
+            "GIVEN": fusion_weight is None,
+        },
+        reads=_launch.nbytes(sums.vectors),
+        writes=_launch.nbytes(pull),
+    )
+    return Outcome(loss, losses, report, coefficients, pull)
+
+
+# ------------------------------------------------------------------------------------------------------------ kernels
+
+
+@triton.jit(do_not_specialize=["strides"])
+def _given_table(anchors, strides, counts, table, lengths, D: tl.constexpr, BLOCK: tl.constexpr):
+    n = tl.program_id(0)
+    d = tl.arange(0, BLOCK)
+    anchor = tl.load(anchors + tl.cast(n, tl.int64) * strides[0] + d * strides[1], mask=d < D, other=0.0)
+    anchor = tl.where(tl.load(counts + n) > 0, anchor.to(table.dtype.element_ty), 0.0)
+    tl.store(table + n * D + d, anchor, mask=d < D)
+    tl.store(lengths + n, tl.sqrt(tl.sum(anchor * anchor, 0)))
+
+
+@triton.jit(do_not_specialize=["strides", "geometry", "temperature", "N"])
+def _hard_similarities(
+    x,
+    strides,
+    geometry,
+    e,
+    table,
+    similarity,
+    largest,
+    temperature,
+    N,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    P: tl.constexpr,
+    CHUNK: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    UNIT: tl.constexpr,
+    ALIGN: tl.constexpr,
+    WIDE: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """s_ep of the hard negatives of one block (0 elsewhere), and the largest of every class.
+
+    Moves: in channels_last the negatives' own vectors; in NCHW, where single pixels cannot be read for less than their memory
+    sector, the rows of P pixels that hold a negative. Writes one number a pixel.
+    """
+    program = tl.program_id(0)
+    layer = layer_of(program, geometry.block)
+    number = pick(geometry.number, layer)
+    b, r0, c0, h, w = block_of(program, geometry, layer, ROWS, P, UNIT, ALIGN)
+    image, sH, sW, sD = image_features(x, strides, layer, b, UNIT, ALIGN, WIDE)
+    codes = image_codes(geometry, layer, b, h, w)
+    table += number * N * D
+    inverse_temperature = (1.0 / real(temperature)).to(ACC)
+    c = c0 + tl.arange(0, P)
+    live = c < w
+    for r in range(r0, tl.minimum(r0 + ROWS, h)):
+        row = image + tl.cast(r, tl.int64) * sH
+        negative = tl.load(e + codes + (r * w + c), mask=live, other=32767).to(tl.int32)
+        is_hard = negative < N
+        s = tl.zeros((P,), ACC)
+        if tl.max(is_hard.to(tl.int32), 0) > 0:
+            read = is_hard if UNIT == "d" else live
+            sizes = tl.zeros((CHUNK, P), ACC)
+            products = tl.zeros((CHUNK, P), ACC)
+            for k in tl.range(0, D, CHUNK, loop_unroll_factor=8):
+                tile = channels(row, c * sW, read, k, sD, D, CHUNK).to(ACC)
+                sizes += size_term(tile, NORMALIZE)
+                products += tile * table_rows(table, negative, is_hard, k, D, CHUNK)
+            norm = inverse_norm(tl.sum(sizes, 0), NORMALIZE)
+            s = tl.where(is_hard, tl.sum(products, 0) * norm * inverse_temperature, 0.0)
+            tl.atomic_max(largest + number * N + negative, s, mask=is_hard, sem="relaxed")
+        tl.store(similarity + codes + (r * w + c), s, mask=live)
+
+
+@triton.jit(do_not_specialize=["geometry", "B", "N", "headroom"])
+def _exponentials(e, similarity, largest, total, geometry, B, N, headroom, PIXELS: tl.constexpr):
+    """total[n] += Σ exp(s_ep - largest_n) [e_p = n] in fixed point: every term is at most 1 and one of them is 1."""
+    program = tl.program_id(0)
+    layer = layer_of(program, geometry.block)
+    number = pick(geometry.number, layer)
+    pixel = (program - pick(geometry.block, layer)).to(tl.int64) * PIXELS + tl.arange(0, PIXELS)
+    live = pixel < tl.cast(pick(geometry.h, layer), tl.int64) * pick(geometry.w, layer) * B
+    pixel += tl.cast(pick(geometry.pixel, layer), tl.int64)
+    negative = tl.load(e + pixel, mask=live, other=32767).to(tl.int32)
+    is_hard = negative < N
+    s = tl.load(similarity + pixel, mask=is_hard, other=0.0)
+    weight = tl.exp(s - tl.load(largest + number * N + negative, mask=is_hard, other=0.0))
+    add_fixed(total + number * N + negative, weight, power_of_two(headroom), is_hard)
+
+
+@triton.jit(do_not_specialize=["headroom", "N"])
+def _hard_log_sums(largest, total, Z, headroom, N, BINS: tl.constexpr):
+    """Z = largest + log Σ exp(s - largest)."""
+    n = tl.arange(0, BINS)
+    here = tl.program_id(0) * N + n
+    top = tl.load(largest + here, mask=n < N, other=0.0)
+    weights = tl.load(total + here, mask=n < N, other=0).to(tl.float64) / power_of_two(headroom)
+    log_sum = top + tl.log(tl.maximum(weights, 1.0)).to(top.dtype)
+    # An infinite or undefined similarity leaves no Z.
+    log_sum = tl.where(top < float("inf"), log_sum, float("nan"))
+    tl.store(Z + here, log_sum, mask=n < N)
+
+
+@triton.jit(do_not_specialize=["strides", "geometry", "temperature", "N", "partial_start", "partials"])
+def _dense_similarities(
+    x,
+    strides,
+    geometry,
+    y,
+    e,
+    base,
+    table,
+    partial,
+    partial_start,
+    partials,
+    temperature,
+    N,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    P: tl.constexpr,
+    K: tl.constexpr,
+    CLASSES: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    UNIT: tl.constexpr,
+    ALIGN: tl.constexpr,
+    WIDE: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """The log-sum-exp of one block's negatives of every class, as a largest value and a sum relative to it (online, CLASSES classes
+    at a time): (2, blocks, N) numbers are written, never N x pixels.
+
+    Moves: the features once, from cache once more for every CLASSES classes.
+    """
+    program = tl.program_id(0)
+    layer = layer_of(program, geometry.block)
+    number = pick(geometry.number, layer)
+    b, r0, c0, h, w = block_of(program, geometry, layer, ROWS, P, UNIT, ALIGN)
+    image, sH, sW, sD = image_features(x, strides, layer, b, UNIT, ALIGN, WIDE)
+    codes = image_codes(geometry, layer, b, h, w)
+    table += number * N * D
+    inverse_temperature = (1.0 / real(temperature)).to(ACC)
+    c = c0 + tl.arange(0, P)
+    live = c < w
+    here = (pick(partial_start, number) + program - pick(geometry.block, layer)).to(tl.int64) * N
+    for n0 in range(0, N, CLASSES):
+        n = n0 + tl.arange(0, CLASSES)
+        classes = tl.where(n < N, n, -1)
+        largest = tl.full((CLASSES,), -float("inf"), ACC)
+        total = tl.zeros((CLASSES,), ACC)
+        for r in range(r0, tl.minimum(r0 + ROWS, h)):
+            row = image + tl.cast(r, tl.int64) * sH
+            pixel = codes + (r * w + c)
+            label = tl.load(y + pixel, mask=live, other=32767).to(tl.int32)
+            negative = tl.load(e + pixel, mask=live, other=32767).to(tl.int32)
+            is_base = tl.load(base + pixel, mask=live, other=0) != 0
+            s = similarities(row, c * sW, live, sD, table, classes, inverse_temperature, D, K, P, NORMALIZE, ACC)
+            against = is_negative(classes, label, negative, is_base)
+            s = tl.where(against, s, -float("inf"))
+            grown = tl.maximum(largest, tl.max(s, 1))
+            shift = tl.where(grown == -float("inf"), 0.0, grown)
+            total = total * tl.exp(largest - shift) + tl.sum(tl.exp(s - shift[:, None]), 1)
+            largest = grown
+        tl.store(partial + here + n, largest, mask=n < N)
+        tl.store(partial + tl.cast(partials, tl.int64) * N + here + n, total, mask=n < N)
+
+
+@triton.jit
+def is_negative(classes, label, negative, is_base):
+    """(classes, P): whether each pixel is a negative of each class (-1: no class). Ignored pixels have neither e nor base."""
+    chosen = classes[:, None] == negative[None, :]
+    return (chosen | (is_base[None, :] & (classes[:, None] != label[None, :]))) & (classes >= 0)[:, None]
+
+
+@triton.jit
+def similarities(
+    row, pixel, live, sD, table, classes, inverse_temperature, D: tl.constexpr, K: tl.constexpr, P: tl.constexpr,
+    NORMALIZE: tl.constexpr, ACC: tl.constexpr,
+):
+    """s (classes, P) of a row of pixels, its norms found on the way."""
+    sizes = tl.zeros((K, P), ACC)
+    products = tl.zeros((classes.shape[0], P), ACC)
+    for k in range(0, D, K):
+        tile = channels(row, pixel, live, k, sD, D, K)
+        sizes += size_term(tile.to(ACC), NORMALIZE)
+        products = dot_features(class_rows(table, classes, k, D, K), tile, products)
+    return products * (inverse_norm(tl.sum(sizes, 0), NORMALIZE) * inverse_temperature)[None, :]
+
+
+@triton.jit(do_not_specialize=["first", "count", "partials", "N"])
+def _dense_log_sums(partial, first, count, partials, Z, N, RUN: tl.constexpr):
+    """Z of one class of one layer from its blocks, in a fixed order."""
+    layer = tl.program_id(0)
+    n = tl.program_id(1)
+    start = tl.cast(pick(first, layer), tl.int64)
+    blocks = pick(count, layer)
+    largest = tl.full((RUN,), -float("inf"), partial.dtype.element_ty)
+    total = tl.zeros((RUN,), partial.dtype.element_ty)
+    for i in range(0, blocks, RUN):
+        block = i + tl.arange(0, RUN)
+        here = (start + block) * N + n
+        more = tl.load(partial + here, mask=block < blocks, other=-float("inf"))
+        weight = tl.load(partial + tl.cast(partials, tl.int64) * N + here, mask=block < blocks, other=0.0)
+        grown = tl.maximum(largest, more)
+        shift = tl.where(grown == -float("inf"), 0.0, grown)
+        total = total * tl.exp(largest - shift) + weight * tl.exp(more - shift)
+        largest = grown
+    top = tl.max(largest, 0)
+    shift = tl.where(top == -float("inf"), 0.0, top)
+    log_sum = top + tl.log(tl.maximum(tl.sum(total * tl.exp(largest - shift), 0), 1.0))
+    broken = tl.max((total != total).to(tl.int32), 0) > 0
+    tl.store(Z + layer * N + n, tl.where((top < float("inf")) & (broken == 0), log_sum, float("nan")))
+
+
+@triton.jit
+def term_scale(Z, length, reach, inverse_temperature, headroom, D: tl.constexpr, NORMALIZE: tl.constexpr):
+    """The fixed-point scale of Σ softplus(Z_n - s_np), and whether there is one: each term is below |Z| + ‖â‖ max‖v‖ / τ + 1."""
+    longest = 1.0
+    if not NORMALIZE:
+        longest = tl.load(reach) * (D * 1.0)
+    bound = tl.where(-float("inf") == Z, 0.0, tl.abs(Z)) + length * inverse_temperature * longest + 1.0
+    known = bound < 2.0**60
+    return power_of_two(headroom - exponent_above(tl.where(known, bound, 1.0))), known
+
+
+@triton.jit(do_not_specialize=["strides", "geometry", "temperature", "headroom", "N"])
+def _pixel_anchor_fwd(
+    x,
+    strides,
+    geometry,
+    y,
+    e,
+    base,
+    table,
+    Z,
+    vectors,
+    terms,
+    lengths,
+    reach,
+    temperature,
+    headroom,
+    N,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    P: tl.constexpr,
+    K: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    BINS: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    UNIT: tl.constexpr,
+    ALIGN: tl.constexpr,
+    WIDE: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """Over one block: A⁺, A⁻ (COLUMNS of the channels), Σ softplus(Z - s) and Σ σ of the classes found there.
+
+    Rows 0 .. SLOTS-1 of every tile are label classes and hold positives, rows SLOTS .. 2 SLOTS-1 are classes with negatives; one
+    product over both gives s, a second, with weights σ and exp(s - Z), A⁺ and A⁻. With ``base`` both lists are simply all
+    classes, SLOTS at a time. The products run on the tensor cores on x as it came; 1/‖x‖ is in the weights.
+    Moves: the features once (the second read of a row is from cache), 2 bytes a pixel, 16 D bytes for each class of a block.
+    """
+    program = tl.program_id(0)
+    part = tl.program_id(1)
+    d0 = part * COLUMNS
+    layer = layer_of(program, geometry.block)
+    number = pick(geometry.number, layer)
+    b, r0, c0, h, w = block_of(program, geometry, layer, ROWS, P, UNIT, ALIGN)
+    image, sH, sW, sD = image_features(x, strides, layer, b, UNIT, ALIGN, WIDE)
+    codes = image_codes(geometry, layer, b, h, w)
+    table += number * N * D
+    Z += number * N
+    terms += 3 * number * N
+    inverse_temperature = (1.0 / real(temperature)).to(ACC)
+    scale = vector_scale(reach, number, headroom, NORMALIZE)
+    c = c0 + tl.arange(0, P)
+    live = c < w
+    slot = tl.arange(0, 2 * SLOTS)
+    holds_positives = slot < SLOTS
+
+    rank0 = 0
+    rounds = 1
+    while rank0 < rounds:
+        if base is None:
+            labels, label_count = block_classes(y + codes, r0, h, c, w, rank0, N, ROWS, P, BINS, 2 * SLOTS)
+            others, other_count = block_classes(e + codes, r0, h, c, w, rank0 - SLOTS, N, ROWS, P, BINS, 2 * SLOTS)
+            classes = tl.where(holds_positives, labels, others)
+            rounds = tl.maximum(label_count, other_count)
+        else:
+            classes = rank0 + slot % SLOTS
+            classes = tl.where(classes < N, classes, -1)
+            rounds = N
+        log_sum = tl.load(Z + classes, mask=classes >= 0, other=0.0)
+        totals = zero_tiles(COLUMNS // K, 2 * SLOTS, K, ACC)
+        losses = tl.zeros((2 * SLOTS,), ACC)
+        shares = tl.zeros((2 * SLOTS,), ACC)
+        for r in range(r0, tl.minimum(r0 + ROWS, h)):
+            row = image + tl.cast(r, tl.int64) * sH
+            pixel = codes + (r * w + c)
+            label = tl.load(y + pixel, mask=live, other=32767).to(tl.int32)
+            negative = tl.load(e + pixel, mask=live, other=32767).to(tl.int32)
+
+            # 1. Norms and similarities.
+            sizes = tl.zeros((K, P), ACC)
+            products = tl.zeros((2 * SLOTS, P), ACC)
+            for k in range(0, D, K):
+                tile = channels(row, c * sW, live, k, sD, D, K)
+                sizes += size_term(tile.to(ACC), NORMALIZE)
+                products = dot_features(class_rows(table, classes, k, D, K), tile, products)
+            size = tl.sum(sizes, 0)
+            norm = inverse_norm(size, NORMALIZE)
+            s = products * (norm * inverse_temperature)[None, :]
+
+            # 2. Weights. A vector that is not finite is taken out and its class marked: 0 · NaN would reach every class.
+            sound = is_finite(size)
+            some_broken = tl.min(sound.to(tl.int32), 0) == 0
+            if some_broken:
+                broken = live & (label < N) & (sound == 0)
+                tl.atomic_max(terms + 2 * N + label, tl.full((P,), 1, tl.int64), mask=broken, sem="relaxed")
+            own = holds_positives[:, None] & (classes[:, None] == label[None, :]) & sound[None, :]
+            if base is None:
+                against = (classes[:, None] == negative[None, :]) & (holds_positives == 0)[:, None] & sound[None, :]
+            else:
+                is_base = tl.load(base + pixel, mask=live, other=0) != 0
+                against = is_negative(classes, label, negative, is_base)
+                against = against & (holds_positives == 0)[:, None] & sound[None, :]
+            apart = log_sum[:, None] - s
+            share = sigmoid(apart)
+            # 0 · s: an infinite similarity shows even where the class has no negative.
+            losses += tl.sum(tl.where(own, softplus(apart) + 0.0 * s, 0.0), 1)
+            shares += tl.sum(tl.where(own, share, 0.0), 1)
+            weight = tl.where(own, share, tl.where(against, tl.exp(-apart), 0.0)) * tl.where(sound, norm, 0.0)[None, :]
+
+            # 3. Weighted sums of the embeddings.
+            grown = ()
+            for k in tl.static_range(COLUMNS // K):
+                tile = channels(row, c * sW, live, d0 + k * K, sD, D, K)
+                if some_broken:
+                    tile = tl.where(sound[None, :], tile, 0.0)
+                grown = grown + (dot_features(weight, tl.trans(tile), totals[k]),)  # noqa: RUF005
+            totals = grown
+
+        used = classes >= 0
+        sum_row = 2 * number * N + tl.where(holds_positives, classes, N + classes)
+        for k in tl.static_range(COLUMNS // K):
+            d = d0 + k * K + tl.arange(0, K)
+            add_fixed(vectors + sum_row[:, None] * D + d[None, :], totals[k], scale, used[:, None] & (d < D)[None, :])
+        if part == 0:
+            used = used & holds_positives
+            length = tl.load(lengths + number * N + classes, mask=used, other=0.0)
+            scale_of_terms, known = term_scale(
+                log_sum, length, reach + number if reach is not None else reach, inverse_temperature, headroom, D, NORMALIZE
+            )
+            sound_sums = known & (tl.abs(losses) < float("inf"))
+            add_fixed(terms + classes, losses, scale_of_terms, used & sound_sums)
+            add_fixed(terms + N + classes, shares, power_of_two(headroom), used & sound_sums)
+            marks = tl.full((2 * SLOTS,), 1, tl.int64)
+            tl.atomic_max(terms + 2 * N + classes, marks, mask=used & (sound_sums == 0), sem="relaxed")
+        rank0 += SLOTS
+
+
+@triton.jit
+def _dL_dfused(
+    vectors, terms, counts, table, Z, lengths, reach, temperature, headroom, layer_weight, layer, n, d, counts_stride, N,
+    D: tl.constexpr, BINS: tl.constexpr, NORMALIZE: tl.constexpr,
+):
+    """dL/dâ of one class of a layer, its k⁺, k⁻ and its pixel count; in float64."""
+    every = tl.arange(0, BINS)
+    all_counts = tl.load(counts + layer * counts_stride + every, mask=every < N, other=0)
+    present = tl.maximum(tl.sum((all_counts > 0).to(tl.int32), 0), 1).to(tl.float64)
+    count = tl.load(counts + layer * counts_stride + n)
+    pixels = tl.maximum(count, 1).to(tl.float64)
+    share = tl.load(terms + (3 * layer + 1) * N + n).to(tl.float64) / power_of_two(headroom) / pixels  # G
+    scale = vector_scale(reach, layer, headroom, NORMALIZE).to(tl.float64)
+    pulled = tl.load(vectors + ((2 * layer) * N + n) * D + d, mask=d < D, other=0).to(tl.float64) / scale
+    pushed = tl.load(vectors + ((2 * layer + 1) * N + n) * D + d, mask=d < D, other=0).to(tl.float64) / scale
+    strength = tl.where(count > 0, real(layer_weight) / (present * real(temperature)), 0.0)
+    slope = strength * (share * pushed - pulled / pixels)
+    slope = tl.where(tl.load(terms + (3 * layer + 2) * N + n) > 0, float("nan"), slope)
+    return tl.where(count > 0, slope, 0.0), -strength / pixels, strength * share, count
+
+
+@triton.jit(
+    do_not_specialize=["temperature", "headroom", "layer_weights", "fusion_weight", "N", "counts_stride", "totals_stride"]
+)
+def _finish(
+    vectors,
+    terms,
+    counts,
+    totals,
+    counts_stride,
+    totals_stride,
+    table,
+    Z,
+    lengths,
+    reach,
+    temperature,
+    headroom,
+    loss,
+    losses,
+    report,
+    coefficients,
+    pull,
+    layer_weights,
+    fusion_weight,
+    N,
+    L: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BINS: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    NORMALIZE_ANCHORS: tl.constexpr,
+    GIVEN: tl.constexpr,
+):
+    """One program, one class: dL/dâ of all layers, back through normalisation and fusion to dL/da, divided by the count.
+    The first program also adds up the loss."""
+    n = tl.program_id(0)
+    d = tl.arange(0, BLOCK)
+    w_h = real(fusion_weight)
+    top_count = tl.load(counts + (L - 1) * counts_stride + n)
+    from_below = tl.zeros((BLOCK,), tl.float64)
+    for i in tl.static_range(L):
+        slope, toward, away, count = _dL_dfused(
+            vectors, terms, counts, table, Z, lengths, reach, temperature, headroom, layer_weights[i], i, n, d, counts_stride, N,
+            D, BINS, NORMALIZE,
+        )  # fmt: skip
+        tl.store(coefficients + 2 * i * N + n, toward.to(coefficients.dtype.element_ty))
+        tl.store(coefficients + (2 * i + 1) * N + n, away.to(coefficients.dtype.element_ty))
+        if NORMALIZE_ANCHORS:
+            # â = a/‖a‖: dL/da = (dL/dâ - â ⟨â, dL/dâ⟩) / ‖a‖.
+            unit = tl.load(table + (i * N + n) * D + d, mask=d < D, other=0.0).to(tl.float64)
+            length = tl.load(lengths + i * N + n).to(tl.float64)
+            slope = (slope - unit * tl.sum(unit * slope, 0)) * inverse_norm(length * length, True)
+        if not GIVEN:
+            if i < L - 1:
+                from_below += tl.where((top_count > 0) & (count > 0), w_h * slope, 0.0)
+                slope = tl.where(top_count > 0, (1 - w_h) * slope, slope)
+            else:
+                slope += from_below
+            slope = slope / tl.maximum(count, 1).to(tl.float64)
+        tl.store(pull + (i * N + n) * D + d, slope.to(pull.dtype.element_ty), mask=d < D)
+    if n == 0:
+        every = tl.arange(0, BINS)
+        exists = every < N
+        total_loss = tl.zeros((), tl.float64)
+        for i in tl.static_range(L):
+            pixels = tl.load(counts + i * counts_stride + every, mask=exists, other=0)
+            present = tl.sum((pixels > 0).to(tl.int64), 0)
+            inverse_temperature = (1.0 / real(temperature)).to(Z.dtype.element_ty)
+            log_sum = tl.load(Z + i * N + every, mask=exists, other=0.0)
+            length = tl.load(lengths + i * N + every, mask=exists, other=0.0)
+            scale, _ = term_scale(
+                log_sum, length, reach + i if reach is not None else reach, inverse_temperature, headroom, D, NORMALIZE
+            )
+            sums = tl.load(terms + 3 * i * N + every, mask=exists, other=0).to(tl.float64)
+            mean = tl.where(pixels > 0, sums / scale / tl.maximum(pixels, 1).to(tl.float64), 0.0)
+            broken = tl.load(terms + (3 * i + 2) * N + every, mask=exists, other=0) > 0
+            layer_loss = tl.sum(mean, 0) / tl.maximum(present, 1).to(tl.float64)
+            layer_loss = tl.where(tl.max((broken & (pixels > 0)).to(tl.int32), 0) > 0, float("nan"), layer_loss)
+            total_loss += real(layer_weights[i]) * layer_loss
+            tl.store(losses + i, layer_loss.to(losses.dtype.element_ty))
+            tl.store(report + i, present)
+            tl.store(report + L + i, tl.sum(pixels, 0))
+            tl.store(report + 2 * L + i, tl.load(totals + i * totals_stride))
+            tl.store(report + 3 * L + i, tl.load(totals + i * totals_stride + 1))
+        tl.store(loss, total_loss.to(loss.dtype.element_ty))
