@@ -1,0 +1,147 @@
+// What the kernels share: warps and blocks, several layers in one launch, launching.
+#ifndef CONTEXTRAST_DEVICE_CUH
+#define CONTEXTRAST_DEVICE_CUH
+
+#include <cuda_runtime.h>
+
+#include "host.h"
+
+namespace contextrast {
+
+constexpr int WARP = 32;
+constexpr unsigned ALL_LANES = 0xFFFFFFFFu;
+constexpr int BLOCK = 256;  // threads, where a kernel has no reason for another number
+
+#if defined(__CUDACC__)  // tests/emulation has its own
+// A block's shared memory: one object of a fixed size, or as much as the launch asks for.
+template <class T>
+__device__ __forceinline__ T &block_shared() {
+  __shared__ T shared;
+  return shared;
+}
+
+template <class T>
+__device__ __forceinline__ T *dynamic_shared() {
+  extern __shared__ int4 shared[];
+  return reinterpret_cast<T *>(shared);
+}
+#endif
+
+// ---- Several layers in one launch: layer i has the blocks first[i]..first[i + 1] - 1.
+
+struct BlockOfLayer {
+  int layer, block;  // the block's number inside its layer
+};
+
+struct LayerBlocks {
+  int32_t layers = 0;
+  int64_t first[CONTEXTRAST_MAX_LAYERS + 1] = {};
+
+  void add(int64_t blocks) {
+    first[layers + 1] = first[layers] + blocks;
+    ++layers;
+  }
+  int64_t total() const { return first[layers]; }
+
+  __device__ BlockOfLayer find(unsigned block) const {
+    int layer = 0;
+    while (block >= first[layer + 1]) ++layer;
+    return {layer, static_cast<int>(block - first[layer])};
+  }
+};
+
+// ---- Order between blocks: what comes last sees all that the others wrote before.
+
+// True in the warp that is the last of `total` to call it with this ticket, which was 0 before the launch.
+__device__ __forceinline__ bool is_last_warp(uint32_t *ticket, uint32_t total) {
+  __threadfence();
+  __syncwarp();
+  bool last = false;
+  if (threadIdx.x % WARP == 0) last = atomicAdd(ticket, 1u) == total - 1;
+  last = __any_sync(ALL_LANES, last);
+  if (last) __threadfence();
+  return last;
+}
+
+// The same for blocks.
+__device__ __forceinline__ bool is_last_block(uint32_t *ticket, uint32_t total) {
+  __threadfence();
+  __syncthreads();
+  bool last = false;
+  if (threadIdx.x == 0) last = atomicAdd(ticket, 1u) == total - 1;
+  last = __syncthreads_or(last);
+  if (last) __threadfence();
+  return last;
+}
+
+// ---- Host side
+
+inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Makes a device current for as long as it lives.
+class OnDevice {
+ public:
+  explicit OnDevice(int device) : device_(device) {
+    status_ = cudaGetDevice(&previous_);
+    if (status_ == cudaSuccess && previous_ != device_) status_ = cudaSetDevice(device_);
+  }
+  ~OnDevice() {
+    if (status_ == cudaSuccess && previous_ != device_) cudaSetDevice(previous_);
+  }
+  OnDevice(const OnDevice &) = delete;
+  OnDevice &operator=(const OnDevice &) = delete;
+  cudaError_t status() const { return status_; }
+
+ private:
+  int device_, previous_ = -1;
+  cudaError_t status_;
+};
+
+// What CUDA answered, as a function of contextrast.h answers.
+inline int answer(cudaError_t status, char *error) {
+  if (status == cudaSuccess) return CONTEXTRAST_OK;
+  cudaGetLastError();  // ours to report: the next call must not find it again
+  snprintf(error, CONTEXTRAST_ERROR_SIZE, "CUDA: %s", cudaGetErrorString(status));
+  return CONTEXTRAST_DEVICE_FAILED;
+}
+
+template <class... Parameters>
+cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, int threads, size_t shared, cudaStream_t stream,
+                   const Parameters &...parameters) {
+  if (blocks == 0) return cudaSuccess;
+  if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = shared;
+  config.stream = stream;
+  return cudaLaunchKernelEx(&config, kernel, parameters...);
+}
+
+// ---- Checks that select.cpp makes too
+
+inline int check_selection(const ContextrastMap &classes, const ContextrastMap &distance_sq, char *error) {
+  if (const int code = check_integer_map("classes", classes, error)) return code;
+  if (const int code = check_integer_map("distance_sq", distance_sq, error)) return code;
+  if (distance_sq.type != CONTEXTRAST_INT32 || distance_sq.batch != classes.batch ||
+      distance_sq.height != classes.height || distance_sq.width != classes.width)
+    return refuse(error, "distance_sq must be an int32 map of the size of classes, (%lld, %lld, %lld)",
+                  static_cast<long long>(classes.batch), static_cast<long long>(classes.height),
+                  static_cast<long long>(classes.width));
+  return CONTEXTRAST_OK;
+}
+
+inline int check_layers(const ContextrastMap &labels, const ContextrastLayer *layers, int num_layers, char *error) {
+  if (num_layers < 0 || num_layers > CONTEXTRAST_MAX_LAYERS)
+    return refuse(error, "at most %d layers are supported, got %d", CONTEXTRAST_MAX_LAYERS, num_layers);
+  for (int i = 0; i < num_layers; ++i) {
+    if (const int code = check_sides("a layer", layers[i].height, layers[i].width, error)) return code;
+    if (labels.batch > 0 && layers[i].height * layers[i].width > 0 && labels.height * labels.width == 0)
+      return refuse(error, "labels have no pixels, but layer %d has %lld x %lld", i,
+                    static_cast<long long>(layers[i].height), static_cast<long long>(layers[i].width));
+  }
+  return CONTEXTRAST_OK;
+}
+
+}  // namespace contextrast
+#endif

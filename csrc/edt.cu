@@ -1,0 +1,324 @@
+// edge_distance and distance_transform on CUDA: two kernels, whatever the number of layers.
+//   1. mark    a warp reads 32 x 32 pixels and writes their seeds as words, 3/8 of a byte a pixel. The warp that comes
+//              last to a strip of 32 columns carries the nearest seeds up and down it.
+//   2. solve   a warp computes one row: parabolas from the words, then the window for each tile of 32 pixels, then, for
+//              the tiles that it leaves open, the anchors by bisection and one sweep a tile between two of them.
+// Memory read and written: the map, the words, the distances, once each.
+#include "edt.cuh"
+#include "lines.h"
+
+#include <type_traits>
+
+namespace contextrast {
+namespace {
+
+constexpr int BAND = 32;     // rows of a word
+constexpr int TILE = WARP;   // pixels that a warp solves at once, and the distance between anchors
+constexpr int AHEAD = 8;     // independent loads that a thread keeps in flight
+constexpr int WINDOW = 8;    // steps before a tile is left to the bisection: about what its sweep costs
+constexpr int WINDOW_IN_HARD_ROW = 2;  // and where the row pays for anchors anyway
+
+struct PlanesLaunch {
+  Planes planes;
+  LayerBlocks blocks;
+  int32_t row_words;  // shared memory of a warp of `solve`, in words
+};
+static_assert(sizeof(PlanesLaunch) <= 4096, "parameters of a kernel");
+
+__host__ __device__ inline int bands_of(int height) { return (height + BAND - 1) / BAND; }
+__host__ __device__ inline int tiles_of(int width) { return (width + TILE - 1) / TILE; }
+
+// ---- 1. Mark
+
+// Of one column of words. Both directions at once, since a step of either waits for memory.
+__device__ void carry(const uint32_t *seeds, Carry *carries, int bands, int64_t width) {
+  uint32_t above = NO_SEED, below = NO_SEED;
+  for (int start = 0; start < bands; start += AHEAD) {
+    uint32_t downward[AHEAD], upward[AHEAD];
+#pragma unroll
+    for (int i = 0; i < AHEAD; ++i) {
+      const int band = lesser(start + i, bands - 1);
+      downward[i] = __ldcg(seeds + band * width);  // from the L2 cache: other processors wrote them
+      upward[i] = __ldcg(seeds + (bands - 1 - band) * width);
+    }
+#pragma unroll
+    for (int i = 0; i < AHEAD; ++i)
+      if (start + i < bands) {
+        carries[(start + i) * width].above = static_cast<uint16_t>(above);
+        carries[(bands - 1 - start - i) * width].below = static_cast<uint16_t>(below);
+        above = pass_down(downward[i], above);
+        below = pass_up(upward[i], below);
+      }
+  }
+}
+
+template <class T>
+__global__ void __launch_bounds__(BLOCK) mark(const __grid_constant__ PlanesLaunch launch, bool zeros) {
+  const BlockOfLayer place = launch.blocks.find(blockIdx.x);
+  const Plane &plane = launch.planes.plane[place.layer];
+  const int height = plane.height, width = plane.width, bands = bands_of(height), strips = tiles_of(width);
+  const int lane = threadIdx.x % WARP;
+  const int64_t square = static_cast<int64_t>(place.block) * (BLOCK / WARP) + threadIdx.x / WARP;
+  if (square >= static_cast<int64_t>(launch.planes.batch) * bands * strips) return;
+  const int strip = static_cast<int>(square % strips), band = static_cast<int>(square / strips % bands);
+  const int64_t image = square / strips / bands;
+  const int top = band * BAND, x = strip * WARP + lane;
+
+  // Reading beyond the border gives the border's own pixel, as is_edge wants it.
+  using Value = std::conditional_t<sizeof(T) == 8, int64_t, int32_t>;
+  const auto column = [&](int c) {
+    return static_cast<const T *>(plane.map) + image * plane.stride_batch +
+           greater(lesser(c, width - 1), 0) * plane.stride_column;
+  };
+  const auto read = [&](const T *from, int row) {
+    return static_cast<Value>(__ldg(from + greater(lesser(row, height - 1), 0) * plane.stride_row));
+  };
+  const bool outer = lane == 0 || lane == WARP - 1;  // with a neighbour that no lane holds
+  const T *const own = column(x), *const beside = column(lane == 0 ? x - 1 : x + 1);
+
+  uint32_t seeds = 0, wanted = 0;
+  Value up = read(own, top - 1), here = read(own, top);
+#pragma unroll 1
+  for (int start = 0; start < BAND; start += AHEAD) {
+    Value below[AHEAD], outside[AHEAD];
+#pragma unroll
+    for (int i = 0; i < AHEAD; ++i) {
+      below[i] = read(own, top + start + i + 1);
+      outside[i] = outer ? read(beside, top + start + i) : Value(0);
+    }
+#pragma unroll
+    for (int i = 0; i < AHEAD; ++i) {
+      Value left = __shfl_up_sync(ALL_LANES, here, 1), right = __shfl_down_sync(ALL_LANES, here, 1);
+      if (lane == 0) left = outside[i];
+      if (lane == WARP - 1) right = outside[i];
+      const bool seed = zeros ? here == Value(0) : is_edge(here, up, below[i], left, right);
+      seeds |= static_cast<uint32_t>(seed) << (start + i);
+      wanted |= static_cast<uint32_t>(zeros || here >= Value(0)) << (start + i);
+      up = here;
+      here = below[i];
+    }
+  }
+  if (height - top < BAND) {
+    const uint32_t rows = (1u << (height - top)) - 1;
+    seeds &= rows;
+    wanted &= rows;
+  }
+
+  const int64_t first_word = image * bands * width + x;  // of the column
+  if (x < width) {
+    plane.seeds[first_word + static_cast<int64_t>(band) * width] = seeds;
+    plane.wanted[first_word + static_cast<int64_t>(band) * width] = wanted;
+  }
+  if (is_last_warp(plane.tickets + image * strips + strip, static_cast<uint32_t>(bands)) && x < width)
+    carry(plane.seeds + first_word, plane.carries + first_word, bands, width);
+}
+
+// ---- 2. Solve
+
+template <class Distance>
+__device__ Distance result(int32_t best) {
+  if constexpr (std::is_same_v<Distance, int32_t>)
+    return squared_distance(best);
+  else
+    return distance_of(squared_distance(best));
+}
+
+// The warp finds the column of least cost for pixel x.
+__device__ int best_column(const int32_t *parabolas, int x, int first, int last, int lane) {
+  const Candidate own = lane_candidate(parabolas, x, first, last, lane, WARP);
+  const int32_t least = __reduce_min_sync(ALL_LANES, own.cost);
+  return __reduce_min_sync(ALL_LANES, own.cost == least ? own.column : INT32_MAX);
+}
+
+// The warp solves the anchors from..to, of which the rest of the row tells nothing.
+__device__ void bisect(const int32_t *parabolas, int last, int from, int to, int lane, int32_t *columns) {
+  const auto solve = [&](int j, int first_column, int last_column) {
+    const int best = best_column(parabolas, anchor_column(0, last, TILE, j), first_column, last_column, lane);
+    if (lane == 0) columns[j] = best;
+    __syncwarp();
+  };
+  solve(from, 0, last);
+  solve(to, columns[from], last);
+  const int count = to - from;
+  for (int step = first_step(count); step; step /= 2)
+    for (int j = step; j < count; j += 2 * step)
+      solve(from + j, columns[from + j - step], columns[from + lesser(j + step, count)]);
+}
+
+template <class Distance>
+__global__ void __launch_bounds__(BLOCK, 6) solve(const __grid_constant__ PlanesLaunch launch) {
+  const BlockOfLayer place = launch.blocks.find(blockIdx.x);
+  const Plane &plane = launch.planes.plane[place.layer];
+  const int height = plane.height, width = plane.width, tiles = tiles_of(width);
+  const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+  const int64_t line = static_cast<int64_t>(place.block) * (blockDim.x / WARP) + warp;
+  if (line >= static_cast<int64_t>(launch.planes.batch) * height) return;
+  const int64_t image = line / height;
+  const int row = static_cast<int>(line % height), bit = row % BAND;
+
+  int32_t *const parabolas = dynamic_shared<int32_t>() + warp * launch.row_words, *const columns = parabolas + width;
+  const int64_t words = (image * bands_of(height) + row / BAND) * width;
+  const uint32_t *const seeds = plane.seeds + words, *const wanted = plane.wanted + words;
+  const Carry *const carries = plane.carries + words;
+  Distance *const distance = static_cast<Distance *>(plane.distance) + line * width;
+
+#pragma unroll 4
+  for (int x = lane; x < width; x += WARP) {
+    const Carry carry = carries[x];
+    parabolas[x] = parabola(column_distance(seeds[x], bit, pack_carry(carry.above, carry.below)), x);
+  }
+  __syncwarp();
+
+  const auto is_wanted = [&](int x) { return x < width && (wanted[x] >> bit & 1); };
+  uint32_t hard = 0;  // bit i of lane l: tile i * 32 + l is left open
+  bool hard_row = false;
+  for (int tile = 0; tile < tiles; ++tile) {
+    const int x = tile * TILE + lane;
+    const bool mine = is_wanted(x);
+    int32_t best = 0;
+    const bool proven =
+        !mine || row_window(parabolas, 0, width - 1, x, hard_row ? WINDOW_IN_HARD_ROW : WINDOW, best);
+    if (!__all_sync(ALL_LANES, proven)) {
+      hard_row = true;
+      if (lane == tile % WARP) hard |= 1u << tile / WARP;
+    } else if (x < width) {
+      distance[x] = mine ? result<Distance>(best) : Distance(CONTEXTRAST_OUTSIDE);
+    }
+  }
+  if (!hard_row) return;
+
+  const int first_tile = __reduce_min_sync(ALL_LANES, hard ? trailing_zeros(hard) * WARP + lane : INT32_MAX);
+  const int last_tile = __reduce_max_sync(ALL_LANES, hard ? (31 - leading_zeros(hard)) * WARP + lane : -1);
+  bisect(parabolas, width - 1, first_tile, last_tile + 1, lane, columns);
+  for (int tile = first_tile; tile <= last_tile; ++tile) {
+    if (!(__shfl_sync(ALL_LANES, hard, tile % WARP) >> tile / WARP & 1)) continue;
+    const int x = tile * TILE + lane;
+    if (x >= width) continue;
+    distance[x] = is_wanted(x) ? result<Distance>(least_cost(parabolas, x, columns[tile], columns[tile + 1]))
+                               : Distance(CONTEXTRAST_OUTSIDE);
+  }
+}
+
+// ---- Launches
+
+template <class T>
+cudaError_t enqueue_mark(const PlanesLaunch &parameters, bool zeros, cudaStream_t stream) {
+  return launch(mark<T>, parameters.blocks.total(), BLOCK, 0, stream, parameters, zeros);
+}
+
+template <class Distance>
+cudaError_t enqueue_solve(PlanesLaunch parameters, int device, cudaStream_t stream) {
+  const Planes &planes = parameters.planes;
+  int widest = 0;
+  for (int i = 0; i < planes.count; ++i) widest = greater(widest, planes.plane[i].width);
+  parameters.row_words = widest + tiles_of(widest) + 1;
+  const int row_bytes = parameters.row_words * static_cast<int>(sizeof(int32_t));
+  int limit = 0;  // of a block's shared memory; more than the usual 48 KiB must be asked for
+  cudaError_t status = cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (status != cudaSuccess) return status;
+  const int warps = greater(lesser(BLOCK / WARP, limit / row_bytes), 1);
+  if (warps * row_bytes > 48 * 1024) {
+    status = cudaFuncSetAttribute(solve<Distance>, cudaFuncAttributeMaxDynamicSharedMemorySize, warps * row_bytes);
+    if (status != cudaSuccess) return status;
+  }
+  parameters.blocks = {};
+  for (int i = 0; i < planes.count; ++i)
+    parameters.blocks.add(divide_up(static_cast<int64_t>(planes.batch) * planes.plane[i].height, warps));
+  return launch(solve<Distance>, parameters.blocks.total(), warps * WARP, static_cast<size_t>(warps * row_bytes),
+                stream, parameters);
+}
+
+// ---- edge_distance and distance_transform
+
+// One map, with its memory.
+struct OneMap {
+  Planes planes;
+  int64_t zeroed;  // bytes that must be 0, at the start
+
+  OneMap(Scratch &scratch, int64_t batch, int64_t height, int64_t width) {
+    planes.batch = static_cast<int32_t>(batch);
+    planes.count = 1;
+    planes.plane[0] = {};
+    planes.plane[0].height = static_cast<int32_t>(height);
+    planes.plane[0].width = static_cast<int32_t>(width);
+    planes.plane[0].take_tickets(scratch, batch);
+    zeroed = scratch.used();
+    planes.plane[0].take_words(scratch, batch);
+  }
+};
+
+int transform(const char *name, const ContextrastMap &map, bool zeros, int squared, void *distance, void *memory,
+              int device, void *stream, char *error) {
+  if (const int code = check_integer_map(name, map, error)) return code;
+  if (map.batch <= 0 || map.height * map.width == 0) return CONTEXTRAST_OK;
+  Scratch scratch(memory);
+  OneMap one(scratch, map.batch, map.height, map.width);
+  Plane &plane = one.planes.plane[0];
+  plane.map = map.data;
+  plane.stride_batch = map.stride_batch;
+  plane.stride_row = map.stride_row;
+  plane.stride_column = map.stride_column;
+  plane.distance = distance;
+
+  const OnDevice current(device);
+  cudaError_t status = current.status();
+  const auto on = static_cast<cudaStream_t>(stream);
+  if (status == cudaSuccess) status = cudaMemsetAsync(memory, 0, static_cast<size_t>(one.zeroed), on);
+  if (status == cudaSuccess) status = enqueue_distances(one.planes, map.type, zeros, squared != 0, device, on);
+  return answer(status, error);
+}
+
+}  // namespace
+
+void Plane::take_tickets(Scratch &scratch, int64_t batch) { tickets = scratch.take<uint32_t>(batch * tiles_of(width)); }
+
+void Plane::take_words(Scratch &scratch, int64_t batch) {
+  const int64_t count = batch * bands_of(height) * width;
+  seeds = scratch.take<uint32_t>(count);
+  wanted = scratch.take<uint32_t>(count);
+  carries = scratch.take<Carry>(count);
+}
+
+cudaError_t enqueue_distances(const Planes &planes, int32_t type, bool zeros, bool squared, int device,
+                              cudaStream_t stream) {
+  PlanesLaunch parameters{planes, {}, 0};
+  for (int i = 0; i < planes.count; ++i) {
+    const Plane &plane = planes.plane[i];
+    const int64_t squares = static_cast<int64_t>(planes.batch) * bands_of(plane.height) * tiles_of(plane.width);
+    parameters.blocks.add(divide_up(squares, BLOCK / WARP));
+  }
+  cudaError_t status = cudaSuccess;
+  with_integer(type, [&](auto zero) { status = enqueue_mark<decltype(zero)>(parameters, zeros, stream); });
+  if (status != cudaSuccess) return status;
+  return squared ? enqueue_solve<int32_t>(parameters, device, stream) : enqueue_solve<float>(parameters, device, stream);
+}
+
+}  // namespace contextrast
+
+extern "C" {
+
+int64_t contextrast_edge_distance_scratch_cuda(int64_t batch, int64_t height, int64_t width) {
+  contextrast::Scratch scratch(nullptr);
+  contextrast::OneMap(scratch, batch, height, width);
+  return scratch.used();
+}
+
+int contextrast_edge_distance_cuda(const ContextrastMap *classes, int squared, void *distance, void *scratch,
+                                   int device, void *stream, char *error) {
+  return contextrast::transform("classes", *classes, false, squared, distance, scratch, device, stream, error);
+}
+
+int contextrast_distance_transform_cuda(const ContextrastMap *mask, int squared, void *distance, void *scratch,
+                                        int device, void *stream, char *error) {
+  return contextrast::transform("mask", *mask, true, squared, distance, scratch, device, stream, error);
+}
+
+int contextrast_cuda_status(int device, char *error) {
+  const contextrast::OnDevice current(device);
+  cudaError_t status = current.status();
+  cudaFuncAttributes attributes;
+  if (status == cudaSuccess) status = cudaFuncGetAttributes(&attributes, contextrast::solve<int32_t>);
+  return contextrast::answer(status, error);
+}
+
+}  // extern "C"

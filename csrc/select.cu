@@ -1,0 +1,685 @@
+// error_map, select_nearest and bane_negatives on CUDA. A segment is the pixels of one class in one image of one layer.
+//   1. find_errors or read_classes   every pixel's class; how many pixels each segment has. The block that comes last
+//                                    to an image lays its segments out one after the other.
+//   2. (mark and solve of edt.cu)    the distances
+//   3. place                         the pixels of each segment, as a list
+//   4. choose                        a block parts a segment at its quota and writes the result
+// Only counts, lists and the order inside a list come from atomics, and no result depends on that order.
+#include <type_traits>
+
+#include "edt.cuh"
+#include "errors.h"
+#include "ranks.h"
+
+namespace contextrast {
+namespace {
+
+// Pixels pixels[start..start + size - 1] of the image's list. Until the layout is done, start is the segment's slot.
+struct Segment {
+  uint32_t start, size;
+};
+
+// One layer of a selection. Segments have slots: the class itself where there are few classes, else the place of the
+// class in a hash table with linear probing.
+struct Layer {
+  int32_t height, width;
+  int32_t *classes;      // (B, height, width): the class, or the slot if `selected` is asked for; NO_CLASS for none
+  int32_t *distance_sq;  // likewise, or null: all equal
+  uint8_t *selected;     // likewise: the result; or null: the result is left in classes
+
+  bool hashed;
+  int32_t slots;          // a power of two if hashed
+  uint64_t *keys;         // if hashed (B, slots): class + 1, or 0 for a free slot
+  uint32_t *sizes;        // (B, slots): pixels; after the layout, where the segment's next pixel goes
+  uint32_t *num_present;  // (B)
+  uint32_t *tickets;      // (B)
+  Segment *present;       // (B, most_present()): the segments that have pixels
+  uint32_t *pixels;       // (B, height * width)
+
+  __host__ __device__ int num_pixels() const { return height * width; }
+  __host__ __device__ int most_present() const { return lesser(slots, num_pixels()); }
+
+  void shape(int64_t h, int64_t w, int64_t num_classes);
+  void take_zeroed(Scratch &scratch, int64_t batch);
+  void take_lists(Scratch &scratch, int64_t batch);
+};
+
+struct Layers {
+  int32_t batch = 0, count = 0;
+  Layer layer[CONTEXTRAST_MAX_LAYERS];
+};
+
+struct LayersLaunch {
+  Layers layers;
+  LayerBlocks blocks;
+};
+
+// ---- 1. Classes
+
+// Where a block of `pixels` pixels of one image works. It has to call with every thread, also beyond the image's end.
+struct Spot {
+  const Layer &layer;
+  int image, first, blocks;  // first pixel; blocks of an image
+
+  __device__ Spot(const LayersLaunch &launch, int pixels) : Spot(launch, launch.blocks.find(blockIdx.x), pixels) {}
+  __device__ Spot(const LayersLaunch &launch, BlockOfLayer place, int pixels)
+      : layer(launch.layers.layer[place.layer]), blocks((layer.num_pixels() + pixels - 1) / pixels) {
+    image = place.block / blocks;
+    first = place.block % blocks * pixels;
+  }
+};
+
+__device__ uint32_t slot_of(const Layer &layer, int image, int64_t n) {
+  if (!layer.hashed) return static_cast<uint32_t>(n);
+  const uint64_t key = static_cast<uint64_t>(n) + 1;
+  const uint32_t mask = static_cast<uint32_t>(layer.slots) - 1;
+  uint64_t *const keys = layer.keys + static_cast<int64_t>(image) * layer.slots;
+  for (uint32_t slot = mix(static_cast<uint32_t>(n) ^ static_cast<uint32_t>(n >> 32)) & mask;; slot = (slot + 1) & mask) {
+    const auto found = static_cast<uint64_t>(atomicCAS(reinterpret_cast<unsigned long long *>(keys + slot), 0ull,
+                                                       static_cast<unsigned long long>(key)));
+    if (found == 0 || found == key) return slot;
+  }
+}
+
+// The warp counts its pixels of classes n. The slot, or NO_CLASS.
+__device__ int32_t count_pixels(const Layer &layer, int image, int64_t n) {
+  const unsigned peers = __match_any_sync(ALL_LANES, static_cast<long long>(n));
+  const int leader = trailing_zeros(peers);
+  int32_t slot = NO_CLASS;
+  if (n >= 0 && static_cast<int>(threadIdx.x % WARP) == leader) {
+    slot = static_cast<int32_t>(slot_of(layer, image, n));
+    const uint32_t peers_count = static_cast<uint32_t>(__popc(peers));
+    if (atomicAdd(layer.sizes + static_cast<int64_t>(image) * layer.slots + slot, peers_count) == 0) {
+      const uint32_t i = atomicAdd(layer.num_present + image, 1u);
+      layer.present[static_cast<int64_t>(image) * layer.most_present() + i].start = static_cast<uint32_t>(slot);
+    }
+  }
+  return __shfl_sync(ALL_LANES, slot, leader);
+}
+
+struct LayoutShared {
+  uint32_t filled;
+};
+
+// The block gives every segment of the image its part of the list.
+__device__ void lay_out(const Layer &layer, int image) {
+  auto &shared = block_shared<LayoutShared>();
+  if (threadIdx.x == 0) shared.filled = 0;
+  __syncthreads();
+  uint32_t *const sizes = layer.sizes + static_cast<int64_t>(image) * layer.slots;
+  Segment *const present = layer.present + static_cast<int64_t>(image) * layer.most_present();
+  const uint32_t count = __ldcg(layer.num_present + image);
+  for (uint32_t i = threadIdx.x; i < count; i += blockDim.x) {
+    const uint32_t slot = __ldcg(&present[i].start), size = __ldcg(sizes + slot);
+    const uint32_t start = atomicAdd(&shared.filled, size);
+    present[i] = {start, size};
+    sizes[slot] = start;
+  }
+}
+
+__device__ int64_t value_at(const ContextrastMap &map, int64_t offset) {
+  switch (map.type) {
+    case CONTEXTRAST_UINT8: return __ldg(static_cast<const uint8_t *>(map.data) + offset);
+    case CONTEXTRAST_INT8: return __ldg(static_cast<const int8_t *>(map.data) + offset);
+    case CONTEXTRAST_INT16: return __ldg(static_cast<const int16_t *>(map.data) + offset);
+    case CONTEXTRAST_INT32: return __ldg(static_cast<const int32_t *>(map.data) + offset);
+    default: return __ldg(static_cast<const int64_t *>(map.data) + offset);
+  }
+}
+
+// Offset of what pixel (r, c) of a layer samples.
+__device__ int64_t sampled_at(const ContextrastMap &map, int image, int r, int c, const Layer &layer) {
+  return image * map.stride_batch + sample(r, static_cast<int>(map.height), layer.height) * map.stride_row +
+         sample(c, static_cast<int>(map.width), layer.width) * map.stride_column;
+}
+
+// The channel of the largest logit, the lowest of equals.
+template <class Bits>
+__device__ int64_t argmax_at(const ContextrastMap &logits, int64_t offset, Bits infinity) {
+  const Bits *const first = static_cast<const Bits *>(logits.data) + offset;
+  Bits largest = order_key(__ldg(first), infinity);
+  int64_t n = 0;
+#pragma unroll 8
+  for (int64_t i = 1; i < logits.channels; ++i) {
+    const Bits key = order_key(__ldg(first + i * logits.stride_channel), infinity);
+    if (key > largest) {
+      largest = key;
+      n = i;
+    }
+  }
+  return n;
+}
+
+struct ErrorSource {
+  ContextrastMap predictions, labels;
+  uint64_t limit;
+  int64_t ignore_index, infinity;  // of the logits
+};
+
+// A thread's pixels: with logits a pixel has reads enough.
+template <class Bits>
+constexpr int PIXELS = std::is_void_v<Bits> ? 4 : 1;
+
+// Eq. 6. Bits is void for a class map of predictions. Segments are counted where there is memory for it.
+template <class Bits>
+__global__ void __launch_bounds__(BLOCK)
+    find_errors(const __grid_constant__ LayersLaunch launch, const __grid_constant__ ErrorSource source) {
+  const Spot spot(launch, BLOCK * PIXELS<Bits>);
+  const Layer &layer = spot.layer;
+  int32_t errors[PIXELS<Bits>];
+#pragma unroll
+  for (int i = 0; i < PIXELS<Bits>; ++i) {
+    const int pixel = spot.first + i * BLOCK + static_cast<int>(threadIdx.x);
+    errors[i] = NO_CLASS;
+    if (pixel >= layer.num_pixels()) continue;
+    const int r = pixel / layer.width, c = pixel % layer.width;
+    const int32_t target = target_of(value_at(source.labels, sampled_at(source.labels, spot.image, r, c, layer)),
+                                     source.limit, source.ignore_index);
+    const int64_t at = sampled_at(source.predictions, spot.image, r, c, layer);
+    if constexpr (std::is_void_v<Bits>)
+      errors[i] = error_class(target, prediction_of(value_at(source.predictions, at), source.limit));
+    else if (target != NO_CLASS)
+      errors[i] = error_class(target, prediction_of(argmax_at(source.predictions, at, static_cast<Bits>(source.infinity)),
+                                                    source.limit));
+    layer.classes[static_cast<int64_t>(spot.image) * layer.num_pixels() + pixel] = errors[i];
+  }
+  if (!layer.sizes) return;
+#pragma unroll
+  for (int i = 0; i < PIXELS<Bits>; ++i) count_pixels(layer, spot.image, errors[i]);
+  if (is_last_block(layer.tickets + spot.image, static_cast<uint32_t>(spot.blocks))) lay_out(layer, spot.image);
+}
+
+struct ClassSource {
+  ContextrastMap classes, distance_sq;  // distance_sq.data may be null
+  uint64_t limit;
+};
+
+// Classes and distances that are there already are brought to the layer.
+__global__ void __launch_bounds__(BLOCK)
+    read_classes(const __grid_constant__ LayersLaunch launch, const __grid_constant__ ClassSource source) {
+  constexpr int COUNT = PIXELS<void>;
+  const Spot spot(launch, BLOCK * COUNT);
+  const Layer &layer = spot.layer;
+  const int64_t start = static_cast<int64_t>(spot.image) * layer.num_pixels();
+  int64_t classes[COUNT];
+#pragma unroll
+  for (int i = 0; i < COUNT; ++i) {
+    const int pixel = spot.first + i * BLOCK + static_cast<int>(threadIdx.x);
+    classes[i] = NO_CLASS;
+    if (pixel >= layer.num_pixels()) continue;
+    const int r = pixel / layer.width, c = pixel % layer.width;
+    const int64_t n = value_at(source.classes, sampled_at(source.classes, spot.image, r, c, layer));
+    if (static_cast<uint64_t>(n) < source.limit) classes[i] = n;
+    if (layer.distance_sq)
+      layer.distance_sq[start + pixel] = __ldg(static_cast<const int32_t *>(source.distance_sq.data) +
+                                               sampled_at(source.distance_sq, spot.image, r, c, layer));
+    if (layer.selected) layer.selected[start + pixel] = 0;
+  }
+#pragma unroll
+  for (int i = 0; i < COUNT; ++i) {
+    const int pixel = spot.first + i * BLOCK + static_cast<int>(threadIdx.x);
+    const int32_t slot = count_pixels(layer, spot.image, classes[i]);
+    if (pixel < layer.num_pixels())
+      layer.classes[start + pixel] = layer.selected ? slot : static_cast<int32_t>(classes[i]);
+  }
+  if (is_last_block(layer.tickets + spot.image, static_cast<uint32_t>(spot.blocks))) lay_out(layer, spot.image);
+}
+
+// ---- 3. Place
+
+__global__ void __launch_bounds__(BLOCK) place(const __grid_constant__ LayersLaunch launch) {
+  const Spot spot(launch, BLOCK);
+  const Layer &layer = spot.layer;
+  const int64_t start = static_cast<int64_t>(spot.image) * layer.num_pixels();
+  const int pixel = spot.first + static_cast<int>(threadIdx.x), lane = threadIdx.x % WARP;
+  const int32_t n = pixel < layer.num_pixels() ? layer.classes[start + pixel] : NO_CLASS;
+  const unsigned peers = __match_any_sync(ALL_LANES, n);
+  const int leader = trailing_zeros(peers);
+  uint32_t first = 0;
+  if (n >= 0 && lane == leader) {
+    const uint32_t slot = layer.selected ? static_cast<uint32_t>(n) : slot_of(layer, spot.image, n);
+    first = atomicAdd(layer.sizes + static_cast<int64_t>(spot.image) * layer.slots + slot,
+                      static_cast<uint32_t>(__popc(peers)));
+  }
+  first = __shfl_sync(ALL_LANES, first, leader);
+  if (n >= 0)
+    layer.pixels[start + first + static_cast<uint32_t>(__popc(peers & ((1u << lane) - 1)))] =
+        static_cast<uint32_t>(pixel);
+}
+
+// ---- 4. Choose: the rank of a segment's last selected pixel, by bins of distances, then by digits of 11 bits of the
+// rank, until few candidates are left. Integer distances below 128 and their ties take one round of each.
+
+constexpr int CHOOSERS = 256;  // threads
+constexpr int KEPT = 16;       // ranks that a thread keeps in registers
+constexpr uint32_t CHUNK = CHOOSERS * KEPT;
+constexpr int DIGIT_BITS = 11;
+constexpr int COUNTERS = 1 << DIGIT_BITS;
+constexpr uint32_t FEW = 256;    // candidates that are compared with each other
+constexpr int MOST_BLOCKS = 64;  // for the segments of an image
+static_assert(BINS <= COUNTERS && COUNTERS % CHOOSERS == 0 && FEW <= CHOOSERS, "sizes of choose");
+
+struct Found {
+  uint32_t counter, before, size;  // its number, the candidates in counters before it, and in it
+};
+
+struct ChooseShared {
+  uint32_t counters[COUNTERS];
+  uint64_t candidates[FEW];
+  uint32_t warp_sums[CHOOSERS / WARP];
+  uint32_t num_candidates;
+  int32_t lowest;  // distance
+  Found found;
+  uint64_t threshold;
+};
+
+struct Chooser {
+  ChooseShared &shared;
+  const Layer &layer;
+  int64_t start;  // of the image
+  Segment segment;
+  uint32_t key;
+  uint64_t kept[KEPT];
+
+  __device__ uint32_t pixel(uint32_t i) const { return layer.pixels[start + segment.start + i]; }
+
+  __device__ void read(uint32_t chunk) {
+    uint32_t pixels[KEPT];
+#pragma unroll
+    for (int i = 0; i < KEPT; ++i) {
+      const uint32_t place = chunk + i * CHOOSERS + threadIdx.x;
+      pixels[i] = place < segment.size ? pixel(place) : 0;
+    }
+#pragma unroll
+    for (int i = 0; i < KEPT; ++i)
+      kept[i] = rank(layer.distance_sq ? layer.distance_sq[start + pixels[i]] : 0, hash(pixels[i], key));
+  }
+
+  // body(rank, place in the list) for this thread's part of the segment, which is read again only if it is long.
+  template <class Body>
+  __device__ void for_ranks(const Body &body) {
+    for (uint32_t chunk = 0; chunk < segment.size; chunk += CHUNK) {
+      if (segment.size > CHUNK) read(chunk);
+#pragma unroll
+      for (int i = 0; i < KEPT; ++i) {
+        const uint32_t place = chunk + i * CHOOSERS + threadIdx.x;
+        if (place < segment.size) body(kept[i], place);
+      }
+    }
+  }
+
+  // Counts counter_of(rank), -1 for none, and finds the counter that holds the wanted-th candidate, from 1.
+  template <class CounterOf>
+  __device__ Found count(uint32_t wanted, const CounterOf &counter_of) {
+    constexpr int OWN = COUNTERS / CHOOSERS;
+    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+    for (int i = threadIdx.x; i < COUNTERS; i += CHOOSERS) shared.counters[i] = 0;
+    __syncthreads();
+    for_ranks([&](uint64_t rank, uint32_t) {
+      const int counter = counter_of(rank);
+      if (counter >= 0) atomicAdd(&shared.counters[counter], 1u);
+    });
+    __syncthreads();
+
+    uint32_t own = 0;
+    for (int i = 0; i < OWN; ++i) own += shared.counters[threadIdx.x * OWN + i];
+    uint32_t before = own;  // and the lanes below
+    for (int step = 1; step < WARP; step *= 2) {
+      const uint32_t lower = __shfl_up_sync(ALL_LANES, before, step);
+      if (lane >= step) before += lower;
+    }
+    if (lane == WARP - 1) shared.warp_sums[warp] = before;
+    before -= own;
+    __syncthreads();
+    for (int i = 0; i < warp; ++i) before += shared.warp_sums[i];
+    if (before < wanted && wanted <= before + own) {
+      uint32_t counter = threadIdx.x * OWN;
+      while (before + shared.counters[counter] < wanted) before += shared.counters[counter++];
+      shared.found = {counter, before, shared.counters[counter]};
+    }
+    __syncthreads();
+    return shared.found;
+  }
+
+  // The wanted-th smallest rank, from 1, for every thread.
+  __device__ uint64_t threshold(uint32_t wanted) {
+    uint64_t first = 0, last = ~uint64_t(0);  // the candidates' ranks
+    uint32_t candidates = segment.size;
+    if (candidates > FEW && layer.distance_sq) {
+      if (threadIdx.x == 0) shared.lowest = INT32_MAX;
+      __syncthreads();
+      int32_t lowest = INT32_MAX;
+      const Found found = count(wanted, [&](uint64_t rank) {
+        const int32_t distance_sq = distance_of_rank(rank);
+        lowest = lesser(lowest, distance_sq);
+        return bin_of(distance_sq);
+      });
+      lowest = __reduce_min_sync(ALL_LANES, lowest);
+      if (threadIdx.x % WARP == 0) atomicMin(&shared.lowest, lowest);
+      __syncthreads();
+      const int bin = static_cast<int>(found.counter);
+      first = rank(greater(bin_start(bin), shared.lowest), 0);
+      if (bin + 1 < BINS) last = rank(bin_start(bin + 1), 0) - 1;
+      wanted -= found.before;
+      candidates = found.size;
+    } else if (!layer.distance_sq) {
+      first = rank(0, 0);
+      last = rank(0, ~uint32_t(0));
+    }
+    while (candidates > FEW) {
+      const int bits = 64 - __clzll(static_cast<long long>(last - first)), shift = greater(bits - DIGIT_BITS, 0);
+      const Found found = count(wanted, [&](uint64_t rank) {
+        return first <= rank && rank <= last ? static_cast<int>((rank - first) >> shift) : -1;
+      });
+      first += static_cast<uint64_t>(found.counter) << shift;
+      last = lesser<uint64_t>(last, first + ((uint64_t(1) << shift) - 1));
+      wanted -= found.before;
+      candidates = found.size;
+    }
+
+    if (threadIdx.x == 0) shared.num_candidates = 0;
+    __syncthreads();
+    for_ranks([&](uint64_t rank, uint32_t) {
+      if (first <= rank && rank <= last) shared.candidates[atomicAdd(&shared.num_candidates, 1u)] = rank;
+    });
+    __syncthreads();
+    if (threadIdx.x < candidates) {
+      const uint64_t own = shared.candidates[threadIdx.x];
+      uint32_t smaller = 0;
+      for (uint32_t i = 0; i < candidates; ++i) smaller += shared.candidates[i] < own;
+      if (smaller == wanted - 1) shared.threshold = own;  // ranks differ, since hashes do
+    }
+    __syncthreads();
+    return shared.threshold;
+  }
+
+  __device__ static int32_t distance_of_rank(uint64_t rank) {
+    return static_cast<int32_t>(static_cast<uint32_t>(rank >> 32) ^ 0x80000000u);
+  }
+};
+
+__host__ __device__ inline int choosing_blocks(const Layer &layer) { return lesser(layer.most_present(), MOST_BLOCKS); }
+
+__global__ void __launch_bounds__(CHOOSERS, 3)
+    choose(const __grid_constant__ LayersLaunch launch, double ratio, const int64_t *seed) {
+  const BlockOfLayer place = launch.blocks.find(blockIdx.x);
+  const Layer &layer = launch.layers.layer[place.layer];
+  const int blocks = choosing_blocks(layer), image = place.block / blocks;
+  const int64_t start = static_cast<int64_t>(image) * layer.num_pixels();
+  const Segment *const present = layer.present + static_cast<int64_t>(image) * layer.most_present();
+  const uint32_t count = layer.num_present[image];
+  for (uint32_t i = place.block % blocks; i < count; i += blocks) {
+    Chooser chooser{block_shared<ChooseShared>(), layer, start, present[i], hash_key(*seed, TIES), {}};
+    const uint32_t size = chooser.segment.size, selected = static_cast<uint32_t>(quota(ratio, size));
+    if (selected == (layer.selected ? 0 : size)) continue;  // the result is there already
+    uint64_t threshold = ~uint64_t(0);
+    if (0 < selected && selected < size) {
+      if (size <= CHUNK) chooser.read(0);
+      threshold = chooser.threshold(selected);
+    }
+    chooser.for_ranks([&](uint64_t rank, uint32_t place) {
+      const bool is_selected = selected > 0 && rank <= threshold;
+      const int64_t at = start + chooser.pixel(place);
+      if (layer.selected && is_selected) layer.selected[at] = 1;
+      if (!layer.selected && !is_selected) layer.classes[at] = NO_CLASS;
+    });
+    __syncthreads();
+  }
+}
+
+// ---- Memory
+
+// Up to here, or up to the number of pixels, every class has a slot of its own.
+constexpr int64_t FEW_CLASSES = 1024;
+
+
+void Layer::shape(int64_t h, int64_t w, int64_t num_classes) {
+  height = static_cast<int32_t>(h);
+  width = static_cast<int32_t>(w);
+  hashed = num_classes < 0 || num_classes > greater(h * w, FEW_CLASSES);
+  slots = hashed ? 1 : static_cast<int32_t>(greater<int64_t>(num_classes, 1));
+  if (hashed)
+    while (slots < 2 * h * w) slots *= 2;
+}
+
+void Layer::take_zeroed(Scratch &scratch, int64_t batch) {
+  keys = hashed ? scratch.take<uint64_t>(batch * slots) : nullptr;
+  sizes = scratch.take<uint32_t>(batch * slots);
+  num_present = scratch.take<uint32_t>(batch);
+  tickets = scratch.take<uint32_t>(batch);
+}
+
+void Layer::take_lists(Scratch &scratch, int64_t batch) {
+  present = scratch.take<Segment>(batch * most_present());
+  pixels = scratch.take<uint32_t>(batch * num_pixels());
+}
+
+// select_nearest: classes and distances are copied, so that what follows finds them dense.
+struct SelectMemory {
+  Layers layers;
+  int64_t zeroed;  // bytes that must be 0, at the start
+
+  SelectMemory(Scratch &scratch, int64_t batch, int64_t height, int64_t width, int64_t num_classes) {
+    layers.batch = static_cast<int32_t>(batch);
+    layers.count = 1;
+    Layer &layer = layers.layer[0] = {};
+    layer.shape(height, width, num_classes);
+    layer.take_zeroed(scratch, batch);
+    zeroed = scratch.used();
+    layer.take_lists(scratch, batch);
+    layer.classes = scratch.take<int32_t>(batch * height * width);
+    layer.distance_sq = scratch.take<int32_t>(batch * height * width);
+  }
+};
+
+// bane_negatives: errors are found in the layers' own output. With AT_FULL one plane of the labels' size, and its errors;
+// else a plane for each layer.
+struct BaneMemory {
+  Layers layers, full;
+  Planes planes;
+  int64_t zeroed;
+
+  BaneMemory(Scratch &scratch, const ContextrastMap &labels, int64_t num_classes, const ContextrastLayer *list,
+             int num_layers, int distance_at) {
+    const int64_t batch = labels.batch;
+    layers.batch = full.batch = planes.batch = static_cast<int32_t>(batch);
+    for (int i = 0; i < num_layers; ++i) {
+      if (list[i].height * list[i].width == 0) continue;
+      Layer &layer = layers.layer[layers.count++] = {};
+      layer.shape(list[i].height, list[i].width, num_classes);
+      layer.take_zeroed(scratch, batch);
+      layer.classes = list[i].negatives;
+    }
+    if (distance_at == CONTEXTRAST_AT_FULL) {
+      full.count = 1;
+      full.layer[0] = {};
+      full.layer[0].height = static_cast<int32_t>(labels.height);
+      full.layer[0].width = static_cast<int32_t>(labels.width);
+      add_plane(full.layer[0], scratch);
+    } else {
+      for (int i = 0; i < layers.count; ++i) add_plane(layers.layer[i], scratch);
+    }
+    zeroed = scratch.used();
+    for (int i = 0; i < planes.count; ++i) planes.plane[i].take_words(scratch, batch);
+    for (int i = 0; i < layers.count; ++i) {
+      Layer &layer = layers.layer[i];
+      layer.take_lists(scratch, batch);
+      layer.distance_sq = scratch.take<int32_t>(batch * layer.num_pixels());
+      if (!full.count) connect(layer, planes.plane[i]);
+    }
+    if (full.count) {
+      Layer &layer = full.layer[0];
+      layer.classes = scratch.take<int32_t>(batch * layer.num_pixels());
+      layer.distance_sq = scratch.take<int32_t>(batch * layer.num_pixels());
+      connect(layer, planes.plane[0]);
+    }
+  }
+
+ private:
+  void add_plane(const Layer &layer, Scratch &scratch) {
+    Plane &plane = planes.plane[planes.count++] = {};
+    plane.height = layer.height;
+    plane.width = layer.width;
+    plane.take_tickets(scratch, planes.batch);
+  }
+  static void connect(const Layer &layer, Plane &plane) {
+    plane.map = layer.classes;
+    plane.stride_batch = layer.num_pixels();
+    plane.stride_row = layer.width;
+    plane.stride_column = 1;
+    plane.distance = layer.distance_sq;
+  }
+};
+
+// ---- Launches
+
+LayersLaunch in_blocks(const Layers &layers, int pixels) {
+  LayersLaunch parameters{layers, {}};
+  for (int i = 0; i < layers.count; ++i)
+    parameters.blocks.add(layers.batch * divide_up(layers.layer[i].num_pixels(), pixels));
+  return parameters;
+}
+
+template <class Bits>
+cudaError_t enqueue_errors(const Layers &layers, ErrorSource source, Bits infinity, cudaStream_t stream) {
+  source.infinity = infinity;
+  const LayersLaunch parameters = in_blocks(layers, BLOCK * PIXELS<Bits>);
+  return launch(find_errors<Bits>, parameters.blocks.total(), BLOCK, 0, stream, parameters, source);
+}
+
+cudaError_t enqueue_errors(const Layers &layers, const ContextrastMap &predictions, const ContextrastMap &labels,
+                           int64_t num_classes, int64_t ignore_index, cudaStream_t stream) {
+  const ErrorSource source{predictions, labels, class_limit(num_classes, predictions.channels), ignore_index, 0};
+  switch (predictions.type) {
+    case CONTEXTRAST_FLOAT16: return enqueue_errors<int16_t>(layers, source, INFINITY_FLOAT16, stream);
+    case CONTEXTRAST_BFLOAT16: return enqueue_errors<int16_t>(layers, source, INFINITY_BFLOAT16, stream);
+    case CONTEXTRAST_FLOAT32: return enqueue_errors<int32_t>(layers, source, INFINITY_FLOAT32, stream);
+    case CONTEXTRAST_FLOAT64: return enqueue_errors<int64_t>(layers, source, INFINITY_FLOAT64, stream);
+    default: {
+      const LayersLaunch parameters = in_blocks(layers, BLOCK * PIXELS<void>);
+      return launch(find_errors<void>, parameters.blocks.total(), BLOCK, 0, stream, parameters, source);
+    }
+  }
+}
+
+cudaError_t enqueue_classes(const Layers &layers, const ClassSource &source, cudaStream_t stream) {
+  const LayersLaunch parameters = in_blocks(layers, BLOCK * PIXELS<void>);
+  return launch(read_classes, parameters.blocks.total(), BLOCK, 0, stream, parameters, source);
+}
+
+cudaError_t enqueue_selection(const Layers &layers, double ratio, const int64_t *seed, cudaStream_t stream) {
+  LayersLaunch parameters = in_blocks(layers, BLOCK);
+  const cudaError_t status = launch(place, parameters.blocks.total(), BLOCK, 0, stream, parameters);
+  if (status != cudaSuccess) return status;
+  parameters.blocks = {};
+  for (int i = 0; i < layers.count; ++i)
+    parameters.blocks.add(static_cast<int64_t>(layers.batch) * choosing_blocks(layers.layer[i]));
+  return launch(choose, parameters.blocks.total(), CHOOSERS, 0, stream, parameters, ratio, seed);
+}
+
+ContextrastMap dense_map(const int32_t *data, const Layers &layers) {
+  const Layer &layer = layers.layer[0];
+  return {data, layers.batch, 0, layer.height, layer.width, layer.num_pixels(), 0, layer.width, 1, CONTEXTRAST_INT32};
+}
+
+cudaError_t enqueue_negatives(BaneMemory &memory, const ContextrastMap &predictions, const ContextrastMap &labels,
+                              int64_t num_classes, int64_t ignore_index, double ratio, bool bane, const int64_t *seed,
+                              int device, cudaStream_t stream) {
+  const bool full = memory.full.count > 0;
+  const Layers &found_at = full ? memory.full : memory.layers;
+  cudaError_t status = enqueue_errors(found_at, predictions, labels, num_classes, ignore_index, stream);
+  if (status == cudaSuccess && bane)
+    status = enqueue_distances(memory.planes, CONTEXTRAST_INT32, false, true, device, stream);
+  if (!bane)
+    for (int i = 0; i < memory.layers.count; ++i) memory.layers.layer[i].distance_sq = nullptr;
+  if (status == cudaSuccess && full) {
+    const Layer &from = memory.full.layer[0];
+    const ClassSource source{dense_map(from.classes, memory.full), dense_map(from.distance_sq, memory.full),
+                             class_limit(-1, 0)};
+    status = enqueue_classes(memory.layers, source, stream);
+  }
+  return status == cudaSuccess ? enqueue_selection(memory.layers, ratio, seed, stream) : status;
+}
+
+cudaStream_t stream_of(void *stream) { return static_cast<cudaStream_t>(stream); }
+
+}  // namespace
+}  // namespace contextrast
+
+extern "C" {
+
+using namespace contextrast;
+
+int contextrast_error_map_cuda(const ContextrastMap *predictions, const ContextrastMap *labels, int64_t num_classes,
+                               int64_t ignore_index, int32_t *errors, int device, void *stream, char *error) {
+  if (const int code = check_pair(*predictions, *labels, error)) return code;
+  if (labels->batch <= 0 || labels->height * labels->width == 0) return CONTEXTRAST_OK;
+  Layers layers;
+  layers.batch = static_cast<int32_t>(labels->batch);
+  layers.count = 1;
+  layers.layer[0] = {};
+  layers.layer[0].height = static_cast<int32_t>(labels->height);
+  layers.layer[0].width = static_cast<int32_t>(labels->width);
+  layers.layer[0].classes = errors;
+
+  const OnDevice current(device);
+  cudaError_t status = current.status();
+  if (status == cudaSuccess)
+    status = enqueue_errors(layers, *predictions, *labels, num_classes, ignore_index, stream_of(stream));
+  return answer(status, error);
+}
+
+int64_t contextrast_select_nearest_scratch_cuda(int64_t batch, int64_t height, int64_t width, int64_t num_classes) {
+  Scratch scratch(nullptr);
+  SelectMemory(scratch, batch, height, width, num_classes);
+  return scratch.used();
+}
+
+int contextrast_select_nearest_cuda(const ContextrastMap *classes, const ContextrastMap *distance_sq, double ratio,
+                                    int64_t num_classes, const int64_t *seed, uint8_t *selected, void *scratch,
+                                    int device, void *stream, char *error) {
+  if (const int code = check_selection(*classes, *distance_sq, error)) return code;
+  if (classes->batch <= 0 || classes->height * classes->width == 0) return CONTEXTRAST_OK;
+  Scratch pieces(scratch);
+  SelectMemory memory(pieces, classes->batch, classes->height, classes->width, num_classes);
+  memory.layers.layer[0].selected = selected;
+
+  const OnDevice current(device);
+  cudaError_t status = current.status();
+  if (status == cudaSuccess)
+    status = cudaMemsetAsync(scratch, 0, static_cast<size_t>(memory.zeroed), stream_of(stream));
+  if (status == cudaSuccess)
+    status = enqueue_classes(memory.layers, {*classes, *distance_sq, class_limit(num_classes, 0)}, stream_of(stream));
+  if (status == cudaSuccess) status = enqueue_selection(memory.layers, ratio, seed, stream_of(stream));
+  return answer(status, error);
+}
+
+int64_t contextrast_bane_negatives_scratch_cuda(const ContextrastMap *labels, int64_t num_classes,
+                                                const ContextrastLayer *layers, int num_layers, int distance_at) {
+  Scratch scratch(nullptr);
+  BaneMemory(scratch, *labels, num_classes, layers, num_layers, distance_at);
+  return scratch.used();
+}
+
+int contextrast_bane_negatives_cuda(const ContextrastMap *predictions, const ContextrastMap *labels,
+                                    int64_t num_classes, int64_t ignore_index, const ContextrastLayer *layers,
+                                    int num_layers, double ratio, int negatives, int distance_at, const int64_t *seed,
+                                    void *scratch, int device, void *stream, char *error) {
+  if (const int code = check_pair(*predictions, *labels, error)) return code;
+  if (const int code = check_layers(*labels, layers, num_layers, error)) return code;
+  if (labels->batch <= 0 || labels->height * labels->width == 0) return CONTEXTRAST_OK;
+  Scratch pieces(scratch);
+  BaneMemory memory(pieces, *labels, num_classes, layers, num_layers, distance_at);
+  if (memory.layers.count == 0) return CONTEXTRAST_OK;
+
+  const OnDevice current(device);
+  cudaError_t status = current.status();
+  if (status == cudaSuccess)
+    status = cudaMemsetAsync(scratch, 0, static_cast<size_t>(memory.zeroed), stream_of(stream));
+  if (status == cudaSuccess)
+    status = enqueue_negatives(memory, *predictions, *labels, num_classes, ignore_index, ratio,
+                               negatives == CONTEXTRAST_BANE, seed, device, stream_of(stream));
+  return answer(status, error);
+}
+
+}  // extern "C"
