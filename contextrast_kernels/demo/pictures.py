@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from contextrast_kernels.demo.training import Network, Run
 
 
-def draw(folder: Path, runs: list[Run], network: Network, data: scenes.Mosaic | scenes.CamVid) -> None:
+def draw(folder: Path, runs: list[Run], network: Network, data: scenes.Data) -> None:
     """Write both pictures into a folder; `network` is one that was trained with Contextrast."""
     _curves(runs).savefig(folder / "curves.png", dpi=110)
     _negatives(network, data).savefig(folder / "negatives.png", dpi=110)
@@ -53,7 +53,7 @@ def _curves(runs: list[Run]):
     return figure
 
 
-def _negatives(network: Network, data: scenes.Mosaic | scenes.CamVid):
+def _negatives(network: Network, data: scenes.Data):
     """The hard negatives of the image with the most classes among those to be shown."""
     images, labels = data.shown
     N = len(data.classes)

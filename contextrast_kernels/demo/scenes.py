@@ -207,9 +207,8 @@ class Mosaic:
 class CamVid:
     """CamVid's frames in SegNet's layout, brought to one size and kept in memory.
 
-    root: a folder with train, trainannot, val and valannot. An image and its label map share their file stem; a
-    label map is a
-        PNG of one channel with 0..10 for the classes below and 11 for void.
+    root: a folder with train, trainannot, val and valannot. An image and its label map share their file stem; a label
+        map is a PNG of one channel with 0..10 for the classes below and 11 for void.
     size: height in pixels; the width keeps the frames' proportions.
     limit: read only so many frames of each split.
 
@@ -245,7 +244,10 @@ class CamVid:
             yield self.images[chosen].float() / 255, self.labels[chosen].long()
 
 
-def _read_split(root: Path, split: str, height: int, limit: int | None, num_classes: int) -> Batch:
+Data = Mosaic | CamVid
+
+
+def _read_split(root: Path, split: str, height: int, limit: int | None, num_classes: int) -> tuple[Tensor, Tensor]:
     """All frames of a split: images (n,3,h,w) and labels (n,h,w), both uint8."""
     import numpy as np
 

@@ -97,7 +97,7 @@ class Score:
 
 
 @torch.no_grad()
-def evaluate(network: Network, data: scenes.Mosaic | scenes.CamVid, step: int) -> Score:
+def evaluate(network: Network, data: scenes.Data, step: int) -> Score:
     images, labels = data.validation
     N = len(data.classes)
     everywhere, near_boundary = (ConfusionMatrix(N, device=labels.device) for _ in range(2))
@@ -148,7 +148,7 @@ class Run:
 def train(
     name: str,
     alpha: float,
-    data: scenes.Mosaic | scenes.CamVid,
+    data: scenes.Data,
     augment: Callable[[Tensor, Tensor], scenes.Batch],
     *,
     seed: int,
@@ -189,7 +189,7 @@ def train(
             began = time.perf_counter()
             waiting.append(step(*augment(*next(batches))))
             if number == warm_up or number % 10 == 0 or number in evaluations:
-                # The host waits for the device here and nowhere else in a step.
+                # Fetched together, as every fetch waits for the device.
                 for values, history in zip(zip(*waiting), (run.cross_entropy, run.contextrast)):
                     history += torch.stack(values).tolist()
                 waiting.clear()
@@ -204,9 +204,7 @@ def train(
     return run, network
 
 
-def time_loss(
-    contextrast: nn.Module, network: Network, heads: nn.ModuleList, data: scenes.Mosaic | scenes.CamVid, batch: int
-) -> float:
+def time_loss(contextrast: nn.Module, network: Network, heads: nn.ModuleList, data: scenes.Data, batch: int) -> float:
     """Seconds of Contextrast's forward and backward, without the projection heads; leaves the training as it was."""
     images, labels = (tensor[:batch] for tensor in data.validation)
     modules = nn.ModuleList((network, heads, contextrast)).eval()
@@ -314,7 +312,7 @@ def table(runs: list[Run]) -> str:
     return "\n".join(lines)
 
 
-def write(folder: Path, runs: list[Run], network: Network, data: scenes.Mosaic | scenes.CamVid, settings: dict) -> str:
+def write(folder: Path, runs: list[Run], network: Network, data: scenes.Data, settings: dict) -> str:
     """Replace `folder` by one with metrics.json and the pictures, all or nothing; a sentence says what is in it."""
     facts = {
         "settings": settings,
