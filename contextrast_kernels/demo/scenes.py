@@ -142,34 +142,38 @@ def mosaic(textures: Textures, count: int, generator: torch.Generator) -> Batch:
     """Draw `count` scenes of the textures' size. The generator is the CPU's, so that every device draws the same."""
     B, N, S, device = count, len(textures), textures.size, textures.pixels.device
 
+    numbers = torch.rand(B, 48 + 6 * N, generator=generator).to(device)  # all that a batch needs, in one transfer
+    drawn = 0
+
     def draw(*shape: int) -> Tensor:
-        return torch.rand(*shape, generator=generator).to(device)
+        nonlocal drawn
+        first, drawn = drawn, drawn + math.prod(shape)
+        return numbers[:, first:drawn].view(B, *shape)
 
     def draw_class(*shape: int) -> Tensor:
-        return torch.randint(N, shape, generator=generator).to(device)
+        return (N * draw(*shape)).long()
 
     # Shapes are described for a scene of 128 pixels.
     y = torch.arange(S, device=device)[:, None] * (128 / S)
     x = torch.arange(S, device=device) * (128 / S)
 
     def disc() -> Tensor:
-        row, column, radius = 128 * draw(B, 1, 1), 128 * draw(B, 1, 1), 3 + 6 * draw(B, 1, 1)
+        row, column, radius = 128 * draw(1, 1), 128 * draw(1, 1), 3 + 6 * draw(1, 1)
         return (y - row) ** 2 + (x - column) ** 2 < radius**2
 
     def bar(half_width: float) -> Tensor:
-        angle, row, column = math.pi * draw(B, 1, 1), 128 * draw(B, 1, 1), 128 * draw(B, 1, 1)
+        angle, row, column = math.pi * draw(1, 1), 128 * draw(1, 1), 128 * draw(1, 1)
         return ((y - row) * angle.cos() - (x - column) * angle.sin()).abs() < half_width
 
-    regions = 9
-    warp = 6 * torch.sin(y / 9 + 6 * draw(B, 1, 1)) + 6 * torch.cos(x / 11 + 6 * draw(B, 1, 1))
-    sites = 128 * draw(2, B, regions, 1, 1)
-    nearest = (((y + warp)[:, None] - sites[0]) ** 2 + ((x + warp)[:, None] - sites[1]) ** 2).argmin(1)  # (B,S,S)
-    labels = draw_class(B, regions).gather(1, nearest.flatten(1)).view(B, S, S)
+    warp = 6 * torch.sin(y / 9 + 6 * draw(1, 1)) + 6 * torch.cos(x / 11 + 6 * draw(1, 1))
+    rows, columns = 128 * draw(9, 1, 1), 128 * draw(9, 1, 1)  # the sites of nine Voronoi regions
+    nearest = (((y + warp)[:, None] - rows) ** 2 + ((x + warp)[:, None] - columns) ** 2).argmin(1)  # (B,S,S)
+    labels = draw_class(9).gather(1, nearest.flatten(1)).view(B, S, S)
     for shape in (disc(), disc(), bar(1.5), bar(1.5)):
-        labels = torch.where(shape, draw_class(B, 1, 1), labels)
+        labels = torch.where(shape, draw_class(1, 1), labels)
 
-    corners = (draw(B, N, 2) * textures.room).long()
-    images = textures.paint(labels, corners, gain=0.7 + 0.6 * draw(B, N, 1), shade=0.1 * (draw(B, N, 3) - 0.5))
+    corners = (draw(N, 2) * textures.room).long()
+    images = textures.paint(labels, corners, gain=0.7 + 0.6 * draw(N, 1), shade=0.1 * (draw(N, 3) - 0.5))
     return images.clamp(0, 1), labels.masked_fill(bar(2.0), VOID)
 
 
