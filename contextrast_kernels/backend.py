@@ -31,9 +31,9 @@ def backend(name: str) -> Iterator[None]:
     """Run everything inside the ``with`` block on one backend.
 
     ``name`` is "auto", "reference", "triton" or "native". A forced backend holds for the ops it has and raises
-    RuntimeError if it cannot run on the given tensors; ops that it does not have choose as "auto" does. The choice holds
-    for all threads of the process. Outside of any block the environment variable CONTEXTRAST_BACKEND decides, read at
-    each call.
+    RuntimeError if it cannot run on the given tensors; ops that it does not have choose as "auto" does. The choice
+    holds for all threads of the process. Outside of any block the environment variable CONTEXTRAST_BACKEND decides,
+    read at each call.
     """
     global _forced
     if name not in CHOICES:
