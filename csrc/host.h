@@ -9,6 +9,10 @@
 #include <system_error>
 #include <thread>
 
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
+
 #include "contextrast.h"
 
 // Where the compiler and the loader can choose between versions of a function at load time, the loops over pixels exist
@@ -114,20 +118,37 @@ inline int threads_for(int threads, int64_t pixels) {
   return static_cast<int>(wanted < useful ? wanted : useful);
 }
 
-// ---- Scratch, taken piece by piece. Every piece is a multiple of 16 bytes long, so that the next one is aligned.
+// ---- Scratch
 
+// Takes pieces of the caller's memory, each aligned to 16 bytes and followed by 16 bytes of nobody's. With no memory
+// behind it, it measures. AddressSanitizer, where it is on, watches the ends of the pieces and of the memory.
 class Scratch {
  public:
   explicit Scratch(void *memory) : start_(static_cast<char *>(memory)) {}
+  Scratch(const Scratch &) = delete;
+  Scratch &operator=(const Scratch &) = delete;
 
   template <class T>
   T *take(int64_t count) {
-    T *piece = reinterpret_cast<T *>(start_ ? start_ + used_ : nullptr);
-    used_ += (count * static_cast<int64_t>(sizeof(T)) + 15) / 16 * 16;
-    return piece;
+    const int64_t start = used_, end = start + count * static_cast<int64_t>(sizeof(T));
+    used_ = (end + 15) / 16 * 16 + 16;
+    if (!start_) return nullptr;
+#if defined(__SANITIZE_ADDRESS__)
+    volatile char &last = start_[used_ - 1];
+    last = 0;
+    __asan_poison_memory_region(start_ + end, static_cast<size_t>(used_ - end));
+#endif
+    return reinterpret_cast<T *>(start_ + start);
   }
 
-  int64_t used() const { return used_; }  // with no memory behind it, a Scratch measures
+  int64_t used() const { return used_; }
+  void *rest() const { return start_ + used_; }
+
+#if defined(__SANITIZE_ADDRESS__)
+  ~Scratch() {
+    if (start_) __asan_unpoison_memory_region(start_, static_cast<size_t>(used_));
+  }
+#endif
 
  private:
   char *start_;

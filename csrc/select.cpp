@@ -59,7 +59,7 @@ void select(const Image<T> &image, double ratio, uint32_t key, const Groups &gro
   int64_t largest = -1;
   image.for_pixels([&](int64_t n, int, int) { largest = greater(largest, n); });
   const bool numbered_by_class = largest < groups.count;
-  int64_t count = largest + 1;  // of groups in use
+  int64_t count = numbered_by_class ? largest + 1 : 0;  // of groups in use
   if (!numbered_by_class) {
     int64_t *end = groups.distinct;
     image.for_pixels([&](int64_t n, int, int) { *end++ = n; });
@@ -91,22 +91,24 @@ void select(const Image<T> &image, double ratio, uint32_t key, const Groups &gro
   }
 }
 
-// body(image, groups) for every image, with the memory of the thread that runs it.
-template <class Body>
-void for_images(int64_t batch, int64_t pixels, int threads, Scratch scratch, const Body &body) {
-  char *const memory = scratch.take<char>(0);
-  Scratch measure(nullptr);
-  Groups(measure, pixels);
-  share(threads_for(threads, batch * pixels), batch, [&](int64_t image, int worker) {
-    Scratch own(memory + worker * measure.used());
-    body(image, Groups(own, pixels));
-  });
-}
-
-int64_t groups_bytes(int64_t batch, int64_t pixels, int threads) {
+int64_t group_bytes(int64_t pixels) {
   Scratch scratch(nullptr);
   Groups(scratch, pixels);
-  return scratch.used() * lesser<int64_t>(threads_for(threads, batch * pixels), greater<int64_t>(batch, 1));
+  return scratch.used();
+}
+
+// How many images are under way at once.
+int workers(int64_t batch, int64_t pixels, int threads) {
+  return static_cast<int>(lesser<int64_t>(threads_for(threads, batch * pixels), greater<int64_t>(batch, 1)));
+}
+
+// body(image, groups) for every image; a worker's groups lie in its own part of the memory.
+template <class Body>
+void for_images(int64_t batch, int64_t pixels, int threads, void *memory, const Body &body) {
+  share(workers(batch, pixels, threads), batch, [&](int64_t image, int worker) {
+    Scratch own(static_cast<char *>(memory) + worker * group_bytes(pixels));
+    body(image, Groups(own, pixels));
+  });
 }
 
 // ---- bane_negatives
@@ -129,7 +131,7 @@ extern "C" {
 using namespace contextrast;
 
 int64_t contextrast_select_nearest_scratch_cpu(int64_t batch, int64_t height, int64_t width, int64_t, int threads) {
-  return groups_bytes(batch, height * width, threads);
+  return group_bytes(height * width) * workers(batch, height * width, threads);
 }
 
 int contextrast_select_nearest_cpu(const ContextrastMap *classes, const ContextrastMap *distance_sq, double ratio,
@@ -147,8 +149,7 @@ int contextrast_select_nearest_cpu(const ContextrastMap *classes, const Contextr
 
   const uint32_t key = hash_key(*seed, TIES);
   memset(selected, 0, static_cast<size_t>(batch * pixels));
-  Scratch memory(scratch);
-  for_images(batch, pixels, threads, memory, [&](int64_t b, const Groups &groups) {
+  for_images(batch, pixels, threads, scratch, [&](int64_t b, const Groups &groups) {
     with_integer(classes->type, [&](auto zero) {
       using T = decltype(zero);
       const Image<T> image{static_cast<const T *>(classes->data) + b * classes->stride_batch,
@@ -181,7 +182,7 @@ int64_t contextrast_bane_negatives_scratch_cpu(const ContextrastMap *labels, int
     Scratch own(nullptr);
     own.take<int32_t>(batch * h * w);
     const int64_t distances = full ? 0 : contextrast_edge_distance_scratch_cpu(batch, h, w, threads);
-    most = greater(most, own.used() + greater(distances, groups_bytes(batch, h * w, threads)));
+    most = greater(most, own.used() + greater(distances, group_bytes(h * w) * workers(batch, h * w, threads)));
   }
   return memory.used() + most;
 }
@@ -201,9 +202,10 @@ int contextrast_bane_negatives_cpu(const ContextrastMap *predictions, const Cont
   if (batch <= 0 || height * width == 0) return CONTEXTRAST_OK;
 
   const bool full = distance_at == CONTEXTRAST_AT_FULL, bane = negatives == CONTEXTRAST_BANE;
-  const auto distances_of = [&](const int32_t *errors, int64_t h, int64_t w, int32_t *distance_sq, Scratch spare) {
+  const auto distances_of = [&](const int32_t *errors, int64_t h, int64_t w, int32_t *distance_sq,
+                                const Scratch &spare) {
     const ContextrastMap map{errors, batch, 0, h, w, h * w, 0, w, 1, CONTEXTRAST_INT32};
-    return contextrast_edge_distance_cpu(&map, 1, distance_sq, spare.take<char>(0), threads, error);
+    return contextrast_edge_distance_cpu(&map, 1, distance_sq, spare.rest(), threads, error);
   };
   Scratch memory(scratch);
   int32_t *full_errors = nullptr, *full_distances = nullptr;
@@ -217,7 +219,7 @@ int contextrast_bane_negatives_cpu(const ContextrastMap *predictions, const Cont
   for (int i = 0; i < num_layers; ++i) {
     const int64_t h = layers[i].height, w = layers[i].width, pixels = h * w;
     if (pixels == 0) continue;
-    Scratch own = memory;
+    Scratch own(memory.rest());
     int32_t *const errors = layers[i].negatives, *const distances = own.take<int32_t>(batch * pixels);
     if (full) {
       sample_map(full_errors, batch, height, width, h, w, errors, threads);
@@ -226,7 +228,7 @@ int contextrast_bane_negatives_cpu(const ContextrastMap *predictions, const Cont
       errors_at(*predictions, *labels, num_classes, ignore_index, h, w, errors, threads);
       if (bane) distances_of(errors, h, w, distances, own);
     }
-    for_images(batch, pixels, threads, own, [&](int64_t b, const Groups &groups) {
+    for_images(batch, pixels, threads, own.rest(), [&](int64_t b, const Groups &groups) {
       const int64_t start = b * pixels;
       const Image<int32_t> image{
           errors + start, w, 1, bane ? distances + start : nullptr, w, 1, static_cast<int>(h), static_cast<int>(w), -1};
