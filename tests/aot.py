@@ -52,8 +52,8 @@ def launches(what: str, dtype: torch.dtype, channels: int, classes: int, layout:
             anchors.backward(table, features[0], counts, y, normalize)
         elif what in ("pixel_anchor", "pixel_anchor_dense"):
             negatives = maps[0] if what == "pixel_anchor" else None
-            _, _, saved = pixel_anchor.forward(features[0], labels, rows, negatives, None, 0.1, 255, normalize)
-            pixel_anchor.backward(scalar, features[0], saved, 0.1, normalize)
+            _, _, y, terms = pixel_anchor.forward(features[0], labels, rows, negatives, None, 0.1, 255, normalize)
+            pixel_anchor.backward(scalar, features[0], y, terms, 0.1, normalize)
         else:
             raise ValueError(what)
     return recorded

@@ -35,8 +35,7 @@ from contextrast_kernels.kernels._tiles import (
 
 
 class Sums(NamedTuple):
-    """What a rank knows of its pixels before anchors can be formed. ``reach`` combines over ranks by maximum, and before the
-    sums are taken; the others by addition."""
+    """Sums over the pixels, which add up over ranks; ``reach`` went into them."""
 
     sums: Tensor
     """(layers, N, D) int64 fixed point: Σ v of every class."""
@@ -51,7 +50,8 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Anchors (N, D), counts (N,), and the label codes that ``backward`` needs."""
     code = codes([features], labels, num_classes, ignore_index)
-    sums = class_sums([features], code, num_classes, normalize)
+    reach = None if normalize else largest_features([features], code, num_classes)
+    sums = class_sums([features], code, num_classes, reach)
     table, _ = anchor_tables(sums, code.counts, _launch.accumulator(features.dtype), _launch.pixels(features))
     return table[0], code.counts[0].clone(), code.y
 
@@ -78,14 +78,15 @@ def sums_tiles(dtype: torch.dtype, D: int) -> dict:
     return {"ROWS": 8, "P": 64 if two_bytes and D <= 512 else 32, "CHUNK": _launch.chunk(D), **_launch.columns(D, 256 if dtype == torch.float64 else 512)}
 
 
-def class_sums(features: Sequence[Tensor], code: Codes, num_classes: int, normalize: bool, ranks: int = 1) -> Sums:
-    """Σ v over the pixels of every class. One read of the features; without ``normalize`` two."""
+def class_sums(
+    features: Sequence[Tensor], code: Codes, num_classes: int, reach: Tensor | None, ranks: int = 1
+) -> Sums:
+    """Σ v over the pixels of every class, normalised unless a ``reach`` is given. One read of the features."""
     x = features[0]
     L, D = len(features), x.shape[1]
     acc = _launch.accumulator(x.dtype)
     sums = torch.zeros(L, num_classes, D, dtype=torch.int64, device=x.device)
     broken = torch.zeros(L, num_classes, dtype=torch.int32, device=x.device)
-    reach = None if normalize else largest_features(features, code, num_classes)
     tiles = sums_tiles(x.dtype, D)
     _launch.sweep(
         _class_anchors_fwd,
@@ -102,7 +103,7 @@ def class_sums(features: Sequence[Tensor], code: Codes, num_classes: int, normal
             **tiles,
             "SLOTS": 16,
             "BINS": triton.next_power_of_2(num_classes),
-            "NORMALIZE": normalize,
+            "NORMALIZE": reach is None,
             "ACC": _launch.triton_type(acc),
         },
         parts=triton.cdiv(D, tiles["COLUMNS"]),

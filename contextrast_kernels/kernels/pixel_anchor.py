@@ -74,6 +74,19 @@ class Outcome(NamedTuple):
     """(layers, N, D): T of ``_gradient``, or dL/dâ of given anchors."""
 
 
+class Scales(NamedTuple):
+    """What the fixed-point scales of the sums follow from."""
+
+    lengths: Tensor
+    """(layers, N): a bound of ‖â‖."""
+    reach: Tensor | None
+    temperature: float
+    headroom: int
+
+    def arguments(self) -> dict:
+        return self._asdict() | {"temperature": _launch.bits(self.temperature)}
+
+
 def forward(
     features: Tensor,
     labels: Tensor,
@@ -83,8 +96,8 @@ def forward(
     temperature: float,
     ignore_index: int,
     normalize: bool,
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """The loss, dL/danchors, and what ``backward`` needs besides. Without negatives and base every other-class pixel is one."""
+) -> tuple[Tensor, Tensor, Tensor, Terms]:
+    """The loss, dL/danchors, the label codes, and what ``backward`` needs besides. Without negatives and base every other-class pixel is one."""
     code = codes(
         [features],
         labels,
@@ -100,44 +113,18 @@ def forward(
     scales = Scales(lengths, reach, temperature, _launch.headroom(_launch.pixels(features)))
     sums = moments([features], code, table, Z, scales)
     outcome = finish(sums, code.counts, code.totals, table, Z, scales, (1.0,))
-    saved = [code.y, code.e, table, Z, outcome.coefficients]
-    saved += [similarity if code.base is None else code.base]
-    return outcome.loss, outcome.pull[0], saved
+    terms = Terms(code.e, code.base, similarity, table, Z, outcome.coefficients)
+    return outcome.loss, outcome.pull[0], code.y, terms
 
 
 def backward(
-    gradient: Tensor,
-    features: Tensor,
-    saved: Sequence[Tensor],
-    temperature: float,
-    normalize: bool,
+    gradient: Tensor, features: Tensor, y: Tensor, terms: Terms, temperature: float, normalize: bool
 ) -> Tensor:
     """dL/dx of the features."""
-    y, e, table, Z, coefficients, last = saved
-    base, similarity = (last, None) if last.dtype == torch.uint8 else (None, last)
-    terms = Terms(e, base, similarity, table, Z, coefficients)
     (dx,) = feature_gradients(
-        [features], y, table.shape[1], normalize, terms=terms, temperature=temperature, gradient=gradient
+        [features], y, terms.table.shape[1], normalize, terms=terms, temperature=temperature, gradient=gradient
     )
     return dx
-
-
-class Scales(NamedTuple):
-    """What the fixed-point scales of the sums follow from."""
-
-    lengths: Tensor
-    """(layers, N): a bound of ‖â‖."""
-    reach: Tensor | None
-    temperature: float
-    headroom: int
-
-    def arguments(self) -> dict:
-        return {
-            "lengths": self.lengths,
-            "reach": self.reach,
-            "temperature": _launch.bits(self.temperature),
-            "headroom": self.headroom,
-        }
 
 
 def given_table(anchors: Tensor, counts: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -222,8 +209,7 @@ def moments(
     L, N, D = table.shape
     vectors = torch.zeros(L, 2, N, D, dtype=torch.int64, device=table.device)
     terms = torch.zeros(L, 3, N, dtype=torch.int64, device=table.device)
-    tiles = moments_tiles(features[0].dtype, D)
-    dense = code.base is not None
+    tiles = moments_tiles(features[0], D)
     _launch.sweep(
         _pixel_anchor_fwd,
         features,
@@ -241,9 +227,10 @@ def moments(
     return Moments(vectors, terms)
 
 
-def moments_tiles(dtype: torch.dtype, D: int) -> dict:
+def moments_tiles(x: Tensor, D: int) -> dict:
     """Chosen by registers and spills as compiled (tests/budgets.json), not yet by time."""
-    return {"ROWS": 8, "P": 64 if dtype in (torch.float16, torch.bfloat16) else 32, **_launch.columns(D, 256)}
+    long = x.dtype in (torch.float16, torch.bfloat16) and _launch.layout(x).unit == "w"
+    return {"ROWS": 8, "P": 64 if long else 32, "CHUNK": _launch.chunk(D), "KS": 32, **_launch.columns(D, 256)}
 
 
 def finish(
@@ -530,6 +517,8 @@ def _pixel_anchor_fwd(
     D: tl.constexpr,
     ROWS: tl.constexpr,
     P: tl.constexpr,
+    CHUNK: tl.constexpr,
+    KS: tl.constexpr,
     K: tl.constexpr,
     COLUMNS: tl.constexpr,
     SLOTS: tl.constexpr,
@@ -587,14 +576,15 @@ def _pixel_anchor_fwd(
             label = tl.load(y + pixel, mask=live, other=32767).to(tl.int32)
             negative = tl.load(e + pixel, mask=live, other=32767).to(tl.int32)
 
-            # 1. Norms and similarities.
-            sizes = tl.zeros((K, P), ACC)
-            products = tl.zeros((2 * SLOTS, P), ACC)
-            for k in range(0, D, K):
-                tile = channels(row, c * sW, live, k, sD, D, K)
-                sizes += size_term(tile.to(ACC), NORMALIZE)
-                products = dot_features(class_rows(table, classes, k, D, K), tile, products)
+            # 1. Norms, with many loads in flight; then similarities.
+            sizes = tl.zeros((CHUNK, P), ACC)
+            for k in tl.range(0, D, CHUNK, loop_unroll_factor=8):
+                sizes += size_term(channels(row, c * sW, live, k, sD, D, CHUNK).to(ACC), NORMALIZE)
             size = tl.sum(sizes, 0)
+            products = tl.zeros((2 * SLOTS, P), ACC)
+            for k in range(0, D, KS):
+                tile = channels(row, c * sW, live, k, sD, D, KS)
+                products = dot_features(class_rows(table, classes, k, D, KS), tile, products)
             norm = inverse_norm(size, NORMALIZE)
             s = products * (norm * inverse_temperature)[None, :]
 

@@ -1,0 +1,120 @@
+"""The whole loss of all layers: three phases, with a seam after each where many ranks can reduce.
+
+    anchors   codes, class_sums           | Σ v, counts     | anchor_tables
+    Z         log_sums                    | Z               |
+    loss      moments                     | A⁺, A⁻, terms   | finish
+
+The features are read once in each phase (hard negatives alone in the second) and once more in the backward pass, which writes dx.
+``python -m contextrast_kernels bench --plan`` lists what each launch moves: see ``plan``.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from contextrast_kernels.kernels import _launch
+from contextrast_kernels.kernels._codes import codes
+from contextrast_kernels.kernels._gradient import Terms, feature_gradients
+from contextrast_kernels.kernels.anchors import anchor_tables, class_sums, largest_features
+from contextrast_kernels.kernels.pixel_anchor import Outcome, Scales, finish, log_sums, moments
+
+
+def forward(
+    features: Sequence[Tensor],
+    labels: Tensor,
+    errors: Sequence[Tensor],
+    negatives: Sequence[Tensor],
+    seed: Tensor,
+    num_classes: int,
+    ignore_index: int,
+    layer_weights: Sequence[float],
+    temperature: float,
+    fusion_weight: float,
+    base_rate: float,
+    normalize: bool,
+    normalize_anchors: bool,
+) -> tuple[Outcome, Tensor, Terms]:
+    """The loss and what ``backward`` needs: label codes and terms.
+
+    errors, negatives: integer maps (B, h, w) of every layer, the class or a negative number; seed: int64, of the base pixels.
+    """
+    code = codes(features, labels, num_classes, ignore_index, negatives, errors, base_rate=base_rate, seed=seed)
+    reach = None if normalize else largest_features(features, code, num_classes)
+    sums = class_sums(features, code, num_classes, reach)
+    dtype, pixels = _launch.accumulator(features[0].dtype), _launch.pixels(*features)
+    table, lengths = anchor_tables(sums, code.counts, dtype, pixels, fusion_weight, normalize_anchors)
+    del sums
+
+    Z, similarity = log_sums(features, code, table, temperature, normalize)
+
+    scales = Scales(lengths, reach, temperature, _launch.headroom(pixels))
+    outcome = finish(
+        moments(features, code, table, Z, scales),
+        code.counts,
+        code.totals,
+        table,
+        Z,
+        scales,
+        layer_weights,
+        fusion_weight=fusion_weight,
+        normalize_anchors=normalize_anchors,
+    )
+    return outcome, code.y, Terms(code.e, code.base, similarity, table, Z, outcome.coefficients)
+
+
+def backward(
+    gradient: Tensor,
+    features: Sequence[Tensor],
+    y: Tensor,
+    terms: Terms,
+    pull: Tensor | None,
+    temperature: float,
+    normalize: bool,
+) -> list[Tensor]:
+    """dL/dx of every layer; without ``pull`` the gradient stops at the anchors."""
+    return feature_gradients(
+        features,
+        y,
+        terms.table.shape[1],
+        normalize,
+        pull=pull,
+        terms=terms,
+        temperature=temperature,
+        gradient=gradient,
+    )
+
+
+def plan(
+    batch: int,
+    sizes: Sequence[tuple[int, int]],
+    channels: int,
+    num_classes: int,
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    layout: str = "nchw",
+    base_rate: float = 0.0,
+    normalize: bool = True,
+) -> list[_launch.Launch]:
+    """The launches of one forward and backward pass, in order, from shapes alone: kernel, grid, constants, and the bytes that each
+    reads and writes at least once. Nothing is allocated or run. The floor (three reads of the features, one write) is four
+    times their bytes.
+
+    sizes: (h, w) of every layer; layout: "nchw" or "channels_last".
+    """
+
+    def empty(*shape, dtype=dtype):
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    form = torch.channels_last if layout == "channels_last" else torch.contiguous_format
+    features = [empty(batch, channels, h, w).to(memory_format=form) for h, w in sizes]
+    maps = [empty(batch, h, w, dtype=torch.int32) for h, w in sizes]
+    labels = empty(batch, 4 * sizes[0][0], 4 * sizes[0][1], dtype=torch.int64)
+    weights = (1.0,) * len(sizes)
+    scalar = empty(1, dtype=torch.int64)
+    with _launch.recording() as launches:
+        outcome, y, terms = forward(
+            features, labels, maps, maps, scalar, num_classes, 255, weights, 0.1, 0.7, base_rate, normalize, False
+        )
+        backward(outcome.loss, features, y, terms, outcome.pull, 0.1, normalize)
+    return launches
