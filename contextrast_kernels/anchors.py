@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from contextrast_kernels import checks, maps
-from contextrast_kernels.backend import unchanged_by_autocast
-from contextrast_kernels.embedding import pixel_embeddings
+from contextrast_kernels.backend import choose_kernels, empty_codes, on_device, unchanged_by_autocast
+from contextrast_kernels.embedding import compute_dtype, pixel_embeddings
 
 
 def class_anchors(
@@ -41,6 +41,10 @@ def class_anchors(
     checks.together("features", features, "labels", labels)
     height, width = features.shape[-2:]
     checks.samples_from("labels", labels, height, width)
+    backend = choose_kernels(features, num_classes)
+    if backend == "triton":
+        anchors, counts, _ = _class_anchors(features, labels, num_classes, ignore_index, normalize, backend)
+        return anchors, counts
     return mean_embeddings(
         features, maps.targets(labels, height, width, num_classes, ignore_index), num_classes, normalize
     )
@@ -101,3 +105,50 @@ def _check_anchors(name: str, value: Tensor) -> None:
         raise TypeError(f"{name}: expected floating-point anchors (N, D), got {checks.describe(value)}")
     if value.ndim != 2:
         raise ValueError(f"{name}: expected anchors (N, D), got {checks.describe(value)}")
+
+
+@torch.library.custom_op("contextrast::class_anchors", mutates_args=())
+def _class_anchors(
+    features: Tensor, labels: Tensor, num_classes: int, ignore_index: int, normalize: bool, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Anchors (N, D), counts (N,), and the label codes that the backward pass reads."""
+    from contextrast_kernels.kernels import anchors
+
+    with on_device(features):
+        return anchors.forward(features, labels, num_classes, ignore_index, normalize)
+
+
+@_class_anchors.register_fake
+def _(features, labels, num_classes, ignore_index, normalize, backend):
+    anchors = features.new_empty(num_classes, features.shape[1], dtype=compute_dtype(features.dtype))
+    return anchors, features.new_empty(num_classes, dtype=torch.int64), empty_codes([features], num_classes)
+
+
+@torch.library.custom_op("contextrast::class_anchors_backward", mutates_args=())
+def _class_anchors_backward(
+    gradient: Tensor, features: Tensor, counts: Tensor, codes: Tensor, normalize: bool, backend: str
+) -> Tensor:
+    from contextrast_kernels.kernels import anchors
+
+    with on_device(features):
+        return anchors.backward(gradient, features, counts, codes, normalize)
+
+
+@_class_anchors_backward.register_fake
+def _(gradient, features, counts, codes, normalize, backend):
+    return torch.empty_like(features)
+
+
+def _save_for_backward(ctx, inputs, output):
+    features, _, _, _, ctx.normalize, ctx.backend = inputs
+    _, counts, codes = output
+    ctx.save_for_backward(features, counts, codes)
+    ctx.mark_non_differentiable(counts, codes)
+
+
+def _backward(ctx, gradient, *_):
+    dx = _class_anchors_backward(gradient, *ctx.saved_tensors, ctx.normalize, ctx.backend)
+    return dx, None, None, None, None, None
+
+
+_class_anchors.register_autograd(_backward, setup_context=_save_for_backward)

@@ -12,6 +12,7 @@ auto
 
 import contextlib
 import functools
+import importlib.util
 import os
 import warnings
 from collections.abc import Iterator
@@ -22,6 +23,9 @@ from torch import Tensor
 from contextrast_kernels import native
 
 CHOICES = ("auto", "reference", "triton", "native")
+
+MOST_CLASSES, MOST_CHANNELS = 256, 1024
+"""What the Triton kernels take."""
 
 _forced: str | None = None
 
@@ -63,9 +67,20 @@ def _native_status(device_type: str) -> str:
 _native_status._dynamo_marked_constant = True
 
 
+def _triton_status(device_type: str) -> str:
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed; pip install triton"
+    if device_type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        return "Triton compiles for CUDA devices; set TRITON_INTERPRET=1 before Python starts to interpret its kernels"
+    return "ok" if device_type in ("cpu", "cuda") else f"Triton's kernels are written for CUDA, not for {device_type}"
+
+
+_triton_status._dynamo_marked_constant = True
+
+
 def _status(name: str, device_type: str) -> str:
     """Why backend ``name`` cannot run on this kind of device, or "ok"."""
-    return _native_status(device_type) if name == "native" else "ok"
+    return {"native": _native_status, "triton": _triton_status}[name](device_type)
 
 
 def available() -> dict[str, str]:
@@ -73,7 +88,7 @@ def available() -> dict[str, str]:
     device_type = "cuda" if torch.cuda.is_available() else "cpu"
     return {
         "reference": "ok",
-        "triton": "this version has no Triton kernels",
+        "triton": _status("triton", device_type),
         "native": _status("native", device_type),
     }
 
@@ -83,14 +98,17 @@ def _warn_once(message: str) -> None:
     warnings.warn(message, RuntimeWarning, stacklevel=4)
 
 
-def choose(tensor: Tensor, offered: tuple[str, ...]) -> str:
-    """The backend that runs an op on ``tensor``; ``offered`` are the fast backends that have the op, best first."""
+def choose(tensor: Tensor, offered: tuple[str, ...], unfit: str = "") -> str:
+    """The backend that runs an op on ``tensor``.
+
+    offered: the fast backends that have the op, best first. unfit: why they cannot take these arguments, if so.
+    """
     device_type = tensor.device.type
     name = _requested()
     if name == "reference":
         return name
     if name in offered:
-        status = _status(name, device_type)
+        status = unfit or _status(name, device_type)
         if status != "ok":
             raise RuntimeError(
                 f"backend {name!r} cannot run on {device_type} tensors: {status}; "
@@ -98,12 +116,37 @@ def choose(tensor: Tensor, offered: tuple[str, ...]) -> str:
             )
         return name
     for candidate in offered:
-        status = _status(candidate, device_type)
+        if candidate == "triton" and device_type == "cpu":
+            continue  # the interpreter is for tests: it has to be asked for
+        status = unfit or _status(candidate, device_type)
         if status == "ok":
             return candidate
         if device_type == "cuda" and not torch.compiler.is_compiling():
             _warn_once(f"contextrast_kernels: the {candidate} backend cannot run, so a slower one is used: {status}")
     return "reference"
+
+
+def choose_kernels(features: Tensor, num_classes: int) -> str:
+    """``choose`` for the losses, whose Triton kernels hold one row of channels and one of classes."""
+    unfit = ""
+    if num_classes > MOST_CLASSES or features.shape[1] > MOST_CHANNELS:
+        unfit = (
+            f"its kernels take at most {MOST_CLASSES} classes and {MOST_CHANNELS} channels, "
+            f"got {num_classes} and {features.shape[1]}"
+        )
+    return choose(features, ("triton",), unfit)
+
+
+def empty_codes(features: list[Tensor], num_classes: int, dtype: torch.dtype | None = None) -> Tensor:
+    """A map with one number a pixel, layer after layer, as the Triton kernels keep it for the backward pass: label
+    codes unless a dtype is given."""
+    pixels = sum(x.shape[0] * x.shape[2] * x.shape[3] for x in features)
+    return features[0].new_empty(pixels, dtype=dtype or (torch.uint8 if num_classes <= 255 else torch.int16))
+
+
+def on_device(tensor: Tensor):
+    """Launches inside the ``with`` block go to the tensor's device."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
 def unchanged_by_autocast(function):

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from contextrast_kernels import bane, checks, maps
 from contextrast_kernels.anchors import fuse_anchors, mean_embeddings
+from contextrast_kernels.backend import choose_kernels, empty_codes, on_device
 from contextrast_kernels.embedding import compute_dtype, unit
-from contextrast_kernels.hashing import STREAM_BASE, image_hash
+from contextrast_kernels.hashing import STREAM_BASE, image_hash, seed_tensor
 from contextrast_kernels.pixel_anchor import anchor_info_nce
 
 
@@ -166,6 +167,9 @@ def total_loss(
     loss: L_i; classes: |C|; positives: valid pixels; negatives: chosen and base pixels; errors: wrong pixels.
     """
     labels, predictions = check_inputs(features, labels, predictions, options)
+    backend = choose_kernels(features[0], options.num_classes)
+    if backend == "triton":
+        return _fused_loss(features, labels, predictions, options, seed, backend)
     # Widened once, so that a half-precision gradient is summed in float32 and rounded once.
     features = [x.to(compute_dtype(x.dtype)) for x in features]
     sizes = [tuple(x.shape[-2:]) for x in features]
@@ -217,3 +221,141 @@ def total_loss(
         "errors": torch.stack([(errors >= 0).sum() for errors, _ in hard]),
     }
     return (weights * losses).sum(), report
+
+
+def _fused_loss(features, labels, predictions, options: Options, seed, backend: str):
+    """``total_loss`` by fused kernels, from the hard negatives on."""
+    hard = bane.layer_negatives(
+        predictions.detach(),
+        labels,
+        [tuple(x.shape[-2:]) for x in features],
+        options.num_classes,
+        options.ratio,
+        options.negatives,
+        options.distance_at,
+        options.ignore_index,
+        seed,
+    )
+    loss, losses, report, *_ = _contextrast_loss(
+        list(features),
+        labels,
+        [errors for errors, _ in hard],
+        [chosen for _, chosen in hard],
+        seed_tensor(seed, features[0].device),
+        options.num_classes,
+        options.ignore_index,
+        [float(weight) for weight in options.layer_weights],
+        float(options.temperature),
+        float(options.fusion_weight),
+        float(options.base_rate),
+        options.normalize,
+        options.normalize_anchors,
+        options.detach_anchors,
+        backend,
+    )
+    classes, positives, drawn, errors = report.unbind()
+    return loss, {"loss": losses, "classes": classes, "positives": positives, "negatives": drawn, "errors": errors}
+
+
+@torch.library.custom_op("contextrast::contextrast_loss", mutates_args=())
+def _contextrast_loss(
+    features: list[Tensor],
+    labels: Tensor,
+    errors: list[Tensor],
+    negatives: list[Tensor],
+    seed: Tensor,
+    num_classes: int,
+    ignore_index: int,
+    layer_weights: list[float],
+    temperature: float,
+    fusion_weight: float,
+    base_rate: float,
+    normalize: bool,
+    normalize_anchors: bool,
+    detach_anchors: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The loss, L_i of every layer, the report (4, layers): classes, positives, negatives, errors; and what backward
+    reads: codes y and e, base pixels or the similarity of hard negatives, â, Z, coefficients, T."""
+    from contextrast_kernels.kernels import contextrast
+
+    with on_device(features[0]):
+        outcome, y, terms = contextrast.forward(
+            features,
+            labels,
+            errors,
+            negatives,
+            seed,
+            num_classes,
+            ignore_index,
+            layer_weights,
+            temperature,
+            fusion_weight,
+            base_rate,
+            normalize,
+            normalize_anchors,
+        )
+    per_pixel = terms.similarity if terms.base is None else terms.base
+    saved = (y, terms.e, per_pixel, terms.table, terms.Z, outcome.coefficients, outcome.pull)
+    return outcome.loss, outcome.losses, outcome.report, *saved
+
+
+@_contextrast_loss.register_fake
+def _(features, labels, errors, negatives, seed, num_classes, *options):
+    base_rate = options[4]
+    first, L, N = features[0], len(features), num_classes
+    D, dtype = first.shape[1], compute_dtype(first.dtype)
+    floats = [first.new_empty(shape, dtype=dtype) for shape in ((), (L,), (L, N, D), (L, N), (L, 2, N), (L, N, D))]
+    codes = [empty_codes(features, N, kind) for kind in (None, None, torch.uint8 if base_rate > 0 else dtype)]
+    return *floats[:2], first.new_empty((4, L), dtype=torch.int64), *codes, *floats[2:]
+
+
+@torch.library.custom_op("contextrast::contextrast_loss_backward", mutates_args=())
+def _contextrast_loss_backward(
+    gradient: Tensor,
+    features: list[Tensor],
+    y: Tensor,
+    e: Tensor,
+    per_pixel: Tensor,
+    table: Tensor,
+    Z: Tensor,
+    coefficients: Tensor,
+    pull: Tensor,
+    temperature: float,
+    normalize: bool,
+    detach_anchors: bool,
+    backend: str,
+) -> list[Tensor]:
+    from contextrast_kernels.kernels import contextrast
+
+    base, similarity = (per_pixel, None) if per_pixel.dtype == torch.uint8 else (None, per_pixel)
+    terms = contextrast.Terms(e, base, similarity, table, Z, coefficients)
+    with on_device(features[0]):
+        return contextrast.backward(
+            gradient, features, y, terms, None if detach_anchors else pull, temperature, normalize
+        )
+
+
+@_contextrast_loss_backward.register_fake
+def _(gradient, features, *_):
+    return [torch.empty_like(x) for x in features]
+
+
+def _save_for_backward(ctx, inputs, output):
+    features = inputs[0]
+    ctx.temperature, ctx.normalize, ctx.detach_anchors, ctx.backend = inputs[8], inputs[11], inputs[13], inputs[14]
+    ctx.layers = len(features)
+    ctx.save_for_backward(*features, *output[3:])
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _backward(ctx, gradient, *_):
+    features, saved = ctx.saved_tensors[: ctx.layers], ctx.saved_tensors[ctx.layers :]
+    dx = _contextrast_loss_backward(
+        gradient, list(features), *saved, ctx.temperature, ctx.normalize, ctx.detach_anchors, ctx.backend
+    )
+    no_maps = [None] * ctx.layers
+    return dx, None, no_maps, no_maps, *(None,) * 11
+
+
+_contextrast_loss.register_autograd(_backward, setup_context=_save_for_backward)

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from contextrast_kernels import checks, maps
-from contextrast_kernels.backend import unchanged_by_autocast
-from contextrast_kernels.embedding import pixel_embeddings
+from contextrast_kernels.backend import choose_kernels, empty_codes, on_device, unchanged_by_autocast
+from contextrast_kernels.embedding import compute_dtype, pixel_embeddings
 
 
 def pixel_anchor_loss(
@@ -78,6 +78,11 @@ def pixel_anchor_loss(
         if tuple(base.shape) != layer:
             raise ValueError(f"base: expected shape {layer}, that of the features, got {checks.describe(base)}")
         checks.together("features", features, "base", base)
+    backend = choose_kernels(features, anchors.shape[0])
+    if backend == "triton":
+        return _pixel_anchor_loss(
+            features, labels, anchors, negatives, base, float(temperature), ignore_index, normalize, backend
+        )[0]
     if negatives is None and base is None:
         base = torch.ones(layer, dtype=torch.bool, device=features.device)
     targets = maps.targets(labels, height, width, anchors.shape[0], ignore_index)
@@ -123,3 +128,83 @@ def anchor_info_nce(
     term = torch.where(has_negative[label], -F.logsigmoid(own - z[label]), 0.0) + 0.0 * own
     weight = valid.to(term.dtype) / (counts[label] * (counts > 0).sum()).clamp(min=1)
     return (weight * term).sum()
+
+
+@torch.library.custom_op("contextrast::pixel_anchor_loss", mutates_args=())
+def _pixel_anchor_loss(
+    features: Tensor,
+    labels: Tensor,
+    anchors: Tensor,
+    negatives: Tensor | None,
+    base: Tensor | None,
+    temperature: float,
+    ignore_index: int,
+    normalize: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The loss and dL/danchors, which the forward pass yields together; and what backward reads: codes y and e, base
+    pixels or the similarity of hard negatives, â, Z, coefficients."""
+    from contextrast_kernels.kernels import pixel_anchor
+
+    with on_device(features):
+        loss, pull, y, terms = pixel_anchor.forward(
+            features, labels, anchors, negatives, base, temperature, ignore_index, normalize
+        )
+    per_pixel = terms.similarity if terms.base is None else terms.base
+    return loss, pull, y, terms.e, per_pixel, terms.table, terms.Z, terms.coefficients
+
+
+@_pixel_anchor_loss.register_fake
+def _(features, labels, anchors, negatives, base, temperature, ignore_index, normalize, backend):
+    (N, D), dtype = anchors.shape, compute_dtype(features.dtype)
+    dense = base is not None or negatives is None
+    rows = [features.new_empty(shape, dtype=dtype) for shape in ((1, N, D), (1, N), (1, 2, N))]
+    codes = [empty_codes([features], N, kind) for kind in (None, None, torch.uint8 if dense else dtype)]
+    return features.new_empty((), dtype=dtype), features.new_empty((N, D), dtype=dtype), *codes, *rows
+
+
+@torch.library.custom_op("contextrast::pixel_anchor_loss_backward", mutates_args=())
+def _pixel_anchor_loss_backward(
+    gradient: Tensor,
+    features: Tensor,
+    y: Tensor,
+    e: Tensor,
+    per_pixel: Tensor,
+    table: Tensor,
+    Z: Tensor,
+    coefficients: Tensor,
+    temperature: float,
+    normalize: bool,
+    backend: str,
+) -> Tensor:
+    from contextrast_kernels.kernels import pixel_anchor
+
+    base, similarity = (per_pixel, None) if per_pixel.dtype == torch.uint8 else (None, per_pixel)
+    terms = pixel_anchor.Terms(e, base, similarity, table, Z, coefficients)
+    with on_device(features):
+        return pixel_anchor.backward(gradient, features, y, terms, temperature, normalize)
+
+
+@_pixel_anchor_loss_backward.register_fake
+def _(gradient, features, *_):
+    return torch.empty_like(features)
+
+
+def _save_for_backward(ctx, inputs, output):
+    features, _, anchors, _, _, ctx.temperature, _, ctx.normalize, ctx.backend = inputs
+    ctx.save_for_backward(features, *output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.anchors_dtype = anchors.dtype
+
+
+def _backward(ctx, gradient, *_):
+    features, pull, *saved = ctx.saved_tensors
+    dx = danchors = None
+    if ctx.needs_input_grad[0]:
+        dx = _pixel_anchor_loss_backward(gradient, features, *saved, ctx.temperature, ctx.normalize, ctx.backend)
+    if ctx.needs_input_grad[2]:
+        danchors = (gradient * pull).to(ctx.anchors_dtype)
+    return dx, None, danchors, None, None, None, None, None, None
+
+
+_pixel_anchor_loss.register_autograd(_backward, setup_context=_save_for_backward)

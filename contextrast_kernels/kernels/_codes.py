@@ -95,7 +95,10 @@ def codes(
             "PIXELS": PIXELS,
         },
         reads=_launch.nbytes(*(m for maps in given.values() if maps for m in maps))
-        + sum(batch * min(x.shape[2], labels.shape[1]) * min(x.shape[3] * 32, labels.shape[2] * labels.element_size()) for x in features),
+        + sum(
+            batch * min(x.shape[2], labels.shape[1]) * min(x.shape[3] * 32, labels.shape[2] * labels.element_size())
+            for x in features
+        ),
         writes=_launch.nbytes(y, e, *([base_map] if dense else [])),
     )
     return Codes(y, e, base_map, counts, totals)
@@ -157,7 +160,11 @@ def _label_codes(
     c = inside - r * w
 
     # 1. The label at row ⌊r H / h⌋, column ⌊c W / w⌋, compared as int64: -100 never meets a uint8 156.
-    source = b * label_strides[0] + (r * H // h).to(tl.int64) * label_strides[1] + (c * W // w).to(tl.int64) * label_strides[2]
+    source = (
+        b * label_strides[0]
+        + (r * H // h).to(tl.int64) * label_strides[1]
+        + (c * W // w).to(tl.int64) * label_strides[2]
+    )
     label = tl.load(labels + source, mask=live, other=0).to(tl.int64)
     valid = live & (label >= 0) & (label < N) & (label != ignore_index)
     here = tl.cast(pick(geometry.pixel, layer), tl.int64) + pixel

@@ -173,7 +173,9 @@ def _features_bwd(
         some_hard = tl.max(is_hard.to(tl.int32), 0) > 0
         if table is not None:
             product = tl.sum(to_anchor, 0)
-            share = sigmoid(tl.load(Z + number * N + label, mask=valid, other=0.0) - product * norm * inverse_temperature)
+            share = sigmoid(
+                tl.load(Z + number * N + label, mask=valid, other=0.0) - product * norm * inverse_temperature
+            )
             own = tl.where(valid, tl.load(toward + label, mask=valid, other=0.0) * share, 0.0)
             along += own * product
             negative = tl.load(e + pixel, mask=live, other=32767).to(tl.int32)
@@ -183,8 +185,8 @@ def _features_bwd(
                 s = tl.load(similarity + pixel, mask=is_hard, other=0.0)
                 weight = tl.load(away + negative, mask=is_hard, other=0.0)
                 hard = weight * tl.exp(s - tl.load(Z + number * N + negative, mask=is_hard, other=0.0))
-                # ⟨x, â_e⟩ = s τ / r
-                along += tl.where(norm > 0, hard * s / (inverse_temperature * norm), 0.0)
+                # ⟨x, â_e⟩ = s τ / r; without direction nothing passes.
+                along += hard * s / (inverse_temperature * tl.where(norm == 0, 1.0, norm))
 
         # 3. dx = g r (u - x r² ⟨x, u⟩). A vector without direction has r = 0.
         outer = tl.where(valid, norm * g, 0.0)
@@ -292,7 +294,9 @@ def _features_bwd_dense(
                 tile = channels(row, c * sW, live, k, sD, D, K)
                 products = dot_features(class_rows(table, classes, k, D, K), tile, products)
             own = (classes[:, None] == label[None, :]) & valid[None, :]
-            against = (is_base[None, :] & (classes[:, None] != label[None, :])) | (classes[:, None] == negative[None, :])
+            against = (is_base[None, :] & (classes[:, None] != label[None, :])) | (
+                classes[:, None] == negative[None, :]
+            )
             against = against & (classes >= 0)[:, None]
             log_sum = tl.load(Z + number * N + classes, mask=classes >= 0, other=0.0)[:, None]
             s = products * (norm * inverse_temperature)[None, :]

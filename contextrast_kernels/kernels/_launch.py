@@ -158,7 +158,7 @@ def pixel_starts(features: Sequence[Tensor]) -> list[int]:
     """Where each layer begins in the code maps, which hold all layers end to end, and where the last one ends."""
     starts = [0]
     for x in features:
-        starts.append(starts[-1] + triton.cdiv(pixels(x), 16) * 16)
+        starts.append(starts[-1] + pixels(x))
     return starts
 
 

@@ -71,9 +71,7 @@ def image_codes(geometry, layer, b, h, w):
 
 
 @triton.jit
-def image_features(
-    pointers, strides, layer, b, UNIT: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr
-):
+def image_features(pointers, strides, layer, b, UNIT: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr):
     """Pointer to an image's features and the strides of h, w and d. The products with ALIGN tell the compiler what divides
     the strides; offsets inside an image have 32 bits unless WIDE."""
     image = pick_pointer(pointers, layer) + tl.cast(b, tl.int64) * (tl.cast(pick(strides.b, layer), tl.int64) * ALIGN)
@@ -121,7 +119,9 @@ def table_rows(table, rows, live, d0, D: tl.constexpr, CHUNK: tl.constexpr):
 def class_rows(table, classes, d0, D: tl.constexpr, CHUNK: tl.constexpr):
     """Columns d0 .. d0+CHUNK-1 of the rows of some classes (-1: a row of zeros): (classes, CHUNK)."""
     d = d0 + tl.arange(0, CHUNK)
-    return tl.load(table + (classes[:, None] * D + d[None, :]), mask=(classes >= 0)[:, None] & (d < D)[None, :], other=0.0)
+    return tl.load(
+        table + (classes[:, None] * D + d[None, :]), mask=(classes >= 0)[:, None] & (d < D)[None, :], other=0.0
+    )
 
 
 @triton.jit

@@ -1,6 +1,6 @@
 """Class anchors (Eq. 1): sums of embeddings by class in one read of the features, and the tables made from them.
 
-    a^n = Σ_p r_p x_p [y_p = n] / c_n,    r_p = 1/‖x_p‖,    c_n = Σ_p [y_p = n]
+a^n = Σ_p r_p x_p [y_p = n] / c_n,    r_p = 1/‖x_p‖,    c_n = Σ_p [y_p = n]
 """
 
 from collections.abc import Sequence
@@ -58,7 +58,9 @@ def forward(
 
 def backward(gradient: Tensor, features: Tensor, counts: Tensor, y: Tensor, normalize: bool) -> Tensor:
     """dL/dx: every pixel gets its class's dL/da / c, through v = x / ‖x‖."""
-    pull = (gradient / counts.clamp(min=1).unsqueeze(1)).to(_launch.accumulator(features.dtype)).unsqueeze(0).contiguous()
+    pull = (
+        (gradient / counts.clamp(min=1).unsqueeze(1)).to(_launch.accumulator(features.dtype)).unsqueeze(0).contiguous()
+    )
     (dx,) = feature_gradients([features], y, pull.shape[1], normalize, pull=pull)
     return dx
 
@@ -75,12 +77,15 @@ def largest_features(features: Sequence[Tensor], code: Codes, num_classes: int) 
 def sums_tiles(dtype: torch.dtype, D: int) -> dict:
     """Chosen by registers and spills as compiled (tests/budgets.json), not yet by time."""
     two_bytes = dtype in (torch.float16, torch.bfloat16)
-    return {"ROWS": 8, "P": 64 if two_bytes and D <= 512 else 32, "CHUNK": _launch.chunk(D), **_launch.columns(D, 256 if dtype == torch.float64 else 512)}
+    return {
+        "ROWS": 8,
+        "P": 64 if two_bytes and D <= 512 else 32,
+        "CHUNK": _launch.chunk(D),
+        **_launch.columns(D, 256 if dtype == torch.float64 else 512),
+    }
 
 
-def class_sums(
-    features: Sequence[Tensor], code: Codes, num_classes: int, reach: Tensor | None, ranks: int = 1
-) -> Sums:
+def class_sums(features: Sequence[Tensor], code: Codes, num_classes: int, reach: Tensor | None, ranks: int = 1) -> Sums:
     """Σ v over the pixels of every class, normalised unless a ``reach`` is given. One read of the features."""
     x = features[0]
     L, D = len(features), x.shape[1]
@@ -209,7 +214,9 @@ def _class_anchors_fwd(
             some_broken = tl.min(sound.to(tl.int32), 0) == 0
             if some_broken:
                 tl.atomic_max(broken + number * N + y, 1, mask=live & (y < N) & (sound == 0), sem="relaxed")
-            weight = tl.where((slots[:, None] == y[None, :]) & sound[None, :], inverse_norm(size, NORMALIZE)[None, :], 0.0)
+            weight = tl.where(
+                (slots[:, None] == y[None, :]) & sound[None, :], inverse_norm(size, NORMALIZE)[None, :], 0.0
+            )
             grown = ()
             for k in tl.static_range(COLUMNS // K):
                 tile = channels(row, c * sW, live, d0 + k * K, sD, D, K)

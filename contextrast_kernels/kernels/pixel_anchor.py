@@ -178,14 +178,26 @@ def log_sums(
         )
         _launch.launch(_hard_log_sums, (L,), {**sums, "Z": Z}, {"BINS": triton.next_power_of_2(N)})
         return Z, similarity
-    tiles = {"ROWS": 8, "P": 64 if table.dtype == torch.float32 else 32, "K": _launch.columns(D, D)["K"], "CLASSES": CLASSES}
+    tiles = {
+        "ROWS": 8,
+        "P": 64 if table.dtype == torch.float32 else 32,
+        "K": _launch.columns(D, D)["K"],
+        "CLASSES": CLASSES,
+    }
     blocks = _launch.blocks_of_layers(features, tiles)
     first = [sum(blocks[:i]) for i in range(L)]
     partial = torch.empty(2, sum(blocks), N, dtype=table.dtype, device=table.device)
     _launch.sweep(
         _dense_similarities,
         features,
-        {**shared, "y": code.y, "base": code.base, "partial": partial, "partial_start": tuple(first), "partials": sum(blocks)},
+        {
+            **shared,
+            "y": code.y,
+            "base": code.base,
+            "partial": partial,
+            "partial_start": tuple(first),
+            "partials": sum(blocks),
+        },
         {**tiles, **constants},
     )
     _launch.launch(
@@ -448,8 +460,18 @@ def is_negative(classes, label, negative, is_base):
 
 @triton.jit
 def similarities(
-    row, pixel, live, sD, table, classes, inverse_temperature, D: tl.constexpr, K: tl.constexpr, P: tl.constexpr,
-    NORMALIZE: tl.constexpr, ACC: tl.constexpr,
+    row,
+    pixel,
+    live,
+    sD,
+    table,
+    classes,
+    inverse_temperature,
+    D: tl.constexpr,
+    K: tl.constexpr,
+    P: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    ACC: tl.constexpr,
 ):
     """s (classes, P) of a row of pixels, its norms found on the way."""
     sizes = tl.zeros((K, P), ACC)
@@ -626,7 +648,13 @@ def _pixel_anchor_fwd(
             used = used & holds_positives
             length = tl.load(lengths + number * N + classes, mask=used, other=0.0)
             scale_of_terms, known = term_scale(
-                log_sum, length, reach + number if reach is not None else reach, inverse_temperature, headroom, D, NORMALIZE
+                log_sum,
+                length,
+                reach + number if reach is not None else reach,
+                inverse_temperature,
+                headroom,
+                D,
+                NORMALIZE,
             )
             sound_sums = known & (tl.abs(losses) < float("inf"))
             add_fixed(terms + classes, losses, scale_of_terms, used & sound_sums)
@@ -638,8 +666,24 @@ def _pixel_anchor_fwd(
 
 @triton.jit
 def _dL_dfused(
-    vectors, terms, counts, table, Z, lengths, reach, temperature, headroom, layer_weight, layer, n, d, counts_stride, N,
-    D: tl.constexpr, BINS: tl.constexpr, NORMALIZE: tl.constexpr,
+    vectors,
+    terms,
+    counts,
+    table,
+    Z,
+    lengths,
+    reach,
+    temperature,
+    headroom,
+    layer_weight,
+    layer,
+    n,
+    d,
+    counts_stride,
+    N,
+    D: tl.constexpr,
+    BINS: tl.constexpr,
+    NORMALIZE: tl.constexpr,
 ):
     """dL/dâ of one class of a layer, its k⁺, k⁻ and its pixel count; in float64."""
     every = tl.arange(0, BINS)
@@ -658,7 +702,15 @@ def _dL_dfused(
 
 
 @triton.jit(
-    do_not_specialize=["temperature", "headroom", "layer_weights", "fusion_weight", "N", "counts_stride", "totals_stride"]
+    do_not_specialize=[
+        "temperature",
+        "headroom",
+        "layer_weights",
+        "fusion_weight",
+        "N",
+        "counts_stride",
+        "totals_stride",
+    ]
 )
 def _finish(
     vectors,
