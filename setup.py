@@ -5,6 +5,7 @@ variable CONTEXTRAST_NATIVE says what a failed build costs: by default one sente
 alone), with 1 the installation; with 0 nothing is built.
 """
 
+import itertools
 import os
 import pathlib
 import shutil
@@ -39,12 +40,23 @@ def find_nvcc() -> str | None:
     return find_tool("nvcc", [os.path.join(home, "bin") for home in homes if home])
 
 
+def reason(output: str) -> str:
+    """The first error in what CMake or a compiler printed, in one line."""
+    lines = output.splitlines()
+    for i, line in enumerate(lines):
+        if line.startswith("CMake Error"):  # its text follows, indented
+            text = itertools.takewhile(lambda line: not line.strip() or line.startswith(" "), lines[i + 1 :])
+            return " ".join(" ".join(text).split()) or line
+        if "error:" in line or ": fatal" in line:
+            return line.strip()
+    return lines[-1] if lines else "no output"
+
+
 def run(*command: object) -> None:
     done = subprocess.run([str(word) for word in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     print(done.stdout, flush=True)
     if done.returncode:
-        errors = [line.strip() for line in done.stdout.splitlines() if "error" in line.lower()]
-        raise BuildFailed(errors[0] if errors else f"{command[0]} ended with status {done.returncode}")
+        raise BuildFailed(reason(done.stdout))
 
 
 def build_library(target: pathlib.Path, nvcc: str | None) -> None:
@@ -82,19 +94,21 @@ class build_native(Command):
         wish = os.environ.get("CONTEXTRAST_NATIVE", "")
         if wish == "0":
             return
-        nvcc = find_nvcc()
-        # If the CUDA kernels cannot be built, the CPU code still may.
-        for attempt in dict.fromkeys([nvcc, None]):
+        failures = []
+        for nvcc in dict.fromkeys([find_nvcc(), None]):  # where the CUDA kernels fail, the CPU code may still build
             try:
-                build_library(self.target(), attempt)
-                self.distribution.has_library = True
-                return
+                build_library(self.target(), nvcc)
             except (BuildFailed, OSError) as failure:
-                what = "CUDA kernels were" if attempt else "native library was"
-                sentence = f"contextrast_kernels: the {what} not built: {failure}"
-                if wish == "1":
-                    sys.exit(f"{sentence} (demanded by CONTEXTRAST_NATIVE=1)")
-                self.announce(sentence, level=4)
+                failures.append(failure)
+                continue
+            self.distribution.has_library = True
+            break
+        if failures:
+            part = "CUDA kernels were" if self.distribution.has_library else "native library was"
+            sentence = f"contextrast_kernels: the {part} not built: {failures[-1]}"
+            if wish == "1":
+                sys.exit(f"{sentence} (demanded by CONTEXTRAST_NATIVE=1)")
+            print(sentence, file=sys.stderr)
 
     def get_source_files(self):
         return ["CMakeLists.txt", *(str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc").iterdir()))]

@@ -1,0 +1,94 @@
+"""Installing: with a compiler, without one, and demanding one. Each build works on a copy of the sources."""
+
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import venv
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+@pytest.fixture
+def sources(tmp_path):
+    """What an sdist holds, without anything built."""
+    copy = tmp_path / "sources"
+    for folder in ("csrc", "contextrast_kernels"):
+        shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    for name in ("CMakeLists.txt", "setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, copy)
+    return copy
+
+
+def run_setup(sources, *arguments, **environment):
+    command = [sys.executable, "setup.py", *arguments]
+    environment = os.environ | {"CONTEXTRAST_NATIVE": ""} | environment
+    return subprocess.run(command, cwd=sources, env=environment, capture_output=True, text=True)
+
+
+def wheel_of(folder):
+    [wheel] = folder.glob("*.whl")
+    return wheel.name
+
+
+def test_setup_does_not_import_torch(sources):
+    program = "import runpy, sys; sys.modules['torch'] = None; runpy.run_path('setup.py', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", program, "--name"], cwd=sources, capture_output=True, text=True)
+    assert done.stdout.split()[-1:] == ["contextrast-kernels"], done.stderr
+
+
+def test_without_a_compiler_the_wheel_is_pure_and_one_sentence_says_why(sources):
+    done = run_setup(sources, "bdist_wheel", CXX="/nonexistent/c++")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert wheel_of(sources / "dist").endswith("-py3-none-any.whl")
+    [sentence] = [line for line in done.stderr.splitlines() if "contextrast_kernels: the" in line]
+    assert "the native library was not built: " in sentence
+    assert "/nonexistent/c++" in sentence
+
+
+def test_demanding_the_library_without_a_compiler_fails_with_a_sentence(sources):
+    done = run_setup(sources, "bdist_wheel", CXX="/nonexistent/c++", CONTEXTRAST_NATIVE="1")
+    assert done.returncode != 0
+    assert "the native library was not built: " in done.stderr.splitlines()[-1]
+    assert "demanded by CONTEXTRAST_NATIVE=1" in done.stderr.splitlines()[-1]
+    assert not (sources / "dist").exists()
+
+
+def test_declining_the_library_builds_nothing(sources):
+    done = run_setup(sources, "bdist_wheel", CONTEXTRAST_NATIVE="0")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert wheel_of(sources / "dist").endswith("-py3-none-any.whl")
+    assert not (sources / "build" / "native").exists()
+
+
+STATUS = "from contextrast_kernels import native; print(native.__file__); print(native.status()['cpu'])"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("editable", [False, True])
+def test_pip_installs_the_library_beside_its_module(sources, tmp_path, editable):
+    """Without isolation, as on a machine without a network: the packages of this environment are lent to a new one."""
+    environment = tmp_path / "venv"
+    venv.create(environment, symlinks=True)
+    python = environment / ("Scripts" if os.name == "nt" else "bin") / "python"
+    query = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    site = subprocess.run([python, "-c", query], check=True, capture_output=True, text=True).stdout.strip()
+    lent = subprocess.run([sys.executable, "-c", query], check=True, capture_output=True, text=True).stdout.strip()
+    pathlib.Path(site, "lent.pth").write_text(f"{lent}\n")
+    install = ["-m", "pip", "install", "--no-deps", "--no-build-isolation", "--no-index", "--force-reinstall"]
+    done = subprocess.run(
+        [python, *install, *(["--editable"] if editable else []), sources],
+        env=os.environ | {"CONTEXTRAST_NATIVE": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    done = subprocess.run([python, "-c", STATUS], cwd=tmp_path, capture_output=True, text=True)
+    module, status = done.stdout.split("\n")[:2]
+    assert status == "ok", done.stdout + done.stderr
+    installed = pathlib.Path(module).parent
+    assert (installed / "_native.so").exists()
+    assert (sources in installed.parents) == editable
