@@ -3,7 +3,8 @@
 Runs in a process of its own, because Triton decides at import whether kernels are interpreted:
 
     python tests/aot.py --dtype bfloat16 --arch 90 --channels 256 --classes 19      a table
-    python tests/aot.py ... --json                                                   the same for tests/test_resources.py
+    python tests/aot.py ... --json                                                   the same for
+    tests/test_resources.py
 """
 
 import argparse
@@ -60,8 +61,8 @@ def launches(what: str, dtype: torch.dtype, channels: int, classes: int, layout:
 
 
 def describe(value):
-    """Signature of one argument: type, constant, and what Triton would find divisible by 16 (addresses; integers are not
-    specialised)."""
+    """Signature of one argument: type, constant, and what Triton would find divisible by 16 (addresses; integers
+    are not specialised)."""
     if isinstance(value, torch.Tensor):
         return POINTERS[value.dtype]
     if value is None:

@@ -4,8 +4,8 @@
     e     the class whose anchor it is a hard negative of, >= N for none
     base  1 where it is a negative of every class but its own
 
-Labels keep their own resolution and dtype in memory and are sampled here once, with exact integers, instead of in each sweep:
-at stride 4 every int64 label sits in a memory sector of its own. Counts come along.
+Labels keep their own resolution and dtype in memory and are sampled here once, with exact integers, instead of in
+each sweep: at stride 4 every int64 label sits in a memory sector of its own. Counts come along.
 """
 
 import math
@@ -46,8 +46,8 @@ def codes(
     base_rate: float = 0.0,
     seed: Tensor | None = None,
 ) -> Codes:
-    """negatives, errors, base: integer maps (B, h, w) of each layer, as the public functions take them. base_rate: the share of
-    pixels to draw as base (1: all, and no seed is needed)."""
+    """negatives, errors, base: integer maps (B, h, w) of each layer, as the public functions take them. base_rate:
+    the share of pixels to draw as base (1: all, and no seed is needed)."""
     device = features[0].device
     dense = base is not None or base_rate > 0
     code_type = torch.uint8 if num_classes <= 255 else torch.int16

@@ -6,10 +6,10 @@ With u_p the gradient of the loss by the embedding v_p = r_p x_p,
 
     σ_p = sigmoid(Z_y - s_yp), the positive's share        k⁺_n = -λ / (|C| c_n τ)
     G_n = mean of σ over the positives of n                k⁻_n = λ G_n / (|C| τ)
-    T_n = (dL/da^n) / c_n, the pull through the anchor     g = the upstream gradient, read from memory: no synchronisation
+    T_n = (dL/da^n) / c_n, the pull through the anchor     g = the upstream gradient, read from memory
 
-⟨v, u⟩ is a sum of products with rows of â and T, so u is never held: the row is read for the products, and again, from cache, to
-be written.
+⟨v, u⟩ is a sum of products with rows of â and T, so u is never held: the row is read for the products, and again,
+from cache, to be written.
 """
 
 from collections.abc import Sequence
@@ -246,8 +246,8 @@ def _features_bwd_dense(
     WIDE: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """dx of one block where a pixel may be a negative of every class but its own: u = Σ_n C_n â_n + T_y, with all classes' weights
-    C (CLASSES, P) formed and used a few classes at a time. N x pixels are nowhere stored.
+    """dx of one block where a pixel may be a negative of every class but its own: u = Σ_n C_n â_n + T_y, with all
+    classes' weights C (CLASSES, P) formed and used a few classes at a time. N x pixels are nowhere stored.
 
     Moves: the features once (from cache once more for every CLASSES classes), dx once.
     """

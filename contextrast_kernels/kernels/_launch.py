@@ -1,8 +1,9 @@
 """The host's side of a sweep: which layers share a launch, how their memory lies, and the launch itself.
 
-A Triton kernel sees all layers of a group at once, as tuples of pointers and sizes, picks its own layer first and then runs one
-body. What the compiler knows about that body is what holds for every layer of the group, so layers are grouped by how their
-features lie in memory: the axis of stride 1 and the power of two that divides all other strides.
+A Triton kernel sees all layers of a group at once, as tuples of pointers and sizes, picks its own layer first and
+then runs one body. What the compiler knows about that body is what holds for every layer of the group, so layers
+are grouped by how their features lie in memory: the axis of stride 1 and the power of two that divides all other
+strides.
 """
 
 import contextlib
@@ -96,8 +97,8 @@ class Layout(NamedTuple):
     unit: str
     """The axis of stride 1: "w" (NCHW), "d" (channels_last), or "" for neither."""
     align: int
-    """A power of two that divides all other strides, and the width where w has stride 1: so many elements can be read at once
-    wherever a row begins. No more than 16 bytes' worth."""
+    """A power of two that divides all other strides, and the width where w has stride 1: so many elements can be
+    read at once wherever a row begins. No more than 16 bytes' worth."""
     aligned: bool
     """The first address is divisible by 16."""
     wide: bool
@@ -138,8 +139,8 @@ class Group(NamedTuple):
 
 
 def groups(*maps: Sequence[Tensor]) -> list[Group]:
-    """Layers grouped by the layouts of all their feature maps. Those that cannot be read 16 bytes at a time share one group with
-    the smallest alignment among them: they are few and small."""
+    """Layers grouped by the layouts of all their feature maps. Those that cannot be read 16 bytes at a time share
+    one group with the smallest alignment among them: they are few and small."""
     found: dict[tuple, tuple[list[int], list[tuple[Layout, ...]]]] = {}
     for i, of_layer in enumerate(zip(*maps, strict=True)):
         if of_layer[0].numel():
@@ -165,7 +166,8 @@ def pixel_starts(features: Sequence[Tensor]) -> list[int]:
 def geometry(
     features: Sequence[Tensor], layers: Sequence[int], rows: int, columns: int, align: int
 ) -> tuple[Geometry, int]:
-    """Geometry of blocks of ``rows`` x ``columns`` pixels of one image, and their number. Widths are in units of ``align``."""
+    """Geometry of blocks of ``rows`` x ``columns`` pixels of one image, and their number. Widths are in units of
+    ``align``."""
     starts = pixel_starts(features)
     block = [0]
     for i in layers:
@@ -239,8 +241,8 @@ def sweep(
     """Launches a kernel over all blocks of all layers, once for each group of layers whose memory lies alike.
 
     Args:
-        arguments, tiles: what the kernel takes besides the layers: tensors and numbers, and constants. ``tiles`` has the ROWS
-            and P of a block; P shrinks to what the rows need.
+        arguments, tiles: what the kernel takes besides the layers: tensors and numbers, and constants. ``tiles`` has
+            the ROWS and P of a block; P shrinks to what the rows need.
         out: feature maps that are written.
         parts: programs of a block.
         share: of the features that is read.

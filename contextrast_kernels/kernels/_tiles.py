@@ -1,8 +1,8 @@
 """Pieces that the sweeps share, named after what they compute.
 
-A block is a few rows of P pixels of one image. A sweep takes one row of it at a time, a tile x (channels, P), in chunks of channels:
-once for what needs the whole vector (its norm, its products with anchors), and again, then from cache, for what is done with it.
-Letters as everywhere: B images, N classes, D channels, h w layer size, P pixels.
+A block is a few rows of P pixels of one image. A sweep takes one row of it at a time, a tile x (channels, P), in
+chunks of channels: once for what needs the whole vector (its norm, its products with anchors), and again, then from
+cache, for what is done with it. Letters as everywhere: B images, N classes, D channels, h w layer size, P pixels.
 """
 
 import triton
@@ -13,7 +13,7 @@ ZERO_NORM_SQUARED = tl.constexpr(1e-24)
 LARGEST_REACH = tl.constexpr(2.0**100)
 """Unnormalised features beyond this have no fixed-point scale: their sums become NaN."""
 
-# ------------------------------------------------------------------------------------------------------------ layers and blocks
+# -------------------------------------------------------------------------------------------------- layers and blocks
 
 
 @triton.jit
@@ -50,8 +50,8 @@ def pick_pointer(pointers, layer):
 
 @triton.jit
 def block_of(program, geometry, layer, ROWS: tl.constexpr, P: tl.constexpr, UNIT: tl.constexpr, ALIGN: tl.constexpr):
-    """The image, first row and first column of a program's block, and the layer's size. The product with ALIGN tells the
-    compiler what divides a width, and so the mask at the end of a row."""
+    """The image, first row and first column of a program's block, and the layer's size. The product with ALIGN
+    tells the compiler what divides a width, and so the mask at the end of a row."""
     h = pick(geometry.h, layer)
     w = pick(geometry.w, layer)
     if UNIT == "w":
@@ -72,8 +72,8 @@ def image_codes(geometry, layer, b, h, w):
 
 @triton.jit
 def image_features(pointers, strides, layer, b, UNIT: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr):
-    """Pointer to an image's features and the strides of h, w and d. The products with ALIGN tell the compiler what divides
-    the strides; offsets inside an image have 32 bits unless WIDE."""
+    """Pointer to an image's features and the strides of h, w and d. The products with ALIGN tell the compiler what
+    divides the strides; offsets inside an image have 32 bits unless WIDE."""
     image = pick_pointer(pointers, layer) + tl.cast(b, tl.int64) * (tl.cast(pick(strides.b, layer), tl.int64) * ALIGN)
     if WIDE:
         sH = tl.cast(pick(strides.h, layer), tl.int64) * ALIGN
@@ -91,13 +91,13 @@ def image_features(pointers, strides, layer, b, UNIT: tl.constexpr, ALIGN: tl.co
         return image, sH, sW, sD
 
 
-# ------------------------------------------------------------------------------------------------------------ pixels and channels
+# ------------------------------------------------------------------------------------------------ pixels and channels
 
 
 @triton.jit
 def channels(row, pixel, live, d0, sD, D: tl.constexpr, CHUNK: tl.constexpr):
-    """Channels d0 .. d0+CHUNK-1 of a row of pixels: (CHUNK, P), zero outside. ``live`` may depend on the position alone where
-    w has stride 1: a mask that changes from pixel to pixel would break the wide loads."""
+    """Channels d0 .. d0+CHUNK-1 of a row of pixels: (CHUNK, P), zero outside. ``live`` may depend on the position
+    alone where w has stride 1: a mask that changes from pixel to pixel would break the wide loads."""
     d = d0 + tl.arange(0, CHUNK)
     if D % CHUNK == 0:
         return tl.load(row + (d[:, None] * sD + pixel[None, :]), mask=live[None, :], other=0.0)
@@ -151,8 +151,9 @@ def inverse_norm(size, NORMALIZE: tl.constexpr):
 
 @triton.jit
 def dot_features(a, x, acc):
-    """acc + a · x, exact to about twice the bits of x. a (M, K) is in the accumulator's type, x (K, ·) is features as they
-    came: raw x meets the tensor cores, so nothing is done to its elements, and what weights them is in the small operand.
+    """acc + a · x, exact to about twice the bits of x. a (M, K) is in the accumulator's type, x (K, ·) is features
+    as they came: raw x meets the tensor cores, so nothing is done to its elements, and what weights them is in the
+    small operand.
 
     bfloat16: a in two pieces. float16: two TF32 pieces, since a may leave float16's range and x is exact in TF32.
     float32: three TF32 products. float64: as it is.
@@ -171,14 +172,15 @@ def dot_features(a, x, acc):
         return tl.dot(a, x, acc, input_precision="ieee", out_dtype=tl.float64)
 
 
-# ------------------------------------------------------------------------------------------------------------ classes of a block
+# ------------------------------------------------------------------------------------------------- classes of a block
 
 
 @triton.jit
 def block_classes(
     codes, r0, h, c, w, rank0, N, ROWS: tl.constexpr, P: tl.constexpr, BINS: tl.constexpr, SLOTS: tl.constexpr
 ):
-    """Of the classes in a block, ascending, those of rank rank0 .. rank0+SLOTS-1 (-1: no more), and how many there are in all.
+    """Of the classes in a block, ascending, those of rank rank0 .. rank0+SLOTS-1 (-1: no more), and how many there
+    are in all.
 
     A block of a real label map holds a handful of classes: sums over them need SLOTS rows, not N. One with more takes
     further rounds.
@@ -195,7 +197,7 @@ def block_classes(
     return tl.max(tl.where(of_slot, n[None, :], -1), 1), tl.sum(present, 0)
 
 
-# ------------------------------------------------------------------------------------------------------------ order-free sums
+# ---------------------------------------------------------------------------------------------------- order-free sums
 
 
 @triton.jit
@@ -213,8 +215,8 @@ def exponent_above(x):
 
 @triton.jit
 def vector_scale(reach, layer, headroom, NORMALIZE: tl.constexpr):
-    """What a sum of embeddings is multiplied with before it becomes an int64, so that it may be added in any order with the
-    same bits. |v| <= 1 when normalised; else a power of two is taken from the layer's largest |x|."""
+    """What a sum of embeddings is multiplied with before it becomes an int64, so that it may be added in any order
+    with the same bits. |v| <= 1 when normalised; else a power of two is taken from the layer's largest |x|."""
     if NORMALIZE:
         return power_of_two(headroom)
     else:
@@ -235,7 +237,7 @@ def add_fixed(pointer, tile, scale, mask):
     tl.atomic_add(pointer, (tile * scale).to(tl.int64), mask=mask, sem="relaxed")
 
 
-# ------------------------------------------------------------------------------------------------------------ functions
+# ---------------------------------------------------------------------------------------------------------- functions
 
 
 @triton.jit
@@ -245,7 +247,8 @@ def sigmoid(t):
 
 @triton.jit
 def softplus(t):
-    """log(1 + e^t), to full relative precision also where e^t is tiny: log(1 + u) = log(w) u / (w - 1) with w = 1 + u rounded."""
+    """log(1 + e^t), to full relative precision also where e^t is tiny: log(1 + u) = log(w) u / (w - 1) with w = 1 + u
+    as it is rounded."""
     u = tl.exp(-tl.abs(t))
     w = 1.0 + u
     return tl.maximum(t, 0.0) + tl.where(w == 1.0, u, tl.log(w) * (u / tl.where(w == 1.0, 1.0, w - 1.0)))

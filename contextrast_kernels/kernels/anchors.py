@@ -1,6 +1,8 @@
 """Class anchors (Eq. 1): sums of embeddings by class in one read of the features, and the tables made from them.
 
-a^n = Σ_p r_p x_p [y_p = n] / c_n,    r_p = 1/‖x_p‖,    c_n = Σ_p [y_p = n]
+    a^n = Σ_p r_p x_p [y_p = n] / c_n,    r_p = 1/‖x_p‖,    c_n = Σ_p [y_p = n]
+
+Sums of different programs meet in int64 fixed point: they add up to the same bits in any order, without a second stage.
 """
 
 from collections.abc import Sequence
@@ -51,8 +53,9 @@ def forward(
     """Anchors (N, D), counts (N,), and the label codes that ``backward`` needs."""
     code = codes([features], labels, num_classes, ignore_index)
     reach = None if normalize else largest_features([features], code, num_classes)
-    sums = class_sums([features], code, num_classes, reach)
-    table, _ = anchor_tables(sums, code.counts, _launch.accumulator(features.dtype), _launch.pixels(features))
+    headroom = _launch.headroom(_launch.pixels(features))
+    sums = class_sums([features], code, num_classes, reach, headroom)
+    table, _ = anchor_tables(sums, code.counts, _launch.accumulator(features.dtype), headroom)
     return table[0], code.counts[0].clone(), code.y
 
 
@@ -85,8 +88,10 @@ def sums_tiles(dtype: torch.dtype, D: int) -> dict:
     }
 
 
-def class_sums(features: Sequence[Tensor], code: Codes, num_classes: int, reach: Tensor | None, ranks: int = 1) -> Sums:
-    """Σ v over the pixels of every class, normalised unless a ``reach`` is given. One read of the features."""
+def class_sums(features: Sequence[Tensor], code: Codes, num_classes: int, reach: Tensor | None, headroom: int) -> Sums:
+    """Σ v over the pixels of every class, normalised unless a ``reach`` is given. One read of the features.
+
+    headroom: ``_launch.headroom`` of all the pixels (of all ranks) that the sums will hold."""
     x = features[0]
     L, D = len(features), x.shape[1]
     acc = _launch.accumulator(x.dtype)
@@ -101,7 +106,7 @@ def class_sums(features: Sequence[Tensor], code: Codes, num_classes: int, reach:
             "sums": sums,
             "broken": broken,
             "reach": reach,
-            "headroom": _launch.headroom(ranks * _launch.pixels(*features)),
+            "headroom": headroom,
             "N": num_classes,
         },
         {
@@ -120,12 +125,13 @@ def anchor_tables(
     sums: Sums,
     counts: Tensor,
     dtype: torch.dtype,
-    pixels: int,
+    headroom: int,
     fusion_weight: float = 0.0,
     normalize_anchors: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """â (layers, N, D) from the sums of all ranks: means, mixed with the last layer's, normalised if asked. A class without
-    pixels has a zero row, one with a broken pixel a row of NaN. And ‖â‖ (layers, N) as it was before it was normalised."""
+    """â (layers, N, D) from the sums of all ranks: means, mixed with the last layer's, normalised if asked. A class
+    without pixels has a zero row, one with a broken pixel a row of NaN. And ‖â‖ (layers, N) as it was before it was
+    normalised."""
     L, N, D = sums.sums.shape
     table = torch.empty(L, N, D, dtype=dtype, device=counts.device)
     lengths = torch.empty(L, N, dtype=dtype, device=counts.device)
@@ -138,7 +144,7 @@ def anchor_tables(
             "counts_stride": counts.stride(0),
             "table": table,
             "lengths": lengths,
-            "headroom": _launch.headroom(pixels),
+            "headroom": headroom,
             "fusion_weight": _launch.bits(fusion_weight),
             "N": N,
         },
@@ -182,9 +188,9 @@ def _class_anchors_fwd(
 ):
     """sums[n] += Σ_p r_p x_p [y_p = n] over one block, COLUMNS of the channels.
 
-    Fused: the norm and the sum by class. A row of the block is read from memory for its norms and again, from cache, for the
-    product W · xᵀ with W = r_p [y_p = class of slot], which runs on the tensor cores and touches no element of x by hand.
-    Moves: the features once, and 8 bytes x D for each class of each block into the sums.
+    Fused: the norm and the sum by class. A row of the block is read from memory for its norms and again, from
+    cache, for the product W · xᵀ with W = r_p [y_p = class of slot], which runs on the tensor cores and touches no
+    element of x by hand. Moves: the features once, and 8 bytes x D for each class of each block into the sums.
     """
     program = tl.program_id(0)
     d0 = tl.program_id(1) * COLUMNS
@@ -297,7 +303,8 @@ def _anchor_tables(
     NORMALIZE: tl.constexpr,
     NORMALIZE_ANCHORS: tl.constexpr,
 ):
-    """One program, one class: â_i = (1 - w_h) a_i + w_h a_I where the class is in both layers, else a_i; 0 where layer i lacks it."""
+    """One program, one class: â_i = (1 - w_h) a_i + w_h a_I where the class is in both layers, else a_i; 0 where
+    layer i lacks it."""
     n = tl.program_id(0)
     d = tl.arange(0, BLOCK)
     w_h = real(fusion_weight)

@@ -4,8 +4,8 @@
     Z         log_sums                    | Z               |
     loss      moments                     | A⁺, A⁻, terms   | finish
 
-The features are read once in each phase (hard negatives alone in the second) and once more in the backward pass, which writes dx.
-``python -m contextrast_kernels bench --plan`` lists what each launch moves: see ``plan``.
+The features are read once in each phase (hard negatives alone in the second) and once more in the backward pass,
+which writes dx. ``python -m contextrast_kernels bench --plan`` lists what each launch moves: see ``plan``.
 """
 
 from collections.abc import Sequence
@@ -37,18 +37,19 @@ def forward(
 ) -> tuple[Outcome, Tensor, Terms]:
     """The loss and what ``backward`` needs: label codes and terms.
 
-    errors, negatives: integer maps (B, h, w) of every layer, the class or a negative number; seed: int64, of the base pixels.
+    errors, negatives: integer maps (B, h, w) of every layer, the class or a negative number; seed: int64, of the
+    base pixels.
     """
     code = codes(features, labels, num_classes, ignore_index, negatives, errors, base_rate=base_rate, seed=seed)
     reach = None if normalize else largest_features(features, code, num_classes)
-    sums = class_sums(features, code, num_classes, reach)
-    dtype, pixels = _launch.accumulator(features[0].dtype), _launch.pixels(*features)
-    table, lengths = anchor_tables(sums, code.counts, dtype, pixels, fusion_weight, normalize_anchors)
+    dtype, headroom = _launch.accumulator(features[0].dtype), _launch.headroom(_launch.pixels(*features))
+    sums = class_sums(features, code, num_classes, reach, headroom)
+    table, lengths = anchor_tables(sums, code.counts, dtype, headroom, fusion_weight, normalize_anchors)
     del sums
 
     Z, similarity = log_sums(features, code, table, temperature, normalize)
 
-    scales = Scales(lengths, reach, temperature, _launch.headroom(pixels))
+    scales = Scales(lengths, reach, temperature, headroom)
     outcome = finish(
         moments(features, code, table, Z, scales),
         code.counts,
@@ -96,9 +97,9 @@ def plan(
     base_rate: float = 0.0,
     normalize: bool = True,
 ) -> list[_launch.Launch]:
-    """The launches of one forward and backward pass, in order, from shapes alone: kernel, grid, constants, and the bytes that each
-    reads and writes at least once. Nothing is allocated or run. The floor (three reads of the features, one write) is four
-    times their bytes.
+    """The launches of one forward and backward pass, in order, from shapes alone: kernel, grid, constants, and the
+    bytes that each reads and writes at least once. Nothing is allocated or run. The floor (three reads of the
+    features, one write) is four times their bytes.
 
     sizes: (h, w) of every layer; layout: "nchw" or "channels_last".
     """

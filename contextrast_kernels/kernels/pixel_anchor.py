@@ -3,13 +3,14 @@
     s_np = â^n · v_p / τ        Z_n = log Σ_{p negative of n} exp(s_np)        σ_p = sigmoid(Z_y - s_yp)
     L = 1/|C| Σ_n 1/c_n Σ_{p∈P^n} softplus(Z_n - s_np)
 
-``negative_sums`` finds Z. ``moments`` sweeps once more and yields the loss and dL/dâ together, since the upstream gradient is a
-scalar that can wait:
+``log_sums`` finds Z. ``moments`` sweeps once more and yields the loss and dL/dâ together, since the upstream
+gradient is a scalar that can wait:
 
-    dL/dâ^n = 1/(|C| τ) ( -A⁺_n / c_n + G_n A⁻_n ),   A⁺_n = Σ_{p∈P^n} σ_p v_p,   A⁻_n = Σ_{p negative} exp(s_np - Z_n) v_p
+    dL/dâ^n = 1/(|C| τ) ( -A⁺_n / c_n + G_n A⁻_n )
+    A⁺_n = Σ_{p∈P^n} σ_p v_p        A⁻_n = Σ_{p negative} exp(s_np - Z_n) v_p
 
-with G_n the mean of σ over P^n. G_n is known only after the sweep, so A⁺ and A⁻ are summed apart. ``finish`` puts the pieces
-together for each class.
+with G_n the mean of σ over P^n. G_n is known only after the sweep, so A⁺ and A⁻ are summed apart. ``finish`` puts
+the pieces together for each class.
 """
 
 from collections.abc import Sequence
@@ -97,7 +98,8 @@ def forward(
     ignore_index: int,
     normalize: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Terms]:
-    """The loss, dL/danchors, the label codes, and what ``backward`` needs besides. Without negatives and base every other-class pixel is one."""
+    """The loss, dL/danchors, the label codes, and what ``backward`` needs besides. Without negatives and base every
+    other-class pixel is one."""
     code = codes(
         [features],
         labels,
@@ -128,7 +130,8 @@ def backward(
 
 
 def given_table(anchors: Tensor, counts: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Given anchors as a table (1, N, D): rows of classes without pixels become zero, as they are in no term; and ‖â‖ (1, N)."""
+    """Given anchors as a table (1, N, D): rows of classes without pixels become zero, as they are in no term; and
+    ‖â‖ (1, N)."""
     N, D = anchors.shape
     table = torch.empty(1, N, D, dtype=dtype, device=anchors.device)
     lengths = torch.empty(1, N, dtype=dtype, device=anchors.device)
@@ -146,11 +149,11 @@ def given_table(anchors: Tensor, counts: Tensor, dtype: torch.dtype) -> tuple[Te
 def log_sums(
     features: Sequence[Tensor], code: Codes, table: Tensor, temperature: float, normalize: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Z (layers, N), -inf where a class has no negative; and the similarity of each hard negative to its anchor, in the order
-    of the codes. Ranks combine Z by log-sum-exp.
+    """Z (layers, N), -inf where a class has no negative; and the similarity of each hard negative to its anchor, in
+    the order of the codes. Ranks combine Z by log-sum-exp.
 
-    Where a pixel is a negative of one class only, the negatives alone are read (in NCHW the row segments that hold one). With
-    base pixels everything is read, and no similarity is kept.
+    Where a pixel is a negative of one class only, the negatives alone are read (in NCHW the row segments that hold
+    one). With base pixels everything is read, and no similarity is kept.
     """
     L, N, D = table.shape
     shared = {"e": code.e, "table": table, "temperature": _launch.bits(temperature), "N": N}
@@ -257,7 +260,8 @@ def finish(
     fusion_weight: float | None = None,
     normalize_anchors: bool = False,
 ) -> Outcome:
-    """Loss and dL/dâ from the sums of all ranks' pixels; with ``fusion_weight`` on to T, the pull on each class's pixels."""
+    """Loss and dL/dâ from the sums of all ranks' pixels; with ``fusion_weight`` on to T, the pull on each class's
+    pixels."""
     L, N, D = table.shape
     device = table.device
     losses = torch.empty(L, dtype=table.dtype, device=device)
@@ -327,8 +331,8 @@ def _hard_similarities(
 ):
     """s_ep of the hard negatives of one block (0 elsewhere), and the largest of every class.
 
-    Moves: in channels_last the negatives' own vectors; in NCHW, where single pixels cannot be read for less than their memory
-    sector, the rows of P pixels that hold a negative. Writes one number a pixel.
+    Moves: in channels_last the negatives' own vectors; in NCHW, where single pixels cannot be read for less than
+    their memory sector, the rows of P pixels that hold a negative. Writes one number a pixel.
     """
     program = tl.program_id(0)
     layer = layer_of(program, geometry.block)
@@ -413,8 +417,8 @@ def _dense_similarities(
     WIDE: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """The log-sum-exp of one block's negatives of every class, as a largest value and a sum relative to it (online, CLASSES classes
-    at a time): (2, blocks, N) numbers are written, never N x pixels.
+    """The log-sum-exp of one block's negatives of every class, as a largest value and a sum relative to it (online,
+    CLASSES classes at a time): (2, blocks, N) numbers are written, never N x pixels.
 
     Moves: the features once, from cache once more for every CLASSES classes.
     """
@@ -453,7 +457,8 @@ def _dense_similarities(
 
 @triton.jit
 def is_negative(classes, label, negative, is_base):
-    """(classes, P): whether each pixel is a negative of each class (-1: no class). Ignored pixels have neither e nor base."""
+    """(classes, P): whether each pixel is a negative of each class (-1: no class). Ignored pixels have neither e
+    nor base."""
     chosen = classes[:, None] == negative[None, :]
     return (chosen | (is_base[None, :] & (classes[:, None] != label[None, :]))) & (classes >= 0)[:, None]
 
@@ -510,7 +515,8 @@ def _dense_log_sums(partial, first, count, partials, Z, N, RUN: tl.constexpr):
 
 @triton.jit
 def term_scale(Z, length, reach, inverse_temperature, headroom, D: tl.constexpr, NORMALIZE: tl.constexpr):
-    """The fixed-point scale of Σ softplus(Z_n - s_np), and whether there is one: each term is below |Z| + ‖â‖ max‖v‖ / τ + 1."""
+    """The fixed-point scale of Σ softplus(Z_n - s_np), and whether there is one: each term is below |Z| + ‖â‖
+    max‖v‖ / τ + 1."""
     longest = 1.0
     if not NORMALIZE:
         longest = tl.load(reach) * (D * 1.0)
@@ -553,10 +559,11 @@ def _pixel_anchor_fwd(
 ):
     """Over one block: A⁺, A⁻ (COLUMNS of the channels), Σ softplus(Z - s) and Σ σ of the classes found there.
 
-    Rows 0 .. SLOTS-1 of every tile are label classes and hold positives, rows SLOTS .. 2 SLOTS-1 are classes with negatives; one
-    product over both gives s, a second, with weights σ and exp(s - Z), A⁺ and A⁻. With ``base`` both lists are simply all
-    classes, SLOTS at a time. The products run on the tensor cores on x as it came; 1/‖x‖ is in the weights.
-    Moves: the features once (the second read of a row is from cache), 2 bytes a pixel, 16 D bytes for each class of a block.
+    Rows 0 .. SLOTS-1 of every tile are label classes and hold positives, rows SLOTS .. 2 SLOTS-1 are classes with
+    negatives; one product over both gives s, a second, with weights σ and exp(s - Z), A⁺ and A⁻. With ``base`` both
+    lists are simply all classes, SLOTS at a time. The products run on the tensor cores on x as it came; 1/‖x‖ is in
+    the weights. Moves: the features once (the second read of a row is from cache), 2 bytes a pixel, 16 D bytes for
+    each class of a block.
     """
     program = tl.program_id(0)
     part = tl.program_id(1)
@@ -610,7 +617,8 @@ def _pixel_anchor_fwd(
             norm = inverse_norm(size, NORMALIZE)
             s = products * (norm * inverse_temperature)[None, :]
 
-            # 2. Weights. A vector that is not finite is taken out and its class marked: 0 · NaN would reach every class.
+            # 2. Weights. A vector that is not finite is taken out and its class marked: 0 · NaN would reach every
+            # class.
             sound = is_finite(size)
             some_broken = tl.min(sound.to(tl.int32), 0) == 0
             if some_broken:
@@ -669,9 +677,6 @@ def _dL_dfused(
     vectors,
     terms,
     counts,
-    table,
-    Z,
-    lengths,
     reach,
     temperature,
     headroom,
@@ -741,8 +746,8 @@ def _finish(
     NORMALIZE_ANCHORS: tl.constexpr,
     GIVEN: tl.constexpr,
 ):
-    """One program, one class: dL/dâ of all layers, back through normalisation and fusion to dL/da, divided by the count.
-    The first program also adds up the loss."""
+    """One program, one class: dL/dâ of all layers, back through normalisation and fusion to dL/da, divided by the
+    count. The first program also adds up the loss."""
     n = tl.program_id(0)
     d = tl.arange(0, BLOCK)
     w_h = real(fusion_weight)
@@ -750,9 +755,22 @@ def _finish(
     from_below = tl.zeros((BLOCK,), tl.float64)
     for i in tl.static_range(L):
         slope, toward, away, count = _dL_dfused(
-            vectors, terms, counts, table, Z, lengths, reach, temperature, headroom, layer_weights[i], i, n, d, counts_stride, N,
-            D, BINS, NORMALIZE,
-        )  # fmt: skip
+            vectors,
+            terms,
+            counts,
+            reach,
+            temperature,
+            headroom,
+            layer_weights[i],
+            i,
+            n,
+            d,
+            counts_stride,
+            N,
+            D,
+            BINS,
+            NORMALIZE,
+        )
         tl.store(coefficients + 2 * i * N + n, toward.to(coefficients.dtype.element_ty))
         tl.store(coefficients + (2 * i + 1) * N + n, away.to(coefficients.dtype.element_ty))
         if NORMALIZE_ANCHORS:
