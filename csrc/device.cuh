@@ -118,30 +118,5 @@ cudaError_t launch(void (*kernel)(Parameters...), int64_t blocks, int threads, s
   return cudaLaunchKernelEx(&config, kernel, parameters...);
 }
 
-// ---- Checks that select.cpp makes too
-
-inline int check_selection(const ContextrastMap &classes, const ContextrastMap &distance_sq, char *error) {
-  if (const int code = check_integer_map("classes", classes, error)) return code;
-  if (const int code = check_integer_map("distance_sq", distance_sq, error)) return code;
-  if (distance_sq.type != CONTEXTRAST_INT32 || distance_sq.batch != classes.batch ||
-      distance_sq.height != classes.height || distance_sq.width != classes.width)
-    return refuse(error, "distance_sq must be an int32 map of the size of classes, (%lld, %lld, %lld)",
-                  static_cast<long long>(classes.batch), static_cast<long long>(classes.height),
-                  static_cast<long long>(classes.width));
-  return CONTEXTRAST_OK;
-}
-
-inline int check_layers(const ContextrastMap &labels, const ContextrastLayer *layers, int num_layers, char *error) {
-  if (num_layers < 0 || num_layers > CONTEXTRAST_MAX_LAYERS)
-    return refuse(error, "at most %d layers are supported, got %d", CONTEXTRAST_MAX_LAYERS, num_layers);
-  for (int i = 0; i < num_layers; ++i) {
-    if (const int code = check_sides("a layer", layers[i].height, layers[i].width, error)) return code;
-    if (labels.batch > 0 && layers[i].height * layers[i].width > 0 && labels.height * labels.width == 0)
-      return refuse(error, "labels have no pixels, but layer %d has %lld x %lld", i,
-                    static_cast<long long>(layers[i].height), static_cast<long long>(layers[i].width));
-  }
-  return CONTEXTRAST_OK;
-}
-
 }  // namespace contextrast
 #endif

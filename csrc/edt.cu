@@ -146,7 +146,7 @@ __device__ void bisect(const int32_t *parabolas, int last, int from, int to, int
 }
 
 template <class Distance>
-__global__ void __launch_bounds__(BLOCK, 6) solve(const __grid_constant__ PlanesLaunch launch) {
+__global__ void __launch_bounds__(BLOCK, 5) solve(const __grid_constant__ PlanesLaunch launch) {
   const BlockOfLayer place = launch.blocks.find(blockIdx.x);
   const Plane &plane = launch.planes.plane[place.layer];
   const int height = plane.height, width = plane.width, tiles = tiles_of(width);
@@ -156,33 +156,48 @@ __global__ void __launch_bounds__(BLOCK, 6) solve(const __grid_constant__ Planes
   const int64_t image = line / height;
   const int row = static_cast<int>(line % height), bit = row % BAND;
 
-  int32_t *const parabolas = dynamic_shared<int32_t>() + warp * launch.row_words, *const columns = parabolas + width;
+  int32_t *const parabolas = dynamic_shared<int32_t>() + warp * launch.row_words;
+  int32_t *const columns = parabolas + width;  // of the anchors
+  uint32_t *const wanted = reinterpret_cast<uint32_t *>(columns + tiles + 1);  // a bit a pixel, a word a tile
   const int64_t words = (image * bands_of(height) + row / BAND) * width;
-  const uint32_t *const seeds = plane.seeds + words, *const wanted = plane.wanted + words;
-  const Carry *const carries = plane.carries + words;
   Distance *const distance = static_cast<Distance *>(plane.distance) + line * width;
 
-#pragma unroll 4
-  for (int x = lane; x < width; x += WARP) {
-    const Carry carry = carries[x];
-    parabolas[x] = parabola(column_distance(seeds[x], bit, pack_carry(carry.above, carry.below)), x);
+#pragma unroll 1
+  for (int start = 0; start < tiles; start += AHEAD / 2) {
+    uint32_t seeds[AHEAD / 2], wishes[AHEAD / 2];
+    Carry carries[AHEAD / 2];
+#pragma unroll
+    for (int i = 0; i < AHEAD / 2; ++i) {
+      const int64_t word = words + lesser((start + i) * TILE + lane, width - 1);
+      seeds[i] = plane.seeds[word];
+      wishes[i] = plane.wanted[word];
+      carries[i] = plane.carries[word];
+    }
+#pragma unroll
+    for (int i = 0; i < AHEAD / 2; ++i) {
+      if (start + i >= tiles) break;
+      const int x = (start + i) * TILE + lane;
+      const uint32_t carry = pack_carry(carries[i].above, carries[i].below);
+      if (x < width) parabolas[x] = parabola(column_distance(seeds[i], bit, carry), x);
+      const uint32_t row_wishes = __ballot_sync(ALL_LANES, x < width && (wishes[i] >> bit & 1));
+      if (lane == 0) wanted[start + i] = row_wishes;
+    }
   }
   __syncwarp();
 
-  const auto is_wanted = [&](int x) { return x < width && (wanted[x] >> bit & 1); };
+  const auto is_wanted = [&](int tile) { return (wanted[tile] >> lane & 1) != 0; };
   uint32_t hard = 0;  // bit i of lane l: tile i * 32 + l is left open
   bool hard_row = false;
   for (int tile = 0; tile < tiles; ++tile) {
     const int x = tile * TILE + lane;
-    const bool mine = is_wanted(x);
     int32_t best = 0;
-    const bool proven =
-        !mine || row_window(parabolas, 0, width - 1, x, hard_row ? WINDOW_IN_HARD_ROW : WINDOW, best);
+    const bool proven = !is_wanted(tile) || row_window(parabolas, 0, width - 1, x,
+                                                       hard_row ? WINDOW_IN_HARD_ROW : WINDOW, best);
     if (!__all_sync(ALL_LANES, proven)) {
       hard_row = true;
       if (lane == tile % WARP) hard |= 1u << tile / WARP;
     } else if (x < width) {
-      distance[x] = mine ? result<Distance>(best) : Distance(CONTEXTRAST_OUTSIDE);
+      distance[x] = is_wanted(tile) ? result<Distance>(best) : Distance(CONTEXTRAST_OUTSIDE);
     }
   }
   if (!hard_row) return;
@@ -194,8 +209,8 @@ __global__ void __launch_bounds__(BLOCK, 6) solve(const __grid_constant__ Planes
     if (!(__shfl_sync(ALL_LANES, hard, tile % WARP) >> tile / WARP & 1)) continue;
     const int x = tile * TILE + lane;
     if (x >= width) continue;
-    distance[x] = is_wanted(x) ? result<Distance>(least_cost(parabolas, x, columns[tile], columns[tile + 1]))
-                               : Distance(CONTEXTRAST_OUTSIDE);
+    distance[x] = is_wanted(tile) ? result<Distance>(least_cost(parabolas, x, columns[tile], columns[tile + 1]))
+                                  : Distance(CONTEXTRAST_OUTSIDE);
   }
 }
 
@@ -211,7 +226,7 @@ cudaError_t enqueue_solve(PlanesLaunch parameters, int device, cudaStream_t stre
   const Planes &planes = parameters.planes;
   int widest = 0;
   for (int i = 0; i < planes.count; ++i) widest = greater(widest, planes.plane[i].width);
-  parameters.row_words = widest + tiles_of(widest) + 1;
+  parameters.row_words = widest + 2 * tiles_of(widest) + 1;
   const int row_bytes = parameters.row_words * static_cast<int>(sizeof(int32_t));
   int limit = 0;  // of a block's shared memory; more than the usual 48 KiB must be asked for
   cudaError_t status = cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
