@@ -312,7 +312,10 @@ cudaError_t enqueue_distances(const Planes &planes, int32_t type, bool zeros, bo
 
 extern "C" {
 
+// The scratch of a call that will be refused is none.
 int64_t contextrast_edge_distance_scratch_cuda(int64_t batch, int64_t height, int64_t width) {
+  char error[CONTEXTRAST_ERROR_SIZE];
+  if (contextrast::check_sides("the map", height, width, error)) return 0;
   contextrast::Scratch scratch(nullptr);
   contextrast::OneMap(scratch, batch, height, width);
   return scratch.used();

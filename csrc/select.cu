@@ -629,7 +629,10 @@ int contextrast_error_map_cuda(const ContextrastMap *predictions, const Contextr
   return answer(status, error);
 }
 
+// The scratch of a call that will be refused is none.
 int64_t contextrast_select_nearest_scratch_cuda(int64_t batch, int64_t height, int64_t width, int64_t num_classes) {
+  char error[CONTEXTRAST_ERROR_SIZE];
+  if (check_sides("classes", height, width, error)) return 0;
   Scratch scratch(nullptr);
   SelectMemory(scratch, batch, height, width, num_classes);
   return scratch.used();
@@ -656,6 +659,9 @@ int contextrast_select_nearest_cuda(const ContextrastMap *classes, const Context
 
 int64_t contextrast_bane_negatives_scratch_cuda(const ContextrastMap *labels, int64_t num_classes,
                                                 const ContextrastLayer *layers, int num_layers, int distance_at) {
+  char error[CONTEXTRAST_ERROR_SIZE];
+  if (check_sides("labels", labels->height, labels->width, error) || check_layers(*labels, layers, num_layers, error))
+    return 0;
   Scratch scratch(nullptr);
   BaneMemory(scratch, *labels, num_classes, layers, num_layers, distance_at);
   return scratch.used();

@@ -1,7 +1,8 @@
 """What nvcc makes of the kernels of csrc/: registers and shared memory within tests/cuda_budgets.json, and no spills.
 
-The file holds, for each kernel, registers on each architecture and bytes of fixed shared memory. A kernel over its budget
-fails; one far below it asks for the budget to be lowered, so that the file stays a description. To write it anew:
+The file holds, for each kernel, registers on each architecture and bytes of fixed shared memory. A kernel over its
+budget fails; one far below it asks for the budget to be lowered, so that the file stays a description. To write it
+anew:
 
     python tests/test_cuda_budgets.py
 """
@@ -32,7 +33,7 @@ def find_nvcc() -> str | None:
 
 
 def kernel_name(mangled: str) -> str:
-    """solve<int32> from _ZN11contextrast..5solveIiEEv...: the last name of the nested ones, and its template argument."""
+    """solve<int32> from _ZN11contextrast..5solveIiEEv...: the last of the nested names, and its template argument."""
     rest = mangled.removeprefix("_ZN")
     name = ""
     while match := re.match(r"(\d+)", rest):

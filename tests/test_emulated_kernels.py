@@ -180,12 +180,13 @@ def test_refusals_are_those_of_the_cpu(machine):
     labels = torch.zeros(1, 4, 4, dtype=torch.int64)
     for op, arguments in (
         ("edge_distance", (labels.float(), True)),
-        ("edge_distance", (torch.zeros(1, 1, 1, dtype=torch.uint8).expand(1, 16385, 1), True)),
+        ("edge_distance", (labels[:, :1, :1].expand(1, 16385, 1), True)),
+        ("select_nearest", (labels[:, :1, :1].expand(1, 1, 20000), labels.int(), 0.5, -1, cases.seed())),
         ("error_map", (labels.expand(2, 4, 4), labels, 3, 255)),
         ("error_map", (labels[:, :0], labels, 3, 255)),
         ("select_nearest", (labels, labels, 0.5, 3, cases.seed())),
         ("select_nearest", (labels, labels.int()[:, 1:], 0.5, 3, cases.seed())),
-        ("bane_negatives", (labels, labels, 3, [4, 20000], 0.5, "bane", "layer", 255, cases.seed())),
+        ("bane_negatives", (labels, labels, -1, [1, 20000], 0.5, "bane", "layer", 255, cases.seed())),
         ("bane_negatives", (labels[:, :0], labels[:, :0], 3, [2, 2], 0.5, "bane", "layer", 255, cases.seed())),
     ):
         with pytest.raises(ValueError) as on_cpu:
