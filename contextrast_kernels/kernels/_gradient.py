@@ -305,24 +305,24 @@ def _features_bwd_dense(
             weights = tl.where(own, pulled, 0.0) + tl.where(against, pushed, 0.0)
             along += tl.sum(tl.where(own | against, weights * products, 0.0), 0)
             grown = ()
-            for k in tl.static_range((D + K - 1) // K):
-                rows = tl.trans(class_rows(table, classes, k * K, D, K))
+            for i in tl.static_range((D + K - 1) // K):
+                rows = tl.trans(class_rows(table, classes, i * K, D, K))
                 if tl.float64 == ACC:
-                    grown = grown + (tl.dot(rows, weights, gradients[k], input_precision="ieee", out_dtype=ACC),)  # noqa: RUF005
+                    grown = grown + (tl.dot(rows, weights, gradients[i], input_precision="ieee", out_dtype=ACC),)  # noqa: RUF005
                 else:
-                    grown = grown + (tl.dot(rows, weights, gradients[k], input_precision="tf32x3"),)  # noqa: RUF005
+                    grown = grown + (tl.dot(rows, weights, gradients[i], input_precision="tf32x3"),)  # noqa: RUF005
             gradients = grown
         outer = tl.where(valid, norm * g, 0.0)
         inner = along * norm * norm
         out_row = out_image + tl.cast(r, tl.int64) * oH
-        for k in tl.static_range((D + K - 1) // K):
-            tile = channels(row, c * sW, live, k * K, sD, D, K)
-            u = gradients[k]
+        for i in tl.static_range((D + K - 1) // K):
+            tile = channels(row, c * sW, live, i * K, sD, D, K)
+            u = gradients[i]
             if pull is not None:
-                u += table_rows(pull, label, valid, k * K, D, K)
+                u += table_rows(pull, label, valid, i * K, D, K)
             if NORMALIZE:
                 u -= inner[None, :] * tile.to(ACC)
             u = tl.where(valid[None, :], u * outer[None, :], 0.0)
-            d = k * K + tl.arange(0, K)
+            d = i * K + tl.arange(0, K)
             here = out_row + (d[:, None] * oD + (c * oW)[None, :])
             tl.store(here, u.to(tile.dtype), mask=live[None, :] & (d < D)[:, None])

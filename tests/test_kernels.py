@@ -1,0 +1,607 @@
+"""The Triton kernels against the definitions: values and gradients, in the interpreter where there is no GPU.
+
+A kernel's error is measured against the reference in float64 on the same inputs, and may be twice that of the
+reference in the inputs' own dtype, plus 1e-6 (SPEC 5). bfloat16 is for a GPU: the interpreter gets it wrong.
+"""
+
+import numpy as np
+import pytest
+import torch
+from inputs import scene
+from torch import Tensor
+from torch.autograd import gradcheck
+from torch.library import opcheck
+
+import contextrast_kernels as ck
+from contextrast_kernels import anchors, contextrast, pixel_anchor
+
+pytestmark = pytest.mark.skipif(ck.available()["triton"] != "ok", reason=f"triton: {ck.available()['triton']}")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = [torch.float64, torch.float32, torch.float16]
+if torch.cuda.is_available():
+    DTYPES.append(torch.bfloat16)
+
+
+# ------------------------------------------------------------------------------------------------ inputs and measures
+
+
+def feature_map(rng, B, D, h, w, dtype=torch.float64, layout="nchw", scale=1.0) -> Tensor:
+    x = torch.from_numpy((rng.standard_normal((B, D, h, w)) + 0.3) * scale).to(dtype).to(DEVICE)
+    if layout == "channels_last":
+        return x.contiguous(memory_format=torch.channels_last)
+    if layout == "slices":  # no axis of stride 1
+        big = x.new_full((B, D + 1, 2 * h, 3 * w), torch.nan)
+        view = big[:, 1:, ::2, 1::3]
+        view.copy_(x)
+        return view
+    return x
+
+
+def labels_and_predictions(rng, B, N, H, W, **options):
+    labels, predictions = scene(rng, B, N, H, W, **options)
+    return labels.to(DEVICE), predictions.to(DEVICE)
+
+
+def run(loss, leaves, dtype=None):
+    """Value and gradients of ``loss(*leaves)`` in a dtype, the gradients of all leaves in one float64 vector. Three
+    is the upstream gradient."""
+    leaves = [x.detach().to(dtype or x.dtype).requires_grad_() for x in leaves]
+    value = loss(*leaves)
+    weight = torch.linspace(1, 3, value.numel(), dtype=value.dtype, device=value.device).reshape(value.shape)
+    gradients = torch.autograd.grad((3 * weight * value).sum(), leaves)
+    for x, gradient in zip(leaves, gradients):
+        assert gradient.dtype == x.dtype
+        assert gradient.shape == x.shape
+    return value.detach().double(), torch.cat([g.double().flatten() for g in gradients])
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    difference, size = (a - b).norm().item(), b.norm().item()
+    return difference / size if size > 0 else difference
+
+
+def assert_like_the_definition(loss, leaves):
+    """``loss`` under the Triton backend against the reference in float64, held to the reference in the leaves'
+    dtype."""
+    before = [x.clone() for x in leaves]
+    with ck.backend("reference"):
+        value, gradient = run(loss, leaves, torch.float64)
+        own_value, own_gradient = run(loss, leaves)
+    with ck.backend("triton"):
+        kernel_value, kernel_gradient = run(loss, leaves)
+    for x, copy in zip(leaves, before):
+        assert torch.equal(x, copy)
+    rounding = 1e-12 if leaves[0].dtype == torch.float64 else 1e-6
+    assert relative(kernel_value, value) <= 2 * relative(own_value, value) + rounding
+    assert relative(kernel_gradient, gradient) <= 2 * relative(own_gradient, gradient) + rounding
+    if gradient.norm() > 0 and leaves[0].dtype in (torch.float32, torch.float64):
+        cosine = torch.dot(kernel_gradient / kernel_gradient.norm(), gradient / gradient.norm())
+        assert cosine >= 1 - 1e-6
+
+
+def crossed(cases, dtypes):
+    """Every case in every dtype: one of them each time, the others as slow tests."""
+    return [
+        pytest.param(case, dtype, id=f"{case}-{dtype}", marks=[pytest.mark.slow] if (i + j) % len(dtypes) else [])
+        for i, case in enumerate(cases)
+        for j, dtype in enumerate(dtypes)
+    ]
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """``torch.empty`` gives NaN and the largest integers: whoever reads what nobody wrote is found out."""
+    torch.use_deterministic_algorithms(True)
+    filled = torch.utils.deterministic.fill_uninitialized_memory
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = filled
+
+
+# ------------------------------------------------------------------------------------------------------ class anchors
+
+# B, D, N, size, layout: channels below, between and above the chunks; one class, more classes than slots; odd
+# sizes, one pixel, a row longer than a tile.
+ANCHOR_CASES = [
+    (2, 20, 5, (3, 5), "nchw"),
+    (1, 40, 40, (5, 8), "channels_last"),
+    (2, 48, 5, (3, 5), "slices"),
+    (1, 8, 1, (1, 1), "nchw"),
+    (1, 8, 3, (2, 70), "nchw"),
+    (1, 80, 4, (3, 4), "nchw"),
+]
+
+
+@pytest.mark.parametrize(("case", "dtype"), crossed(ANCHOR_CASES, DTYPES))
+def test_class_anchors(rng, case, dtype):
+    B, D, N, size, layout = case
+    x = feature_map(rng, B, D, *size, dtype, layout)
+    labels, _ = labels_and_predictions(rng, B, N, 11, 13)
+    assert_like_the_definition(lambda x: ck.class_anchors(x, labels, N)[0], [x])
+    with ck.backend("triton"):
+        _, counts = ck.class_anchors(x, labels, N)
+    with ck.backend("reference"):
+        _, expected = ck.class_anchors(x, labels, N)
+    assert counts.dtype == torch.int64
+    assert counts.tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize(("scale", "dtype"), crossed([1e-20, 1.0, 1e15], DTYPES[:2]))
+def test_class_anchors_without_normalisation_take_their_scale_from_the_data(rng, scale, dtype):
+    labels, _ = labels_and_predictions(rng, 1, 3, 9, 11)
+    x = feature_map(rng, 1, 12, 3, 5, dtype, scale=scale)
+    assert_like_the_definition(lambda x: ck.class_anchors(x, labels, 3, normalize=False)[0] / scale, [x])
+
+
+@pytest.mark.parametrize(
+    ("ignore_index", "dtype"),
+    crossed([255, 0, -1, -100, 1], [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64]),
+)
+def test_label_codes_of_every_integer_type(rng, dtype, ignore_index):
+    """Exact sampling from the labels' own size and strides; out-of-range labels and ignore_index count as ignored."""
+    info = torch.iinfo(dtype)
+    values = [0, 1, 2, 3, 4, 100, info.min, info.max, *([2**32 + 1, 2**16 + 2] if dtype == torch.int64 else [])]
+    labels = torch.from_numpy(rng.choice(values, (2, 13, 11))).to(dtype).to(DEVICE).mT
+    x = feature_map(rng, 2, 4, 3, 5)
+    with ck.backend("triton"):
+        anchors, counts = ck.class_anchors(x, labels, 4, ignore_index=ignore_index)
+    with ck.backend("reference"):
+        expected, expected_counts = ck.class_anchors(x, labels, 4, ignore_index=ignore_index)
+    assert counts.tolist() == expected_counts.tolist()
+    torch.testing.assert_close(anchors, expected, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("num_classes", [255, 256])
+def test_the_largest_numbers_of_classes(rng, num_classes):
+    """255 classes still fit one byte beside the mark of no class; 256 need two."""
+    labels = torch.from_numpy(rng.choice([0, 253, 254, 255, 256], (1, 6, 7))).to(DEVICE)
+    x = feature_map(rng, 1, 4, 6, 7)
+    with ck.backend("triton"):
+        anchors, counts = ck.class_anchors(x, labels, num_classes, ignore_index=-1)
+    with ck.backend("reference"):
+        expected, expected_counts = ck.class_anchors(x, labels, num_classes, ignore_index=-1)
+    assert counts.tolist() == expected_counts.tolist()
+    torch.testing.assert_close(anchors, expected, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_class_anchors_gradcheck(rng, normalize):
+    x = feature_map(rng, 1, 8, 2, 3).requires_grad_()
+    labels = torch.tensor([[[0, 1, 0], [2, 255, 0]]], device=DEVICE)
+    with ck.backend("triton"):
+        assert gradcheck(lambda x: ck.class_anchors(x, labels, 3, normalize=normalize)[0], [x], fast_mode=True)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_a_broken_vector_marks_its_class_and_no_other(rng, bad, normalize):
+    labels = torch.tensor([[[0, 1, 1, 255]]], device=DEVICE)
+    x = feature_map(rng, 1, 8, 1, 4)
+    with ck.backend("triton"):
+        clean, _ = ck.class_anchors(x, labels, 2, normalize=normalize)
+        ignored = x.clone()
+        ignored[0, 3, 0, 3] = bad
+        ignored.requires_grad_()
+        anchors, _ = ck.class_anchors(ignored, labels, 2, normalize=normalize)
+        assert torch.equal(anchors, clean)
+        (gradient,) = torch.autograd.grad(anchors.sum(), ignored)
+        assert gradient.isfinite().all()
+        assert not gradient[..., 3].any()
+        broken = x.clone()
+        broken[0, 3, 0, 0] = bad
+        anchors, _ = ck.class_anchors(broken, labels, 2, normalize=normalize)
+        assert not anchors[0].isfinite().any()
+        assert torch.equal(anchors[1], clean[1])
+
+
+def test_vectors_without_direction_pass_no_gradient(rng):
+    x = torch.zeros(1, 8, 1, 4, dtype=torch.float64, device=DEVICE)
+    x[0, 0, 0] = torch.tensor([0.0, 0.9e-12, 1.1e-12, 2.0])
+    labels = torch.tensor([[[0, 0, 1, 2]]], device=DEVICE)
+    assert_like_the_definition(lambda x: ck.class_anchors(x, labels, 3)[0], [x])
+
+
+# -------------------------------------------------------------------------------------------------- pixel-anchor loss
+
+
+def negative_maps(rng, kind, B, N, size):
+    """Hard negatives (some of them the pixel's own class, some at ignored pixels), base pixels, both, or neither."""
+    negatives = torch.from_numpy(rng.integers(-N, N + 2, (B, *size))).to(DEVICE)
+    base = torch.from_numpy(rng.random((B, *size)) < 0.4).to(DEVICE)
+    return {
+        "negatives": negatives if kind in ("hard", "both") else None,
+        "base": base if kind in ("base", "both") else None,
+    }
+
+
+@pytest.mark.parametrize(("kind", "dtype"), crossed(["hard", "base", "both", "neither"], DTYPES))
+def test_pixel_anchor_loss(rng, kind, dtype):
+    x = feature_map(rng, 2, 20, 3, 5, dtype)
+    labels, _ = labels_and_predictions(rng, 2, 5, 11, 13)
+    rows = feature_map(rng, 5, 20, 1, 1, torch.promote_types(dtype, torch.float32)).reshape(5, 20)
+    maps = negative_maps(rng, kind, 2, 5, (3, 5))
+    assert_like_the_definition(lambda x, a: ck.pixel_anchor_loss(x, labels, a, **maps), [x, rows])
+
+
+@pytest.mark.parametrize("kind", ["hard", "neither"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        (1, 40, 40, (3, 8), "channels_last", {}),
+        (2, 48, 5, (2, 5), "slices", {"temperature": 0.02}),
+        (1, 8, 1, (1, 1), "nchw", {}),
+        (1, 72, 17, (1, 35), "nchw", {}),
+        (2, 20, 5, (2, 5), "channels_last", {"normalize": False, "temperature": 1}),
+    ],
+    ids=str,
+)
+def test_pixel_anchor_loss_at_the_edges(rng, case, kind):
+    B, D, N, size, layout, options = case
+    x = feature_map(rng, B, D, *size, torch.float32, layout)
+    labels, _ = labels_and_predictions(rng, B, N, 11, 13)
+    rows = feature_map(rng, N, D, 1, 1).reshape(N, D)
+    maps = negative_maps(rng, kind, B, N, size)
+    assert_like_the_definition(lambda x: ck.pixel_anchor_loss(x, labels, rows.to(x.dtype), **maps, **options), [x])
+
+
+@pytest.mark.parametrize("kind", ["hard", "both", "neither"])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_pixel_anchor_loss_gradcheck(rng, kind, normalize):
+    x = feature_map(rng, 1, 8, 2, 3).requires_grad_()
+    labels = torch.tensor([[[0, 1, 0], [2, 255, 0]]], device=DEVICE)
+    rows = feature_map(rng, 3, 8, 1, 1).reshape(3, 8).requires_grad_()
+    maps = negative_maps(rng, kind, 1, 3, (2, 3))
+    with ck.backend("triton"):
+        assert gradcheck(
+            lambda x, a: ck.pixel_anchor_loss(x, labels, a, **maps, normalize=normalize, temperature=0.5),
+            [x, rows],
+            fast_mode=True,
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_well_separated_classes_keep_their_small_losses(rng, dtype):
+    """Every term near e^-18 in float32: log(1 + u) would be zero, and a fixed point without room below one as
+    well."""
+    labels = torch.tensor([[[0, 1] * 4, [1, 0] * 4]], device=DEVICE)
+    x = feature_map(rng, 1, 8, 2, 8, dtype) * 0.01
+    x[0, 0] += (1 - 2 * labels[0]).to(dtype)
+    rows = torch.zeros(2, 8, device=DEVICE)
+    rows[0, 0], rows[1, 0] = 1, -1
+    assert_like_the_definition(lambda x: ck.pixel_anchor_loss(x, labels, rows.to(x.dtype)), [x])
+
+
+def test_anchors_of_absent_classes_are_in_no_term(rng):
+    x = feature_map(rng, 1, 8, 2, 3).requires_grad_()
+    labels = torch.tensor([[[0, 1, 0], [1, 255, 0]]], device=DEVICE)
+    rows = torch.from_numpy(rng.standard_normal((3, 8))).to(DEVICE)
+    negatives = torch.tensor([[[1, 2, 2], [0, 1, -1]]], device=DEVICE)
+    rows[2] = torch.nan
+    rows.requires_grad_()
+    results = []
+    for name in ("triton", "reference"):
+        with ck.backend(name):
+            loss = ck.pixel_anchor_loss(x, labels, rows, negatives=negatives)
+            results.append((loss.detach(), *torch.autograd.grad(loss, [x, rows])))
+    for ours, theirs in zip(*results):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("kind", ["hard", "neither"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_nothing_hides_a_broken_vector(rng, bad, kind):
+    """At an ignored pixel it has no effect; at a valid one the loss is NaN, also where its class has no negative."""
+    labels = torch.tensor([[[0, 1, 0], [1, 255, 0]]], device=DEVICE)
+    x = feature_map(rng, 1, 8, 2, 3)
+    rows = feature_map(rng, 2, 8, 1, 1).reshape(2, 8)
+    negatives = torch.tensor([[[1, -1, -1], [-1, 0, -1]]], device=DEVICE) if kind == "hard" else None
+    with ck.backend("triton"):
+        clean = run(lambda x: ck.pixel_anchor_loss(x, labels, rows, negatives=negatives), [x])
+        ignored = x.clone()
+        ignored[0, 2, 1, 1] = bad
+        dirty = run(lambda x: ck.pixel_anchor_loss(x, labels, rows, negatives=negatives), [ignored])
+        assert torch.equal(dirty[0], clean[0])
+        assert torch.equal(dirty[1], clean[1])
+        broken = x.clone()
+        broken[0, 2, 0, 1] = bad  # of class 1, which has one negative; class 0 has none where kind is hard
+        assert ck.pixel_anchor_loss(broken, labels, rows, negatives=negatives).isnan()
+        broken = x.clone()
+        broken[0, 2, 0, 2] = bad
+        assert ck.pixel_anchor_loss(broken, labels, rows, negatives=negatives).isnan()
+        for row in rows:
+            row[5] = bad
+            assert ck.pixel_anchor_loss(x, labels, rows, negatives=negatives).isnan()
+            row[5] = 1
+
+
+# ----------------------------------------------------------------------------------------------------- the whole loss
+
+
+def pyramid(rng, B, D, sizes, dtype=torch.float64, layout="nchw", scale=1.0):
+    return [feature_map(rng, B, D, *size, dtype, layout, scale) for size in sizes]
+
+
+def total(labels, predictions, N, layers, **options):
+    weights = (1.0, 0.7, 0.4, 0.1)[:layers]
+    return lambda *xs: ck.contextrast_loss(
+        list(xs), labels, predictions, num_classes=N, layer_weights=weights, **options
+    )
+
+
+CONTEXTRAST_CASES = {
+    "as the paper": {},
+    "normalised anchors": {"normalize_anchors": True},
+    "stopped at the anchors": {"detach_anchors": True},
+    "not normalised": {"normalize": False, "temperature": 1.0, "normalize_anchors": True},
+    "with base pixels": {"base_rate": 0.3, "seed": 2**40 + 5},
+    "all pixels": {"negatives": "none", "base_rate": 1},
+    "semi-hard": {"negatives": "semi-hard", "ratio": 0.3, "seed": 7},
+}
+
+
+@pytest.mark.parametrize("options", CONTEXTRAST_CASES.values(), ids=list(CONTEXTRAST_CASES))
+def test_contextrast_loss(rng, options):
+    xs = pyramid(rng, 2, 12, [(3, 4), (2, 2)])
+    labels, predictions = labels_and_predictions(rng, 2, 4, 11, 13)
+    assert_like_the_definition(total(labels, predictions, 4, 2, **options), xs)
+
+
+@pytest.mark.parametrize(("scale", "dtype"), crossed([1e-4, 1.0, 1e4], DTYPES[1:]))
+def test_contextrast_loss_in_every_dtype_and_scale(rng, dtype, scale):
+    xs = pyramid(rng, 1, 24, [(4, 5), (2, 2)], dtype, scale=scale)
+    labels, predictions = labels_and_predictions(rng, 1, 4, 10, 12)
+    assert_like_the_definition(total(labels, predictions, 4, 2), xs)
+
+
+def test_tiny_float16_features(rng):
+    """1/‖x‖ is far above the largest float16 there."""
+    xs = pyramid(rng, 1, 24, [(5, 6)], torch.float16, scale=1e-6)
+    labels, predictions = labels_and_predictions(rng, 1, 4, 10, 12)
+    loss = total(labels, predictions, 4, 1)
+    with ck.backend("reference"):
+        expected = loss(*[x.double() for x in xs])
+    with ck.backend("triton"):
+        torch.testing.assert_close(loss(*xs).double(), expected, rtol=1e-6, atol=0)
+
+
+def test_layers_that_lie_differently_in_memory(rng):
+    """NCHW of two widths, channels_last and a slice in one loss: several launches, one result."""
+    xs = [
+        feature_map(rng, 1, 16, 3, 8, torch.float32, "nchw"),
+        feature_map(rng, 1, 16, 3, 5, torch.float32, "channels_last"),
+        feature_map(rng, 1, 16, 2, 3, torch.float32, "slices"),
+        feature_map(rng, 1, 16, 1, 1, torch.float32, "nchw"),
+    ]
+    labels, predictions = labels_and_predictions(rng, 1, 4, 11, 13)
+    assert_like_the_definition(total(labels, predictions, 4, 4), xs)
+
+
+def test_logits_as_predictions(rng):
+    xs = pyramid(rng, 1, 16, [(4, 5), (2, 3)])
+    labels, predictions = labels_and_predictions(rng, 1, 4, 11, 13)
+    logits = torch.nn.functional.one_hot(predictions, 4).movedim(-1, 1).float()
+    assert_like_the_definition(total(labels, logits, 4, 2), xs)
+
+
+def test_two_runs_agree_bit_by_bit(rng):
+    xs = pyramid(rng, 1, 12, [(4, 5), (2, 2)], torch.float32)
+    labels, predictions = labels_and_predictions(rng, 1, 4, 10, 12)
+    with ck.backend("triton"):
+        for options in ({}, {"base_rate": 0.5}):
+            first, second = (run(total(labels, predictions, 4, 2, **options), xs) for _ in range(2))
+            assert torch.equal(first[0], second[0])
+            assert torch.equal(first[1], second[1])
+
+
+def test_contextrast_loss_gradcheck(rng):
+    xs = [x.requires_grad_() for x in pyramid(rng, 1, 8, [(2, 3), (2, 2)])]
+    labels, predictions = labels_and_predictions(rng, 1, 3, 6, 6, wrong=0.6)
+    with ck.backend("triton"):
+        assert gradcheck(total(labels, predictions, 3, 2), xs, fast_mode=True)
+
+
+def test_the_fused_loss_is_the_sum_of_its_parts(rng):
+    """One op for all layers against class_anchors, fuse_anchors and pixel_anchor_loss layer by layer, all on
+    Triton."""
+    xs = pyramid(rng, 1, 16, [(4, 5), (2, 3)])
+    labels, predictions = labels_and_predictions(rng, 1, 4, 10, 12)
+
+    def composed(*xs):
+        parts = [ck.class_anchors(x, labels, 4) for x in xs]
+        fused = [ck.fuse_anchors(*parts[0], *parts[1]), parts[1][0]]
+        losses = []
+        for x, rows in zip(xs, fused):
+            chosen = ck.bane_negatives(predictions, labels, num_classes=4, size=x.shape[2:])
+            losses.append(ck.pixel_anchor_loss(x, labels, rows, negatives=chosen))
+        return losses[0] + 0.7 * losses[1]
+
+    with ck.backend("triton"):
+        value, gradient = run(total(labels, predictions, 4, 2), xs)
+        expected, expected_gradient = run(composed, xs)
+    assert relative(value, expected) < 1e-13
+    assert relative(gradient, expected_gradient) < 1e-12
+
+
+@pytest.mark.parametrize(
+    "what", ["nothing valid", "no errors", "everything wrong", "one class", "empty batch", "top layer lacks a class"]
+)
+def test_degenerate_batches(rng, what):
+    B = 0 if what == "empty batch" else 1
+    xs = pyramid(rng, B, 8, [(3, 4), (2, 2)])
+    labels = torch.from_numpy(rng.integers(0, 3, (B, 8, 8))).to(DEVICE)
+    predictions = torch.from_numpy(rng.integers(0, 3, (B, 8, 8))).to(DEVICE)
+    if what == "nothing valid":
+        labels[:] = 255
+    elif what == "no errors":
+        predictions = labels.clone()
+    elif what == "everything wrong":
+        predictions = (labels + 1) % 3
+    elif what == "one class":
+        labels[:] = 1
+    elif what == "top layer lacks a class":
+        labels[:, ::4, ::4] = 1
+        labels[:, 2, 2] = 0  # seen by the first layer alone
+    loss = total(labels, predictions, 3, 2)
+    with ck.backend("triton"):
+        value, gradient = run(loss, xs)
+    if what in ("nothing valid", "no errors", "empty batch"):
+        assert value == 0
+        assert not gradient.any()
+    with ck.backend("reference"):
+        expected, expected_gradient = run(loss, xs)
+    assert relative(value, expected) < 1e-13
+    assert relative(gradient, expected_gradient) < 1e-12
+
+
+def test_a_broken_valid_pixel_gives_nan_in_any_layer(rng):
+    labels, predictions = labels_and_predictions(rng, 1, 3, 8, 8, ignored=0)
+    labels[0, 0, 0] = 255
+    for layer in (0, 1):
+        xs = pyramid(rng, 1, 8, [(4, 4), (2, 2)])
+        loss = total(labels, predictions, 3, 2)
+        with ck.backend("triton"):
+            clean = run(loss, xs)
+            xs[layer][0, 1, 0, 0] = torch.nan  # ignored
+            dirty = run(loss, xs)
+            assert torch.equal(clean[0], dirty[0])
+            assert torch.equal(clean[1], dirty[1])
+            xs[layer][0, 1, 1, 1] = torch.nan
+            assert loss(*xs).isnan()
+
+
+def test_reports_of_the_module(rng):
+    xs = pyramid(rng, 2, 8, [(4, 5), (2, 3)], torch.float32)
+    labels, predictions = labels_and_predictions(rng, 2, 4, 11, 13)
+    reports = []
+    for name in ("reference", "triton"):
+        criterion = ck.ContextrastLoss(4, layer_weights=(1.0, 0.5), base_rate=0.2, seed=3)
+        with ck.backend(name):
+            criterion(xs, labels, predictions)
+        reports.append(criterion.last)
+    for key in ("classes", "positives", "negatives", "errors"):
+        assert reports[0][key].tolist() == reports[1][key].tolist(), key
+    torch.testing.assert_close(reports[0]["loss"], reports[1]["loss"], rtol=1e-6, atol=0)
+    assert not reports[1]["loss"].requires_grad
+
+
+# ------------------------------------------------------------------------------------------------------ as ops
+
+
+def test_opcheck(rng):
+    """Schema, fake tensors, autograd registration and AOT dispatch of every op, backward ops with what forward
+    saved."""
+    labels, _ = labels_and_predictions(rng, 1, 3, 6, 7)
+    x, top = (x.requires_grad_() for x in pyramid(rng, 1, 8, [(3, 4), (2, 2)]))
+    a, counts, codes = anchors._class_anchors(x, labels, 3, 255, True, "triton")
+    opcheck(anchors._class_anchors, (x, labels, 3, 255, True, "triton"))
+    detached = x.detach()
+    opcheck(anchors._class_anchors_backward, (torch.ones_like(a), detached, counts, codes, True, "triton"))
+
+    negatives, base = negative_maps(rng, "both", 1, 3, (3, 4)).values()
+    rows = a.detach().requires_grad_()
+    for maps in ((negatives, None), (negatives, base)):
+        arguments = (x, labels, rows, *maps, 0.1, 255, True, "triton")
+        opcheck(pixel_anchor._pixel_anchor_loss, arguments)
+        loss, _, *saved = pixel_anchor._pixel_anchor_loss(*arguments)
+        opcheck(
+            pixel_anchor._pixel_anchor_loss_backward,
+            (torch.ones_like(loss).detach(), detached, *saved, 0.1, True, "triton"),
+        )
+
+    maps = [negatives.int(), torch.zeros(1, 2, 2, dtype=torch.int32, device=DEVICE)]
+    seed = torch.zeros((), dtype=torch.int64, device=DEVICE)
+    arguments = ([x, top], labels, maps, maps, seed, 3, 255, [1.0, 0.5], 0.1, 0.7, 0.0, True, False, False, "triton")
+    opcheck(contextrast._contextrast_loss, arguments)
+    loss, _, _, *saved = contextrast._contextrast_loss(*arguments)
+    backward = (torch.ones_like(loss).detach(), [detached, top.detach()], *saved, 0.1, True, False, "triton")
+    opcheck(contextrast._contextrast_loss_backward, backward)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_torch_compile(rng, compiler, dynamic):
+    labels, predictions = labels_and_predictions(rng, 1, 3, 6, 7)
+    torch._dynamo.reset()
+    graphs = torch._dynamo.testing.CompileCounterWithBackend(compiler)
+    loss = torch.compile(total(labels, predictions, 3, 2), backend=graphs, fullgraph=True, dynamic=dynamic)
+    with ck.backend("triton"):
+        for _ in range(2):
+            xs = [x.requires_grad_() for x in pyramid(rng, 1, 8, [(3, 4), (2, 2)])]
+            compiled = loss(*xs)
+            gradients = torch.autograd.grad(compiled, xs)
+            eager = total(labels, predictions, 3, 2)(*xs)
+            assert torch.equal(compiled, eager)
+            for ours, theirs in zip(gradients, torch.autograd.grad(eager, xs)):
+                assert torch.equal(ours, theirs)
+    assert graphs.frame_count == 1
+
+
+def test_autocast_changes_nothing(rng):
+    xs = [x.requires_grad_() for x in pyramid(rng, 1, 8, [(3, 4)], torch.float32)]
+    labels, predictions = labels_and_predictions(rng, 1, 3, 6, 7)
+    loss = total(labels, predictions, 3, 1)
+    with ck.backend("triton"):
+        plain = loss(*xs)
+        with torch.autocast(DEVICE, torch.bfloat16):
+            cast = loss(*xs)
+        assert torch.equal(plain, cast)
+        assert torch.equal(torch.autograd.grad(plain, xs)[0], torch.autograd.grad(cast, xs)[0])
+
+
+def test_backward_runs_what_forward_ran(rng):
+    x = feature_map(rng, 1, 8, 3, 4).requires_grad_()
+    labels, _ = labels_and_predictions(rng, 1, 3, 6, 7)
+    with ck.backend("triton"):
+        loss = ck.class_anchors(x, labels, 3)[0].sum()
+    with ck.backend("reference"):
+        (gradient,) = torch.autograd.grad(loss, x)
+    assert loss.grad_fn is not None
+    assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize(("N", "D"), [(257, 8), (3, 1025)])
+def test_what_the_kernels_do_not_take(rng, N, D):
+    x = feature_map(rng, 1, D, 2, 2)
+    labels = torch.zeros(1, 2, 2, dtype=torch.int64, device=DEVICE)
+    with (
+        ck.backend("triton"),
+        pytest.raises(RuntimeError, match=rf"at most 256 classes and 1024 channels, got {N} and {D}"),
+    ):
+        ck.class_anchors(x, labels, N)
+    with ck.backend("auto"):
+        _, counts = ck.class_anchors(x, labels, N)
+    assert counts[0] == 4
+
+
+# ------------------------------------------------------------------------------------------------------ larger
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["nchw", "channels_last"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_four_layers(rng, dtype, layout):
+    xs = pyramid(rng, 2, 64, [(24, 34), (12, 17), (6, 9), (3, 5)], dtype, layout)
+    labels, predictions = labels_and_predictions(rng, 2, 19, 96, 136)
+    for options in ({}, {"base_rate": 0.5}):
+        assert_like_the_definition(total(labels, predictions, 19, 4, **options), xs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("D", [200, 256, 300, 720, 1024])
+def test_many_channels(rng, D):
+    xs = pyramid(rng, 1, D, [(4, 5), (2, 3)], torch.float32)
+    labels, predictions = labels_and_predictions(rng, 1, 7, 8, 10)
+    for options in ({}, {"base_rate": 0.5}):
+        assert_like_the_definition(total(labels, predictions, 7, 2, **options), xs)
+
+
+@pytest.mark.slow
+def test_a_block_with_every_class_there_is(rng):
+    """150 classes in one block: ten rounds over sixteen slots."""
+    labels = torch.from_numpy(rng.permutation(150 * 4).reshape(1, 20, 30) % 150).to(DEVICE)
+    predictions = torch.from_numpy(rng.integers(0, 150, (1, 20, 30))).to(DEVICE)
+    xs = pyramid(rng, 1, 16, [(20, 30), (10, 15)], torch.float32)
+    assert_like_the_definition(total(labels, predictions, 150, 2), xs)
+    assert np.unique(labels.cpu()).size == 150
