@@ -280,29 +280,32 @@ def _lower_envelope(g: Tensor) -> Tensor:
     """
     rows, width = g.shape
     device = g.device
-    index_bits = (checks.MAX_SIDE - 1).bit_length()
-    nearest = g.new_zeros(rows, width)
-    h = 1
-    while 2 * h <= width:
-        h *= 2
+    # Padded to a power of two, all that follows has the same shape for many widths: one graph for torch.compile.
+    padded = 1
+    while padded < width:
+        padded *= 2
+    g = F.pad(g, (0, padded - width), value=_UNREACHED)
+    nearest = torch.zeros_like(g)
+    h = padded
     while h >= 1:
         # This level answers x = h-1, 3h-1, 5h-1, ...; x = 2h-1, 4h-1, ... are known and bound the ranges.
         known = nearest[:, 2 * h - 1 :: 2 * h]
-        bounds = torch.cat([g.new_zeros(rows, 1), known, g.new_full((rows, 1), width - 1)], dim=1)
-        ranges = bounds.shape[1] - 1
+        bounds = torch.cat([g.new_zeros(rows, 1), known, g.new_full((rows, 1), padded - 1)], dim=1)
+        ranges = padded // (2 * h) + 1
         starts = bounds[:, 1:-1] + torch.arange(1, ranges, device=device)
-        place = torch.zeros(rows, width - 1 + ranges, dtype=torch.int64, device=device)
+        place = torch.zeros(rows, padded - 1 + ranges, dtype=torch.int64, device=device)
         in_range = place.scatter(1, starts, 1).cumsum(1)
-        u = torch.arange(width - 1 + ranges, device=device) - in_range
+        u = torch.arange(padded - 1 + ranges, device=device) - in_range
         x = (2 * in_range + 1) * h - 1
         # Value and index in one integer, so that one minimum finds both.
-        candidate = ((x - u) ** 2 + g.gather(1, u) << index_bits) | u
+        candidate = ((x - u) ** 2 + g.gather(1, u)) * padded + u
         best = torch.full((rows, ranges), torch.iinfo(torch.int64).max, device=device)
         best = best.scatter_reduce(1, in_range, candidate, "amin")
         answers = nearest[:, h - 1 :: 2 * h]
-        answers.copy_(best[:, : answers.shape[1]] & ((1 << index_bits) - 1))
+        answers.copy_(best[:, : answers.shape[1]] % padded)
         h //= 2
     x = torch.arange(width, device=device)
+    nearest = nearest[:, :width]
     return (x - nearest) ** 2 + g.gather(1, nearest)
 
 
