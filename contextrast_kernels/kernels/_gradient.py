@@ -22,14 +22,15 @@ from triton import language as tl
 
 from contextrast_kernels.kernels import _launch
 from contextrast_kernels.kernels._tiles import (
+    anchor_products,
     block_of,
     channels,
     class_rows,
-    dot_features,
     image_codes,
     image_features,
     inverse_norm,
     is_finite,
+    is_negative,
     layer_of,
     pick,
     real,
@@ -80,7 +81,7 @@ def feature_gradients(
         arguments |= terms._asdict()
         arguments.pop("similarity")
         K = _launch.columns(D, D)["K"]
-        tiles = {"ROWS": 4, "P": 32 if D <= 256 else 16, "K": K, "CLASSES": 16}
+        tiles = {"ROWS": 4, "P": 32 if D <= 256 else 16, "K": K, "KS": 32, "CLASSES": 16}
         _launch.sweep(_features_bwd_dense, features, arguments, {**constants, **tiles}, out=out)
     return out
 
@@ -236,6 +237,7 @@ def _features_bwd_dense(
     ROWS: tl.constexpr,
     P: tl.constexpr,
     CHUNK: tl.constexpr,
+    KS: tl.constexpr,
     K: tl.constexpr,
     CLASSES: tl.constexpr,
     NORMALIZE: tl.constexpr,
@@ -275,29 +277,20 @@ def _features_bwd_dense(
         negative = tl.load(e + pixel, mask=live, other=32767).to(tl.int32)
         is_base = tl.load(base + pixel, mask=live, other=0) != 0
         valid = label < N
-        sizes = tl.zeros((CHUNK, P), ACC)
         to_pull = tl.zeros((CHUNK, P), ACC)
-        for k in tl.range(0, D, CHUNK, loop_unroll_factor=8):
-            tile = channels(row, c * sW, live, k, sD, D, CHUNK).to(ACC)
-            sizes += size_term(tile, NORMALIZE)
-            if pull is not None and NORMALIZE:
+        if pull is not None and NORMALIZE:
+            for k in tl.range(0, D, CHUNK, loop_unroll_factor=8):
+                tile = channels(row, c * sW, live, k, sD, D, CHUNK).to(ACC)
                 to_pull += tile * table_rows(pull, label, valid, k, D, CHUNK)
-        size = tl.sum(sizes, 0)
-        norm = inverse_norm(size, NORMALIZE)
         along = tl.sum(to_pull, 0)
+        norm = tl.zeros((P,), ACC)
         gradients = zero_tiles((D + K - 1) // K, K, P, ACC)
         for n0 in range(0, N, CLASSES):
             n = n0 + tl.arange(0, CLASSES)
             classes = tl.where(n < N, n, -1)
-            products = tl.zeros((CLASSES, P), ACC)
-            for k in range(0, D, K):
-                tile = channels(row, c * sW, live, k, sD, D, K)
-                products = dot_features(class_rows(table, classes, k, D, K), tile, products)
+            products, norm, _ = anchor_products(row, c * sW, live, sD, table, classes, D, P, CHUNK, KS, NORMALIZE, ACC)
             own = (classes[:, None] == label[None, :]) & valid[None, :]
-            against = (is_base[None, :] & (classes[:, None] != label[None, :])) | (
-                classes[:, None] == negative[None, :]
-            )
-            against = against & (classes >= 0)[:, None]
+            against = is_negative(classes, label, negative, is_base)
             log_sum = tl.load(Z + number * N + classes, mask=classes >= 0, other=0.0)[:, None]
             s = products * (norm * inverse_temperature)[None, :]
             pulled = tl.load(toward + classes, mask=classes >= 0, other=0.0)[:, None] * sigmoid(log_sum - s)

@@ -172,6 +172,42 @@ def dot_features(a, x, acc):
         return tl.dot(a, x, acc, input_precision="ieee", out_dtype=tl.float64)
 
 
+@triton.jit
+def anchor_products(
+    row,
+    pixel,
+    live,
+    sD,
+    table,
+    classes,
+    D: tl.constexpr,
+    P: tl.constexpr,
+    CHUNK: tl.constexpr,
+    KS: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """⟨x, â⟩ of a row of pixels and some classes (classes, P), r = 1/‖x‖ and the summed ``size_term`` (P,). s = ⟨x,
+    â⟩ r / τ. The first read, for the sizes, has many loads in flight; the second is from cache."""
+    sizes = tl.zeros((CHUNK, P), ACC)
+    for k in tl.range(0, D, CHUNK, loop_unroll_factor=8):
+        sizes += size_term(channels(row, pixel, live, k, sD, D, CHUNK).to(ACC), NORMALIZE)
+    size = tl.sum(sizes, 0)
+    products = tl.zeros((classes.shape[0], P), ACC)
+    for k in range(0, D, KS):
+        tile = channels(row, pixel, live, k, sD, D, KS)
+        products = dot_features(class_rows(table, classes, k, D, KS), tile, products)
+    return products, inverse_norm(size, NORMALIZE), size
+
+
+@triton.jit
+def is_negative(classes, label, negative, is_base):
+    """(classes, P): whether each pixel is a negative of each class (-1: no class). Ignored pixels have neither e
+    nor base."""
+    chosen = classes[:, None] == negative[None, :]
+    return (chosen | (is_base[None, :] & (classes[:, None] != label[None, :]))) & (classes >= 0)[:, None]
+
+
 # ------------------------------------------------------------------------------------------------- classes of a block
 
 

@@ -2,7 +2,8 @@
 
     a^n = Σ_p r_p x_p [y_p = n] / c_n,    r_p = 1/‖x_p‖,    c_n = Σ_p [y_p = n]
 
-Sums of different programs meet in int64 fixed point: they add up to the same bits in any order, without a second stage.
+Sums of different programs meet in int64 fixed point: they add up to the same bits in any order, without a second
+stage.
 """
 
 from collections.abc import Sequence
@@ -88,7 +89,8 @@ def sums_tiles(dtype: torch.dtype, D: int) -> dict:
     }
 
 
-def class_sums(features: Sequence[Tensor], code: Codes, num_classes: int, reach: Tensor | None, headroom: int) -> Sums:
+def class_sums(features: Sequence[Tensor], code: Codes, num_classes: int, reach: Tensor | None, headroom: int) ->
+Sums:
     """Σ v over the pixels of every class, normalised unless a ``reach`` is given. One read of the features.
 
     headroom: ``_launch.headroom`` of all the pixels (of all ranks) that the sums will hold."""

@@ -51,7 +51,7 @@ def forward(
 
     scales = Scales(lengths, reach, temperature, headroom)
     outcome = finish(
-        moments(features, code, table, Z, scales),
+        moments(features, code, table, Z, similarity, scales),
         code.counts,
         code.totals,
         table,

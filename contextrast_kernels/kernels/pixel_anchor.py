@@ -26,16 +26,17 @@ from contextrast_kernels.kernels._codes import PIXELS, Codes, codes
 from contextrast_kernels.kernels._gradient import Terms, feature_gradients
 from contextrast_kernels.kernels._tiles import (
     add_fixed,
+    anchor_products,
     block_classes,
     block_of,
     channels,
-    class_rows,
     dot_features,
     exponent_above,
     image_codes,
     image_features,
     inverse_norm,
     is_finite,
+    is_negative,
     layer_of,
     pick,
     power_of_two,
@@ -113,7 +114,7 @@ def forward(
     reach = None if normalize else largest_features([features], code, anchors.shape[0])
     Z, similarity = log_sums([features], code, table, temperature, normalize)
     scales = Scales(lengths, reach, temperature, _launch.headroom(_launch.pixels(features)))
-    sums = moments([features], code, table, Z, scales)
+    sums = moments([features], code, table, Z, similarity, scales)
     outcome = finish(sums, code.counts, code.totals, table, Z, scales, (1.0,))
     terms = Terms(code.e, code.base, similarity, table, Z, outcome.coefficients)
     return outcome.loss, outcome.pull[0], code.y, terms
@@ -181,12 +182,7 @@ def log_sums(
         )
         _launch.launch(_hard_log_sums, (L,), {**sums, "Z": Z}, {"BINS": triton.next_power_of_2(N)})
         return Z, similarity
-    tiles = {
-        "ROWS": 8,
-        "P": 64 if table.dtype == torch.float32 else 32,
-        "K": _launch.columns(D, D)["K"],
-        "CLASSES": CLASSES,
-    }
+    tiles = {"ROWS": 8, "P": 64 if table.dtype == torch.float32 else 32, "CLASSES": CLASSES, **similarity_tiles(D)}
     blocks = _launch.blocks_of_layers(features, tiles)
     first = [sum(blocks[:i]) for i in range(L)]
     partial = torch.empty(2, sum(blocks), N, dtype=table.dtype, device=table.device)
@@ -218,6 +214,7 @@ def moments(
     code: Codes,
     table: Tensor,
     Z: Tensor,
+    similarity: Tensor | None,
     scales: Scales,
 ) -> Moments:
     """The sums over pixels that the loss and dL/dâ are made of. One read of the features."""
@@ -228,7 +225,8 @@ def moments(
     _launch.sweep(
         _pixel_anchor_fwd,
         features,
-        {"y": code.y, "e": code.e, "base": code.base, "table": table, "Z": Z, "vectors": vectors, "terms": terms}
+        {"y": code.y, "e": code.e, "base": code.base, "similarity": similarity, "table": table, "Z": Z}
+        | {"vectors": vectors, "terms": terms}
         | {**scales.arguments(), "N": N},
         {
             **tiles,
@@ -242,9 +240,15 @@ def moments(
     return Moments(vectors, terms)
 
 
+def similarity_tiles(D: int) -> dict:
+    """Every sweep forms s in the same order of additions, so that exp(s - Z) is exactly 1 where one negative is all
+    of Z."""
+    return {"CHUNK": _launch.chunk(D), "KS": 32}
+
+
 def moments_tiles(D: int) -> dict:
     """Chosen by registers and spills as compiled (tests/budgets.json), not yet by time."""
-    return {"ROWS": 8, "P": 32, "CHUNK": _launch.chunk(D), "KS": 32, **_launch.columns(D, 256)}
+    return {"ROWS": 8, "P": 32, **similarity_tiles(D), **_launch.columns(D, 256)}
 
 
 def finish(
@@ -408,7 +412,8 @@ def _dense_similarities(
     D: tl.constexpr,
     ROWS: tl.constexpr,
     P: tl.constexpr,
-    K: tl.constexpr,
+    CHUNK: tl.constexpr,
+    KS: tl.constexpr,
     CLASSES: tl.constexpr,
     NORMALIZE: tl.constexpr,
     UNIT: tl.constexpr,
@@ -443,7 +448,8 @@ def _dense_similarities(
             label = tl.load(y + pixel, mask=live, other=32767).to(tl.int32)
             negative = tl.load(e + pixel, mask=live, other=32767).to(tl.int32)
             is_base = tl.load(base + pixel, mask=live, other=0) != 0
-            s = similarities(row, c * sW, live, sD, table, classes, inverse_temperature, D, K, P, NORMALIZE, ACC)
+            products, norm, _ = anchor_products(row, c * sW, live, sD, table, classes, D, P, CHUNK, KS, NORMALIZE, ACC)
+            s = products * (norm * inverse_temperature)[None, :]
             against = is_negative(classes, label, negative, is_base)
             s = tl.where(against, s, -float("inf"))
             grown = tl.maximum(largest, tl.max(s, 1))
@@ -452,39 +458,6 @@ def _dense_similarities(
             largest = grown
         tl.store(partial + here + n, largest, mask=n < N)
         tl.store(partial + tl.cast(partials, tl.int64) * N + here + n, total, mask=n < N)
-
-
-@triton.jit
-def is_negative(classes, label, negative, is_base):
-    """(classes, P): whether each pixel is a negative of each class (-1: no class). Ignored pixels have neither e
-    nor base."""
-    chosen = classes[:, None] == negative[None, :]
-    return (chosen | (is_base[None, :] & (classes[:, None] != label[None, :]))) & (classes >= 0)[:, None]
-
-
-@triton.jit
-def similarities(
-    row,
-    pixel,
-    live,
-    sD,
-    table,
-    classes,
-    inverse_temperature,
-    D: tl.constexpr,
-    K: tl.constexpr,
-    P: tl.constexpr,
-    NORMALIZE: tl.constexpr,
-    ACC: tl.constexpr,
-):
-    """s (classes, P) of a row of pixels, its norms found on the way."""
-    sizes = tl.zeros((K, P), ACC)
-    products = tl.zeros((classes.shape[0], P), ACC)
-    for k in range(0, D, K):
-        tile = channels(row, pixel, live, k, sD, D, K)
-        sizes += size_term(tile.to(ACC), NORMALIZE)
-        products = dot_features(class_rows(table, classes, k, D, K), tile, products)
-    return products * (inverse_norm(tl.sum(sizes, 0), NORMALIZE) * inverse_temperature)[None, :]
 
 
 @triton.jit(do_not_specialize=["first", "count", "partials", "N"])
@@ -513,12 +486,12 @@ def _dense_log_sums(partial, first, count, partials, Z, N, RUN: tl.constexpr):
 
 
 @triton.jit
-def term_scale(Z, length, reach, inverse_temperature, headroom, D: tl.constexpr, NORMALIZE: tl.constexpr):
+def term_scale(Z, length, reach, layer, inverse_temperature, headroom, D: tl.constexpr, NORMALIZE: tl.constexpr):
     """The fixed-point scale of Σ softplus(Z_n - s_np), and whether there is one: each term is below |Z| + ‖â‖
     max‖v‖ / τ + 1."""
     longest = 1.0
     if not NORMALIZE:
-        longest = tl.load(reach) * (D * 1.0)
+        longest = tl.load(reach + layer) * (D * 1.0)
     bound = tl.where(-float("inf") == Z, 0.0, tl.abs(Z)) + length * inverse_temperature * longest + 1.0
     known = bound < 2.0**60
     return power_of_two(headroom - exponent_above(tl.where(known, bound, 1.0))), known
@@ -532,6 +505,7 @@ def _pixel_anchor_fwd(
     y,
     e,
     base,
+    similarity,
     table,
     Z,
     vectors,
@@ -556,13 +530,13 @@ def _pixel_anchor_fwd(
     WIDE: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """Over one block: A⁺, A⁻ (COLUMNS of the channels), Σ softplus(Z - s) and Σ σ of the classes found there.
+    """Over one block: A⁺, A⁻ (COLUMNS of the channels), Σ softplus(Z - s) and Σ σ of the classes found there, SLOTS
+    at a time; with ``base`` of all classes.
 
-    Rows 0 .. SLOTS-1 of every tile are label classes and hold positives, rows SLOTS .. 2 SLOTS-1 are classes with
-    negatives; one product over both gives s, a second, with weights σ and exp(s - Z), A⁺ and A⁻. With ``base`` both
-    lists are simply all classes, SLOTS at a time. The products run on the tensor cores on x as it came; 1/‖x‖ is in
-    the weights. Moves: the features once (the second read of a row is from cache), 2 bytes a pixel, 16 D bytes for
-    each class of a block.
+    A row of the block is read from memory for its norms, and from cache for two products on the tensor cores: the
+    rows of the label classes with x give s, the weights σ and exp(s - Z) with xᵀ give A⁺ and A⁻. x meets them as it
+    came; 1/‖x‖ is in the weights.
+    Moves: the features once, 6 bytes a pixel, 16 D bytes into the sums for each class of a block.
     """
     program = tl.program_id(0)
     part = tl.program_id(1)
@@ -579,95 +553,93 @@ def _pixel_anchor_fwd(
     scale = vector_scale(reach, number, headroom, NORMALIZE)
     c = c0 + tl.arange(0, P)
     live = c < w
-    slot = tl.arange(0, 2 * SLOTS)
-    holds_positives = slot < SLOTS
 
     rank0 = 0
     rounds = 1
     while rank0 < rounds:
         if base is None:
-            labels, label_count = block_classes(y + codes, r0, h, c, w, rank0, N, ROWS, P, BINS, 2 * SLOTS)
-            others, other_count = block_classes(e + codes, r0, h, c, w, rank0 - SLOTS, N, ROWS, P, BINS, 2 * SLOTS)
-            classes = tl.where(holds_positives, labels, others)
+            labels, label_count = block_classes(y + codes, r0, h, c, w, rank0, N, ROWS, P, BINS, SLOTS)
+            others, other_count = block_classes(e + codes, r0, h, c, w, rank0, N, ROWS, P, BINS, SLOTS)
             rounds = tl.maximum(label_count, other_count)
         else:
-            classes = rank0 + slot % SLOTS
-            classes = tl.where(classes < N, classes, -1)
+            labels = rank0 + tl.arange(0, SLOTS)
+            labels = tl.where(labels < N, labels, -1)
+            others = labels
             rounds = N
-        log_sum = tl.load(Z + classes, mask=classes >= 0, other=0.0)
-        totals = zero_tiles(COLUMNS // K, 2 * SLOTS, K, ACC)
-        losses = tl.zeros((2 * SLOTS,), ACC)
-        shares = tl.zeros((2 * SLOTS,), ACC)
+        pulled = zero_tiles(COLUMNS // K, SLOTS, K, ACC)
+        pushed = zero_tiles(COLUMNS // K, SLOTS, K, ACC)
+        losses = tl.zeros((SLOTS,), ACC)
+        shares = tl.zeros((SLOTS,), ACC)
         for r in range(r0, tl.minimum(r0 + ROWS, h)):
             row = image + tl.cast(r, tl.int64) * sH
             pixel = codes + (r * w + c)
             label = tl.load(y + pixel, mask=live, other=32767).to(tl.int32)
             negative = tl.load(e + pixel, mask=live, other=32767).to(tl.int32)
 
-            # 1. Norms, with many loads in flight; then similarities.
-            sizes = tl.zeros((CHUNK, P), ACC)
-            for k in tl.range(0, D, CHUNK, loop_unroll_factor=8):
-                sizes += size_term(channels(row, c * sW, live, k, sD, D, CHUNK).to(ACC), NORMALIZE)
-            size = tl.sum(sizes, 0)
-            products = tl.zeros((2 * SLOTS, P), ACC)
-            for k in range(0, D, KS):
-                tile = channels(row, c * sW, live, k, sD, D, KS)
-                products = dot_features(class_rows(table, classes, k, D, KS), tile, products)
-            norm = inverse_norm(size, NORMALIZE)
-            s = products * (norm * inverse_temperature)[None, :]
-
-            # 2. Weights. A vector that is not finite is taken out and its class marked: 0 · NaN would reach every
-            # class.
+            # 1. Norms, and products with the anchors of the label classes. A vector that is not finite is taken out
+            # and its class marked: 0 · NaN would reach every class.
+            products, norm, size = anchor_products(
+                row, c * sW, live, sD, table, labels, D, P, CHUNK, KS, NORMALIZE, ACC
+            )
             sound = is_finite(size)
             some_broken = tl.min(sound.to(tl.int32), 0) == 0
             if some_broken:
                 broken = live & (label < N) & (sound == 0)
                 tl.atomic_max(terms + 2 * N + label, tl.full((P,), 1, tl.int64), mask=broken, sem="relaxed")
-            own = holds_positives[:, None] & (classes[:, None] == label[None, :]) & sound[None, :]
-            if base is None:
-                against = (classes[:, None] == negative[None, :]) & (holds_positives == 0)[:, None] & sound[None, :]
-            else:
-                is_base = tl.load(base + pixel, mask=live, other=0) != 0
-                against = is_negative(classes, label, negative, is_base)
-                against = against & (holds_positives == 0)[:, None] & sound[None, :]
-            apart = log_sum[:, None] - s
-            share = sigmoid(apart)
-            # 0 · s: an infinite similarity shows even where the class has no negative.
-            losses += tl.sum(tl.where(own, softplus(apart) + 0.0 * s, 0.0), 1)
-            shares += tl.sum(tl.where(own, share, 0.0), 1)
-            weight = tl.where(own, share, tl.where(against, tl.exp(-apart), 0.0)) * tl.where(sound, norm, 0.0)[None, :]
+            own = (labels[:, None] == label[None, :]) & sound[None, :]
 
-            # 3. Weighted sums of the embeddings.
-            grown = ()
+            # 2. Positives: each pixel has one class, so s, σ and the term are one number a pixel. 0 · s: an infinite
+            # similarity shows even where the class has no negative.
+            s = tl.sum(tl.where(own, products, 0.0), 0) * norm * inverse_temperature
+            apart = tl.load(Z + label, mask=label < N, other=0.0) - s
+            share = sigmoid(apart)
+            losses += tl.sum(tl.where(own, (softplus(apart) + 0.0 * s)[None, :], 0.0), 1)
+            shares += tl.sum(tl.where(own, share[None, :], 0.0), 1)
+            pull = tl.where(own, (share * norm)[None, :], 0.0)
+
+            # 3. Negatives.
+            if base is None:
+                is_hard = negative < N
+                hard = tl.load(similarity + pixel, mask=is_hard, other=0.0)
+                hard = tl.exp(hard - tl.load(Z + negative, mask=is_hard, other=0.0)) * norm
+                push = tl.where((others[:, None] == negative[None, :]) & sound[None, :], hard[None, :], 0.0)
+            else:
+                against = is_negative(others, label, negative, tl.load(base + pixel, mask=live, other=0) != 0)
+                log_sum = tl.load(Z + others, mask=others >= 0, other=0.0)
+                push = tl.exp(products * (norm * inverse_temperature)[None, :] - log_sum[:, None]) * norm[None, :]
+                push = tl.where(against & sound[None, :], push, 0.0)
+
+            # 4. Weighted sums of the embeddings.
+            more_pulled = ()
+            more_pushed = ()
             for k in tl.static_range(COLUMNS // K):
                 tile = channels(row, c * sW, live, d0 + k * K, sD, D, K)
                 if some_broken:
                     tile = tl.where(sound[None, :], tile, 0.0)
-                grown = grown + (dot_features(weight, tl.trans(tile), totals[k]),)  # noqa: RUF005
-            totals = grown
+                more_pulled = more_pulled + (dot_features(pull, tl.trans(tile), pulled[k]),)  # noqa: RUF005
+                more_pushed = more_pushed + (dot_features(push, tl.trans(tile), pushed[k]),)  # noqa: RUF005
+            pulled = more_pulled
+            pushed = more_pushed
 
-        used = classes >= 0
-        sum_row = 2 * number * N + tl.where(holds_positives, classes, N + classes)
         for k in tl.static_range(COLUMNS // K):
             d = d0 + k * K + tl.arange(0, K)
-            add_fixed(vectors + sum_row[:, None] * D + d[None, :], totals[k], scale, used[:, None] & (d < D)[None, :])
+            inside = (d < D)[None, :]
+            here = vectors + (2 * number * N + labels[:, None]) * D + d[None, :]
+            add_fixed(here, pulled[k], scale, (labels >= 0)[:, None] & inside)
+            here = vectors + ((2 * number + 1) * N + others[:, None]) * D + d[None, :]
+            add_fixed(here, pushed[k], scale, (others >= 0)[:, None] & inside)
         if part == 0:
-            used = used & holds_positives
-            length = tl.load(lengths + number * N + classes, mask=used, other=0.0)
+            used = labels >= 0
+            length = tl.load(lengths + number * N + labels, mask=used, other=0.0)
+            log_sum = tl.load(Z + labels, mask=used, other=0.0)
             scale_of_terms, known = term_scale(
-                log_sum,
-                length,
-                reach + number if reach is not None else reach,
-                inverse_temperature,
-                headroom,
-                D,
-                NORMALIZE,
+                log_sum, length, reach, number, inverse_temperature, headroom, D, NORMALIZE
             )
-            sound_sums = known & (tl.abs(losses) < float("inf"))
-            add_fixed(terms + classes, losses, scale_of_terms, used & sound_sums)
-            add_fixed(terms + N + classes, shares, power_of_two(headroom), used & sound_sums)
-            marks = tl.full((2 * SLOTS,), 1, tl.int64)
-            tl.atomic_max(terms + 2 * N + classes, marks, mask=used & (sound_sums == 0), sem="relaxed")
+            known = known & (tl.abs(losses) < float("inf"))
+            add_fixed(terms + labels, losses, scale_of_terms, used & known)
+            add_fixed(terms + N + labels, shares, power_of_two(headroom), used & known)
+            mark = tl.full((SLOTS,), 1, tl.int64)
+            tl.atomic_max(terms + 2 * N + labels, mark, mask=used & (known == 0), sem="relaxed")
         rank0 += SLOTS
 
 
@@ -795,9 +767,7 @@ def _finish(
             inverse_temperature = (1.0 / real(temperature)).to(Z.dtype.element_ty)
             log_sum = tl.load(Z + i * N + every, mask=exists, other=0.0)
             length = tl.load(lengths + i * N + every, mask=exists, other=0.0)
-            scale, _ = term_scale(
-                log_sum, length, reach + i if reach is not None else reach, inverse_temperature, headroom, D, NORMALIZE
-            )
+            scale, _ = term_scale(log_sum, length, reach, i, inverse_temperature, headroom, D, NORMALIZE)
             sums = tl.load(terms + 3 * i * N + every, mask=exists, other=0).to(tl.float64)
             mean = tl.where(pixels > 0, sums / scale / tl.maximum(pixels, 1).to(tl.float64), 0.0)
             broken = tl.load(terms + (3 * i + 2) * N + every, mask=exists, other=0) > 0
