@@ -89,8 +89,7 @@ def sums_tiles(dtype: torch.dtype, D: int) -> dict:
     }
 
 
-def class_sums(features: Sequence[Tensor], code: Codes, num_classes: int, reach: Tensor | None, headroom: int) ->
-Sums:
+def class_sums(features: Sequence[Tensor], code: Codes, num_classes: int, reach: Tensor | None, headroom: int) -> Sums:
     """Σ v over the pixels of every class, normalised unless a ``reach`` is given. One read of the features.
 
     headroom: ``_launch.headroom`` of all the pixels (of all ranks) that the sums will hold."""
