@@ -12,8 +12,8 @@ namespace contextrast {
 namespace {
 
 constexpr int BAND = 32;
-constexpr int WINDOW = 8;    // steps of the window before a segment is left to the bisection
-constexpr int SEGMENT = 16;  // pixels: a small multiple of the lanes of a vector register
+constexpr int WINDOW = 4;    // steps of the window before a segment is left to the bisection
+constexpr int SEGMENT = 32;  // pixels: a small multiple of the lanes of a vector register
 constexpr int SEGMENTS = CONTEXTRAST_MAX_SIDE / SEGMENT + 1;
 
 struct Bands {
@@ -56,23 +56,29 @@ struct Zeros {
 
 // ---- 1. Mark
 
-// One row; neighbours in a column lie `step` elements apart.
+template <class Kind, class T, class Distance>
+CONTEXTRAST_HD void mark(T here, T up, T down, T left, T right, int bit, uint32_t &seeds, uint8_t &far,
+                         Distance &distance) {
+  const bool seed = Kind::is_seed(here, up, down, left, right), wanted = Kind::is_wanted(here);
+  seeds |= static_cast<uint32_t>(seed) << bit;
+  far = wanted & !seed;
+  distance = wanted ? Distance(0) : Distance(Kind::UNWANTED);
+}
+
+// One row, whose columns lie `step` elements apart.
 template <class Kind, class T, class Distance>
 CONTEXTRAST_HD void mark_row(const T *__restrict here, const T *__restrict up, const T *__restrict down, int64_t step,
                              int width, int bit, uint32_t *__restrict seeds, uint8_t *__restrict far,
                              Distance *__restrict distance) {
-  const auto mark = [=](int x, int left, int right) {
-    const T pixel = here[x * step];
-    const bool seed = Kind::is_seed(pixel, up[x * step], down[x * step], here[left * step], here[right * step]);
-    const bool wanted = Kind::is_wanted(pixel);
-    seeds[x] |= static_cast<uint32_t>(seed) << bit;
-    far[x] = wanted & !seed;
-    distance[x] = wanted ? Distance(0) : Distance(Kind::UNWANTED);
-  };
-  const int last = width - 1;
-  mark(0, 0, lesser(1, last));
-  for (int x = 1; x < last; ++x) mark(x, x - 1, x + 1);
-  if (last > 0) mark(last, last - 1, last);
+  const int64_t last = width - 1;
+  for (int64_t x = 1; x < last; ++x)
+    mark<Kind>(here[x * step], up[x * step], down[x * step], here[(x - 1) * step], here[(x + 1) * step], bit, seeds[x],
+               far[x], distance[x]);
+  for (const int64_t x : {int64_t(0), last}) {
+    const int64_t left = greater<int64_t>(x - 1, 0), right = lesser(x + 1, last);
+    mark<Kind>(here[x * step], up[x * step], down[x * step], here[left * step], here[right * step], bit, seeds[x],
+               far[x], distance[x]);
+  }
 }
 
 template <class Kind, class T, class Distance>

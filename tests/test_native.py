@@ -621,17 +621,21 @@ def sanitized_library(compiler):
 
 
 def run_sanitized(compiler, library, program, *arguments):
-    """Python with the sanitizer's run time loaded first and the sanitized library in place of the package's."""
-    runtime = subprocess.run(
-        [compiler, "-print-file-name=libasan.so"], check=True, capture_output=True, text=True
-    ).stdout.strip()
-    if not os.path.isabs(runtime):
-        pytest.skip(f"{compiler} does not say where its libasan.so is, which must be loaded before Python")
+    """Python with the sanitizer's run time loaded first, and the sanitized library in place of the package's."""
+
+    def runtime(name):
+        command = [compiler, f"-print-file-name={name}"]
+        path = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+        if not os.path.isabs(path):
+            pytest.skip(f"{compiler} does not say where its {name} is, which must be loaded before Python")
+        return path
+
     prologue = (
         f"import pathlib; from contextrast_kernels import native; native._PATH = pathlib.Path({str(library)!r})\n"
     )
     environment = os.environ | {
-        "LD_PRELOAD": runtime,
+        # The C++ library too: AddressSanitizer looks for its exceptions, of which torch throws some, when it starts.
+        "LD_PRELOAD": f"{runtime('libasan.so')} {runtime('libstdc++.so.6')}",
         "ASAN_OPTIONS": "detect_leaks=0",  # of Python and torch there are many
         "UBSAN_OPTIONS": "print_stacktrace=1",
         "PYTHONPATH": str(ROOT),
