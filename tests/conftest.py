@@ -1,4 +1,4 @@
-"""What every test shares: the interpreter switch, the backends to run on, inputs, and an honest list of what was skipped."""
+"""What every test shares: the interpreter switch, the backends to run on, and a list of what was skipped."""
 
 import os
 from collections import Counter

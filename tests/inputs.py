@@ -1,4 +1,4 @@
-"""Inputs for the tests: small scenes with the errors of a half-trained network, and the maps that break distance transforms."""
+"""Inputs for the tests: scenes with the errors of a half-trained network, maps that break distance transforms."""
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ def blobs(rng, B, N, H, W, cell=4):
 
 
 def scene(rng, B=2, N=4, H=17, W=23, ignored=0.1, wrong=0.2, ignore_index=255):
-    """Labels with ignored pixels, and a class map that is wrong along shifted borders, in blobs and in single pixels."""
+    """Labels with ignored pixels, and a class map that is wrong along borders, in blobs and in single pixels."""
     labels = blobs(rng, B, N, H, W)
     predictions = np.roll(labels, (1, 1), (1, 2))
     patches = blobs(rng, B, 4, H, W) == 0
@@ -90,7 +90,9 @@ def families(rng, H, W):
         "two classes and an ignored strip": np.where(c == W // 2, -1, np.where(c < W // 2, 0, 1)),
         "random labels": random_labels,
         "blobs": blobs(rng, 1, 4, H, W, cell=5)[0] - 1,
-        "other negative numbers are outside too": np.where(random_labels < 0, rng.integers(-9, 0, (H, W)), random_labels),
+        "other negative numbers are outside too": np.where(
+            random_labels < 0, rng.integers(-9, 0, (H, W)), random_labels
+        ),
     }
     for width in (1, 2, 3):
         named[f"horizontal stripes of {width}"] = r // width % 3 - 1

@@ -1,7 +1,8 @@
 """The definitions of the Contextrast loss as literal loops, to be read beside the specification.
 
-One function per definition, Python numbers and NumPy arrays in float64, one pixel at a time, nothing vectorised and nothing shared
-with the package. Feature maps are (B, D, h, w), label maps (B, H, W), class maps (B, H', W'), logits (B, N, H', W').
+One function per definition, Python numbers and NumPy arrays in float64, one pixel at a time, nothing vectorised and
+nothing shared with the package. Feature maps are (B, D, h, w), label maps (B, H, W), class maps (B, H', W'), logits
+(B, N, H', W').
 """
 
 import math
@@ -11,7 +12,7 @@ import numpy as np
 NO_EDGE = 2**31 - 1  # the squared distance where a class has no edge pixel, or a mask has no zero
 
 
-# ------------------------------------------------------------------------------------------------------------ maps and labels
+# ------------------------------------------------------------------------------------------------------ maps and labels
 
 
 def resize(image, size):
@@ -68,7 +69,7 @@ def hash32(seed, stream, p):
     return mix((p % 2**32) ^ key)
 
 
-# ------------------------------------------------------------------------------------------------------------ anchors, Eq. 1
+# ------------------------------------------------------------------------------------------------------- anchors, Eq. 1
 
 
 def embedding(x, normalize=True):
@@ -112,7 +113,7 @@ def fuse_anchors(anchors, counts, top_anchors, top_counts, weight=0.7):
     return fused
 
 
-# ------------------------------------------------------------------------------------------------------------ BANE, Eqs. 6-7
+# ------------------------------------------------------------------------------------------------------- BANE, Eqs. 6-7
 
 
 def error_map(predictions, labels, num_classes=None, ignore_index=255):
@@ -145,7 +146,7 @@ def edge_pixels(classes):
 
 
 def edge_distance_sq(classes):
-    """Eq. 7, squared: to the nearest edge pixel of the pixel's own class. -1 outside every class, NO_EDGE without an edge."""
+    """Eq. 7, squared: to the nearest edge pixel of the pixel's own class; -1 outside, NO_EDGE without an edge."""
     B, H, W = classes.shape
     squared = np.full((B, H, W), -1, dtype=np.int64)
     for b in range(B):
@@ -163,7 +164,7 @@ def edge_distance_sq(classes):
 
 
 def distance_transform_sq(mask):
-    """SciPy's meaning, squared: from every nonzero pixel of one image (H, W) to the nearest zero; NO_EDGE without a zero."""
+    """SciPy's meaning, squared: from every nonzero pixel of one image to the nearest zero; NO_EDGE without one."""
     H, W = mask.shape
     zeros = [(r, c) for r in range(H) for c in range(W) if mask[r, c] == 0]
     squared = np.zeros((H, W), dtype=np.int64)
@@ -192,8 +193,17 @@ def select_nearest(classes, distance_sq, ratio, num_classes=None, seed=0):
     return selected
 
 
-def bane_negatives(predictions, labels, num_classes=None, size=None, ratio=0.5, negatives="bane", distance_at="layer",
-                   ignore_index=255, seed=0):
+def bane_negatives(
+    predictions,
+    labels,
+    num_classes=None,
+    size=None,
+    ratio=0.5,
+    negatives="bane",
+    distance_at="layer",
+    ignore_index=255,
+    seed=0,
+):
     """The class each pixel of the layer is a hard negative of, or -1."""
     if num_classes is None and predictions.ndim == 4:
         num_classes = predictions.shape[1]
@@ -217,7 +227,7 @@ def base_pixels(size, base_rate, stream, seed=0):
     return np.array([[hash32(seed, stream, r * w + c) < base_rate * 2.0**32 for c in range(w)] for r in range(h)])
 
 
-# ------------------------------------------------------------------------------------------------------------ losses, Eqs. 3-4
+# ----------------------------------------------------------------------------------------------------- losses, Eqs. 3-4
 
 
 def softplus(z):
@@ -237,20 +247,16 @@ def dot(a, b):
     return math.fsum(float(x) * float(y) for x, y in zip(a, b, strict=True))
 
 
-def pixel_anchor_loss(features, labels, anchors, negatives=None, base=None, temperature=0.1, ignore_index=255, normalize=True):
+def pixel_anchor_loss(
+    features, labels, anchors, negatives=None, base=None, temperature=0.1, ignore_index=255, normalize=True
+):
     """Eqs. 3-4: mean over present classes n, mean over pixels p of n, of softplus(Z_n - s_np)."""
     B, _, h, w = features.shape
     N = len(anchors)
     y = resize(labels, (h, w))
     if negatives is None and base is None:
         base = np.ones((B, h, w), dtype=bool)
-    pixels = [
-        (b, r, c)
-        for b in range(B)
-        for r in range(h)
-        for c in range(w)
-        if is_valid(y[b, r, c], N, ignore_index)
-    ]
+    pixels = [(b, r, c) for b in range(B) for r in range(h) for c in range(w) if is_valid(y[b, r, c], N, ignore_index)]
     if any(not np.isfinite(features[b, :, r, c]).all() for b, r, c in pixels):
         return math.nan
 
@@ -272,7 +278,9 @@ def pixel_anchor_loss(features, labels, anchors, negatives=None, base=None, temp
     return math.fsum(terms) / len(terms) if terms else 0.0
 
 
-def layer_anchors(features, labels, num_classes, ignore_index=255, fusion_weight=0.7, normalize=True, normalize_anchors=False):
+def layer_anchors(
+    features, labels, num_classes, ignore_index=255, fusion_weight=0.7, normalize=True, normalize_anchors=False
+):
     """The anchors each layer's loss uses: Eq. 1, fused with the last layer's, normalised if asked."""
     top, top_counts = class_anchors(features[-1], labels, num_classes, ignore_index, normalize)
     fused = []
@@ -285,16 +293,34 @@ def layer_anchors(features, labels, num_classes, ignore_index=255, fusion_weight
     return fused
 
 
-def contextrast_layer_losses(features, labels, predictions, num_classes, ignore_index=255, temperature=0.1, fusion_weight=0.7,
-                             negatives="bane", ratio=0.5, base_rate=0.0, distance_at="layer", normalize=True,
-                             normalize_anchors=False, seed=0, anchors=None):
+def contextrast_layer_losses(
+    features,
+    labels,
+    predictions,
+    num_classes,
+    ignore_index=255,
+    temperature=0.1,
+    fusion_weight=0.7,
+    negatives="bane",
+    ratio=0.5,
+    base_rate=0.0,
+    distance_at="layer",
+    normalize=True,
+    normalize_anchors=False,
+    seed=0,
+    anchors=None,
+):
     """L_i of every layer. anchors: given rows instead of the batch's own, which is what a stopped gradient sees."""
     if anchors is None:
-        anchors = layer_anchors(features, labels, num_classes, ignore_index, fusion_weight, normalize, normalize_anchors)
+        anchors = layer_anchors(
+            features, labels, num_classes, ignore_index, fusion_weight, normalize, normalize_anchors
+        )
     losses = []
     for i, x in enumerate(features):
         B, _, h, w = x.shape
-        chosen = bane_negatives(predictions, labels, num_classes, (h, w), ratio, negatives, distance_at, ignore_index, seed)
+        chosen = bane_negatives(
+            predictions, labels, num_classes, (h, w), ratio, negatives, distance_at, ignore_index, seed
+        )
         base = np.array([base_pixels((h, w), base_rate, 1 + i, seed)] * B).reshape(B, h, w)
         losses.append(pixel_anchor_loss(x, labels, anchors[i], chosen, base, temperature, ignore_index, normalize))
     return losses

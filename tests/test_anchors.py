@@ -1,13 +1,13 @@
 """Eq. 1 and the fusion: class anchors against loops and hand-worked numbers."""
 
+import literal
 import numpy as np
 import pytest
 import torch
+from inputs import scene
 from torch.autograd import gradcheck, gradgradcheck
 
 import contextrast_kernels as ck
-import literal
-from inputs import scene
 
 pytestmark = pytest.mark.usefixtures("reference")
 
@@ -47,7 +47,9 @@ def test_hand_worked_fusion():
     fused = ck.fuse_anchors(anchors, counts, top, top_counts)
     expected = torch.tensor([[0.3, 0.7], [2.0, 4.0], [0.0, 0.0], [0.0, 0.0]], dtype=torch.float64)
     torch.testing.assert_close(fused, expected)
-    torch.testing.assert_close(ck.fuse_anchors(anchors, counts, top, top_counts, weight=0.25)[0], expected.new_tensor([0.75, 0.25]))
+    torch.testing.assert_close(
+        ck.fuse_anchors(anchors, counts, top, top_counts, weight=0.25)[0], expected.new_tensor([0.75, 0.25])
+    )
     assert ck.fuse_anchors(anchors, counts, top, top_counts, weight=0)[:2].tolist() == anchors[:2].tolist()
     assert ck.fuse_anchors(anchors, counts, top, top_counts, weight=1)[:2].tolist() == [[0, 1], [2, 4]]
 
@@ -105,7 +107,9 @@ def test_layout_does_not_matter(rng):
         for label_map in maps:
             assert_anchors(view, label_map, 4)
             anchors, _ = ck.class_anchors(view, label_map, 4)
-            torch.testing.assert_close(anchors, ck.class_anchors(view.contiguous(), label_map.contiguous(), 4)[0], rtol=0, atol=1e-14)
+            torch.testing.assert_close(
+                anchors, ck.class_anchors(view.contiguous(), label_map.contiguous(), 4)[0], rtol=0, atol=1e-14
+            )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
@@ -129,7 +133,9 @@ def test_zero_and_tiny_vectors_have_a_zero_embedding_and_pass_no_gradient():
     features.requires_grad_()
     anchors, counts = ck.class_anchors(features, torch.tensor([[[0, 0, 1, 2]]]), 3)
     assert counts.tolist() == [2, 1, 1]
-    torch.testing.assert_close(anchors.detach(), torch.tensor([[0.0, 0.0], [1.0, 0.0], [1.0, 0.0]], dtype=torch.float64))
+    torch.testing.assert_close(
+        anchors.detach(), torch.tensor([[0.0, 0.0], [1.0, 0.0], [1.0, 0.0]], dtype=torch.float64)
+    )
     # d v_1 / d x_1 = 1/|x| across the direction of x: 0, 0, 1/1.1e-12, 1/2.
     (gradient,) = torch.autograd.grad(anchors[:, 1].sum(), features)
     assert gradient[0, :, 0, :2].abs().max() == 0

@@ -3,22 +3,22 @@
 import numpy as np
 import pytest
 import torch
+from inputs import logits_of, pyramid, scene
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 import contextrast_kernels as ck
-from inputs import logits_of, pyramid, scene
 
 pytestmark = pytest.mark.usefixtures("reference")
 
 SIZES = ((8, 12), (4, 6), (2, 3), (1, 2))
 
 
-def inputs(B=2, N=4, D=5, H=16, W=24, scale=1):
+def inputs(B=2, N=4, D=5, H=16, W=24, scale=1, sizes=SIZES):
     """Everything the public functions take, as one dictionary of tensors."""
     rng = np.random.default_rng(7)
     labels, predictions = scene(rng, B=B, N=N, H=H, W=W)
-    features = pyramid(rng, B=B, D=D, sizes=[(h * scale, w * scale) for h, w in SIZES], dtype=torch.float32)
+    features = pyramid(rng, B=B, D=D, sizes=[(h * scale, w * scale) for h, w in sizes], dtype=torch.float32)
     h, w = features[0].shape[-2:]
     return {
         "features": features,
@@ -54,17 +54,35 @@ FUNCTIONS = {
     "edge_distance": lambda x: ck.edge_distance(x["predictions"] - 1),
     "distance_transform": lambda x: ck.distance_transform(x["predictions"] > 0, squared=True),
     "select_nearest": select,
-    "bane_negatives": lambda x: ck.bane_negatives(x["logits"], x["labels"], size=x["features"][1].shape[-2:], seed=x["seed"]),
-    "bane_negatives, full": lambda x: ck.bane_negatives(x["predictions"], x["labels"], num_classes=x["num_classes"],
-                                                        size=x["features"][1].shape[-2:], distance_at="full"),
-    "contextrast_loss": lambda x: ck.contextrast_loss(x["features"], x["labels"], x["logits"], num_classes=x["num_classes"], seed=x["seed"]),
+    "bane_negatives": lambda x: ck.bane_negatives(
+        x["logits"], x["labels"], size=x["features"][1].shape[-2:], seed=x["seed"]
+    ),
+    "bane_negatives, full": lambda x: ck.bane_negatives(
+        x["predictions"],
+        x["labels"],
+        num_classes=x["num_classes"],
+        size=x["features"][1].shape[-2:],
+        distance_at="full",
+    ),
+    "contextrast_loss": lambda x: ck.contextrast_loss(
+        x["features"], x["labels"], x["logits"], num_classes=x["num_classes"], seed=x["seed"]
+    ),
     "contextrast_loss, full": lambda x: ck.contextrast_loss(
         x["features"], x["labels"], x["predictions"], num_classes=x["num_classes"], base_rate=0.3, distance_at="full"
     ),
     "info_nce": lambda x: ck.info_nce(x["rows"], x["row_labels"], x["columns"], x["column_labels"]),
     "info_nce of rows": lambda x: ck.info_nce(x["rows"], x["row_labels"]),
-}  # fmt: skip
-FAST = ["class_anchors", "fuse_anchors", "pixel_anchor_loss", "error_map", "edge_distance", "select_nearest", "contextrast_loss", "info_nce"]
+}
+FAST = [
+    "class_anchors",
+    "fuse_anchors",
+    "pixel_anchor_loss",
+    "error_map",
+    "edge_distance",
+    "select_nearest",
+    "contextrast_loss",
+    "info_nce",
+]
 
 
 def leaf(x):
@@ -121,7 +139,7 @@ def slow_unless(fast):
 
 @pytest.mark.parametrize("name", slow_unless(FAST))
 def test_one_graph_equal_to_eager_and_no_second_compilation(name):
-    """Static shapes: compiled once, value and gradient as in eager mode; new values of the same shapes do not compile again."""
+    """Static shapes: value and gradient as in eager mode; new values of the same shapes do not compile again."""
     function, backend = FUNCTIONS[name], Compilations()
     compiled = compile_fully(function, backend=backend, dynamic=False)
     x = inputs()
@@ -133,25 +151,35 @@ def test_one_graph_equal_to_eager_and_no_second_compilation(name):
     assert backend.count == 1
 
 
+# No two sides are equal and none is 0 or 1: Dynamo takes equal numbers for one symbol, and 0 and 1 for constants.
+ONE_SIZE = {"B": 2, "H": 33, "W": 58, "sizes": ((17, 29), (13, 15), (9, 12), (8, 11))}
+WITH_DISTANCE = ("edge_distance", "distance_transform", "bane_negatives", "contextrast_loss")
+OTHER_SIZE = {"B": 3, "H": 70, "W": 47, "sizes": ((31, 22), (16, 18), (14, 13), (7, 10))}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_dynamic_shapes(name):
-    """One graph for any batch and image size."""
+    """One graph for every size, but for the reference's distance transform, whose depth depends on the width."""
     function, backend = FUNCTIONS[name], Compilations()
     compiled = compile_fully(function, backend=backend, dynamic=True)
-    for options in ({"B": 2}, {"B": 3, "scale": 2, "H": 20, "W": 36}, {"B": 5, "scale": 3, "H": 50, "W": 30}):
-        assert_equal_to_eager(compiled, function, inputs(**options))
+    assert_equal_to_eager(compiled, function, inputs(**ONE_SIZE))
+    assert_equal_to_eager(compiled, function, inputs(**OTHER_SIZE))
+    assert backend.count == 1 or name.startswith(WITH_DISTANCE)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize(
+    ("name", "dynamic"),
+    [(name, dynamic) for name in FUNCTIONS for dynamic in (False, True) if not (dynamic and "contextrast" in name)],
+)
 def test_inductor(name, dynamic):
+    """The total with dynamic shapes is left to test_dynamic_shapes: it is minutes of C++ for parts compiled here."""
     function = FUNCTIONS[name]
     compiled = compile_fully(function, dynamic=dynamic)
-    assert_equal_to_eager(compiled, function, inputs())
+    assert_equal_to_eager(compiled, function, inputs(**ONE_SIZE))
     if dynamic:
-        assert_equal_to_eager(compiled, function, inputs(B=3, scale=2, H=20, W=36))
+        assert_equal_to_eager(compiled, function, inputs(**OTHER_SIZE))
 
 
 @pytest.mark.parametrize("training", [True, pytest.param(False, marks=pytest.mark.slow)])
@@ -185,17 +213,31 @@ def test_a_whole_training_step_compiles_with_inductor():
         torch.testing.assert_close(got, parameter.grad, rtol=1e-4, atol=1e-5)
 
 
-# ------------------------------------------------------------------------------------------------------------ dispatched ops
+# ------------------------------------------------------------------------------------------------------- dispatched ops
 
 
 class Dispatched(TorchDispatchMode):
     """Counts dispatched ops, and refuses those whose result depends on values the host would have to wait for."""
 
-    WAITING = {
-        "aten::_local_scalar_dense", "aten::is_nonzero", "aten::equal", "aten::nonzero", "aten::nonzero_numpy", "aten::masked_select",
-        "aten::unique_dim", "aten::_unique", "aten::_unique2", "aten::unique_consecutive", "aten::bincount", "aten::argwhere",
-        "aten::allclose", "aten::histogram", "aten::one_hot",
-    }  # fmt: skip
+    WAITING = frozenset(
+        {
+            "aten::_local_scalar_dense",
+            "aten::is_nonzero",
+            "aten::equal",
+            "aten::nonzero",
+            "aten::nonzero_numpy",
+            "aten::masked_select",
+            "aten::unique_dim",
+            "aten::_unique",
+            "aten::_unique2",
+            "aten::unique_consecutive",
+            "aten::bincount",
+            "aten::argwhere",
+            "aten::allclose",
+            "aten::histogram",
+            "aten::one_hot",
+        }
+    )
 
     def __init__(self):
         super().__init__()
@@ -222,8 +264,9 @@ def dispatched_ops(function, **sizes):
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_the_host_never_waits_and_the_number_of_ops_does_not_grow(name):
-    """Forward and backward. More images or classes: not one op more. 64 times the pixels: only the levels of a divide and conquer
-    along one side (three more for each factor of 8, in each of its steps), so well below twice; a loop over rows would be eight times."""
+    """Forward and backward. More images or classes: not one op more. 64 times the pixels: well below twice, for the
+    levels of a divide and conquer along one side, where a loop over rows would be eight times.
+    """
     function = FUNCTIONS[name]
     small = dispatched_ops(function)
     assert small > 0
@@ -240,7 +283,9 @@ def test_the_module_never_waits(training):
         criterion([leaf(f) for f in x["features"]], x["labels"], x["logits"]).backward()
 
 
-@pytest.mark.parametrize("use", [torch.nonzero, lambda t: t.sum().item(), lambda t: t[t > 0], lambda t: bool((t > 0).any())])
+@pytest.mark.parametrize(
+    "use", [torch.nonzero, lambda t: t.sum().item(), lambda t: t[t > 0], lambda t: bool((t > 0).any())]
+)
 def test_the_detector_detects(use):
     with pytest.raises(AssertionError, match="wait"), Dispatched():
         use(torch.arange(4))

@@ -132,9 +132,27 @@ TABLE = [
     ("predictions as None", lambda: errors(predictions=None), TypeError, "predictions", "None"),
     ("predictions as a list", lambda: errors(predictions=[LOGITS]), TypeError, "predictions", "list"),
     ("logits of other classes", lambda: errors(num_classes=5), ValueError, "predictions", r"\(2, 4, 16, 16\)"),
-    ("logits without classes", lambda: errors(predictions=LOGITS[:, :0]), ValueError, "predictions", r"\(2, 0, 16, 16\)"),
-    ("predictions of another batch", lambda: errors(predictions=LOGITS[:1]), ValueError, "(predictions|labels)", r"\((1|2),"),
-    ("predictions elsewhere", lambda: errors(predictions=LOGITS.to(META)), ValueError, "(predictions|labels)", "(meta|cpu)"),
+    (
+        "logits without classes",
+        lambda: errors(predictions=LOGITS[:, :0]),
+        ValueError,
+        "predictions",
+        r"\(2, 0, 16, 16\)",
+    ),
+    (
+        "predictions of another batch",
+        lambda: errors(predictions=LOGITS[:1]),
+        ValueError,
+        "(predictions|labels)",
+        r"\((1|2),",
+    ),
+    (
+        "predictions elsewhere",
+        lambda: errors(predictions=LOGITS.to(META)),
+        ValueError,
+        "(predictions|labels)",
+        "(meta|cpu)",
+    ),
     ("empty predictions", lambda: errors(predictions=LOGITS[..., :0]), ValueError, "predictions", r"\(2, 4, 16, 0\)"),
     ("errors: float labels", lambda: errors(labels=LABELS.half()), TypeError, "labels", "float16"),
     ("errors: labels of rank 2", lambda: errors(labels=LABELS[0]), ValueError, "labels", r"\(16, 16\)"),
@@ -158,10 +176,21 @@ TABLE = [
     ("select: float classes", lambda: select(classes=CLASSES.float()), TypeError, "classes", "float32"),
     ("select: classes of rank 2", lambda: select(classes=CLASSES[0]), ValueError, "classes", r"\(8, 8\)"),
     ("select: float distances", lambda: select(squared=SQUARED.float()), TypeError, "distance_sq", "float32"),
-    ("select: distances of other size", lambda: select(squared=SQUARED[:, 1:]), ValueError, "distance_sq", r"\(2, 7, 8\)"),
+    (
+        "select: distances of other size",
+        lambda: select(squared=SQUARED[:, 1:]),
+        ValueError,
+        "distance_sq",
+        r"\(2, 7, 8\)",
+    ),
     ("select: distances elsewhere", lambda: select(squared=SQUARED.to(META)), ValueError, "distance_sq", "meta"),
-    ("select: too wide", lambda: select(*(torch.zeros(1, 1, 16385, dtype=t) for t in (torch.int64, torch.int32))), ValueError,
-     "(classes|distance_sq)", "16385"),
+    (
+        "select: too wide",
+        lambda: select(*(torch.zeros(1, 1, 16385, dtype=t) for t in (torch.int64, torch.int32))),
+        ValueError,
+        "(classes|distance_sq)",
+        "16385",
+    ),
     ("ratio above 1", lambda: select(ratio=1.01), ValueError, "ratio", "1.01"),
     ("ratio in percent", lambda: select(ratio=50), ValueError, "ratio", "50"),
     ("ratio negative", lambda: select(ratio=-0.5), ValueError, "ratio", "-0.5"),
@@ -186,10 +215,28 @@ TABLE = [
     ("size too large", lambda: bane(size=(8, 16385)), ValueError, "size", "16385"),
     ("bane: ratio above 1", lambda: bane(ratio=2), ValueError, "ratio", "2"),
     ("bane: float labels", lambda: bane(labels=LABELS.float()), TypeError, "labels", "float32"),
-    ("bane: float class map", lambda: bane(predictions=CLASSES.double()), (TypeError, ValueError), "predictions", "float64"),
+    (
+        "bane: float class map",
+        lambda: bane(predictions=CLASSES.double()),
+        (TypeError, ValueError),
+        "predictions",
+        "float64",
+    ),
     ("bane: logits of other classes", lambda: bane(num_classes=19), ValueError, "predictions", r"\(2, 4, 16, 16\)"),
-    ("bane: predictions of another batch", lambda: bane(predictions=CLASSES[:1]), ValueError, "(predictions|labels)", r"\((1|2),"),
-    ("bane: labels too wide", lambda: bane(torch.zeros(1, 1, 1).long(), torch.zeros(1, 1, 16385).long()), ValueError, "labels", "16385"),
+    (
+        "bane: predictions of another batch",
+        lambda: bane(predictions=CLASSES[:1]),
+        ValueError,
+        "(predictions|labels)",
+        r"\((1|2),",
+    ),
+    (
+        "bane: labels too wide",
+        lambda: bane(torch.zeros(1, 1, 1).long(), torch.zeros(1, 1, 16385).long()),
+        ValueError,
+        "labels",
+        "16385",
+    ),
     ("bane: seed a float", lambda: bane(seed=0.0), TypeError, "seed", "0.0"),
     # contextrast_loss
     ("one tensor instead of a list", lambda: loss(features=FEATURES), TypeError, "features", "float32"),
@@ -197,13 +244,43 @@ TABLE = [
     ("a dictionary of layers", lambda: loss(features={"0": FEATURES}), TypeError, "features", "dict"),
     ("a layer that is None", lambda: loss(features=swapped(2, None)), TypeError, r"features\[2\]", "None"),
     ("a layer of integers", lambda: loss(features=swapped(1, PYRAMID[1].long())), TypeError, r"features\[1\]", "int64"),
-    ("a layer of rank 3", lambda: loss(features=swapped(3, PYRAMID[3][0])), ValueError, r"features\[3\]", r"\(3, 1, 1\)"),
-    ("a layer of other width", lambda: loss(features=swapped(1, PYRAMID[1][:, :2])), ValueError, r"features\[1\]", r"\(2, 2, 4, 4\)"),
-    ("a layer of other dtype", lambda: loss(features=swapped(2, PYRAMID[2].half())), (TypeError, ValueError), r"features\[2\]", "float16"),
-    ("a layer of another batch", lambda: loss(features=swapped(1, PYRAMID[1][:1])), ValueError, r"features\[1\]", r"\(1, 3, 4, 4\)"),
+    (
+        "a layer of rank 3",
+        lambda: loss(features=swapped(3, PYRAMID[3][0])),
+        ValueError,
+        r"features\[3\]",
+        r"\(3, 1, 1\)",
+    ),
+    (
+        "a layer of other width",
+        lambda: loss(features=swapped(1, PYRAMID[1][:, :2])),
+        ValueError,
+        r"features\[1\]",
+        r"\(2, 2, 4, 4\)",
+    ),
+    (
+        "a layer of other dtype",
+        lambda: loss(features=swapped(2, PYRAMID[2].half())),
+        (TypeError, ValueError),
+        r"features\[2\]",
+        "float16",
+    ),
+    (
+        "a layer of another batch",
+        lambda: loss(features=swapped(1, PYRAMID[1][:1])),
+        ValueError,
+        r"features\[1\]",
+        r"\(1, 3, 4, 4\)",
+    ),
     ("a layer elsewhere", lambda: loss(features=swapped(3, PYRAMID[3].to(META))), ValueError, r"features\[3\]", "meta"),
     ("layers from low to high", lambda: loss(features=PYRAMID[::-1]), ValueError, r"features\[1\]", r"\(2, 2\)"),
-    ("one side grows", lambda: loss(features=swapped(1, torch.randn(2, 3, 4, 9))), ValueError, r"features\[1\]", r"\(4, 9\)"),
+    (
+        "one side grows",
+        lambda: loss(features=swapped(1, torch.randn(2, 3, 4, 9))),
+        ValueError,
+        r"features\[1\]",
+        r"\(4, 9\)",
+    ),
     ("three layers, four weights", lambda: loss(features=PYRAMID[:3]), ValueError, "layer_weights", "4"),
     ("four layers, two weights", lambda: loss(layer_weights=(1, 1)), ValueError, "layer_weights", "2"),
     ("no weights", lambda: loss(layer_weights=()), (TypeError, ValueError), "layer_weights", r"\(\)"),
@@ -213,8 +290,20 @@ TABLE = [
     ("a weight of text", lambda: loss(layer_weights=(1, "1", 1, 1)), TypeError, "layer_weights", "1"),
     ("weights as text", lambda: loss(layer_weights="1111"), TypeError, "layer_weights", "1111"),
     ("loss: logits of other classes", lambda: loss(num_classes=19), ValueError, "predictions", r"\(2, 4, 16, 16\)"),
-    ("loss: float class map", lambda: loss(predictions=CLASSES.float()), (TypeError, ValueError), "predictions", "float32"),
-    ("loss: predictions of another batch", lambda: loss(predictions=LOGITS[:1]), ValueError, "predictions", r"\(1, 4, 16, 16\)"),
+    (
+        "loss: float class map",
+        lambda: loss(predictions=CLASSES.float()),
+        (TypeError, ValueError),
+        "predictions",
+        "float32",
+    ),
+    (
+        "loss: predictions of another batch",
+        lambda: loss(predictions=LOGITS[:1]),
+        ValueError,
+        "predictions",
+        r"\(1, 4, 16, 16\)",
+    ),
     ("loss: predictions elsewhere", lambda: loss(predictions=LOGITS.to(META)), ValueError, "predictions", "meta"),
     ("total: float labels", lambda: loss(labels=LABELS.float()), TypeError, "labels", "float32"),
     ("total: labels of another batch", lambda: loss(labels=LABELS[:1]), ValueError, "labels", r"\(1, 16, 16\)"),
@@ -222,7 +311,13 @@ TABLE = [
     ("total: one-hot labels", lambda: loss(labels=LOGITS.long()), ValueError, "labels", r"\(2, 4, 16, 16\)"),
     ("total: num_classes a tensor", lambda: loss(num_classes=torch.tensor(4)), TypeError, "num_classes", "int64"),
     ("total: seed a float", lambda: loss(seed=0.5), TypeError, "seed", "0.5"),
-    ("total: seed of two elements", lambda: loss(seed=torch.zeros(2).long()), (TypeError, ValueError), "seed", r"\(2,\)"),
+    (
+        "total: seed of two elements",
+        lambda: loss(seed=torch.zeros(2).long()),
+        (TypeError, ValueError),
+        "seed",
+        r"\(2,\)",
+    ),
     # info_nce
     ("rows of rank 3", lambda: nce(rows=ROWS[None]), ValueError, "rows", r"\(1, 5, 3\)"),
     ("integer rows", lambda: nce(rows=ROWS.long()), TypeError, "rows", "int64"),
@@ -230,12 +325,36 @@ TABLE = [
     ("row labels of other length", lambda: nce(labels=ROW_LABELS[:4]), ValueError, "row_labels", r"\(4,\)"),
     ("float row labels", lambda: nce(labels=ROW_LABELS.float()), TypeError, "row_labels", "float32"),
     ("row labels elsewhere", lambda: nce(labels=ROW_LABELS.to(META)), ValueError, "row_labels", "meta"),
-    ("columns of other width", lambda: nce(ROWS, ROW_LABELS, ROWS[:, :2], ROW_LABELS), ValueError, "columns", r"\(5, 2\)"),
-    ("columns of other dtype", lambda: nce(ROWS, ROW_LABELS, ROWS.half(), ROW_LABELS), (TypeError, ValueError), "columns", "float16"),
-    ("columns elsewhere", lambda: nce(ROWS, ROW_LABELS, ROWS.to(META), ROW_LABELS.to(META)), ValueError, "columns", "meta"),
+    (
+        "columns of other width",
+        lambda: nce(ROWS, ROW_LABELS, ROWS[:, :2], ROW_LABELS),
+        ValueError,
+        "columns",
+        r"\(5, 2\)",
+    ),
+    (
+        "columns of other dtype",
+        lambda: nce(ROWS, ROW_LABELS, ROWS.half(), ROW_LABELS),
+        (TypeError, ValueError),
+        "columns",
+        "float16",
+    ),
+    (
+        "columns elsewhere",
+        lambda: nce(ROWS, ROW_LABELS, ROWS.to(META), ROW_LABELS.to(META)),
+        ValueError,
+        "columns",
+        "meta",
+    ),
     ("columns without labels", lambda: nce(ROWS, ROW_LABELS, ROWS), ValueError, "column_labels", "None"),
     ("labels without columns", lambda: nce(column_labels=ROW_LABELS), ValueError, "column", ""),
-    ("column labels of other length", lambda: nce(ROWS, ROW_LABELS, ROWS, ROW_LABELS[1:]), ValueError, "column_labels", r"\(4,\)"),
+    (
+        "column labels of other length",
+        lambda: nce(ROWS, ROW_LABELS, ROWS, ROW_LABELS[1:]),
+        ValueError,
+        "column_labels",
+        r"\(4,\)",
+    ),
     ("nce: temperature 0", lambda: nce(temperature=0.0), ValueError, "temperature", "0"),
     ("nce: ignore_index None", lambda: nce(ignore_index=None), TypeError, "ignore_index", "None"),
     # modules
@@ -246,12 +365,18 @@ TABLE = [
     ("module: seed a float", lambda: module(seed=1.0), TypeError, "seed", "1.0"),
     ("module: seed too large", lambda: module(seed=2**63), ValueError, "seed", str(2**63)),
     ("module: three layers", lambda: module()(PYRAMID[:3], LABELS, LOGITS), ValueError, "layer_weights", "4"),
-    ("module: logits of other classes", lambda: module(num_classes=7)(PYRAMID, LABELS, LOGITS), ValueError, "predictions", r"\(2, 4,"),
+    (
+        "module: logits of other classes",
+        lambda: module(num_classes=7)(PYRAMID, LABELS, LOGITS),
+        ValueError,
+        "predictions",
+        r"\(2, 4,",
+    ),
     ("module: float labels", lambda: module()(PYRAMID, LABELS.float(), LOGITS), TypeError, "labels", "float32"),
     # backend
     ("unknown backend", lambda: ck.backend("cuda").__enter__(), ValueError, "backend", "cuda"),
     ("backend None", lambda: ck.backend(None).__enter__(), (TypeError, ValueError), "backend", "None"),
-]  # fmt: skip
+]
 
 # Options that contextrast_loss checks at the call and ContextrastLoss already when it is built.
 OPTIONS = [
@@ -292,7 +417,9 @@ def assert_one_sentence(call, exception, argument, quoted):
     assert len(sentence) < 300
 
 
-@pytest.mark.parametrize(("call", "exception", "argument", "quoted"), [row[1:] for row in TABLE], ids=[row[0] for row in TABLE])
+@pytest.mark.parametrize(
+    ("call", "exception", "argument", "quoted"), [row[1:] for row in TABLE], ids=[row[0] for row in TABLE]
+)
 def test_one_clear_sentence(call, exception, argument, quoted):
     assert_one_sentence(call, exception, argument, quoted)
 

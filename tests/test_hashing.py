@@ -1,11 +1,11 @@
 """The hash that breaks ties and draws base pixels: one definition, unsigned 32-bit, the same everywhere."""
 
+import literal
 import numpy as np
 import pytest
 import torch
 from scipy import stats
 
-import literal
 from contextrast_kernels.hashing import pixel_hash
 
 CHECK_VALUES = [
@@ -50,7 +50,8 @@ def test_order_is_unsigned():
 def test_values_are_uniform_and_streams_independent(seed):
     """χ² over 64 bins of 65 536 pixels, and over the 8 x 8 joint bins of two streams and of two neighbouring seeds.
 
-    For fixed inputs the outcome never changes. One false alarm in 10^6 is allowed a priori for each of the nine statistics.
+    For fixed inputs the outcome never changes. One false alarm in 10^6 is allowed a priori for each of the nine
+    statistics.
     """
     pixels = torch.arange(65536)
     first = np.array(unsigned(pixel_hash(seed, 0, pixels)), dtype=np.uint64)

@@ -2,14 +2,14 @@
 
 import math
 
+import literal
 import numpy as np
 import pytest
 import torch
+from inputs import leaves
 from torch.autograd import gradcheck, gradgradcheck
 
 import contextrast_kernels as ck
-import literal
-from inputs import leaves
 
 pytestmark = pytest.mark.usefixtures("reference")
 
@@ -32,8 +32,8 @@ def literal_loss(rows, row_labels, columns=None, column_labels=None, **options):
 def test_hand_worked_loss():
     """tau = 1, D = 1. Row 2 (label 0) against columns 1, 3 (label 0) and -1, 0.5 (label 1), and 9 (ignored).
 
-    s = 2, 6 | -2, 1; Z = log(e^-2 + e); its mean is (softplus(Z - 2) + softplus(Z - 6)) / 2. Row 1 (label 7) has no positive and
-    adds 0. The ignored row does not count: the loss is the first row's mean over two rows.
+    s = 2, 6 | -2, 1; Z = log(e^-2 + e); its mean is (softplus(Z - 2) + softplus(Z - 6)) / 2. Row 1 (label 7) has no
+    positive and adds 0. The ignored row does not count: the loss is the first row's mean over two rows.
     """
     rows = torch.tensor([[2.0], [1.0], [5.0]], dtype=torch.float64)
     columns = torch.tensor([[1.0], [3.0], [-1.0], [0.5], [9.0]], dtype=torch.float64)
@@ -44,7 +44,7 @@ def test_hand_worked_loss():
 
 
 def test_hand_worked_loss_of_rows_against_themselves():
-    """Rows 1, 1, -1 with labels 0, 0, 1, tau = 0.5: rows 0 and 1 have s = 2 and Z = -2, softplus(-4); row 2 has no positive."""
+    """Rows 1, 1, -1, labels 0, 0, 1, tau = 0.5: rows 0 and 1 have s = 2, Z = -2; row 2 has no positive."""
     rows = torch.tensor([[1.0], [1.0], [-1.0]], dtype=torch.float64)
     loss = ck.info_nce(rows, torch.tensor([0, 0, 1]), temperature=0.5)
     assert loss.item() == pytest.approx(2 / 3 * math.log1p(math.exp(-4)))
@@ -111,13 +111,17 @@ def test_labels_are_names_not_indices(rng):
     expected = ck.info_nce(rows, row_labels, columns, column_labels)
     for names in ([1, 1 + 2**8, 1 + 2**16], [0, 2**32, 2**33], [-(2**63), 2**63 - 1, -2]):
         table = torch.tensor([*names, -1])
-        assert ck.info_nce(rows, table[row_labels], columns, table[column_labels]).item() == pytest.approx(expected.item(), **TIGHT)
+        assert ck.info_nce(rows, table[row_labels], columns, table[column_labels]).item() == pytest.approx(
+            expected.item(), **TIGHT
+        )
 
 
 def test_ignore_minus_100_never_meets_a_uint8_156(rng):
     rows = torch.eye(3, dtype=torch.float64)
     labels = torch.tensor([156, 156, 3], dtype=torch.uint8)
-    assert torch.equal(ck.info_nce(rows, labels, ignore_index=-100), ck.info_nce(rows, labels.long(), ignore_index=-100))
+    assert torch.equal(
+        ck.info_nce(rows, labels, ignore_index=-100), ck.info_nce(rows, labels.long(), ignore_index=-100)
+    )
     assert ck.info_nce(rows, labels, ignore_index=-100) > 0
 
 
@@ -135,8 +139,16 @@ def test_nothing_to_contrast_gives_zero_and_a_live_graph(rng, own):
     ]
     if own:
         everyone = torch.arange(9)
-        cases = [(r, y, None, None) for r, y in ((rows, everyone), (rows[:1], everyone[:1]), (rows[:0], everyone[:0]),
-                 (rows, torch.full_like(row_labels, -1)), (rows, torch.zeros_like(row_labels)))]  # fmt: skip
+        cases = [
+            (r, y, None, None)
+            for r, y in (
+                (rows, everyone),
+                (rows[:1], everyone[:1]),
+                (rows[:0], everyone[:0]),
+                (rows, torch.full_like(row_labels, -1)),
+                (rows, torch.zeros_like(row_labels)),
+            )
+        ]
     for r, y, c, z in cases:
         inputs = leaves([r] if c is None else [r, c])
         loss = ck.info_nce(inputs[0], y, *((None, None) if c is None else (inputs[1], z)))
@@ -163,7 +175,9 @@ def test_ignored_rows_and_columns_change_nothing(rng):
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("where", ["row", "positive column", "negative column", "row without a positive", "row without a negative"])
+@pytest.mark.parametrize(
+    "where", ["row", "positive column", "negative column", "row without a positive", "row without a negative"]
+)
 def test_nan_or_inf_in_a_valid_place_is_never_hidden(bad, where):
     rows, row_labels = torch.full((2, 3), 0.5, dtype=torch.float64), torch.tensor([0, 1])
     columns, column_labels = torch.full((4, 3), 0.3, dtype=torch.float64), torch.tensor([0, 1, 1, 0])
@@ -203,7 +217,9 @@ def test_large_similarities_neither_overflow_nor_vanish(rng):
     rows, row_labels, columns, column_labels = case(rng, dtype=torch.float32)
     x, c = leaves([rows * 1e3, columns * 1e3])
     loss = ck.info_nce(x, row_labels, c, column_labels, temperature=0.01)
-    assert loss.item() == pytest.approx(literal_loss(x.double(), row_labels, c.double(), column_labels, temperature=0.01), rel=1e-5)
+    assert loss.item() == pytest.approx(
+        literal_loss(x.double(), row_labels, c.double(), column_labels, temperature=0.01), rel=1e-5
+    )
     loss.backward()
     assert x.grad.isfinite().all()
     assert c.grad.isfinite().all()
@@ -220,7 +236,12 @@ def test_autocast_and_layout_change_nothing(rng, autocast_dtype):
         loss.backward()
         results.append((loss.detach(), x.grad, c.grad))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
-    strided = ck.info_nce(rows.repeat_interleave(2, 1)[:, ::2], row_labels, columns.T.contiguous().T, column_labels.repeat_interleave(2)[::2])
+    strided = ck.info_nce(
+        rows.repeat_interleave(2, 1)[:, ::2],
+        row_labels,
+        columns.T.contiguous().T,
+        column_labels.repeat_interleave(2)[::2],
+    )
     torch.testing.assert_close(strided, results[0][0], rtol=1e-6, atol=0)
 
 

@@ -1,16 +1,17 @@
-"""The modules: a seed that advances and survives checkpoints, the numbers of the last batch, debug checks, and training."""
+"""The modules: a seed that advances and survives checkpoints, the last batch's numbers, debug checks, training."""
 
 import copy
 import pickle
+from itertools import pairwise
 
+import literal
 import numpy as np
 import pytest
 import torch
+from inputs import leaves, pyramid, scene
 from torch import nn
 
 import contextrast_kernels as ck
-import literal
-from inputs import leaves, pyramid, scene
 
 pytestmark = pytest.mark.usefixtures("reference")
 
@@ -22,14 +23,21 @@ def case(rng, **options):
     return pyramid(rng, B=len(labels)), labels, predictions
 
 
-# ------------------------------------------------------------------------------------------------------------ ContextrastLoss
+# ------------------------------------------------------------------------------------------------------ ContextrastLoss
 
 
 @pytest.mark.parametrize(
     "options",
     [
         {},
-        {"ignore_index": 1, "temperature": 0.3, "fusion_weight": 0.2, "negatives": "semi-hard", "ratio": 0.3, "base_rate": 0.1},
+        {
+            "ignore_index": 1,
+            "temperature": 0.3,
+            "fusion_weight": 0.2,
+            "negatives": "semi-hard",
+            "ratio": 0.3,
+            "base_rate": 0.1,
+        },
         {"distance_at": "full", "normalize": False, "temperature": 1.0},
         {"normalize_anchors": True, "detach_anchors": True, "layer_weights": [1, 2, 3, 4]},
     ],
@@ -127,7 +135,9 @@ def test_last_holds_the_numbers_of_each_layer(rng):
         arrays = [x.numpy() for x in batch[0]], batch[1].numpy(), batch[2].numpy()
         losses = literal.contextrast_layer_losses(*arrays, num_classes=4, negatives=negatives, ratio=0.3, seed=seed)
         assert last["loss"].tolist() == pytest.approx(losses, rel=1e-12)
-        assert sum(w * v for w, v in zip(WEIGHTS, last["loss"].tolist(), strict=True)) == pytest.approx(loss.item(), rel=1e-12)
+        assert sum(w * v for w, v in zip(WEIGHTS, last["loss"].tolist(), strict=True)) == pytest.approx(
+            loss.item(), rel=1e-12
+        )
         for i, x in enumerate(batch[0]):
             size = tuple(x.shape[-2:])
             y, p = literal.resize(arrays[1], size), literal.resize(arrays[2], size)
@@ -198,7 +208,7 @@ def test_a_refused_batch_does_not_advance_the_seed(rng):
     assert criterion.seed.item() == 0
 
 
-# ------------------------------------------------------------------------------------------------------------ ProjectionHead
+# ------------------------------------------------------------------------------------------------------- ProjectionHead
 
 
 def test_projection_head_maps_channels_and_keeps_the_size():
@@ -232,7 +242,7 @@ class Network(nn.Module):
         widths = (3, 8, 12, 16, 16)
         self.stages = nn.ModuleList(
             nn.Sequential(nn.Conv2d(i, o, 3, stride=2, padding=1), nn.BatchNorm2d(o), nn.ReLU())
-            for i, o in zip(widths[:-1], widths[1:], strict=True)
+            for i, o in pairwise(widths)
         )
         self.heads = nn.ModuleList(ck.ProjectionHead(width, dim=8) for width in widths[1:])
         self.classifier = nn.Conv2d(widths[1], num_classes, 1)
@@ -252,7 +262,7 @@ def training_batch():
 
 
 def test_ten_lines_in_a_training_loop_make_the_loss_fall():
-    """Eq. 5 on one batch. The contrast is judged at fixed negatives, since with fewer errors it would shrink by itself."""
+    """Eq. 5 on one batch. The contrast is judged at fixed predictions: with fewer errors it shrinks by itself."""
     network, images, labels = training_batch()
     criterion = ck.ContextrastLoss(num_classes=4)
     optimizer = torch.optim.Adam(network.parameters(), lr=0.01)

@@ -2,14 +2,14 @@
 
 import math
 
+import literal
 import numpy as np
 import pytest
 import torch
+from inputs import leaves, scene
 from torch.autograd import gradcheck, gradgradcheck
 
 import contextrast_kernels as ck
-import literal
-from inputs import leaves, scene
 
 pytestmark = pytest.mark.usefixtures("reference")
 
@@ -27,8 +27,10 @@ def case(rng, B=2, D=3, N=4, h=5, w=6, H=11, W=13, dtype=torch.float64):
 
 
 def literal_loss(features, labels, anchors, negatives=None, base=None, **options):
-    numpy = [None if x is None else x.detach().double().numpy() if x.is_floating_point() else x.numpy()
-             for x in (features, labels, anchors, negatives, base)]  # fmt: skip
+    numpy = [
+        None if x is None else x.detach().double().numpy() if x.is_floating_point() else x.numpy()
+        for x in (features, labels, anchors, negatives, base)
+    ]
     numpy[1] = numpy[1].reshape(len(numpy[1]), *numpy[1].shape[-2:])
     return literal.pixel_anchor_loss(*numpy, **options)
 
@@ -45,16 +47,21 @@ def test_hand_worked_loss_with_every_other_pixel_as_negative():
     features = torch.tensor([[[[1.0, -1.0]]]], dtype=torch.float64)
     labels = torch.tensor([[[0, 1]]])
     anchors = torch.tensor([[1.0], [-1.0]], dtype=torch.float64)
-    assert ck.pixel_anchor_loss(features, labels, anchors, temperature=1.0).item() == pytest.approx(math.log(1 + math.exp(-2)))
-    assert ck.pixel_anchor_loss(features, labels, anchors, temperature=0.5).item() == pytest.approx(math.log(1 + math.exp(-4)))
+    assert ck.pixel_anchor_loss(features, labels, anchors, temperature=1.0).item() == pytest.approx(
+        math.log(1 + math.exp(-2))
+    )
+    assert ck.pixel_anchor_loss(features, labels, anchors, temperature=0.5).item() == pytest.approx(
+        math.log(1 + math.exp(-4))
+    )
     assert ck.pixel_anchor_loss(features, labels, anchors).item() == pytest.approx(softplus(-20), rel=1e-12)
 
 
 def test_hand_worked_loss_counts_pixels_inside_classes_and_classes_equally():
-    """D = 1, tau = 1, not normalised. Class 0: pixels 2 and 1, anchor 1, so s = 2, 1. Class 1: pixel 3, anchor -1, s = -3.
+    """D = 1, tau = 1, not normalised. Class 0: pixels 2 and 1, anchor 1, so s = 2, 1. Class 1: pixel 3, anchor -1, s =
+    -3.
 
-    Negatives given: the pixel of value 3 (label 1) for class 0, so Z_0 = 3. Class 1 has none and adds 0, but is counted.
-    L = 1/2 [ (softplus(3 - 2) + softplus(3 - 1)) / 2 + 0 ].
+    Negatives given: the pixel of value 3 (label 1) for class 0, so Z_0 = 3. Class 1 has none and adds 0, but is
+    counted. L = 1/2 [ (softplus(3 - 2) + softplus(3 - 1)) / 2 + 0 ].
     """
     features = torch.tensor([[[[2.0, 1.0, 3.0]]]], dtype=torch.float64)
     labels = torch.tensor([[[0, 0, 1]]])
@@ -64,10 +71,14 @@ def test_hand_worked_loss_counts_pixels_inside_classes_and_classes_equally():
     assert loss.item() == pytest.approx((softplus(1) + softplus(2)) / 4)
     # The same pixel drawn as base pixel too counts once; a base pixel is never a negative of its own class.
     base = torch.tensor([[[False, False, True]]])
-    both = ck.pixel_anchor_loss(features, labels, anchors, negatives=negatives, base=base, temperature=1.0, normalize=False)
+    both = ck.pixel_anchor_loss(
+        features, labels, anchors, negatives=negatives, base=base, temperature=1.0, normalize=False
+    )
     assert both.item() == pytest.approx(loss.item())
     # Every pixel as base: class 1 gets Z_1 = log(e^-2 + e^-1) against s = -3, class 0 keeps Z_0 = 3.
-    everything = ck.pixel_anchor_loss(features, labels, anchors, base=torch.ones_like(base), temperature=1.0, normalize=False)
+    everything = ck.pixel_anchor_loss(
+        features, labels, anchors, base=torch.ones_like(base), temperature=1.0, normalize=False
+    )
     z1 = math.log(math.exp(-2) + math.exp(-1))
     assert everything.item() == pytest.approx(((softplus(1) + softplus(2)) / 2 + softplus(z1 + 3)) / 2)
 
@@ -90,7 +101,9 @@ def test_loss_equals_the_loops(rng, given, normalize, size):
 
 
 def test_gradient_equals_central_differences_of_the_loops(rng):
-    """Every coordinate of features and anchors, through the literal definition: step 1e-5, truncation error ~ 1e-10 / tau^3."""
+    """Every coordinate of features and anchors, through the literal definition: step 1e-5, truncation error ~ 1e-10 /
+    tau^3.
+    """
     features, labels, anchors, negatives, base = case(rng, B=1, h=2, w=3, N=3)
     features, anchors = leaves([features, anchors])
     ck.pixel_anchor_loss(features, labels, anchors, negatives=negatives, base=base, temperature=0.5).backward()
@@ -116,8 +129,15 @@ def test_loss_is_twice_differentiable(rng, normalize, given):
     features, anchors = leaves([features, anchors])
 
     def loss(x, a):
-        return ck.pixel_anchor_loss(x, labels, a, negatives=negatives if given != "neither" else None,
-                                    base=base if given == "both" else None, temperature=0.5, normalize=normalize)  # fmt: skip
+        return ck.pixel_anchor_loss(
+            x,
+            labels,
+            a,
+            negatives=negatives if given != "neither" else None,
+            base=base if given == "both" else None,
+            temperature=0.5,
+            normalize=normalize,
+        )
 
     assert gradcheck(loss, (features, anchors))
     assert gradgradcheck(loss, (features, anchors), fast_mode=True)
@@ -131,7 +151,9 @@ def test_every_label_and_negatives_dtype(rng, dtype):
     labels = labels.to(dtype)  # 255 becomes -1 in int8
     signed = negatives.to(torch.int64 if dtype == torch.uint8 else dtype)
     for label_map in (labels, labels[:, None]):
-        loss = ck.pixel_anchor_loss(features, label_map, anchors, negatives=signed, base=base, ignore_index=ignore_index)
+        loss = ck.pixel_anchor_loss(
+            features, label_map, anchors, negatives=signed, base=base, ignore_index=ignore_index
+        )
         assert loss.item() == pytest.approx(expected, **TIGHT)
 
 
@@ -257,7 +279,9 @@ def test_large_similarities_neither_overflow_nor_vanish(rng):
     for scale in (1e3, 1e-3):
         x, a = leaves([features * scale, anchors * scale])
         loss = ck.pixel_anchor_loss(x, labels, a, negatives=negatives, base=base, normalize=False, temperature=0.01)
-        expected = literal_loss(features * scale, labels, anchors * scale, negatives, base, normalize=False, temperature=0.01)
+        expected = literal_loss(
+            features * scale, labels, anchors * scale, negatives, base, normalize=False, temperature=0.01
+        )
         assert loss.item() == pytest.approx(expected, rel=1e-5)
         loss.backward()
         assert x.grad.isfinite().all()
@@ -290,10 +314,12 @@ def test_layout_does_not_matter(rng):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("normalize", [True, False])
 def test_half_precision_is_as_good_as_its_inputs(rng, dtype, normalize):
-    """The loss is float32 and right to float32 rounding of the exact half inputs; gradients are correctly rounded to their dtype.
+    """The loss is float32 and right to float32 rounding of the exact half inputs; gradients are correctly rounded to
+    their dtype.
 
-    Loss: similarities up to 1/tau = 10 (normalised), each off by a few 2^-24 relative, so about 1e-6 absolute: 5e-6 is allowed.
-    Gradient: half a unit in the last place of the dtype, its smallest subnormal, and 2e-5 of the largest for float32 arithmetic.
+    Loss: similarities up to 1/tau = 10 (normalised), each off by a few 2^-24 relative, so about 1e-6 absolute: 5e-6 is
+    allowed. Gradient: half a unit in the last place of the dtype, its smallest subnormal, and 2e-5 of the largest for
+    float32 arithmetic.
     """
     features, labels, anchors, negatives, base = case(rng, D=16, h=11, w=13, dtype=dtype)
     x, a = leaves([features, anchors])
@@ -327,7 +353,7 @@ def test_float32_anchors_with_half_features_give_the_same_loss(rng):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_scale_of_the_features_does_not_matter_when_normalised(rng, dtype):
-    """Powers of two near 1e-4 and 1e4 are exact in every dtype; so is the loss then, but for the rounding of the norm."""
+    """Powers of two near 1e-4 and 1e4 are exact in every dtype; the loss is too, but for the rounding of the norm."""
     features, labels, anchors, negatives, base = case(rng, dtype=dtype)
     plain = ck.pixel_anchor_loss(features, labels, anchors, negatives=negatives, base=base)
     for exponent in (-13, 13):
@@ -397,7 +423,9 @@ def test_loss_does_not_depend_on_the_order_of_images_pixels_or_classes(rng):
     features, labels, anchors, negatives, base = case(rng, h=11, w=13)
     loss = ck.pixel_anchor_loss(features, labels, anchors, negatives=negatives, base=base)
     order = [1, 0]
-    shuffled = ck.pixel_anchor_loss(features[order], labels[order], anchors, negatives=negatives[order], base=base[order])
+    shuffled = ck.pixel_anchor_loss(
+        features[order], labels[order], anchors, negatives=negatives[order], base=base[order]
+    )
     flipped = ck.pixel_anchor_loss(features.mT, labels.mT, anchors, negatives=negatives.mT, base=base.mT)
     new = torch.tensor(np.random.default_rng(1).permutation(4))
     table = torch.full((256,), 255).index_copy(0, torch.arange(4), new)
