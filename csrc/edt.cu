@@ -4,26 +4,26 @@
 //   2. solve   a warp computes one row: parabolas from the words, then the window for each tile of 32 pixels, then, for
 //              the tiles that it leaves open, the anchors by bisection and one sweep a tile between two of them.
 // Memory read and written: the map, the words, the distances, once each.
+#include <type_traits>
+
 #include "edt.cuh"
 #include "lines.h"
-
-#include <type_traits>
 
 namespace contextrast {
 namespace {
 
-constexpr int BAND = 32;     // rows of a word
-constexpr int TILE = WARP;   // pixels that a warp solves at once, and the distance between anchors
-constexpr int AHEAD = 8;     // independent loads that a thread keeps in flight
-constexpr int WINDOW = 8;    // steps before a tile is left to the bisection: about what its sweep costs
+constexpr int BAND = 32;               // rows of a word
+constexpr int TILE = WARP;             // pixels that a warp solves at once, and the distance between anchors
+constexpr int AHEAD = 8;               // independent loads that a thread keeps in flight
+constexpr int WINDOW = 8;              // steps before a tile is left to the bisection: about what its sweep costs
 constexpr int WINDOW_IN_HARD_ROW = 2;  // and where the row pays for anchors anyway
 
-struct PlanesLaunch {
+struct PlanesWork {
   Planes planes;
   LayerBlocks blocks;
   int32_t row_words;  // shared memory of a warp of `solve`, in words
 };
-static_assert(sizeof(PlanesLaunch) <= 4096, "parameters of a kernel");
+static_assert(sizeof(PlanesWork) <= 4096, "parameters of a kernel");
 
 __host__ __device__ inline int bands_of(int height) { return (height + BAND - 1) / BAND; }
 __host__ __device__ inline int tiles_of(int width) { return (width + TILE - 1) / TILE; }
@@ -53,13 +53,13 @@ __device__ void carry(const uint32_t *seeds, Carry *carries, int bands, int64_t 
 }
 
 template <class T>
-__global__ void __launch_bounds__(BLOCK) mark(const __grid_constant__ PlanesLaunch launch, bool zeros) {
-  const BlockOfLayer place = launch.blocks.find(blockIdx.x);
-  const Plane &plane = launch.planes.plane[place.layer];
+__global__ void __launch_bounds__(BLOCK) mark(const __grid_constant__ PlanesWork work, bool zeros) {
+  const BlockOfLayer mine = work.blocks.find(blockIdx.x);
+  const Plane &plane = work.planes.plane[mine.layer];
   const int height = plane.height, width = plane.width, bands = bands_of(height), strips = tiles_of(width);
   const int lane = threadIdx.x % WARP;
-  const int64_t square = static_cast<int64_t>(place.block) * (BLOCK / WARP) + threadIdx.x / WARP;
-  if (square >= static_cast<int64_t>(launch.planes.batch) * bands * strips) return;
+  const int64_t square = static_cast<int64_t>(mine.block) * (BLOCK / WARP) + threadIdx.x / WARP;
+  if (square >= static_cast<int64_t>(work.planes.batch) * bands * strips) return;
   const int strip = static_cast<int>(square % strips), band = static_cast<int>(square / strips % bands);
   const int64_t image = square / strips / bands;
   const int top = band * BAND, x = strip * WARP + lane;
@@ -146,18 +146,18 @@ __device__ void bisect(const int32_t *parabolas, int last, int from, int to, int
 }
 
 template <class Distance>
-__global__ void __launch_bounds__(BLOCK, 5) solve(const __grid_constant__ PlanesLaunch launch) {
-  const BlockOfLayer place = launch.blocks.find(blockIdx.x);
-  const Plane &plane = launch.planes.plane[place.layer];
+__global__ void __launch_bounds__(BLOCK, 5) solve(const __grid_constant__ PlanesWork work) {
+  const BlockOfLayer mine = work.blocks.find(blockIdx.x);
+  const Plane &plane = work.planes.plane[mine.layer];
   const int height = plane.height, width = plane.width, tiles = tiles_of(width);
   const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-  const int64_t line = static_cast<int64_t>(place.block) * (blockDim.x / WARP) + warp;
-  if (line >= static_cast<int64_t>(launch.planes.batch) * height) return;
+  const int64_t line = static_cast<int64_t>(mine.block) * (blockDim.x / WARP) + warp;
+  if (line >= static_cast<int64_t>(work.planes.batch) * height) return;
   const int64_t image = line / height;
   const int row = static_cast<int>(line % height), bit = row % BAND;
 
-  int32_t *const parabolas = dynamic_shared<int32_t>() + warp * launch.row_words;
-  int32_t *const columns = parabolas + width;  // of the anchors
+  int32_t *const parabolas = dynamic_shared<int32_t>() + warp * work.row_words;
+  int32_t *const columns = parabolas + width;                                  // of the anchors
   uint32_t *const wanted = reinterpret_cast<uint32_t *>(columns + tiles + 1);  // a bit a pixel, a word a tile
   const int64_t words = (image * bands_of(height) + row / BAND) * width;
   Distance *const distance = static_cast<Distance *>(plane.distance) + line * width;
@@ -191,8 +191,8 @@ __global__ void __launch_bounds__(BLOCK, 5) solve(const __grid_constant__ Planes
   for (int tile = 0; tile < tiles; ++tile) {
     const int x = tile * TILE + lane;
     int32_t best = 0;
-    const bool proven = !is_wanted(tile) || row_window(parabolas, 0, width - 1, x,
-                                                       hard_row ? WINDOW_IN_HARD_ROW : WINDOW, best);
+    const bool proven =
+        !is_wanted(tile) || row_window(parabolas, 0, width - 1, x, hard_row ? WINDOW_IN_HARD_ROW : WINDOW, best);
     if (!__all_sync(ALL_LANES, proven)) {
       hard_row = true;
       if (lane == tile % WARP) hard |= 1u << tile / WARP;
@@ -217,12 +217,12 @@ __global__ void __launch_bounds__(BLOCK, 5) solve(const __grid_constant__ Planes
 // ---- Launches
 
 template <class T>
-cudaError_t enqueue_mark(const PlanesLaunch &parameters, bool zeros, cudaStream_t stream) {
+cudaError_t enqueue_mark(const PlanesWork &parameters, bool zeros, cudaStream_t stream) {
   return launch(mark<T>, parameters.blocks.total(), BLOCK, 0, stream, parameters, zeros);
 }
 
 template <class Distance>
-cudaError_t enqueue_solve(PlanesLaunch parameters, int device, cudaStream_t stream) {
+cudaError_t enqueue_solve(PlanesWork parameters, int device, cudaStream_t stream) {
   const Planes &planes = parameters.planes;
   int widest = 0;
   for (int i = 0; i < planes.count; ++i) widest = greater(widest, planes.plane[i].width);
@@ -296,7 +296,7 @@ void Plane::take_words(Scratch &scratch, int64_t batch) {
 
 cudaError_t enqueue_distances(const Planes &planes, int32_t type, bool zeros, bool squared, int device,
                               cudaStream_t stream) {
-  PlanesLaunch parameters{planes, {}, 0};
+  PlanesWork parameters{planes, {}, 0};
   for (int i = 0; i < planes.count; ++i) {
     const Plane &plane = planes.plane[i];
     const int64_t squares = static_cast<int64_t>(planes.batch) * bands_of(plane.height) * tiles_of(plane.width);
@@ -305,7 +305,8 @@ cudaError_t enqueue_distances(const Planes &planes, int32_t type, bool zeros, bo
   cudaError_t status = cudaSuccess;
   with_integer(type, [&](auto zero) { status = enqueue_mark<decltype(zero)>(parameters, zeros, stream); });
   if (status != cudaSuccess) return status;
-  return squared ? enqueue_solve<int32_t>(parameters, device, stream) : enqueue_solve<float>(parameters, device, stream);
+  return squared ? enqueue_solve<int32_t>(parameters, device, stream)
+                 : enqueue_solve<float>(parameters, device, stream);
 }
 
 }  // namespace contextrast

@@ -49,23 +49,24 @@ struct Layers {
   Layer layer[CONTEXTRAST_MAX_LAYERS];
 };
 
-struct LayersLaunch {
+struct LayersWork {
   Layers layers;
   LayerBlocks blocks;
 };
+static_assert(sizeof(LayersWork) + 3 * sizeof(ContextrastMap) <= 4096, "parameters of a kernel");
 
 // ---- 1. Classes
 
-// Where a block of `pixels` pixels of one image works. It has to call with every thread, also beyond the image's end.
+// The `pixels` pixels of one image that are a block's. Threads beyond the end of the image take part without a pixel.
 struct Spot {
   const Layer &layer;
-  int image, first, blocks;  // first pixel; blocks of an image
+  int image, first, blocks;  // the first pixel; the blocks of an image
 
-  __device__ Spot(const LayersLaunch &launch, int pixels) : Spot(launch, launch.blocks.find(blockIdx.x), pixels) {}
-  __device__ Spot(const LayersLaunch &launch, BlockOfLayer place, int pixels)
-      : layer(launch.layers.layer[place.layer]), blocks((layer.num_pixels() + pixels - 1) / pixels) {
-    image = place.block / blocks;
-    first = place.block % blocks * pixels;
+  __device__ Spot(const LayersWork &work, int pixels) : Spot(work, work.blocks.find(blockIdx.x), pixels) {}
+  __device__ Spot(const LayersWork &work, BlockOfLayer mine, int pixels)
+      : layer(work.layers.layer[mine.layer]), blocks((layer.num_pixels() + pixels - 1) / pixels) {
+    image = mine.block / blocks;
+    first = mine.block % blocks * pixels;
   }
 };
 
@@ -74,9 +75,10 @@ __device__ uint32_t slot_of(const Layer &layer, int image, int64_t n) {
   const uint64_t key = static_cast<uint64_t>(n) + 1;
   const uint32_t mask = static_cast<uint32_t>(layer.slots) - 1;
   uint64_t *const keys = layer.keys + static_cast<int64_t>(image) * layer.slots;
-  for (uint32_t slot = mix(static_cast<uint32_t>(n) ^ static_cast<uint32_t>(n >> 32)) & mask;; slot = (slot + 1) & mask) {
-    const auto found = static_cast<uint64_t>(atomicCAS(reinterpret_cast<unsigned long long *>(keys + slot), 0ull,
-                                                       static_cast<unsigned long long>(key)));
+  for (uint32_t slot = mix(static_cast<uint32_t>(n) ^ static_cast<uint32_t>(n >> 32)) & mask;;
+       slot = (slot + 1) & mask) {
+    const auto found = static_cast<uint64_t>(
+        atomicCAS(reinterpret_cast<unsigned long long *>(keys + slot), 0ull, static_cast<unsigned long long>(key)));
     if (found == 0 || found == key) return slot;
   }
 }
@@ -163,8 +165,8 @@ constexpr int PIXELS = std::is_void_v<Bits> ? 4 : 1;
 // Eq. 6. Bits is void for a class map of predictions. Segments are counted where there is memory for it.
 template <class Bits>
 __global__ void __launch_bounds__(BLOCK)
-    find_errors(const __grid_constant__ LayersLaunch launch, const __grid_constant__ ErrorSource source) {
-  const Spot spot(launch, BLOCK * PIXELS<Bits>);
+    find_errors(const __grid_constant__ LayersWork work, const __grid_constant__ ErrorSource source) {
+  const Spot spot(work, BLOCK * PIXELS<Bits>);
   const Layer &layer = spot.layer;
   int32_t errors[PIXELS<Bits>];
 #pragma unroll
@@ -179,8 +181,8 @@ __global__ void __launch_bounds__(BLOCK)
     if constexpr (std::is_void_v<Bits>)
       errors[i] = error_class(target, prediction_of(value_at(source.predictions, at), source.limit));
     else if (target != NO_CLASS)
-      errors[i] = error_class(target, prediction_of(argmax_at(source.predictions, at, static_cast<Bits>(source.infinity)),
-                                                    source.limit));
+      errors[i] = error_class(
+          target, prediction_of(argmax_at(source.predictions, at, static_cast<Bits>(source.infinity)), source.limit));
     layer.classes[static_cast<int64_t>(spot.image) * layer.num_pixels() + pixel] = errors[i];
   }
   if (!layer.sizes) return;
@@ -196,9 +198,9 @@ struct ClassSource {
 
 // Classes and distances that are there already are brought to the layer.
 __global__ void __launch_bounds__(BLOCK)
-    read_classes(const __grid_constant__ LayersLaunch launch, const __grid_constant__ ClassSource source) {
+    read_classes(const __grid_constant__ LayersWork work, const __grid_constant__ ClassSource source) {
   constexpr int COUNT = PIXELS<void>;
-  const Spot spot(launch, BLOCK * COUNT);
+  const Spot spot(work, BLOCK * COUNT);
   const Layer &layer = spot.layer;
   const int64_t start = static_cast<int64_t>(spot.image) * layer.num_pixels();
   int64_t classes[COUNT];
@@ -227,8 +229,8 @@ __global__ void __launch_bounds__(BLOCK)
 
 // ---- 3. Place
 
-__global__ void __launch_bounds__(BLOCK) place(const __grid_constant__ LayersLaunch launch) {
-  const Spot spot(launch, BLOCK);
+__global__ void __launch_bounds__(BLOCK) place(const __grid_constant__ LayersWork work) {
+  const Spot spot(work, BLOCK);
   const Layer &layer = spot.layer;
   const int64_t start = static_cast<int64_t>(spot.image) * layer.num_pixels();
   const int pixel = spot.first + static_cast<int>(threadIdx.x), lane = threadIdx.x % WARP;
@@ -281,29 +283,29 @@ struct Chooser {
   uint32_t key;
   uint64_t kept[KEPT];
 
-  __device__ uint32_t pixel(uint32_t i) const { return layer.pixels[start + segment.start + i]; }
+  __device__ uint32_t pixel(uint32_t entry) const { return layer.pixels[start + segment.start + entry]; }
 
   __device__ void read(uint32_t chunk) {
     uint32_t pixels[KEPT];
 #pragma unroll
     for (int i = 0; i < KEPT; ++i) {
-      const uint32_t place = chunk + i * CHOOSERS + threadIdx.x;
-      pixels[i] = place < segment.size ? pixel(place) : 0;
+      const uint32_t entry = chunk + i * CHOOSERS + threadIdx.x;
+      pixels[i] = entry < segment.size ? pixel(entry) : 0;
     }
 #pragma unroll
     for (int i = 0; i < KEPT; ++i)
       kept[i] = rank(layer.distance_sq ? layer.distance_sq[start + pixels[i]] : 0, hash(pixels[i], key));
   }
 
-  // body(rank, place in the list) for this thread's part of the segment, which is read again only if it is long.
+  // body(rank, entry of the list) for this thread's part of the segment, which is read again only if it is long.
   template <class Body>
   __device__ void for_ranks(const Body &body) {
     for (uint32_t chunk = 0; chunk < segment.size; chunk += CHUNK) {
       if (segment.size > CHUNK) read(chunk);
 #pragma unroll
       for (int i = 0; i < KEPT; ++i) {
-        const uint32_t place = chunk + i * CHOOSERS + threadIdx.x;
-        if (place < segment.size) body(kept[i], place);
+        const uint32_t entry = chunk + i * CHOOSERS + threadIdx.x;
+        if (entry < segment.size) body(kept[i], entry);
       }
     }
   }
@@ -401,14 +403,14 @@ struct Chooser {
 __host__ __device__ inline int choosing_blocks(const Layer &layer) { return lesser(layer.most_present(), MOST_BLOCKS); }
 
 __global__ void __launch_bounds__(CHOOSERS, 3)
-    choose(const __grid_constant__ LayersLaunch launch, double ratio, const int64_t *seed) {
-  const BlockOfLayer place = launch.blocks.find(blockIdx.x);
-  const Layer &layer = launch.layers.layer[place.layer];
-  const int blocks = choosing_blocks(layer), image = place.block / blocks;
+    choose(const __grid_constant__ LayersWork work, double ratio, const int64_t *seed) {
+  const BlockOfLayer mine = work.blocks.find(blockIdx.x);
+  const Layer &layer = work.layers.layer[mine.layer];
+  const int blocks = choosing_blocks(layer), image = mine.block / blocks;
   const int64_t start = static_cast<int64_t>(image) * layer.num_pixels();
   const Segment *const present = layer.present + static_cast<int64_t>(image) * layer.most_present();
   const uint32_t count = layer.num_present[image];
-  for (uint32_t i = place.block % blocks; i < count; i += blocks) {
+  for (uint32_t i = mine.block % blocks; i < count; i += blocks) {
     Chooser chooser{block_shared<ChooseShared>(), layer, start, present[i], hash_key(*seed, TIES), {}};
     const uint32_t size = chooser.segment.size, selected = static_cast<uint32_t>(quota(ratio, size));
     if (selected == (layer.selected ? 0 : size)) continue;  // the result is there already
@@ -417,9 +419,9 @@ __global__ void __launch_bounds__(CHOOSERS, 3)
       if (size <= CHUNK) chooser.read(0);
       threshold = chooser.threshold(selected);
     }
-    chooser.for_ranks([&](uint64_t rank, uint32_t place) {
+    chooser.for_ranks([&](uint64_t rank, uint32_t entry) {
       const bool is_selected = selected > 0 && rank <= threshold;
-      const int64_t at = start + chooser.pixel(place);
+      const int64_t at = start + chooser.pixel(entry);
       if (layer.selected && is_selected) layer.selected[at] = 1;
       if (!layer.selected && !is_selected) layer.classes[at] = NO_CLASS;
     });
@@ -431,7 +433,6 @@ __global__ void __launch_bounds__(CHOOSERS, 3)
 
 // Up to here, or up to the number of pixels, every class has a slot of its own.
 constexpr int64_t FEW_CLASSES = 1024;
-
 
 void Layer::shape(int64_t h, int64_t w, int64_t num_classes) {
   height = static_cast<int32_t>(h);
@@ -472,8 +473,8 @@ struct SelectMemory {
   }
 };
 
-// bane_negatives: errors are found in the layers' own output. With AT_FULL one plane of the labels' size, and its errors;
-// else a plane for each layer.
+// bane_negatives: errors are found in the layers' own output. With AT_FULL one plane of the labels' size, and its
+// errors; else a plane for each layer.
 struct BaneMemory {
   Layers layers, full;
   Planes planes;
@@ -533,8 +534,8 @@ struct BaneMemory {
 
 // ---- Launches
 
-LayersLaunch in_blocks(const Layers &layers, int pixels) {
-  LayersLaunch parameters{layers, {}};
+LayersWork in_blocks(const Layers &layers, int pixels) {
+  LayersWork parameters{layers, {}};
   for (int i = 0; i < layers.count; ++i)
     parameters.blocks.add(layers.batch * divide_up(layers.layer[i].num_pixels(), pixels));
   return parameters;
@@ -543,7 +544,7 @@ LayersLaunch in_blocks(const Layers &layers, int pixels) {
 template <class Bits>
 cudaError_t enqueue_errors(const Layers &layers, ErrorSource source, Bits infinity, cudaStream_t stream) {
   source.infinity = infinity;
-  const LayersLaunch parameters = in_blocks(layers, BLOCK * PIXELS<Bits>);
+  const LayersWork parameters = in_blocks(layers, BLOCK * PIXELS<Bits>);
   return launch(find_errors<Bits>, parameters.blocks.total(), BLOCK, 0, stream, parameters, source);
 }
 
@@ -556,19 +557,19 @@ cudaError_t enqueue_errors(const Layers &layers, const ContextrastMap &predictio
     case CONTEXTRAST_FLOAT32: return enqueue_errors<int32_t>(layers, source, INFINITY_FLOAT32, stream);
     case CONTEXTRAST_FLOAT64: return enqueue_errors<int64_t>(layers, source, INFINITY_FLOAT64, stream);
     default: {
-      const LayersLaunch parameters = in_blocks(layers, BLOCK * PIXELS<void>);
+      const LayersWork parameters = in_blocks(layers, BLOCK * PIXELS<void>);
       return launch(find_errors<void>, parameters.blocks.total(), BLOCK, 0, stream, parameters, source);
     }
   }
 }
 
 cudaError_t enqueue_classes(const Layers &layers, const ClassSource &source, cudaStream_t stream) {
-  const LayersLaunch parameters = in_blocks(layers, BLOCK * PIXELS<void>);
+  const LayersWork parameters = in_blocks(layers, BLOCK * PIXELS<void>);
   return launch(read_classes, parameters.blocks.total(), BLOCK, 0, stream, parameters, source);
 }
 
 cudaError_t enqueue_selection(const Layers &layers, double ratio, const int64_t *seed, cudaStream_t stream) {
-  LayersLaunch parameters = in_blocks(layers, BLOCK);
+  LayersWork parameters = in_blocks(layers, BLOCK);
   const cudaError_t status = launch(place, parameters.blocks.total(), BLOCK, 0, stream, parameters);
   if (status != cudaSuccess) return status;
   parameters.blocks = {};

@@ -1,8 +1,8 @@
-// As much of CUDA as csrc/*.cu use, on a CPU: the kernels and their launches compile unchanged as C++, every thread of a
-// block is a fiber, and a warp's lanes meet in its collectives. Threads and blocks run in an order drawn by a seed, some
-// blocks at a time, and change at collectives, barriers and atomics. Shared memory has its exact size and begins as
-// garbage. What a GPU would leave undefined fails the launch with a sentence: lanes that meet in different operations,
-// that wait for one that has returned, a block that asks for more shared memory than it may have.
+// As much of CUDA as csrc/*.cu use, on a CPU: the kernels and their launches compile unchanged as C++, every thread of
+// a block is a fiber, and a warp's lanes meet in its collectives. Threads and blocks run in an order drawn by a seed,
+// some blocks at a time, and change at collectives, barriers and atomics. Shared memory has its exact size and begins
+// as garbage. What a GPU would leave undefined fails the launch with a sentence: lanes that meet in different
+// operations, that wait for one that has returned, a block that asks for more shared memory than it may have.
 #ifndef CONTEXTRAST_EMULATION_H
 #define CONTEXTRAST_EMULATION_H
 
@@ -46,7 +46,7 @@ const uint64_t *meet(const char *operation, uint64_t value);
 bool block_meet(const char *operation, bool value);
 // Others may run between.
 void pause();
-void *block_memory(size_t bytes);    // fixed
+void *block_memory(size_t bytes);  // fixed
 void *dynamic_memory();
 unsigned block_index();
 unsigned block_size();
@@ -202,7 +202,13 @@ inline int __clzll(long long bits) { return bits ? __builtin_clzll(static_cast<u
 
 // ---- Runtime
 
-enum cudaError_t { cudaSuccess, cudaErrorInvalidValue, cudaErrorInvalidConfiguration, cudaErrorInvalidDevice, cudaErrorLaunchFailure };
+enum cudaError_t {
+  cudaSuccess,
+  cudaErrorInvalidValue,
+  cudaErrorInvalidConfiguration,
+  cudaErrorInvalidDevice,
+  cudaErrorLaunchFailure
+};
 enum cudaDeviceAttr { cudaDevAttrMaxSharedMemoryPerBlockOptin };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 typedef struct emulated_stream *cudaStream_t;
