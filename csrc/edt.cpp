@@ -97,7 +97,7 @@ CONTEXTRAST_CLONES void mark_band(const T *image, int64_t stride_row, int64_t st
 
 // ---- 2. Carry
 
-CONTEXTRAST_CLONES void carry(const uint32_t *seeds, uint32_t *carries, int64_t count, int width) {  // of one image
+CONTEXTRAST_CLONES void carry_image(const uint32_t *seeds, uint32_t *carries, int64_t count, int width) {
   for (int x = 0; x < width; ++x) carries[x] = pack_carry(NO_SEED, 0);
   for (int64_t band = 1; band < count; ++band) {
     const uint32_t *word = seeds + (band - 1) * width, *from = carries + (band - 1) * width;
@@ -194,27 +194,29 @@ int transform(const char *name, const ContextrastMap &map, Distance *distance, v
   if (map.batch <= 0 || pixels == 0) return CONTEXTRAST_OK;
   Scratch scratch(memory);
   const Bands bands(scratch, map.batch, height, width);
-  const auto for_bands = [&](const auto &body) {  // body(image, band of all images, first row, first pixel)
-    share(threads_for(threads, map.batch * pixels), map.batch * bands.count, [&](int64_t band, int) {
-      const int64_t image = band / bands.count, top = band % bands.count * BAND;
-      body(image, band, static_cast<int>(top), image * pixels + top * width);
-    });
-  };
+  const int64_t all_bands = map.batch * bands.count;
 
-  for_bands([&](int64_t image, int64_t band, int top, int64_t start) {
-    with_integer(map.type, [&](auto zero) {
-      using T = decltype(zero);
-      mark_band<Kind>(static_cast<const T *>(map.data) + image * map.stride_batch, map.stride_row, map.stride_column,
-                      height, width, top, bands.seeds + band * width, bands.far + start, distance + start);
-    });
-  });
-  share(threads_for(threads, map.batch * bands.count * width), map.batch, [&](int64_t image, int) {
-    carry(bands.seeds + image * bands.count * width, bands.carries + image * bands.count * width, bands.count, width);
-  });
-  for_bands([&](int64_t, int64_t band, int top, int64_t start) {
-    solve_band(bands.seeds + band * width, bands.carries + band * width, bands.far + start, width,
-               lesser(BAND, height - top), distance + start);
-  });
+  const Step mark{all_bands, [&](int64_t band, int) {
+                    const int64_t image = band / bands.count, top = band % bands.count * BAND;
+                    const int64_t start = image * pixels + top * width;
+                    with_integer(map.type, [&](auto zero) {
+                      using T = decltype(zero);
+                      mark_band<Kind>(static_cast<const T *>(map.data) + image * map.stride_batch, map.stride_row,
+                                      map.stride_column, height, width, static_cast<int>(top),
+                                      bands.seeds + band * width, bands.far + start, distance + start);
+                    });
+                  }};
+  const Step carry{map.batch, [&](int64_t image, int) {
+                     const int64_t start = image * bands.count * width;
+                     carry_image(bands.seeds + start, bands.carries + start, bands.count, width);
+                   }};
+  const Step solve{all_bands, [&](int64_t band, int) {
+                     const int64_t image = band / bands.count, top = band % bands.count * BAND;
+                     const int64_t start = image * pixels + top * width;
+                     solve_band(bands.seeds + band * width, bands.carries + band * width, bands.far + start, width,
+                                lesser(BAND, static_cast<int>(height - top)), distance + start);
+                   }};
+  share(threads_for(threads, map.batch * pixels), mark, carry, solve);
   return CONTEXTRAST_OK;
 }
 

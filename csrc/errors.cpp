@@ -99,22 +99,23 @@ void errors_at(const ContextrastMap &predictions, const ContextrastMap &labels, 
   const int h = static_cast<int>(height), w = static_cast<int>(width);
   const RowSource prediction_source{predictions, h, w}, label_source{labels, h, w};
   const uint64_t limit = class_limit(num_classes, predictions.channels), pixels = labels.batch * height * width;
-  share(threads_for(threads, pixels * greater<int64_t>(predictions.channels, 1)), labels.batch * height,
-        [&](int64_t task, int) {
-          const int64_t image = task / height;
-          const int r = static_cast<int>(task % height);
-          int32_t classes[STRETCH], targets[STRETCH];
-          for (int first = 0; first < w; first += STRETCH) {
-            const int count = lesser(STRETCH, w - first);
-            with_integer(labels.type, [&](auto zero) {
-              using T = decltype(zero);
-              read_labels(label_source, static_cast<const T *>(labels.data) + label_source.row(image, r), first, count,
-                          limit, ignore_index, targets);
-            });
-            read_predictions(prediction_source, prediction_source.row(image, r), first, count, limit, classes);
-            compare(targets, classes, count, errors + task * width + first);
-          }
-        });
+  const Step rows{labels.batch * height, [&](int64_t task, int) {
+                    const int64_t image = task / height;
+                    const int r = static_cast<int>(task % height);
+                    int32_t classes[STRETCH], targets[STRETCH];
+                    for (int first = 0; first < w; first += STRETCH) {
+                      const int count = lesser(STRETCH, w - first);
+                      with_integer(labels.type, [&](auto zero) {
+                        using T = decltype(zero);
+                        const T *row = static_cast<const T *>(labels.data) + label_source.row(image, r);
+                        read_labels(label_source, row, first, count, limit, ignore_index, targets);
+                      });
+                      read_predictions(prediction_source, prediction_source.row(image, r), first, count, limit,
+                                       classes);
+                      compare(targets, classes, count, errors + task * width + first);
+                    }
+                  }};
+  share(threads_for(threads, pixels * greater<int64_t>(predictions.channels, 1)), rows);
 }
 
 }  // namespace contextrast

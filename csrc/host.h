@@ -113,34 +113,54 @@ void with_integer(int32_t type, const Body &body) {
 // ---- Threads
 
 constexpr int MAX_THREADS = 64;
-constexpr int64_t PIXELS_A_THREAD = 1 << 16;  // fewer are done before another thread has started
+constexpr int64_t PIXELS_A_THREAD = 1 << 18;  // fewer are done before another thread has started
 
-// body(task, worker) for every task 0..tasks-1, worker < threads. Threads live for the call only, so that nothing is
-// left behind for a fork.
+// Of the threads that the caller offers, as many as are worth their start.
+inline int threads_for(int threads, int64_t pixels) {
+  const int64_t useful = 1 + pixels / PIXELS_A_THREAD;
+  const int64_t offered = threads < 1 ? 1 : threads > MAX_THREADS ? MAX_THREADS : threads;
+  return static_cast<int>(offered < useful ? offered : useful);
+}
+
+// body(task, worker) for every task 0..tasks-1; worker is below the number of threads.
 template <class Body>
-void share(int threads, int64_t tasks, const Body &body) {
-  std::atomic<int64_t> next{0};
+struct Step {
+  int64_t tasks;
+  Body body;
+};
+template <class Body>
+Step(int64_t, Body) -> Step<Body>;
+
+// One step after the other; the tasks of a step are taken by whichever thread is free. Threads live for the call only,
+// so that nothing is left behind for a fork.
+template <class... Bodies>
+void share(int threads, const Step<Bodies> &...steps) {
+  struct Progress {
+    std::atomic<int64_t> taken{0}, done{0};
+  } progress[sizeof...(steps)];
   const auto work = [&](int worker) {
-    for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) body(task, worker);
+    Progress *current = progress;
+    const auto run = [&](const auto &step) {
+      for (int64_t task; (task = current->taken.fetch_add(1, std::memory_order_relaxed)) < step.tasks;) {
+        step.body(task, worker);
+        current->done.fetch_add(1, std::memory_order_release);
+      }
+      while (current->done.load(std::memory_order_acquire) < step.tasks) std::this_thread::yield();
+      ++current;
+    };
+    (run(steps), ...);
   };
+  int64_t most = 1;
+  ((most = steps.tasks > most ? steps.tasks : most), ...);
   std::thread helpers[MAX_THREADS];
   int started = 0;
   try {
-    while (started < threads - 1 && started < MAX_THREADS - 1 && started < tasks - 1) {
-      helpers[started] = std::thread(work, started + 1);
-      ++started;
-    }
+    for (; started < threads - 1 && started < most - 1; ++started) helpers[started] = std::thread(work, started + 1);
   } catch (const std::system_error &) {
-    // the system gives no more threads: those there are do the work
+    // The system gives no more threads: those that there are do the work.
   }
   work(0);
   for (int i = 0; i < started; ++i) helpers[i].join();
-}
-
-inline int threads_for(int threads, int64_t pixels) {
-  const int64_t useful = 1 + pixels / PIXELS_A_THREAD;
-  const int64_t wanted = threads < 1 ? 1 : threads > MAX_THREADS ? MAX_THREADS : threads;
-  return static_cast<int>(wanted < useful ? wanted : useful);
 }
 
 // ---- Scratch

@@ -97,18 +97,19 @@ int64_t group_bytes(int64_t pixels) {
   return scratch.used();
 }
 
-// How many images are under way at once.
+// How many images are under way at once; a pixel costs several times what it does elsewhere.
 int workers(int64_t batch, int64_t pixels, int threads) {
-  return static_cast<int>(lesser<int64_t>(threads_for(threads, batch * pixels), greater<int64_t>(batch, 1)));
+  return static_cast<int>(lesser<int64_t>(threads_for(threads, 8 * batch * pixels), greater<int64_t>(batch, 1)));
 }
 
 // body(image, groups) for every image; a worker's groups lie in its own part of the memory.
 template <class Body>
 void for_images(int64_t batch, int64_t pixels, int threads, void *memory, const Body &body) {
-  share(workers(batch, pixels, threads), batch, [&](int64_t image, int worker) {
-    Scratch own(static_cast<char *>(memory) + worker * group_bytes(pixels));
-    body(image, Groups(own, pixels));
-  });
+  const Step images{batch, [&](int64_t image, int worker) {
+                      Scratch own(static_cast<char *>(memory) + worker * group_bytes(pixels));
+                      body(image, Groups(own, pixels));
+                    }};
+  share(workers(batch, pixels, threads), images);
 }
 
 // ---- bane_negatives
@@ -116,11 +117,13 @@ void for_images(int64_t batch, int64_t pixels, int threads, void *memory, const 
 // layer = map, sampled
 void sample_map(const int32_t *map, int64_t batch, int64_t height, int64_t width, int64_t h, int64_t w, int32_t *layer,
                 int threads) {
-  share(threads_for(threads, batch * h * w), batch * h, [&](int64_t task, int) {
-    const int r = sample(static_cast<int>(task % h), static_cast<int>(height), static_cast<int>(h));
-    const int32_t *row = map + (task / h * height + r) * width;
-    for (int c = 0; c < w; ++c) layer[task * w + c] = row[sample(c, static_cast<int>(width), static_cast<int>(w))];
-  });
+  const Step rows{batch * h, [&](int64_t task, int) {
+                    const int r = sample(static_cast<int>(task % h), static_cast<int>(height), static_cast<int>(h));
+                    const int32_t *row = map + (task / h * height + r) * width;
+                    for (int c = 0; c < w; ++c)
+                      layer[task * w + c] = row[sample(c, static_cast<int>(width), static_cast<int>(w))];
+                  }};
+  share(threads_for(threads, batch * h * w), rows);
 }
 
 }  // namespace
