@@ -24,7 +24,7 @@ def _curves(runs: list[Run]):
     """Losses and validation mIoU over the steps; a line for each seed, a colour for each kind of run."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 3.4), layout="constrained")
+    figure = Figure(figsize=(12, 3.4), layout="constrained")
     cross_entropy, contextrast, miou = figure.subplots(1, 3)
     colours = {name: f"C{n}" for n, name in enumerate(dict.fromkeys(run.name for run in runs))}
     labelled = set()
@@ -43,7 +43,7 @@ def _curves(runs: list[Run]):
         miou.plot([s.step for s in run.scores], [s.boundary_miou for s in run.scores], **boundary)
     cross_entropy.set_title("cross-entropy, training")
     contextrast.set_title("Contextrast, training")
-    miou.set_title("validation mIoU (dotted: near boundaries)")
+    miou.set_title("validation mIoU, dotted: at boundaries")
     cross_entropy.legend(frameon=False, fontsize=9)
     for axis in (cross_entropy, contextrast, miou):
         axis.set_xlabel("step")
