@@ -27,7 +27,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from contextrast_kernels.kernels import _launch, anchors, pixel_anchor
+from contextrast_kernels.kernels import _launch, anchors, contextrast, pixel_anchor
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 POINTERS = {
@@ -36,27 +36,27 @@ POINTERS = {
 }  # fmt: skip
 
 
-def launches(what: str, dtype: torch.dtype, channels: int, classes: int, layout: str, normalize: bool = True):
-    """What an op launches on features of a real size; tensors on the meta device, so nothing is allocated."""
-    sizes = [(128, 256), (64, 128), (32, 64), (16, 32)]
+OPS = ("class_anchors", "pixel_anchor_loss", "contextrast_loss", "contextrast_loss_dense")
+SIZES = [(128, 256), (64, 128), (32, 64), (16, 32)]
+
+
+def launches(op: str, dtype: torch.dtype, channels: int, classes: int, layout: str, normalize: bool = True):
+    """What an op launches, forward and backward, at a real size; tensors on the meta device, so nothing is
+    allocated."""
+    if op.startswith("contextrast_loss"):
+        dense = 0.3 if op.endswith("dense") else 0.0
+        return contextrast.plan(8, SIZES, channels, classes, dtype, layout=layout, base_rate=dense, normalize=normalize)
     form = torch.channels_last if layout == "channels_last" else torch.contiguous_format
-    features = [torch.empty(8, channels, *size, dtype=dtype, device="meta").to(memory_format=form) for size in sizes]
-    if layout == "slices":
-        features = [x[:, :, :, 1:] for x in features]
+    features = torch.empty(8, channels, *SIZES[0], dtype=dtype, device="meta").to(memory_format=form)
     labels = torch.empty(8, 512, 1024, dtype=torch.int64, device="meta")
-    maps = [torch.empty(8, *size, dtype=torch.int32, device="meta") for size in sizes]
-    rows = torch.empty(classes, channels, dtype=_launch.accumulator(dtype), device="meta")
-    scalar = torch.empty((), dtype=rows.dtype, device="meta")
     with _launch.recording() as recorded:
-        if what == "class_anchors":
-            table, counts, y = anchors.forward(features[0], labels, classes, 255, normalize)
-            anchors.backward(table, features[0], counts, y, normalize)
-        elif what in ("pixel_anchor", "pixel_anchor_dense"):
-            negatives = maps[0] if what == "pixel_anchor" else None
-            _, _, y, terms = pixel_anchor.forward(features[0], labels, rows, negatives, None, 0.1, 255, normalize)
-            pixel_anchor.backward(scalar, features[0], y, terms, 0.1, normalize)
+        if op == "class_anchors":
+            table, counts, y = anchors.forward(features, labels, classes, 255, normalize)
+            anchors.backward(table, features, counts, y, normalize)
         else:
-            raise ValueError(what)
+            rows = torch.empty(classes, channels, dtype=_launch.accumulator(dtype), device="meta")
+            loss, _, y, terms = pixel_anchor.forward(features, labels, rows, None, None, 0.1, 255, normalize)
+            pixel_anchor.backward(loss, features, y, terms, 0.1, normalize)
     return recorded
 
 
@@ -137,7 +137,7 @@ def resources(launch: _launch.Launch, arch: int) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--op", nargs="+", default=["class_anchors", "pixel_anchor", "pixel_anchor_dense"])
+    parser.add_argument("--op", nargs="+", choices=OPS, default=OPS)
     parser.add_argument("--dtype", nargs="+", default=["bfloat16"])
     parser.add_argument("--layout", nargs="+", default=["nchw", "channels_last"])
     parser.add_argument("--channels", nargs="+", type=int, default=[256])

@@ -81,7 +81,7 @@ def feature_gradients(
         arguments |= terms._asdict()
         arguments.pop("similarity")
         K = _launch.columns(D, D)["K"]
-        tiles = {"ROWS": 4, "P": 32 if D <= 256 else 16, "K": K, "KS": 32, "CLASSES": 16}
+        tiles = {"ROWS": 4, "P": 32 if D <= 256 else 16, "K": K, "CLASSES": 16}
         _launch.sweep(_features_bwd_dense, features, arguments, {**constants, **tiles}, out=out)
     return out
 
@@ -237,7 +237,6 @@ def _features_bwd_dense(
     ROWS: tl.constexpr,
     P: tl.constexpr,
     CHUNK: tl.constexpr,
-    KS: tl.constexpr,
     K: tl.constexpr,
     CLASSES: tl.constexpr,
     NORMALIZE: tl.constexpr,
@@ -288,7 +287,7 @@ def _features_bwd_dense(
         for n0 in range(0, N, CLASSES):
             n = n0 + tl.arange(0, CLASSES)
             classes = tl.where(n < N, n, -1)
-            products, norm, _ = anchor_products(row, c * sW, live, sD, table, classes, D, P, CHUNK, KS, NORMALIZE, ACC)
+            products, norm, _ = anchor_products(row, c * sW, live, sD, table, classes, D, P, CHUNK, K, NORMALIZE, ACC)
             own = (classes[:, None] == label[None, :]) & valid[None, :]
             against = is_negative(classes, label, negative, is_base)
             log_sum = tl.load(Z + number * N + classes, mask=classes >= 0, other=0.0)[:, None]

@@ -183,7 +183,7 @@ def anchor_products(
     D: tl.constexpr,
     P: tl.constexpr,
     CHUNK: tl.constexpr,
-    KS: tl.constexpr,
+    K: tl.constexpr,
     NORMALIZE: tl.constexpr,
     ACC: tl.constexpr,
 ):
@@ -194,9 +194,9 @@ def anchor_products(
         sizes += size_term(channels(row, pixel, live, k, sD, D, CHUNK).to(ACC), NORMALIZE)
     size = tl.sum(sizes, 0)
     products = tl.zeros((classes.shape[0], P), ACC)
-    for k in range(0, D, KS):
-        tile = channels(row, pixel, live, k, sD, D, KS)
-        products = dot_features(class_rows(table, classes, k, D, KS), tile, products)
+    for k in range(0, D, K):
+        tile = channels(row, pixel, live, k, sD, D, K)
+        products = dot_features(class_rows(table, classes, k, D, K), tile, products)
     return products, inverse_norm(size, NORMALIZE), size
 
 

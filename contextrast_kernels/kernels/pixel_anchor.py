@@ -182,7 +182,9 @@ def log_sums(
         )
         _launch.launch(_hard_log_sums, (L,), {**sums, "Z": Z}, {"BINS": triton.next_power_of_2(N)})
         return Z, similarity
-    tiles = {"ROWS": 8, "P": 64 if table.dtype == torch.float32 else 32, "CLASSES": CLASSES, **similarity_tiles(D)}
+    tiles = {"ROWS": 8, "P": 64 if table.dtype == torch.float32 else 32, "CLASSES": CLASSES}
+    # s is added up in the same order as in the next sweep: exp(s - Z) is exactly 1 where one negative is all of Z.
+    tiles |= {"CHUNK": _launch.chunk(D), "K": _launch.columns(D, D)["K"]}
     blocks = _launch.blocks_of_layers(features, tiles)
     first = [sum(blocks[:i]) for i in range(L)]
     partial = torch.empty(2, sum(blocks), N, dtype=table.dtype, device=table.device)
@@ -240,15 +242,9 @@ def moments(
     return Moments(vectors, terms)
 
 
-def similarity_tiles(D: int) -> dict:
-    """Every sweep forms s in the same order of additions, so that exp(s - Z) is exactly 1 where one negative is all
-    of Z."""
-    return {"CHUNK": _launch.chunk(D), "KS": 32}
-
-
 def moments_tiles(D: int) -> dict:
     """Chosen by registers and spills as compiled (tests/budgets.json), not yet by time."""
-    return {"ROWS": 8, "P": 32, **similarity_tiles(D), **_launch.columns(D, 256)}
+    return {"ROWS": 8, "P": 32, "CHUNK": _launch.chunk(D), **_launch.columns(D, 256)}
 
 
 def finish(
@@ -413,7 +409,7 @@ def _dense_similarities(
     ROWS: tl.constexpr,
     P: tl.constexpr,
     CHUNK: tl.constexpr,
-    KS: tl.constexpr,
+    K: tl.constexpr,
     CLASSES: tl.constexpr,
     NORMALIZE: tl.constexpr,
     UNIT: tl.constexpr,
@@ -448,7 +444,7 @@ def _dense_similarities(
             label = tl.load(y + pixel, mask=live, other=32767).to(tl.int32)
             negative = tl.load(e + pixel, mask=live, other=32767).to(tl.int32)
             is_base = tl.load(base + pixel, mask=live, other=0) != 0
-            products, norm, _ = anchor_products(row, c * sW, live, sD, table, classes, D, P, CHUNK, KS, NORMALIZE, ACC)
+            products, norm, _ = anchor_products(row, c * sW, live, sD, table, classes, D, P, CHUNK, K, NORMALIZE, ACC)
             s = products * (norm * inverse_temperature)[None, :]
             against = is_negative(classes, label, negative, is_base)
             s = tl.where(against, s, -float("inf"))
@@ -519,7 +515,6 @@ def _pixel_anchor_fwd(
     ROWS: tl.constexpr,
     P: tl.constexpr,
     CHUNK: tl.constexpr,
-    KS: tl.constexpr,
     K: tl.constexpr,
     COLUMNS: tl.constexpr,
     SLOTS: tl.constexpr,
@@ -578,9 +573,7 @@ def _pixel_anchor_fwd(
 
             # 1. Norms, and products with the anchors of the label classes. A vector that is not finite is taken out
             # and its class marked: 0 · NaN would reach every class.
-            products, norm, size = anchor_products(
-                row, c * sW, live, sD, table, labels, D, P, CHUNK, KS, NORMALIZE, ACC
-            )
+            products, norm, size = anchor_products(row, c * sW, live, sD, table, labels, D, P, CHUNK, K, NORMALIZE, ACC)
             sound = is_finite(size)
             some_broken = tl.min(sound.to(tl.int32), 0) == 0
             if some_broken:
