@@ -77,6 +77,18 @@ def test_loss_equals_the_loops(rng, options):
         assert loss.item() == pytest.approx(expected, **TIGHT)
 
 
+@pytest.mark.parametrize("name", ["defaults", "semi-hard", "full-resolution distance", "base 0.3 beside BANE"])
+def test_maps_of_the_native_library_give_the_same_loss_bitwise(rng, name):
+    if ck.available()["native"] != "ok":
+        pytest.skip(f"backend native: {ck.available()['native']}")
+    features, labels, predictions = case(rng)
+    expected = run(features, labels, predictions, num_classes=4, **OPTIONS[name])
+    with ck.backend("native"):
+        loss, gradients = run(features, labels, predictions, num_classes=4, **OPTIONS[name])
+    assert torch.equal(loss, expected[0])
+    assert all(torch.equal(g, e) for g, e in zip(gradients, expected[1], strict=True))
+
+
 def test_a_class_may_be_missing_from_any_layer(rng):
     """Class 3 is one pixel that only the first layer samples; class 2 is nowhere; the top layer lacks class 1."""
     features = pyramid(rng, B=1)
