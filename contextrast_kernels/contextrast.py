@@ -211,16 +211,16 @@ def total_loss(
             drawn_here = drawn_here | base
         losses.append(anchor_info_nce(x, target, a, chosen, base, options.temperature, options.normalize))
         drawn.append(drawn_here.sum())
-    losses = torch.stack(losses)
-    weights = losses.new_tensor(list(options.layer_weights))
+    # The weights stay numbers: a tensor of them would be copied to the device in every step.
+    total = torch.stack([weight * loss for weight, loss in zip(options.layer_weights, losses)]).sum()
     report = {
-        "loss": losses.detach(),
+        "loss": torch.stack(losses).detach(),
         "classes": torch.stack([(n > 0).sum() for n in counts]),
         "positives": torch.stack([n.sum() for n in counts]),
         "negatives": torch.stack(drawn),
         "errors": torch.stack([(errors >= 0).sum() for errors, _ in hard]),
     }
-    return (weights * losses).sum(), report
+    return total, report
 
 
 def _fused_loss(features, labels, predictions, options: Options, seed, backend: str):
