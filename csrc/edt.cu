@@ -146,7 +146,7 @@ __device__ void bisect(const int32_t *parabolas, int last, int from, int to, int
 }
 
 template <class Distance>
-__global__ void __launch_bounds__(BLOCK, 5) solve(const __grid_constant__ PlanesWork work) {
+__global__ void __launch_bounds__(BLOCK, 4) solve(const __grid_constant__ PlanesWork work) {
   const BlockOfLayer mine = work.blocks.find(blockIdx.x);
   const Plane &plane = work.planes.plane[mine.layer];
   const int height = plane.height, width = plane.width, tiles = tiles_of(width);
@@ -163,18 +163,18 @@ __global__ void __launch_bounds__(BLOCK, 5) solve(const __grid_constant__ Planes
   Distance *const distance = static_cast<Distance *>(plane.distance) + line * width;
 
 #pragma unroll 1
-  for (int start = 0; start < tiles; start += AHEAD / 2) {
-    uint32_t seeds[AHEAD / 2], wishes[AHEAD / 2];
-    Carry carries[AHEAD / 2];
+  for (int start = 0; start < tiles; start += AHEAD) {
+    uint32_t seeds[AHEAD], wishes[AHEAD];
+    Carry carries[AHEAD];
 #pragma unroll
-    for (int i = 0; i < AHEAD / 2; ++i) {
+    for (int i = 0; i < AHEAD; ++i) {
       const int64_t word = words + lesser((start + i) * TILE + lane, width - 1);
       seeds[i] = plane.seeds[word];
       wishes[i] = plane.wanted[word];
       carries[i] = plane.carries[word];
     }
 #pragma unroll
-    for (int i = 0; i < AHEAD / 2; ++i) {
+    for (int i = 0; i < AHEAD; ++i) {
       if (start + i >= tiles) break;
       const int x = (start + i) * TILE + lane;
       const uint32_t carry = pack_carry(carries[i].above, carries[i].below);

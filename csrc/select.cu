@@ -368,7 +368,7 @@ struct Chooser {
       first = rank(0, 0);
       last = rank(0, ~uint32_t(0));
     }
-    while (candidates > FEW) {
+    while (candidates > FEW && first < last) {
       const int bits = 64 - __clzll(static_cast<long long>(last - first)), shift = greater(bits - DIGIT_BITS, 0);
       const Found found = count(wanted, [&](uint64_t rank) {
         return first <= rank && rank <= last ? static_cast<int>((rank - first) >> shift) : -1;
@@ -378,6 +378,8 @@ struct Chooser {
       wanted -= found.before;
       candidates = found.size;
     }
+
+    if (first == last) return first;
 
     if (threadIdx.x == 0) shared.num_candidates = 0;
     __syncthreads();
