@@ -18,7 +18,7 @@ from torch import Tensor
 from triton import language as tl
 
 from contextrast_kernels.kernels import _launch
-from contextrast_kernels.kernels._tiles import layer_of, pick, pick_pointer
+from contextrast_kernels.kernels._tiles import layer_of, pick, pick_pointer, plain
 
 PIXELS = 1024
 """Pixels of a program."""
@@ -61,7 +61,7 @@ def codes(
     batch = features[0].shape[0]
     pixel_runs, blocks = _launch.flat_geometry(features, PIXELS)
     given = {
-        name: None if maps is None else tuple(maps[i].contiguous() for i in pixel_runs.number)
+        name: None if maps is None else tuple(maps[i].contiguous() for i, x in enumerate(features) if x.numel())
         for name, maps in (("negatives", negatives), ("errors", errors), ("base_maps", base))
     }
     if not blocks:
@@ -71,7 +71,7 @@ def codes(
         (blocks,),
         {
             "labels": labels,
-            "label_strides": labels.stride(),
+            "label_strides": _launch.odd(labels.stride()),
             **given,
             "seed": seed,
             "y": y,
@@ -121,7 +121,7 @@ def _hash(seed, stream, pixel):
     return _mix(pixel ^ key)
 
 
-@triton.jit(do_not_specialize=["label_strides", "geometry", "B", "H", "W", "N", "ignore_index", "threshold"])
+@triton.jit(do_not_specialize=["B", "H", "W", "N", "ignore_index", "threshold"])
 def _label_codes(
     labels,
     label_strides,
@@ -161,9 +161,9 @@ def _label_codes(
 
     # 1. The label at row ⌊r H / h⌋, column ⌊c W / w⌋, compared as int64: -100 never meets a uint8 156.
     source = (
-        b * label_strides[0]
-        + (r * H // h).to(tl.int64) * label_strides[1]
-        + (c * W // w).to(tl.int64) * label_strides[2]
+        b * plain(label_strides[0])
+        + (r * H // h).to(tl.int64) * plain(label_strides[1])
+        + (c * W // w).to(tl.int64) * plain(label_strides[2])
     )
     label = tl.load(labels + source, mask=live, other=0).to(tl.int64)
     valid = live & (label >= 0) & (label < N) & (label != ignore_index)

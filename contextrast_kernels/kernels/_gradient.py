@@ -91,7 +91,7 @@ def gradient_tiles(dtype: torch.dtype) -> dict:
     return {"ROWS": 8, "P": 64 if dtype in (torch.float16, torch.bfloat16) else 32}
 
 
-@triton.jit(do_not_specialize=["strides", "out_strides", "geometry", "temperature", "N"])
+@triton.jit(do_not_specialize=["temperature", "N"])
 def _features_bwd(
     x,
     strides,
@@ -216,7 +216,7 @@ def _features_bwd(
                 tl.store(here, u.to(tile.dtype), mask=live[None, :] & (d < D)[:, None])
 
 
-@triton.jit(do_not_specialize=["strides", "out_strides", "geometry", "temperature", "N"])
+@triton.jit(do_not_specialize=["temperature", "N"])
 def _features_bwd_dense(
     x,
     strides,

@@ -18,7 +18,7 @@ from triton import language as tl
 
 
 class Geometry(NamedTuple):
-    """Where each layer of a launch lies; every field is a tuple over the layers."""
+    """Where each layer of a launch lies; every field is a tuple over the layers, made by ``odd``."""
 
     number: Any  # of the layer, in the tables (layers, N, D)
     block: Any  # the layer's first block of the grid
@@ -28,7 +28,8 @@ class Geometry(NamedTuple):
 
 
 class Strides(NamedTuple):
-    """Strides of the layers' feature maps in units of ``align`` elements; every field is a tuple over the layers."""
+    """Strides of the layers' feature maps in units of ``align`` elements; every field is a tuple over the layers,
+    made by ``odd``."""
 
     b: Any
     d: Any
@@ -73,6 +74,13 @@ def launch(kernel, grid: tuple[int, ...], arguments: dict, constants: dict, read
 
 def nbytes(*tensors: Tensor) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def odd(numbers: Sequence[int]) -> tuple[int, ...]:
+    """Integers for a tuple argument. Triton compiles a kernel anew when one of them becomes 1 or a multiple of 16;
+    as odd numbers above one they never do, and a kernel once compiled serves every size. ``_tiles.plain`` turns
+    them back."""
+    return tuple(2 * n + 3 for n in numbers)
 
 
 def bits(value: float) -> int:
@@ -127,7 +135,7 @@ def strides(tensors: Sequence[Tensor], align: int) -> Strides:
     def units(x: Tensor, axis: int) -> int:
         return x.stride(axis) // align if x.shape[axis] > 1 else 0
 
-    return Strides(*(tuple(units(x, axis) for x in tensors) for axis in range(4)))
+    return Strides(*(odd([units(x, axis) for x in tensors]) for axis in range(4)))
 
 
 class Group(NamedTuple):
@@ -175,7 +183,7 @@ def geometry(
         block.append(block[-1] + batch * triton.cdiv(h, rows) * triton.cdiv(w, columns))
     picked = [features[i] for i in layers]
     heights, widths = [x.shape[2] for x in picked], [x.shape[3] // align for x in picked]
-    return Geometry(*map(tuple, (layers, block[:-1], [starts[i] for i in layers], heights, widths))), block[-1]
+    return Geometry(*map(odd, (layers, block[:-1], [starts[i] for i in layers], heights, widths))), block[-1]
 
 
 def flat_geometry(features: Sequence[Tensor], run: int) -> tuple[Geometry, int]:
@@ -188,7 +196,7 @@ def flat_geometry(features: Sequence[Tensor], run: int) -> tuple[Geometry, int]:
         blocks += triton.cdiv(pixels(features[i]), run)
     sizes = [features[i].shape[2:] for i in layers]
     picked = (layers, first, [starts[i] for i in layers], [h for h, _ in sizes], [w for _, w in sizes])
-    return Geometry(*map(tuple, picked)), blocks
+    return Geometry(*map(odd, picked)), blocks
 
 
 def pixels(*features: Tensor) -> int:

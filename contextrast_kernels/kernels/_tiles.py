@@ -23,11 +23,17 @@ def real(bits):
 
 
 @triton.jit
+def plain(number):
+    """An integer that a launch passed as ``_launch.odd``."""
+    return (number - 3) >> 1
+
+
+@triton.jit
 def layer_of(program, starts):
     """The layer that a program works on; ``starts`` is the first program of each."""
     layer = 0
     for i in tl.static_range(1, len(starts)):
-        layer += (program >= starts[i]).to(tl.int32)
+        layer += (program >= plain(starts[i])).to(tl.int32)
     return layer
 
 
@@ -36,7 +42,7 @@ def pick(numbers, layer):
     value = numbers[0]
     for i in tl.static_range(1, len(numbers)):
         value = tl.where(layer == i, numbers[i], value)
-    return value
+    return plain(value)
 
 
 @triton.jit

@@ -162,7 +162,7 @@ def anchor_tables(
     return table, lengths
 
 
-@triton.jit(do_not_specialize=["strides", "geometry", "headroom", "N"])
+@triton.jit(do_not_specialize=["headroom", "N"])
 def _class_anchors_fwd(
     x,
     strides,
@@ -238,7 +238,7 @@ def _class_anchors_fwd(
         rank0 += SLOTS
 
 
-@triton.jit(do_not_specialize=["strides", "geometry", "N"])
+@triton.jit(do_not_specialize=["N"])
 def _largest_features(
     x,
     strides,

@@ -39,6 +39,7 @@ from contextrast_kernels.kernels._tiles import (
     is_negative,
     layer_of,
     pick,
+    plain,
     power_of_two,
     real,
     sigmoid,
@@ -139,7 +140,13 @@ def given_table(anchors: Tensor, counts: Tensor, dtype: torch.dtype) -> tuple[Te
     _launch.launch(
         _given_table,
         (N,),
-        {"anchors": anchors, "strides": anchors.stride(), "counts": counts, "table": table, "lengths": lengths},
+        {
+            "anchors": anchors,
+            "strides": _launch.odd(anchors.stride()),
+            "counts": counts,
+            "table": table,
+            "lengths": lengths,
+        },
         {"D": D, "BLOCK": triton.next_power_of_2(D)},
         reads=_launch.nbytes(anchors),
         writes=_launch.nbytes(table),
@@ -196,7 +203,7 @@ def log_sums(
             "y": code.y,
             "base": code.base,
             "partial": partial,
-            "partial_start": tuple(first),
+            "partial_start": _launch.odd(first),
             "partials": sum(blocks),
         },
         {**tiles, **constants},
@@ -204,7 +211,14 @@ def log_sums(
     _launch.launch(
         _dense_log_sums,
         (L, N),
-        {"partial": partial, "first": tuple(first), "count": tuple(blocks), "partials": sum(blocks), "Z": Z, "N": N},
+        {
+            "partial": partial,
+            "first": _launch.odd(first),
+            "count": _launch.odd(blocks),
+            "partials": sum(blocks),
+            "Z": Z,
+            "N": N,
+        },
         {"RUN": 256},
         reads=_launch.nbytes(partial),
     )
@@ -297,17 +311,17 @@ def finish(
 # ------------------------------------------------------------------------------------------------------------ kernels
 
 
-@triton.jit(do_not_specialize=["strides"])
+@triton.jit
 def _given_table(anchors, strides, counts, table, lengths, D: tl.constexpr, BLOCK: tl.constexpr):
     n = tl.program_id(0)
     d = tl.arange(0, BLOCK)
-    anchor = tl.load(anchors + tl.cast(n, tl.int64) * strides[0] + d * strides[1], mask=d < D, other=0.0)
+    anchor = tl.load(anchors + tl.cast(n, tl.int64) * plain(strides[0]) + d * plain(strides[1]), mask=d < D, other=0.0)
     anchor = tl.where(tl.load(counts + n) > 0, anchor.to(table.dtype.element_ty), 0.0)
     tl.store(table + n * D + d, anchor, mask=d < D)
     tl.store(lengths + n, tl.sqrt(tl.sum(anchor * anchor, 0)))
 
 
-@triton.jit(do_not_specialize=["strides", "geometry", "temperature", "N"])
+@triton.jit(do_not_specialize=["temperature", "N"])
 def _hard_similarities(
     x,
     strides,
@@ -362,7 +376,7 @@ def _hard_similarities(
         tl.store(similarity + codes + (r * w + c), s, mask=live)
 
 
-@triton.jit(do_not_specialize=["geometry", "B", "N", "headroom"])
+@triton.jit(do_not_specialize=["B", "N", "headroom"])
 def _exponentials(e, similarity, largest, total, geometry, B, N, headroom, PIXELS: tl.constexpr):
     """total[n] += Σ exp(s_ep - largest_n) [e_p = n] in fixed point: every term is at most 1 and one of them is 1."""
     program = tl.program_id(0)
@@ -391,7 +405,7 @@ def _hard_log_sums(largest, total, Z, headroom, N, BINS: tl.constexpr):
     tl.store(Z + here, log_sum, mask=n < N)
 
 
-@triton.jit(do_not_specialize=["strides", "geometry", "temperature", "N", "partial_start", "partials"])
+@triton.jit(do_not_specialize=["temperature", "N", "partials"])
 def _dense_similarities(
     x,
     strides,
@@ -456,7 +470,7 @@ def _dense_similarities(
         tl.store(partial + tl.cast(partials, tl.int64) * N + here + n, total, mask=n < N)
 
 
-@triton.jit(do_not_specialize=["first", "count", "partials", "N"])
+@triton.jit(do_not_specialize=["partials", "N"])
 def _dense_log_sums(partial, first, count, partials, Z, N, RUN: tl.constexpr):
     """Z of one class of one layer from its blocks, in a fixed order."""
     layer = tl.program_id(0)
@@ -493,7 +507,7 @@ def term_scale(Z, length, reach, layer, inverse_temperature, headroom, D: tl.con
     return power_of_two(headroom - exponent_above(tl.where(known, bound, 1.0))), known
 
 
-@triton.jit(do_not_specialize=["strides", "geometry", "temperature", "headroom", "N"])
+@triton.jit(do_not_specialize=["temperature", "headroom", "N"])
 def _pixel_anchor_fwd(
     x,
     strides,
@@ -674,7 +688,6 @@ def _dL_dfused(
     do_not_specialize=[
         "temperature",
         "headroom",
-        "layer_weights",
         "fusion_weight",
         "N",
         "counts_stride",
