@@ -219,7 +219,9 @@ def test_extreme_values_are_compared_at_full_width(dtype):
     """Two different classes never look the same through a narrower type, and no value is an index."""
     limits = torch.iinfo(dtype)
     values = [limits.max, limits.max - 1, limits.min, 0]
-    values += [v for v in (2**32, 2**32 + 1, 2**31, -(2**32), 255, 256) if limits.min <= v <= limits.max]
+    # Beyond 8 and 32 bits, and around the 1024 groups that a selection has for small images.
+    wide = (255, 256, 1023, 1024, 1025, 2**31, -(2**32), 2**32, 2**32 + 1)
+    values += [v for v in wide if limits.min <= v <= limits.max]
     pairs = torch.tensor(list(itertools.product(values, repeat=2)), dtype=dtype)[:, None, :]
     expected = [[[(-1 if v < 0 else NO_EDGE if a == b else 0) for v in (a, b)]] for [[a, b]] in pairs.tolist()]
     assert distance_sq(pairs).tolist() == expected
