@@ -3,7 +3,8 @@
 //              last to a strip of 32 columns carries the nearest seeds up and down it.
 //   2. solve   a warp computes one row: parabolas from the words, then the window for each tile of 32 pixels, then, for
 //              the tiles that it leaves open, the anchors by bisection and one sweep a tile between two of them.
-// Memory read and written: the map, the words, the distances, once each.
+// Memory: the map is read once and the distances are written once; the words stay in the caches, where each is read by
+// the 32 rows that it covers.
 #include <type_traits>
 
 #include "edt.cuh"
@@ -38,7 +39,7 @@ __device__ void carry(const uint32_t *seeds, Carry *carries, int bands, int64_t 
 #pragma unroll
     for (int i = 0; i < AHEAD; ++i) {
       const int band = lesser(start + i, bands - 1);
-      downward[i] = __ldcg(seeds + band * width);  // from the L2 cache: other processors wrote them
+      downward[i] = __ldcg(seeds + band * width);  // from the L2 cache: other multiprocessors wrote them
       upward[i] = __ldcg(seeds + (bands - 1 - band) * width);
     }
 #pragma unroll
