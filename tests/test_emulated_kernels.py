@@ -137,6 +137,14 @@ def test_the_longest_row_fits(machine):
     assert_same(machine, ("16384 high", "edge_distance", (classes.mT, True)))
 
 
+@pytest.mark.parametrize("at", ["layer", "full"])
+def test_a_batch_of_real_size(machine, rng, at):
+    labels, predictions = cases.scene(rng, 2, 19, 360, 480, wrong=0.02)
+    logits = cases.logits_of(predictions[:, ::4, ::4], 19, rng).bfloat16()
+    sizes = [90, 120, 45, 60, 23, 30, 12, 15]
+    assert_same(machine, (at, "bane_negatives", (logits, labels, 19, sizes, 0.5, "bane", at, 255, cases.seed(8))))
+
+
 @pytest.mark.parametrize("seed", range(1, 9))
 def test_no_order_of_threads_and_blocks_changes_a_result(machine, rng, seed):
     everything = [*cases.selections(rng), *cases.negatives(rng), *cases.distances([(70, 40)], rng)]
