@@ -84,8 +84,9 @@ __device__ uint32_t slot_of(const Layer &layer, int image, int64_t n) {
 }
 
 // The warp counts its pixels of classes n. The slot, or NO_CLASS.
-__device__ int32_t count_pixels(const Layer &layer, int image, int64_t n) {
-  const unsigned peers = __match_any_sync(ALL_LANES, static_cast<long long>(n));
+template <class Class>
+__device__ int32_t count_pixels(const Layer &layer, int image, Class n) {
+  const unsigned peers = __match_any_sync(ALL_LANES, n);
   const int leader = trailing_zeros(peers);
   int32_t slot = NO_CLASS;
   if (n >= 0 && static_cast<int>(threadIdx.x % WARP) == leader) {
