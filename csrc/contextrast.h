@@ -23,7 +23,7 @@
 #endif
 
 #define CONTEXTRAST_MAX_SIDE 16384  // squared distances, and what the row search adds to them, stay below 2^31
-#define CONTEXTRAST_MAX_LAYERS 16   // of one CUDA call; on the CPU there may be more
+#define CONTEXTRAST_MAX_LAYERS 16
 #define CONTEXTRAST_ERROR_SIZE 256
 #define CONTEXTRAST_NO_EDGE INT32_MAX  // squared distance where the class has no edge in its image
 #define CONTEXTRAST_OUTSIDE (-1)       // distance of a pixel that belongs to no class

@@ -1,10 +1,9 @@
-// edge_distance and distance_transform on the CPU, in three passes over bands of 32 rows; each band is a task for a
+// edge_distance and distance_transform on the CPU, in three passes over bands of 32 rows; a band is a task for a
 // thread.
 //   1. mark: the seeds, and the results of all pixels that are seeds or have no distance. The others are `far`.
 //   2. carry: the nearest seeds above and below each band.
-//   3. solve: the far pixels, run by run. Both neighbours of a run of far pixels are seeds (or the image ends there),
-//   so no
-//      column beyond them matters.
+//   3. solve: the far pixels, run by run. Both neighbours of a run are seeds (or the image ends there), so no column
+//      beyond them matters.
 #include <string.h>
 
 #include "host.h"

@@ -140,14 +140,8 @@ int64_t contextrast_select_nearest_scratch_cpu(int64_t batch, int64_t height, in
 int contextrast_select_nearest_cpu(const ContextrastMap *classes, const ContextrastMap *distance_sq, double ratio,
                                    int64_t num_classes, const int64_t *seed, uint8_t *selected, void *scratch,
                                    int threads, char *error) {
-  if (const int code = check_integer_map("classes", *classes, error)) return code;
-  if (const int code = check_integer_map("distance_sq", *distance_sq, error)) return code;
+  if (const int code = check_selection(*classes, *distance_sq, error)) return code;
   const int64_t batch = classes->batch, pixels = classes->height * classes->width;
-  if (distance_sq->type != CONTEXTRAST_INT32 || distance_sq->batch != batch || distance_sq->height != classes->height ||
-      distance_sq->width != classes->width)
-    return refuse(error, "distance_sq must be an int32 map of the size of classes, (%lld, %lld, %lld)",
-                  static_cast<long long>(batch), static_cast<long long>(classes->height),
-                  static_cast<long long>(classes->width));
   if (batch <= 0 || pixels == 0) return CONTEXTRAST_OK;
 
   const uint32_t key = hash_key(*seed, TIES);
@@ -195,12 +189,7 @@ int contextrast_bane_negatives_cpu(const ContextrastMap *predictions, const Cont
                                    int negatives, int distance_at, const int64_t *seed, void *scratch, int threads,
                                    char *error) {
   if (const int code = check_pair(*predictions, *labels, error)) return code;
-  for (int i = 0; i < num_layers; ++i) {
-    if (const int code = check_sides("a layer", layers[i].height, layers[i].width, error)) return code;
-    if (labels->batch > 0 && layers[i].height * layers[i].width > 0 && labels->height * labels->width == 0)
-      return refuse(error, "labels have no pixels, but layer %d has %lld x %lld", i,
-                    static_cast<long long>(layers[i].height), static_cast<long long>(layers[i].width));
-  }
+  if (const int code = check_layers(*labels, layers, num_layers, error)) return code;
   const int64_t batch = labels->batch, height = labels->height, width = labels->width;
   if (batch <= 0 || height * width == 0) return CONTEXTRAST_OK;
 

@@ -480,6 +480,8 @@ def test_refusals_are_sentences():
         native.distance_transform(wide.transpose(1, 2), True)
     with pytest.raises(ValueError, match="16384"):
         native.bane_negatives(classes, classes, 4, [1, 16385], 0.5, "bane", "layer", 255, seed(0))
+    with pytest.raises(ValueError, match="at most 16 layers are supported, got 17"):
+        native.bane_negatives(classes, classes, 4, [1, 1] * 17, 0.5, "bane", "layer", 255, seed(0))
     with pytest.raises(ValueError, match="predictions hold 2 images and labels 1"):
         native.error_map(classes.expand(2, -1, -1), classes, 4, 255)
     with pytest.raises(ValueError, match="predictions have no pixels"):
