@@ -89,6 +89,20 @@ def test_maps_of_the_native_library_give_the_same_loss_bitwise(rng, name):
     assert all(torch.equal(g, e) for g, e in zip(gradients, expected[1], strict=True))
 
 
+def test_base_pixels_are_those_whose_hash_is_below_the_rate_to_the_last_bit(rng):
+    """h / 2^32 is exact in float64: at this rate the pixel with hash h is not yet drawn, at (h + 1) / 2^32 it is."""
+    labels, predictions = scene(rng, ignored=0)
+    features = pyramid(rng, sizes=((9, 12),))
+    options = {"num_classes": 4, "negatives": "none", "layer_weights": (1.0,)}
+    h = sorted(literal.hash32(0, 1, p) for p in range(108))[30]
+    losses = []
+    for rate in (h / 2**32, (h + 1) / 2**32):
+        losses.append(ck.contextrast_loss(features, labels, predictions, base_rate=rate, **options).item())
+        expected = literal_loss(features, labels, predictions, base_rate=rate, **options)
+        assert losses[-1] == pytest.approx(expected, **TIGHT)
+    assert abs(losses[0] - losses[1]) > 1e-3
+
+
 def test_a_class_may_be_missing_from_any_layer(rng):
     """Class 3 is one pixel that only the first layer samples; class 2 is nowhere; the top layer lacks class 1."""
     features = pyramid(rng, B=1)
