@@ -608,3 +608,117 @@ def test_a_block_with_every_class_there_is(rng):
     xs = pyramid(rng, 1, 16, [(20, 30), (10, 15)], torch.float32)
     assert_like_the_definition(total(labels, predictions, 150, 2), xs)
     assert np.unique(labels.cpu()).size == 150
+
+
+# ------------------------------------------------------------------------------------------------------ on a GPU alone
+
+
+def cityscapes(rng, B=2, dtype=torch.bfloat16, N=19, D=256):
+    xs = pyramid(rng, B, D, [(128, 256), (64, 128), (32, 64), (16, 32)], dtype)
+    labels, predictions = labels_and_predictions(rng, B, N, 512, 1024, wrong=0.02)
+    return [x.requires_grad_() for x in xs], labels, predictions
+
+
+@pytest.mark.gpu
+def test_forward_and_backward_never_synchronise(rng):
+    xs, labels, predictions = cityscapes(rng)
+    criterion = ck.ContextrastLoss(19).to(DEVICE)
+    criterion(xs, labels, predictions).backward()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        criterion(xs, labels, predictions).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_a_training_step_in_a_cuda_graph(rng):
+    """Captured once, replayed with other labels and an advancing seed: what eager gives."""
+    xs, labels, predictions = cityscapes(rng)
+    criterion, eager = (ck.ContextrastLoss(19, base_rate=0.01).to(DEVICE) for _ in range(2))
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            criterion(xs, labels, predictions).backward()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    for x in xs:
+        x.grad = None
+    with torch.cuda.graph(graph):
+        loss = criterion(xs, labels, predictions)
+        loss.backward()
+    captured = [x.grad for x in xs]
+    for _ in range(3):
+        labels.copy_(labels.roll(7, 2))
+        eager.seed.copy_(criterion.seed)
+        graph.replay()
+        leaves = [x.detach().clone().requires_grad_() for x in xs]
+        expected = eager(leaves, labels, predictions)
+        expected.backward()
+        assert torch.equal(loss, expected)
+        for ours, theirs in zip(captured, leaves):
+            assert torch.equal(ours, theirs.grad)
+
+
+@pytest.mark.gpu
+def test_memory_beside_features_and_gradients(rng):
+    """At most 3 % of the features' bytes (SPEC 6)."""
+    xs, labels, predictions = cityscapes(rng, B=8)
+    loss = total(labels, predictions, 19, 4)
+    torch.autograd.grad(loss(*xs), xs)
+    features = sum(x.numel() * x.element_size() for x in xs)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    gradients = torch.autograd.grad(loss(*xs), xs)
+    torch.cuda.synchronize()
+    assert len(gradients) == 4
+    assert torch.cuda.max_memory_allocated() - before - features <= 0.03 * features
+
+
+@pytest.mark.gpu
+def test_fifty_runs_agree_bit_by_bit(rng):
+    xs, labels, predictions = cityscapes(rng)
+    for options in ({}, {"base_rate": 0.01}):
+        loss = total(labels, predictions, 19, 4, **options)
+        first = run(loss, xs)
+        for _ in range(50):
+            again = run(loss, xs)
+            assert torch.equal(first[0], again[0])
+            assert torch.equal(first[1], again[1])
+
+
+@pytest.mark.gpu
+def test_another_stream(rng):
+    xs, labels, predictions = cityscapes(rng)
+    loss = total(labels, predictions, 19, 4)
+    expected = run(loss, xs)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        ours = run(loss, xs)
+    torch.cuda.current_stream().wait_stream(stream)
+    assert torch.equal(ours[0], expected[0])
+    assert torch.equal(ours[1], expected[1])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_precision_at_full_size(rng, dtype):
+    """bfloat16 and TF32 as the device computes them."""
+    xs, labels, predictions = cityscapes(rng, dtype=dtype)
+    assert_like_the_definition(total(labels, predictions, 19, 4), xs)
+
+
+@pytest.mark.gpu
+def test_more_than_two_billion_elements(rng):
+    """Offsets past 2³¹, across images and, in the second map, inside one."""
+    for shape in ((9, 256, 1024, 1024), (1, 256, 4096, 2304)):
+        x = torch.randn(shape, dtype=torch.float16, device=DEVICE)
+        labels = torch.full((shape[0], *shape[2:]), 255, dtype=torch.uint8, device=DEVICE)
+        labels[-1, -3:, -5:] = 1
+        anchors, counts = ck.class_anchors(x, labels, 2)
+        expected = torch.nn.functional.normalize(x[-1, :, -3:, -5:].float(), dim=0).mean((1, 2))
+        assert counts.tolist() == [0, 15]
+        torch.testing.assert_close(anchors[1], expected, rtol=0, atol=1e-6)

@@ -81,7 +81,7 @@ def feature_gradients(
         arguments |= terms._asdict()
         arguments.pop("similarity")
         K = _launch.columns(D, D)["K"]
-        tiles = {"ROWS": 4, "P": 32 if D <= 256 else 16, "K": K, "CLASSES": 16}
+        tiles = {"ROWS": 4, "P": 32 if D <= 256 else 16, "K": K, "CLASSES": 16, "num_warps": 4 if D <= 512 else 8}
         _launch.sweep(_features_bwd_dense, features, arguments, {**constants, **tiles}, out=out)
     return out
 
