@@ -459,6 +459,17 @@ def test_negatives_equal_the_loops(map_backend, rng, negatives, distance_at, siz
             assert chosen.tolist() == expected.tolist()
 
 
+@pytest.mark.parametrize("distance_at", ["layer", "full"])
+def test_negatives_in_thick_regions_equal_the_loops(map_backend, rng, distance_at):
+    """A collapsed prediction: errors many pixels deep, so that squared distances 1, 2, 4, 5, 8, 9 are told apart."""
+    labels, _ = scene(rng, H=24, W=30, ignored=0.01)
+    predictions = torch.where(torch.arange(24)[:, None] < 20, 5, labels)
+    for size, ratio in itertools.product((None, (17, 22)), (0.4, 0.6, 0.8, 0.95)):
+        options = {"size": size, "ratio": ratio, "distance_at": distance_at}
+        expected = literal.bane_negatives(predictions.numpy(), labels.numpy(), 6, **options)
+        assert ck.bane_negatives(predictions, labels, num_classes=6, **options).tolist() == expected.tolist()
+
+
 def test_full_resolution_distances_rank_the_layer_differently(map_backend):
     """Label 0 everywhere, class 1 predicted on columns 1-7 of eight, one row; the layer is every second column.
 
