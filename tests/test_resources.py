@@ -61,7 +61,7 @@ def test_the_path_of_cityscapes(layout):
         assert not row["loads"].get("LDG.E.U16"), f"{row['kernel']} reads features two bytes at a time"
 
 
-def test_ade20k_float32_and_float16_on_other_architectures():
+def test_many_classes_and_dense_negatives_on_other_architectures():
     rows = compiled("--op", "contextrast_loss", "--classes", 150, "--layout", "nchw", "--arch", 80)
     rows += compiled("--op", "contextrast_loss_dense", "--layout", "channels_last", "--arch", 100)
     assert_within_budget(rows)
