@@ -19,10 +19,10 @@ if native.status()["cuda"] != "ok":
 compared = 0
 for name, op, arguments in native_cases.everything(np.random.default_rng(7), [(1, 1), (1, 40), (40, 1), (33, 64)]):
     expected, actual = (
-        getattr(native, op)(*(a.to(device) if isinstance(a, torch.Tensor) else a for a in arguments))
+        native_cases.call(op, [a.to(device) if isinstance(a, torch.Tensor) else a for a in arguments])
         for device in ("cpu", "cuda")
     )
-    for got, want in zip(actual, expected) if isinstance(expected, list) else [(actual, expected)]:
+    for got, want in zip(actual, expected, strict=True):
         if not torch.equal(got.cpu(), want):
             sys.exit(f"sanitize_cases.py: {name} differs from the CPU")
     compared += 1

@@ -165,7 +165,7 @@ def bane_negatives(
     checks.seed(seed)
     for name, value in (("predictions", predictions), ("labels", labels)):
         checks.samples_from(name, value, *size)
-    [(_, chosen)] = layer_negatives(
+    [chosen], _ = layer_negatives(
         predictions, labels, [tuple(size)], num_classes, ratio, negatives, distance_at, ignore_index, seed
     )
     return chosen
@@ -188,13 +188,23 @@ def layer_negatives(
     distance_at: str,
     ignore_index: int,
     seed: int | Tensor,
-) -> list[tuple[Tensor, Tensor]]:
-    """For every layer the error map and the chosen negatives, both int32 (B, h, w) with -1 for none."""
+) -> tuple[list[Tensor], Tensor]:
+    """Each layer's chosen negatives, int32 (B, h, w) with -1 for none, and number of errors, int64 (layers,)."""
+    if choose(labels, ("native",)) == "native":
+        if negatives == "none":
+            negatives, ratio = "semi-hard", 0.0  # none of the errors, but their number
+        limit = -1 if num_classes is None else num_classes
+        flat_sizes = [side for size in sizes for side in size]
+        of_seed = seed_tensor(seed, labels.device)
+        chosen, counts = native.bane_negatives(
+            predictions, labels, limit, flat_sizes, ratio, negatives, distance_at, ignore_index, of_seed
+        )
+        return chosen, counts.sum(1)
     if distance_at == "full":
         # Predictions meet the labels at the labels' size; one distance map is then sampled to every layer.
         full_errors = _error_map(predictions, labels, num_classes, ignore_index, *labels.shape[-2:])
         full_distance = edge_distance(full_errors, squared=True) if negatives == "bane" else None
-    layers = []
+    layers, counts = [], []
     for height, width in sizes:
         if distance_at == "full":
             errors = maps.to_size(full_errors, height, width)
@@ -207,8 +217,9 @@ def layer_negatives(
         else:
             distance = torch.zeros_like(errors) if distance is None else distance  # semi-hard: by hash alone
             chosen = torch.where(select_nearest(errors, distance, ratio, seed=seed), errors, -1)
-        layers.append((errors, chosen))
-    return layers
+        layers.append(chosen)
+        counts.append((errors >= 0).sum())
+    return layers, torch.stack(counts)
 
 
 def _check_maps(predictions, labels, num_classes, ignore_index) -> tuple[Tensor, Tensor, int | None]:

@@ -5,6 +5,7 @@
 i counts the layers from high to low resolution.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -174,7 +175,7 @@ def total_loss(
     features = [x.to(compute_dtype(x.dtype)) for x in features]
     sizes = [tuple(x.shape[-2:]) for x in features]
     targets = [maps.targets(labels, *size, options.num_classes, options.ignore_index) for size in sizes]
-    hard = bane.layer_negatives(
+    hard, errors = bane.layer_negatives(
         predictions.detach(),
         labels,
         sizes,
@@ -203,11 +204,13 @@ def total_loss(
         fused = [unit(a) for a in fused]
 
     losses, drawn = [], []
-    for i, (x, target, a, (_, chosen), size) in enumerate(zip(features, targets, fused, hard, sizes)):
+    for i, (x, target, a, chosen, size) in enumerate(zip(features, targets, fused, hard, sizes)):
         base = None
         drawn_here = chosen >= 0
         if options.base_rate > 0:
-            base = (image_hash(seed, STREAM_BASE + i, *size, x.device) < options.base_rate * 2.0**32) & (target >= 0)
+            # For an integer, hash < rate · 2³² is hash < ⌈rate · 2³²⌉: compared as integers, where float32 would round.
+            limit = math.ceil(options.base_rate * 2.0**32)
+            base = (image_hash(seed, STREAM_BASE + i, *size, x.device) < limit) & (target >= 0)
             drawn_here = drawn_here | base
         losses.append(anchor_info_nce(x, target, a, chosen, base, options.temperature, options.normalize))
         drawn.append(drawn_here.sum())
@@ -218,14 +221,14 @@ def total_loss(
         "classes": torch.stack([(n > 0).sum() for n in counts]),
         "positives": torch.stack([n.sum() for n in counts]),
         "negatives": torch.stack(drawn),
-        "errors": torch.stack([(errors >= 0).sum() for errors, _ in hard]),
+        "errors": errors,
     }
     return total, report
 
 
 def _fused_loss(features, labels, predictions, options: Options, seed, backend: str):
     """``total_loss`` by fused kernels, from the hard negatives on."""
-    hard = bane.layer_negatives(
+    hard, errors = bane.layer_negatives(
         predictions.detach(),
         labels,
         [tuple(x.shape[-2:]) for x in features],
@@ -239,8 +242,7 @@ def _fused_loss(features, labels, predictions, options: Options, seed, backend: 
     loss, losses, report, *_ = _contextrast_loss(
         list(features),
         labels,
-        [errors for errors, _ in hard],
-        [chosen for _, chosen in hard],
+        hard,
         seed_tensor(seed, features[0].device),
         options.num_classes,
         options.ignore_index,
@@ -253,7 +255,7 @@ def _fused_loss(features, labels, predictions, options: Options, seed, backend: 
         options.detach_anchors,
         backend,
     )
-    classes, positives, drawn, errors = report.unbind()
+    classes, positives, drawn = report.unbind()
     return loss, {"loss": losses, "classes": classes, "positives": positives, "negatives": drawn, "errors": errors}
 
 
@@ -261,7 +263,6 @@ def _fused_loss(features, labels, predictions, options: Options, seed, backend: 
 def _contextrast_loss(
     features: list[Tensor],
     labels: Tensor,
-    errors: list[Tensor],
     negatives: list[Tensor],
     seed: Tensor,
     num_classes: int,
@@ -275,7 +276,7 @@ def _contextrast_loss(
     detach_anchors: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The loss, L_i of every layer, the report (4, layers): classes, positives, negatives, errors; and what backward
+    """The loss, L_i of every layer, the report (3, layers): classes, positives, negatives; and what backward
     reads: codes y and e, base pixels or the similarity of hard negatives, â, Z, coefficients, T."""
     from contextrast_kernels.kernels import contextrast
 
@@ -283,7 +284,6 @@ def _contextrast_loss(
         outcome, y, terms = contextrast.forward(
             features,
             labels,
-            errors,
             negatives,
             seed,
             num_classes,
@@ -301,13 +301,13 @@ def _contextrast_loss(
 
 
 @_contextrast_loss.register_fake
-def _(features, labels, errors, negatives, seed, num_classes, *options):
+def _(features, labels, negatives, seed, num_classes, *options):
     base_rate = options[4]
     first, L, N = features[0], len(features), num_classes
     D, dtype = first.shape[1], compute_dtype(first.dtype)
     floats = [first.new_empty(shape, dtype=dtype) for shape in ((), (L,), (L, N, D), (L, N), (L, 2, N), (L, N, D))]
     codes = [empty_codes(features, N, kind) for kind in (None, None, torch.uint8 if base_rate > 0 else dtype)]
-    return *floats[:2], first.new_empty((4, L), dtype=torch.int64), *codes, *floats[2:]
+    return *floats[:2], first.new_empty((3, L), dtype=torch.int64), *codes, *floats[2:]
 
 
 @torch.library.custom_op("contextrast::contextrast_loss_backward", mutates_args=())
@@ -343,7 +343,7 @@ def _(gradient, features, *_):
 
 def _save_for_backward(ctx, inputs, output):
     features = inputs[0]
-    ctx.temperature, ctx.normalize, ctx.detach_anchors, ctx.backend = inputs[8], inputs[11], inputs[13], inputs[14]
+    ctx.temperature, ctx.normalize, ctx.detach_anchors, ctx.backend = inputs[7], inputs[10], inputs[12], inputs[13]
     ctx.layers = len(features)
     ctx.save_for_backward(*features, *output[3:])
     ctx.mark_non_differentiable(*output[1:])
@@ -354,8 +354,7 @@ def _backward(ctx, gradient, *_):
     dx = _contextrast_loss_backward(
         gradient, list(features), *saved, ctx.temperature, ctx.normalize, ctx.detach_anchors, ctx.backend
     )
-    no_maps = [None] * ctx.layers
-    return dx, None, no_maps, no_maps, *(None,) * 11
+    return dx, None, [None] * ctx.layers, *(None,) * 11
 
 
 _contextrast_loss.register_autograd(_backward, setup_context=_save_for_backward)

@@ -49,9 +49,14 @@ class _Map(ctypes.Structure):
 
 
 class _Layer(ctypes.Structure):
-    """ContextrastLayer: a size, and where the negatives of that size go."""
+    """ContextrastLayer: a size, and where its results go."""
 
-    _fields_ = (("height", ctypes.c_int64), ("width", ctypes.c_int64), ("negatives", ctypes.c_void_p))
+    _fields_ = (
+        ("height", ctypes.c_int64),
+        ("width", ctypes.c_int64),
+        ("negatives", ctypes.c_void_p),
+        ("errors", ctypes.c_void_p),
+    )
 
 
 _MAP, _LAYERS = ctypes.POINTER(_Map), ctypes.POINTER(_Layer)
@@ -201,10 +206,6 @@ def _(classes, distance_sq, ratio, num_classes, seed):
     return torch.empty(classes.shape, dtype=torch.bool, device=classes.device)
 
 
-def _layer_sizes(sizes: list[int]) -> list[tuple[int, int]]:
-    return list(zip(sizes[::2], sizes[1::2]))
-
-
 @torch.library.custom_op("contextrast::bane_negatives", mutates_args=())
 def bane_negatives(
     predictions: Tensor,
@@ -216,28 +217,35 @@ def bane_negatives(
     distance_at: str,
     ignore_index: int,
     seed: Tensor,
-) -> list[Tensor]:
-    """Errors, distances and selection of several layers; sizes h_0, w_0, h_1, w_1, … → int32 (B, h_i, w_i), -1 = none.
+) -> tuple[list[Tensor], Tensor]:
+    """Errors, distances and selection of several layers; sizes h_0, w_0, h_1, w_1, … → int32 (B, h_i, w_i), -1 = none,
+    and the number of error pixels in each image, int32 (layers, B).
 
     num_classes as in ``error_map``; negatives "bane" or "semi-hard"; distance_at "layer" or "full"; seed int64 of one
     element on the same device.
     """
-    device = labels.device
-    layers = [torch.empty(labels.shape[0], *size, dtype=torch.int32, device=device) for size in _layer_sizes(sizes)]
-    descriptors = (_Layer * len(layers))(*((*layer.shape[1:], layer.data_ptr()) for layer in layers))
+    layers, errors = _layer_outputs(labels, sizes)
+    rows = zip(layers, errors.unbind(), strict=True)
+    descriptors = (_Layer * len(layers))(*((*to.shape[1:], to.data_ptr(), of.data_ptr()) for to, of in rows))
     labels_map, at = _Map(labels), _DISTANCE_AT.index(distance_at)
     which = (ratio, _NEGATIVES.index(negatives), at, seed.data_ptr())
     _call(
         "bane_negatives",
-        device,
+        labels.device,
         (_Map(predictions), labels_map, num_classes, ignore_index, descriptors, len(layers), *which),
         ("bane_negatives", labels_map, num_classes, descriptors, len(layers), at),
     )
-    return layers
+    return layers, errors
+
+
+def _layer_outputs(labels: Tensor, sizes: list[int]) -> tuple[list[Tensor], Tensor]:
+    batch, int32 = labels.shape[0], {"dtype": torch.int32, "device": labels.device}
+    layers = [torch.empty(batch, h, w, **int32) for h, w in zip(sizes[::2], sizes[1::2], strict=True)]
+    # The library leaves the count of a layer without pixels alone.
+    allocate = torch.zeros if 0 in sizes else torch.empty
+    return layers, allocate(len(layers), batch, **int32)
 
 
 @bane_negatives.register_fake
 def _(predictions, labels, num_classes, sizes, ratio, negatives, distance_at, ignore_index, seed):
-    return [
-        torch.empty(labels.shape[0], *size, dtype=torch.int32, device=labels.device) for size in _layer_sizes(sizes)
-    ]
+    return _layer_outputs(labels, sizes)

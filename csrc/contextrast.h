@@ -62,10 +62,11 @@ typedef struct ContextrastMap {
   int32_t type;  // ContextrastType
 } ContextrastMap;
 
-// One layer of bane_negatives: its size, and its output (B, height, width).
+// One layer of bane_negatives: its size, and its outputs: negatives (B, height, width) and the number of error pixels in
+// each image, errors (B), which is left alone where the layer has no pixels.
 typedef struct ContextrastLayer {
   int64_t height, width;
-  int32_t *negatives;
+  int32_t *negatives, *errors;
 } ContextrastLayer;
 
 // Eq. 6. errors (B, H, W), sized as the labels: the predicted class where the pixel is valid and the prediction,

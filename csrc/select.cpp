@@ -53,9 +53,9 @@ struct Image {
   }
 };
 
-// decide(pixel, selected) for every pixel of the image that belongs to a class.
+// decide(pixel, selected) for every pixel of the image that belongs to a class; returns their number.
 template <class T, class Decide>
-void select(const Image<T> &image, double ratio, uint32_t key, const Groups &groups, const Decide &decide) {
+int64_t select(const Image<T> &image, double ratio, uint32_t key, const Groups &groups, const Decide &decide) {
   int64_t largest = -1;
   image.for_pixels([&](int64_t n, int, int) { largest = greater(largest, n); });
   const bool numbered_by_class = largest < groups.count;
@@ -89,6 +89,7 @@ void select(const Image<T> &image, double ratio, uint32_t key, const Groups &gro
     for (; start < parting; ++start) decide(start->pixel, true);
     for (; start < stop; ++start) decide(start->pixel, false);
   }
+  return start - groups.ranked;
 }
 
 int64_t group_bytes(int64_t pixels) {
@@ -224,9 +225,10 @@ int contextrast_bane_negatives_cpu(const ContextrastMap *predictions, const Cont
       const int64_t start = b * pixels;
       const Image<int32_t> image{
           errors + start, w, 1, bane ? distances + start : nullptr, w, 1, static_cast<int>(h), static_cast<int>(w), -1};
-      select(image, ratio, key, groups, [&](uint32_t pixel, bool selected) {
+      const int64_t count = select(image, ratio, key, groups, [&](uint32_t pixel, bool selected) {
         if (!selected) errors[start + pixel] = -1;
       });
+      layers[i].errors[b] = static_cast<int32_t>(count);
     });
   }
   return CONTEXTRAST_OK;

@@ -24,6 +24,7 @@ struct Segment {
 struct Layer {
   int32_t height, width;
   int32_t *classes;      // (B, height, width): the class, or the slot if `selected` is asked for; NO_CLASS for none
+  int32_t *num_classified;  // (B): a result: the pixels that belong to a class; or null
   int32_t *distance_sq;  // likewise, or null: all equal
   uint8_t *selected;     // likewise: the result; or null: the result is left in classes
 
@@ -118,6 +119,9 @@ __device__ void lay_out(const Layer &layer, int image) {
     present[i] = {start, size};
     sizes[slot] = start;
   }
+  if (!layer.num_classified) return;
+  __syncthreads();
+  if (threadIdx.x == 0) layer.num_classified[image] = static_cast<int32_t>(shared.filled);
 }
 
 __device__ int64_t value_at(const ContextrastMap &map, int64_t offset) {
@@ -493,6 +497,7 @@ struct BaneMemory {
       layer.shape(list[i].height, list[i].width, num_classes);
       layer.take_zeroed(scratch, batch);
       layer.classes = list[i].negatives;
+      layer.num_classified = list[i].errors;
     }
     if (distance_at == CONTEXTRAST_AT_FULL) {
       full.count = 1;

@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from inputs import families, scene
+from native_cases import call
 from test_bane import scipy_edge_distance_sq
 
 import contextrast_kernels as ck
@@ -280,10 +281,10 @@ def test_results_do_not_depend_on_the_threads(rng):
             errors = native.error_map(predictions, labels, 4, 255)
             squared = native.edge_distance(errors, True)
             chosen = native.select_nearest(errors, squared, 0.3, 4, seed(5))
-            layers = native.bane_negatives(
+            layers, counts = native.bane_negatives(
                 predictions, labels, 4, [200, 300, 50, 75], 0.3, "bane", "full", 255, seed(5)
             )
-            results.append((errors, squared, native.distance_transform(labels > 0, True), chosen, *layers))
+            results.append((errors, squared, native.distance_transform(labels > 0, True), chosen, counts, *layers))
     finally:
         torch.set_num_threads(before)
     assert results[0][3].any()
@@ -303,8 +304,8 @@ def test_outputs_are_wholly_written_whatever_the_memory_held(rng):
             *(native.edge_distance(errors, squared) for squared in (False, True)),
             *(native.distance_transform(labels == 2, squared) for squared in (False, True)),
             native.select_nearest(errors, native.edge_distance(errors, True), 0.5, -1, seed(1)),
-            *native.bane_negatives(predictions, labels, 4, [70, 90, 9, 11], 0.5, "bane", "layer", 255, seed(1)),
-            *native.bane_negatives(predictions, labels, 4, [70, 90, 9, 11], 0.5, "semi-hard", "full", 255, seed(1)),
+            *call("bane_negatives", (predictions, labels, 4, [70, 90, 9, 11], 0.5, "bane", "layer", 255, seed(1))),
+            *call("bane_negatives", (predictions, labels, 4, [0, 9, 9, 11], 0.5, "semi-hard", "full", 255, seed(1))),
         )
 
     expected = everything()
@@ -405,10 +406,11 @@ def test_layers_in_one_call_equal_the_parts_one_by_one(rng, distance_at, negativ
         given = torch.nn.functional.one_hot(predictions, 5).movedim(-1, 1).to(torch.bfloat16)
     sizes = [(66, 91), (17, 23), (9, 12), (3, 3), (1, 1), (132, 100)]
     flat = [side for size in sizes for side in size]
-    layers = native.bane_negatives(given, labels, 5, flat, 0.3, negatives, distance_at, 255, seed(11))
+    layers, counts = native.bane_negatives(given, labels, 5, flat, 0.3, negatives, distance_at, 255, seed(11))
+    assert counts.dtype == torch.int32
     assert len(layers) == len(sizes)
     full_errors = native.error_map(predictions, labels, 5, 255)
-    for size, layer in zip(sizes, layers, strict=True):
+    for size, layer, errors_of_images in zip(sizes, layers, counts, strict=True):
         if distance_at == "full":
             errors, squared = sampled(full_errors, *size), sampled(distance_sq(full_errors), *size)
         else:
@@ -417,6 +419,7 @@ def test_layers_in_one_call_equal_the_parts_one_by_one(rng, distance_at, negativ
         squared = torch.zeros_like(squared) if negatives == "semi-hard" else squared
         chosen = native.select_nearest(errors, squared, 0.3, -1, seed(11))
         assert torch.equal(layer, torch.where(chosen, errors, -1)), size
+        assert torch.equal(errors_of_images, (errors >= 0).flatten(1).sum(1)), size
     assert (layers[0] >= 0).any()
 
 
@@ -435,10 +438,13 @@ def test_nothing_in_nothing_out():
         ):
             assert result.shape == shape
     batch = torch.zeros(0, 5, 7, dtype=torch.int64)
-    layers = native.bane_negatives(batch, batch, 4, [5, 7, 2, 3], 0.5, "bane", "full", 255, seed(0))
-    assert [layer.shape for layer in layers] == [(0, 5, 7), (0, 2, 3)]
+    layers, counts = native.bane_negatives(batch, batch, 4, [5, 7, 2, 3], 0.5, "bane", "full", 255, seed(0))
+    assert [layer.shape for layer in layers] == [(0, 5, 7), (0, 2, 3)] and counts.shape == (2, 0)
     image = torch.zeros(2, 5, 7, dtype=torch.int64)
-    assert native.bane_negatives(image, image, 4, [], 0.5, "bane", "layer", 255, seed(0)) == []
+    layers, counts = native.bane_negatives(image, image, 4, [], 0.5, "bane", "layer", 255, seed(0))
+    assert layers == [] and counts.shape == (0, 2)
+    layers, counts = native.bane_negatives(image, image + 1, 4, [0, 3], 0.5, "bane", "layer", 255, seed(0))
+    assert layers[0].shape == (2, 0, 3) and counts.tolist() == [[0, 0]]
 
 
 @settings(max_examples=150, deadline=None)

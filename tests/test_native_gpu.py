@@ -34,15 +34,10 @@ def on_gpu(argument):
     return storage.cuda().as_strided(argument.shape, argument.stride(), argument.storage_offset())
 
 
-def call(op, arguments):
-    result = getattr(native, op)(*arguments)
-    return result if isinstance(result, list) else [result]
-
-
 def assert_same(case):
     name, op, arguments = case
-    expected = call(op, arguments)
-    actual = call(op, [on_gpu(argument) for argument in arguments])
+    expected = cases.call(op, arguments)
+    actual = cases.call(op, [on_gpu(argument) for argument in arguments])
     for i, (got, want) in enumerate(zip(actual, expected, strict=True)):
         assert got.is_cuda and got.dtype == want.dtype and torch.equal(got.cpu(), want), f"{name}: layer {i}"
 
@@ -107,7 +102,7 @@ OPS = ["error_map", "edge_distance", "distance_transform", "select_nearest", "ba
 @pytest.mark.parametrize("op", OPS)
 def test_work_goes_to_the_current_stream(rng, op):
     arguments = on_the_gpu(rng, op)
-    expected = call(op, arguments)
+    expected = cases.call(op, arguments)
     late = [torch.zeros_like(a) if isinstance(a, torch.Tensor) else a for a in arguments]
     torch.cuda.synchronize()
     stream = torch.cuda.Stream()
@@ -116,7 +111,7 @@ def test_work_goes_to_the_current_stream(rng, op):
         for there, here in zip(late, arguments):
             if isinstance(here, torch.Tensor):
                 there.copy_(here)
-        actual = call(op, late)
+        actual = cases.call(op, late)
         stream.synchronize()
     assert all(torch.equal(got, want) for got, want in zip(actual, expected))
 
@@ -126,9 +121,9 @@ def test_a_second_device(rng, op):
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two CUDA devices")
     arguments = on_the_gpu(rng, op)
-    expected = call(op, arguments)
+    expected = cases.call(op, arguments)
     with torch.cuda.device(0):  # stays current, also after the call
-        actual = call(op, [a.to("cuda:1") if isinstance(a, torch.Tensor) else a for a in arguments])
+        actual = cases.call(op, [a.to("cuda:1") if isinstance(a, torch.Tensor) else a for a in arguments])
         assert torch.cuda.current_device() == 0
     assert all(got.device.index == 1 and torch.equal(got.cpu(), want.cpu()) for got, want in zip(actual, expected))
 
@@ -136,11 +131,11 @@ def test_a_second_device(rng, op):
 @pytest.mark.parametrize("op", OPS)
 def test_nothing_waits_for_the_device(rng, op):
     arguments = on_the_gpu(rng, op)
-    call(op, arguments)
+    cases.call(op, arguments)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        call(op, arguments)
+        cases.call(op, arguments)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -148,11 +143,11 @@ def test_nothing_waits_for_the_device(rng, op):
 @pytest.mark.parametrize("op", OPS)
 def test_a_call_returns_before_the_device_has_worked(rng, op):
     arguments = on_the_gpu(rng, op)
-    call(op, arguments)
+    cases.call(op, arguments)
     torch.cuda.synchronize()
     torch.cuda._sleep(2_000_000_000)
     done = torch.cuda.Event()
-    call(op, arguments)
+    cases.call(op, arguments)
     done.record()
     assert not done.query()  # the sleep before it takes about a second
     torch.cuda.synchronize()
@@ -161,7 +156,7 @@ def test_a_call_returns_before_the_device_has_worked(rng, op):
 @pytest.mark.parametrize("op", ["select_nearest", "bane_negatives"])
 def test_a_graph_draws_anew_at_each_replay(rng, op):
     *arguments, seed = on_the_gpu(rng, op)
-    run = functools.partial(call, op)
+    run = functools.partial(cases.call, op)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -188,30 +183,30 @@ def test_a_graph_draws_anew_at_each_replay(rng, op):
 @pytest.mark.parametrize("op", ["error_map", "edge_distance", "distance_transform"])
 def test_a_graph_reads_its_inputs_at_each_replay(rng, op):
     first, *rest = on_the_gpu(rng, op)
-    call(op, (first, *rest))
+    cases.call(op, (first, *rest))
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = call(op, (first, *rest))
+        captured = cases.call(op, (first, *rest))
     for _ in range(10):
         first.copy_(first.flip(1))
         graph.replay()
-        assert all(torch.equal(got, want) for got, want in zip(captured, call(op, (first, *rest))))
+        assert all(torch.equal(got, want) for got, want in zip(captured, cases.call(op, (first, *rest))))
 
 
 @pytest.mark.parametrize("op", OPS)
 def test_runs_agree(rng, op):
     arguments = on_the_gpu(rng, op)
-    first = call(op, arguments)
+    first = cases.call(op, arguments)
     for _ in range(20):
-        assert all(torch.equal(got, want) for got, want in zip(call(op, arguments), first))
+        assert all(torch.equal(got, want) for got, want in zip(cases.call(op, arguments), first))
 
 
 def test_inputs_stay_as_they_are(rng):
     for op in OPS:
         arguments = on_the_gpu(rng, op)
         before = [a.clone() if isinstance(a, torch.Tensor) else a for a in arguments]
-        call(op, arguments)
+        cases.call(op, arguments)
         assert all(torch.equal(a, b) for a, b in zip(arguments, before) if isinstance(a, torch.Tensor))
 
 
@@ -219,9 +214,9 @@ def test_an_allocation_that_is_used_up_to_its_end(rng):
     """The scratch of a call ends where the next tensor begins; what lies there stays."""
     for op in OPS:
         arguments = on_the_gpu(rng, op)
-        expected = call(op, arguments)
+        expected = cases.call(op, arguments)
         blocks = [torch.full((2**18,), 0x5A, dtype=torch.uint8, device="cuda") for _ in range(8)]
         del blocks[::2]
-        actual = call(op, arguments)
+        actual = cases.call(op, arguments)
         assert all(bool((block == 0x5A).all()) for block in blocks)
         assert all(torch.equal(got, want) for got, want in zip(actual, expected))

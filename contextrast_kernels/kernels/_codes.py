@@ -25,14 +25,14 @@ PIXELS = 1024
 
 
 class Codes(NamedTuple):
-    """Codes of all layers end to end (``_launch.pixel_starts``), and counts (layers, N) and (layers, 2) in int64."""
+    """Codes of all layers end to end (``_launch.pixel_starts``), and counts in int64: (layers, N) and (layers,)."""
 
     y: Tensor
     e: Tensor
     base: Tensor | None
     counts: Tensor
-    totals: Tensor
-    """Of each layer: hard and base negatives, each pixel once; error pixels."""
+    drawn: Tensor
+    """Of each layer: hard and base negatives, each pixel once."""
 
 
 def codes(
@@ -41,12 +41,11 @@ def codes(
     num_classes: int,
     ignore_index: int,
     negatives: Sequence[Tensor] | None = None,
-    errors: Sequence[Tensor] | None = None,
     base: Sequence[Tensor] | None = None,
     base_rate: float = 0.0,
     seed: Tensor | None = None,
 ) -> Codes:
-    """negatives, errors, base: integer maps (B, h, w) of each layer, as the public functions take them. base_rate:
+    """negatives, base: integer maps (B, h, w) of each layer, as the public functions take them. base_rate:
     the share of pixels to draw as base (1: all, and no seed is needed)."""
     device = features[0].device
     dense = base is not None or base_rate > 0
@@ -55,17 +54,17 @@ def codes(
     y = torch.empty(pixels, dtype=code_type, device=device)
     e = torch.empty(pixels, dtype=code_type, device=device)
     base_map = torch.empty(pixels, dtype=torch.uint8, device=device) if dense else None
-    tallies = torch.zeros(len(features), num_classes + 2, dtype=torch.int64, device=device)
-    counts, totals = tallies[:, :num_classes], tallies[:, num_classes:]
+    tallies = torch.zeros(len(features), num_classes + 1, dtype=torch.int64, device=device)
+    counts, drawn = tallies[:, :num_classes], tallies[:, num_classes]
 
     batch = features[0].shape[0]
     pixel_runs, blocks = _launch.flat_geometry(features, PIXELS)
     given = {
         name: None if maps is None else tuple(maps[i].contiguous() for i, x in enumerate(features) if x.numel())
-        for name, maps in (("negatives", negatives), ("errors", errors), ("base_maps", base))
+        for name, maps in (("negatives", negatives), ("base_maps", base))
     }
     if not blocks:
-        return Codes(y, e, base_map, counts, totals)
+        return Codes(y, e, base_map, counts, drawn)
     _launch.launch(
         _label_codes,
         (blocks,),
@@ -78,7 +77,7 @@ def codes(
             "e": e,
             "base": base_map,
             "counts": counts,
-            "totals": totals,
+            "drawn": drawn,
             "geometry": pixel_runs,
             "B": batch,
             "H": labels.shape[1],
@@ -101,7 +100,7 @@ def codes(
         ),
         writes=_launch.nbytes(y, e, *([base_map] if dense else [])),
     )
-    return Codes(y, e, base_map, counts, totals)
+    return Codes(y, e, base_map, counts, drawn)
 
 
 @triton.jit
@@ -126,14 +125,13 @@ def _label_codes(
     labels,
     label_strides,
     negatives,
-    errors,
     base_maps,
     seed,
     y,
     e,
     base,
     counts,
-    totals,
+    drawn,
     geometry,
     B,
     H,
@@ -171,7 +169,7 @@ def _label_codes(
     tl.store(y + here, tl.where(valid, label, NONE).to(y.dtype.element_ty), mask=live)
     n = tl.arange(0, BINS)
     seen = tl.histogram(tl.where(valid, label, 0).to(tl.int32), BINS, mask=valid)
-    tl.atomic_add(counts + number * (N + 2) + n, seen.to(tl.int64), mask=seen > 0, sem="relaxed")
+    tl.atomic_add(counts + number * (N + 1) + n, seen.to(tl.int64), mask=seen > 0, sem="relaxed")
 
     # 2. Negatives; an ignored pixel is none, whatever a given map says.
     if negatives is not None:
@@ -185,13 +183,10 @@ def _label_codes(
         if base_maps is not None:
             is_base = valid & (tl.load(pick_pointer(base_maps, layer) + pixel, mask=live, other=0) != 0)
         elif DRAW:
-            drawn = _hash(tl.load(seed), (number + 1).to(tl.uint32), inside.to(tl.uint32))
-            is_base = valid & (drawn.to(tl.int64) < threshold)
+            hashed = _hash(tl.load(seed), (number + 1).to(tl.uint32), inside.to(tl.uint32))
+            is_base = valid & (hashed.to(tl.int64) < threshold)
         else:
             is_base = valid
         tl.store(base + here, is_base.to(tl.uint8), mask=live)
         hard = hard | is_base
-    tl.atomic_add(totals + number * (N + 2), tl.sum(hard.to(tl.int64), 0), sem="relaxed")
-    if errors is not None:
-        error = tl.load(pick_pointer(errors, layer) + pixel, mask=live, other=-1)
-        tl.atomic_add(totals + number * (N + 2) + 1, tl.sum((live & (error >= 0)).to(tl.int64), 0), sem="relaxed")
+    tl.atomic_add(drawn + number * (N + 1), tl.sum(hard.to(tl.int64), 0), sem="relaxed")

@@ -23,7 +23,6 @@ from contextrast_kernels.kernels.pixel_anchor import Outcome, Scales, finish, lo
 def forward(
     features: Sequence[Tensor],
     labels: Tensor,
-    errors: Sequence[Tensor],
     negatives: Sequence[Tensor],
     seed: Tensor,
     num_classes: int,
@@ -37,10 +36,10 @@ def forward(
 ) -> tuple[Outcome, Tensor, Terms]:
     """The loss and what ``backward`` needs: label codes and terms.
 
-    errors, negatives: integer maps (B, h, w) of every layer, the class or a negative number; seed: int64, of the
+    negatives: integer maps (B, h, w) of every layer, the class or a negative number; seed: int64, of the
     base pixels.
     """
-    code = codes(features, labels, num_classes, ignore_index, negatives, errors, base_rate=base_rate, seed=seed)
+    code = codes(features, labels, num_classes, ignore_index, negatives, base_rate=base_rate, seed=seed)
     reach = None if normalize else largest_features(features, code, num_classes)
     dtype, headroom = _launch.accumulator(features[0].dtype), _launch.headroom(_launch.pixels(*features))
     sums = class_sums(features, code, num_classes, reach, headroom)
@@ -53,7 +52,7 @@ def forward(
     outcome = finish(
         moments(features, code, table, Z, similarity, scales),
         code.counts,
-        code.totals,
+        code.drawn,
         table,
         Z,
         scales,
@@ -115,7 +114,7 @@ def plan(
     scalar = empty(1, dtype=torch.int64)
     with _launch.recording() as launches:
         outcome, y, terms = forward(
-            features, labels, maps, maps, scalar, num_classes, 255, weights, 0.1, 0.7, base_rate, normalize, False
+            features, labels, maps, scalar, num_classes, 255, weights, 0.1, 0.7, base_rate, normalize, False
         )
         backward(outcome.loss, features, y, terms, outcome.pull, 0.1, normalize)
     return launches

@@ -70,7 +70,7 @@ class Outcome(NamedTuple):
     losses: Tensor
     """(layers,) L_i."""
     report: Tensor
-    """(4, layers) int64: classes, positives, negatives, errors."""
+    """(3, layers) int64: classes, positives, negatives."""
     coefficients: Tensor
     """(layers, 2, N): k⁺ and k⁻ of ``_gradient``."""
     pull: Tensor
@@ -116,7 +116,7 @@ def forward(
     Z, similarity = log_sums([features], code, table, temperature, normalize)
     scales = Scales(lengths, reach, temperature, _launch.headroom(_launch.pixels(features)))
     sums = moments([features], code, table, Z, similarity, scales)
-    outcome = finish(sums, code.counts, code.totals, table, Z, scales, (1.0,))
+    outcome = finish(sums, code.counts, code.drawn, table, Z, scales, (1.0,))
     terms = Terms(code.e, code.base, similarity, table, Z, outcome.coefficients)
     return outcome.loss, outcome.pull[0], code.y, terms
 
@@ -175,7 +175,7 @@ def log_sums(
             _hard_similarities,
             features,
             {**shared, "similarity": similarity, "largest": largest},
-            {"ROWS": 8, "P": 64, "CHUNK": _launch.chunk(D), **constants},
+            {"ROWS": 8, "P": 32 if table.dtype == torch.float64 else 64, "CHUNK": _launch.chunk(D), **constants},
         )
         runs, blocks = _launch.flat_geometry(features, PIXELS)
         headroom = _launch.headroom(_launch.pixels(*features))
@@ -264,7 +264,7 @@ def moments_tiles(D: int) -> dict:
 def finish(
     sums: Moments,
     counts: Tensor,
-    totals: Tensor,
+    drawn: Tensor,
     table: Tensor,
     Z: Tensor,
     scales: Scales,
@@ -279,14 +279,14 @@ def finish(
     device = table.device
     losses = torch.empty(L, dtype=table.dtype, device=device)
     loss = torch.empty((), dtype=table.dtype, device=device)
-    report = torch.empty(4, L, dtype=torch.int64, device=device)
+    report = torch.empty(3, L, dtype=torch.int64, device=device)
     coefficients = torch.empty(L, 2, N, dtype=table.dtype, device=device)
     pull = torch.empty(L, N, D, dtype=table.dtype, device=device)
     _launch.launch(
         _finish,
         (N,),
-        {**sums._asdict(), "counts": counts, "totals": totals, "counts_stride": counts.stride(0)}
-        | {"totals_stride": totals.stride(0), "table": table, "Z": Z, **scales.arguments()}
+        {**sums._asdict(), "counts": counts, "drawn": drawn, "counts_stride": counts.stride(0)}
+        | {"drawn_stride": drawn.stride(0), "table": table, "Z": Z, **scales.arguments()}
         | {"loss": loss, "losses": losses, "report": report, "coefficients": coefficients, "pull": pull}
         | {
             "layer_weights": tuple(_launch.bits(weight) for weight in layer_weights),
@@ -497,8 +497,8 @@ def _dense_log_sums(partial, first, count, partials, Z, N, RUN: tl.constexpr):
 
 @triton.jit
 def term_scale(Z, length, reach, layer, inverse_temperature, headroom, D: tl.constexpr, NORMALIZE: tl.constexpr):
-    """The fixed-point scale of Σ softplus(Z_n - s_np), and whether there is one: each term is below |Z| + ‖â‖
-    max‖v‖ / τ + 1."""
+    """The fixed-point scale of Σ softplus(Z_n - s_np), whose terms are below |Z| + ‖â‖ max‖v‖ / τ + 1, and whether
+    there is one: not where Z or â is not finite or an s may overflow."""
     longest = 1.0
     if not NORMALIZE:
         longest = tl.load(reach + layer) * (D * 1.0)
@@ -595,12 +595,11 @@ def _pixel_anchor_fwd(
                 tl.atomic_max(terms + 2 * N + label, tl.full((P,), 1, tl.int64), mask=broken, sem="relaxed")
             own = (labels[:, None] == label[None, :]) & sound[None, :]
 
-            # 2. Positives: each pixel has one class, so s, σ and the term are one number a pixel. 0 · s: an infinite
-            # similarity shows even where the class has no negative.
+            # 2. Positives: each pixel has one class, so s, σ and the term are one number a pixel.
             s = tl.sum(tl.where(own, products, 0.0), 0) * norm * inverse_temperature
             apart = tl.load(Z + label, mask=label < N, other=0.0) - s
             share = sigmoid(apart)
-            losses += tl.sum(tl.where(own, (softplus(apart) + 0.0 * s)[None, :], 0.0), 1)
+            losses += tl.sum(tl.where(own, softplus(apart)[None, :], 0.0), 1)
             shares += tl.sum(tl.where(own, share[None, :], 0.0), 1)
             pull = tl.where(own, (share * norm)[None, :], 0.0)
 
@@ -691,16 +690,16 @@ def _dL_dfused(
         "fusion_weight",
         "N",
         "counts_stride",
-        "totals_stride",
+        "drawn_stride",
     ]
 )
 def _finish(
     vectors,
     terms,
     counts,
-    totals,
+    drawn,
     counts_stride,
-    totals_stride,
+    drawn_stride,
     table,
     Z,
     lengths,
@@ -783,6 +782,5 @@ def _finish(
             tl.store(losses + i, layer_loss.to(losses.dtype.element_ty))
             tl.store(report + i, present)
             tl.store(report + L + i, tl.sum(pixels, 0))
-            tl.store(report + 2 * L + i, tl.load(totals + i * totals_stride))
-            tl.store(report + 3 * L + i, tl.load(totals + i * totals_stride + 1))
+            tl.store(report + 2 * L + i, tl.load(drawn + i * drawn_stride))
         tl.store(loss, total_loss.to(loss.dtype.element_ty))
