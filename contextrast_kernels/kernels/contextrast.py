@@ -97,9 +97,9 @@ def plan(
     normalize: bool = True,
 ) -> list[_launch.Launch]:
     """The launches of one forward and backward pass, in order, from shapes alone: kernel, grid, constants, and the
-    bytes of features, label maps and tables that each reads and writes at least once (the similarities of hard negatives:
-    at most, since only rows that hold one are read). Nothing is allocated or run. The floor, three reads of the features
-    and one write, is four times their bytes.
+    bytes of features, label maps and tables that each reads and writes at least once (the similarities of hard
+    negatives: at most, since only rows that hold one are read). Nothing is allocated or run. The floor, three reads
+    of the features and one write, is four times their bytes.
 
     sizes: (h, w) of every layer; layout: "nchw" or "channels_last".
     """
