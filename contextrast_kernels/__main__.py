@@ -1,11 +1,12 @@
-"""``python -m contextrast_kernels doctor | demo``"""
+"""``python -m contextrast_kernels doctor | demo | bench``"""
 
 import sys
 
-USAGE = """usage: python -m contextrast_kernels {doctor,demo} [options]
+USAGE = """usage: python -m contextrast_kernels {doctor,demo,bench} [options]
 
   doctor   versions, device, what each backend can do here and why not, and a self-check of a few seconds
   demo     train a small network with and without the loss and draw what it does (demo --help lists the options)
+  bench    --plan: the launches of the fused loss and the bytes they move, from shapes alone
 """
 
 
@@ -19,10 +20,14 @@ def main(arguments: list[str]) -> int:
         from contextrast_kernels.demo import training
 
         return training.main(rest)
+    if command == "bench":
+        from contextrast_kernels import bench
+
+        return bench.main(rest)
     asked_for_help = command in ("-h", "--help")
     print(USAGE, file=sys.stdout if asked_for_help else sys.stderr, end="")
     if not asked_for_help:
-        print(f"command: expected doctor or demo, got {command or 'nothing'}", file=sys.stderr)
+        print(f"command: expected doctor, demo or bench, got {command or 'nothing'}", file=sys.stderr)
     return 0 if asked_for_help else 2
 
 

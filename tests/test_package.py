@@ -21,7 +21,7 @@ FLOORS = [
     ["contextrast"],
     ["modules", "metrics", "viz"],
     ["__init__"],
-    ["doctor", "demo"],
+    ["doctor", "demo", "bench"],
     ["__main__"],
 ]
 
@@ -112,3 +112,14 @@ def test_an_unknown_command_is_refused_with_the_known_ones(arguments):
     result = _run(*arguments)
     assert result.returncode == 2
     assert "doctor" in result.stderr and "demo" in result.stderr
+
+
+@pytest.mark.parametrize("case", ["cityscapes", "ade20k", "camvid"])
+def test_the_plan_lists_every_launch(case):
+    """At most 14: with the fills before them and the selection's launches that stays below 24."""
+    pytest.importorskip("triton")
+    result = _run("bench", "--plan", "--case", case)
+    assert result.returncode == 0, result.stderr
+    launches = int(result.stdout.splitlines()[-1].split()[0])
+    listed = [line for line in result.stdout.splitlines() if line.startswith("_")]
+    assert len(listed) == launches <= 14
