@@ -595,8 +595,8 @@ def test_what_the_kernels_do_not_take(rng, N, D):
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_four_layers(rng, dtype, layout):
-    xs = pyramid(rng, 2, 64, [(24, 34), (12, 17), (6, 9), (3, 5)], dtype, layout)
-    labels, predictions = labels_and_predictions(rng, 2, 19, 96, 136)
+    xs = pyramid(rng, 1, 64, [(9, 34), (5, 17), (3, 9), (2, 5)], dtype, layout)
+    labels, predictions = labels_and_predictions(rng, 1, 19, 36, 136)
     for options in ({}, {"base_rate": 0.5}):
         assert_like_the_definition(total(labels, predictions, 19, 4, **options), xs)
 
