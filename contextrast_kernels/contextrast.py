@@ -168,13 +168,7 @@ def total_loss(
     loss: L_i; classes: |C|; positives: valid pixels; negatives: chosen and base pixels; errors: wrong pixels.
     """
     labels, predictions = check_inputs(features, labels, predictions, options)
-    backend = choose_kernels(features[0], options.num_classes)
-    if backend == "triton":
-        return _fused_loss(features, labels, predictions, options, seed, backend)
-    # Widened once, so that a half-precision gradient is summed in float32 and rounded once.
-    features = [x.to(compute_dtype(x.dtype)) for x in features]
     sizes = [tuple(x.shape[-2:]) for x in features]
-    targets = [maps.targets(labels, *size, options.num_classes, options.ignore_index) for size in sizes]
     hard, errors = bane.layer_negatives(
         predictions.detach(),
         labels,
@@ -186,7 +180,22 @@ def total_loss(
         options.ignore_index,
         seed,
     )
+    backend = choose_kernels(features[0], options.num_classes)
+    if backend == "triton":
+        loss, report = _fused_loss(features, labels, hard, options, seed, backend)
+    else:
+        loss, report = _reference_loss(features, labels, hard, options, seed)
+    return loss, {**report, "errors": errors}
 
+
+def _reference_loss(
+    features: Sequence[Tensor], labels: Tensor, hard: list[Tensor], options: Options, seed: int | Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The definition, from the hard negatives on."""
+    # Widened once, so that a half-precision gradient is summed in float32 and rounded once.
+    features = [x.to(compute_dtype(x.dtype)) for x in features]
+    sizes = [tuple(x.shape[-2:]) for x in features]
+    targets = [maps.targets(labels, *size, options.num_classes, options.ignore_index) for size in sizes]
     anchors, counts = zip(
         *(mean_embeddings(x, target, options.num_classes, options.normalize) for x, target in zip(features, targets)),
         strict=True,
@@ -221,24 +230,19 @@ def total_loss(
         "classes": torch.stack([(n > 0).sum() for n in counts]),
         "positives": torch.stack([n.sum() for n in counts]),
         "negatives": torch.stack(drawn),
-        "errors": errors,
     }
     return total, report
 
 
-def _fused_loss(features, labels, predictions, options: Options, seed, backend: str):
-    """``total_loss`` by fused kernels, from the hard negatives on."""
-    hard, errors = bane.layer_negatives(
-        predictions.detach(),
-        labels,
-        [tuple(x.shape[-2:]) for x in features],
-        options.num_classes,
-        options.ratio,
-        options.negatives,
-        options.distance_at,
-        options.ignore_index,
-        seed,
-    )
+def _fused_loss(
+    features: Sequence[Tensor],
+    labels: Tensor,
+    hard: list[Tensor],
+    options: Options,
+    seed: int | Tensor,
+    backend: str,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The fused kernels, from the hard negatives on."""
     loss, losses, report, *_ = _contextrast_loss(
         list(features),
         labels,
@@ -256,7 +260,7 @@ def _fused_loss(features, labels, predictions, options: Options, seed, backend: 
         backend,
     )
     classes, positives, drawn = report.unbind()
-    return loss, {"loss": losses, "classes": classes, "positives": positives, "negatives": drawn, "errors": errors}
+    return loss, {"loss": losses, "classes": classes, "positives": positives, "negatives": drawn}
 
 
 @torch.library.custom_op("contextrast::contextrast_loss", mutates_args=())
