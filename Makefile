@@ -18,7 +18,7 @@ test: $(VENV)/.all
 test-all: $(VENV)/.all
 	$(RUN) -m pytest -m "slow or not slow" $(ARGS)
 
-# The oldest supported torch, with the Triton that it pins.
+# The oldest supported torch, with the Triton that it pins, whose interpreter needs a NumPy before 2.4.
 test-floor: .venv-floor/.all
 	.venv-floor/bin/python -m pytest $(ARGS)
 
@@ -45,7 +45,7 @@ $(VENV)/.all: $(VENV)/bin/python $(SOURCES)
 	touch $@ $(VENV)/.demo
 
 .venv-floor/.all: .venv-floor/bin/python $(SOURCES)
-	.venv-floor/bin/python -m pip install --quiet 'torch==2.11.0' --editable '.[demo,test]'
+	.venv-floor/bin/python -m pip install --quiet 'torch==2.11.0' 'numpy<2.4' --editable '.[demo,test]'
 	touch $@
 
 clean:

@@ -23,8 +23,10 @@ def _mix(x):
 
 
 def seed_tensor(seed: int | Tensor, device: torch.device) -> Tensor:
-    """The seed as an int64 scalar on a device."""
-    return torch.as_tensor(seed, dtype=torch.int64, device=device).reshape(())
+    """The seed as an int64 scalar on a device. A number is filled in there, not copied from the host."""
+    if isinstance(seed, Tensor):
+        return seed.to(device).reshape(())
+    return torch.full((), seed, dtype=torch.int64, device=device)
 
 
 def pixel_hash(seed: int | Tensor, stream: int, pixels: Tensor) -> Tensor:

@@ -43,7 +43,7 @@ class Sums(NamedTuple):
     sums: Tensor
     """(layers, N, D) int64 fixed point: Σ v of every class."""
     broken: Tensor
-    """(layers, N) int32: nonzero where a pixel of the class is not finite."""
+    """(layers, N) int64: nonzero where a pixel of the class is not finite."""
     reach: Tensor | None
     """(layers,) the largest |x| of a valid pixel; None when normalised."""
 
@@ -96,8 +96,7 @@ def class_sums(features: Sequence[Tensor], code: Codes, num_classes: int, reach:
     x = features[0]
     L, D = len(features), x.shape[1]
     acc = _launch.accumulator(x.dtype)
-    sums = torch.zeros(L, num_classes, D, dtype=torch.int64, device=x.device)
-    broken = torch.zeros(L, num_classes, dtype=torch.int32, device=x.device)
+    sums, broken = _launch.zeros((L, num_classes, D), (L, num_classes), device=x.device)
     tiles = sums_tiles(x.dtype, D)
     _launch.sweep(
         _class_anchors_fwd,
@@ -220,7 +219,12 @@ def _class_anchors_fwd(
             sound = is_finite(size)
             some_broken = tl.min(sound.to(tl.int32), 0) == 0
             if some_broken:
-                tl.atomic_max(broken + number * N + y, 1, mask=live & (y < N) & (sound == 0), sem="relaxed")
+                tl.atomic_max(
+                    broken + number * N + y,
+                    tl.full((P,), 1, tl.int64),
+                    mask=live & (y < N) & (sound == 0),
+                    sem="relaxed",
+                )
             weight = tl.where(
                 (slots[:, None] == y[None, :]) & sound[None, :], inverse_norm(size, NORMALIZE)[None, :], 0.0
             )

@@ -235,8 +235,7 @@ def moments(
 ) -> Moments:
     """The sums over pixels that the loss and dL/dâ are made of. One read of the features."""
     L, N, D = table.shape
-    vectors = torch.zeros(L, 2, N, D, dtype=torch.int64, device=table.device)
-    terms = torch.zeros(L, 3, N, dtype=torch.int64, device=table.device)
+    vectors, terms = _launch.zeros((L, 2, N, D), (L, 3, N), device=table.device)
     tiles = moments_tiles(D)
     _launch.sweep(
         _pixel_anchor_fwd,
