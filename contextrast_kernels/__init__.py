@@ -1,5 +1,6 @@
 """Boundary-aware contrastive learning for semantic segmentation: the Contextrast loss (CVPR 2024) and its parts."""
 
+from contextrast_kernels import metrics, viz
 from contextrast_kernels.anchors import class_anchors, fuse_anchors
 from contextrast_kernels.backend import available, backend
 from contextrast_kernels.bane import bane_negatives, distance_transform, edge_distance, error_map, select_nearest
@@ -23,6 +24,8 @@ __all__ = [
     "error_map",
     "fuse_anchors",
     "info_nce",
+    "metrics",
     "pixel_anchor_loss",
     "select_nearest",
+    "viz",
 ]

@@ -32,6 +32,7 @@ def class_anchors(
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, rank, size or device; the sentence names it.
+        RuntimeError: a backend was asked for that cannot run.
     """
     checks.feature_map("features", features)
     checks.num_classes(num_classes)
@@ -65,7 +66,7 @@ def mean_embeddings(features: Tensor, targets: Tensor, num_classes: int, normali
 def fuse_anchors(
     anchors: Tensor, counts: Tensor, top_anchors: Tensor, top_counts: Tensor, weight: float = 0.7
 ) -> Tensor:
-    """A lower layer's anchors mixed with the last layer's: (1 - weight) * anchors + weight * top_anchors.
+    """A lower layer's anchors mixed with the last layer's (below Eq. 1): (1 - weight) * anchors + weight * top_anchors.
 
     A class without pixels in the last layer keeps its own anchor; a class without pixels in the lower layer has none
     (a zero row).
@@ -77,6 +78,9 @@ def fuse_anchors(
 
     Returns:
         (N, D) fused anchors.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, rank, size, range or device; the sentence names it.
     """
     _check_anchors("anchors", anchors)
     for name, value in (("counts", counts), ("top_anchors", top_anchors), ("top_counts", top_counts)):

@@ -71,7 +71,10 @@ def _triton_status(device_type: str) -> str:
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed; pip install triton"
     if device_type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-        return "Triton compiles for CUDA devices; set TRITON_INTERPRET=1 before Python starts to interpret its kernels"
+        return (
+            "Triton's kernels need a CUDA device; for tests its interpreter runs them on the CPU, slowly: "
+            "set TRITON_INTERPRET=1 before Python starts"
+        )
     return "ok" if device_type in ("cpu", "cuda") else f"Triton's kernels are written for CUDA, not for {device_type}"
 
 

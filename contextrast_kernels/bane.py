@@ -40,6 +40,10 @@ def error_map(
 
     Returns:
         int32 (B, H, W): the predicted class where the pixel is valid and the prediction is wrong, else -1.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, rank, size, range or device; the sentence names it.
+        RuntimeError: a backend was asked for that cannot run.
     """
     predictions, labels, num_classes = _check_maps(predictions, labels, num_classes, ignore_index)
     height, width = labels.shape[-2:]
@@ -56,8 +60,11 @@ def edge_distance(classes: Tensor, *, squared: bool = False) -> Tensor:
 
     Returns:
         float32 (B, H, W) in pixels, or int32 squared. Edge pixels have 0, pixels outside have -1. A class that fills
-        its whole
-        image has no edge: inf, or the largest int32.
+        its whole image has no edge: inf, or the largest int32.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, rank, size, range or device; the sentence names it.
+        RuntimeError: a backend was asked for that cannot run.
     """
     classes = checks.class_map("classes", classes)
     checks.flag("squared", squared)
@@ -78,6 +85,10 @@ def distance_transform(mask: Tensor, *, squared: bool = False) -> Tensor:
 
     Returns:
         float32 (..., H, W) in pixels, or int32 squared; 0 on zeros. A map without a zero: inf, or the largest int32.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, rank, size, range or device; the sentence names it.
+        RuntimeError: a backend was asked for that cannot run.
     """
     checks.tensor("mask", mask, "a map (..., H, W)")
     if mask.ndim < 2 or mask.is_complex():
@@ -97,17 +108,21 @@ def distance_transform(mask: Tensor, *, squared: bool = False) -> Tensor:
 def select_nearest(
     classes: Tensor, distance_sq: Tensor, ratio: float, *, num_classes: int | None = None, seed: int | Tensor = 0
 ) -> Tensor:
-    """Exactly ⌈ratio · |B^n|⌉ pixels of every image and class, nearest first, ties by a hash of (seed, pixel).
+    """Exactly ⌈ratio · |B^n|⌉ pixels of every image and class, nearest first, then by hash (section 3.3).
 
     Args:
         classes: (B, h, w) integers, negative = none; as ``error_map`` returns them.
         distance_sq: (B, h, w) int32, as ``edge_distance(squared=True)`` returns them.
         ratio: between 0 and 1. The product is rounded once, in float64.
         num_classes: N; values from N on are no class. None: every value >= 0 is a class.
-        seed: int, or an int64 tensor of one element.
+        seed: int, or an int64 tensor of one element on the maps' device.
 
     Returns:
         bool (B, h, w). The same seed gives the same mask on every device and backend.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, rank, size, range or device; the sentence names it.
+        RuntimeError: a backend was asked for that cannot run.
     """
     classes = checks.class_map("classes", classes)
     distance_sq = checks.class_map("distance_sq", distance_sq, shape=classes.shape)
@@ -119,7 +134,7 @@ def select_nearest(
     checks.real("ratio", ratio, low=0.0, high=1.0)
     if num_classes is not None:
         checks.num_classes(num_classes)
-    checks.seed(seed)
+    checks.seed(seed, classes.device)
     if choose(classes, ("native",)) == "native":
         return native.select_nearest(
             classes, distance_sq, ratio, -1 if num_classes is None else num_classes, seed_tensor(seed, classes.device)
@@ -139,7 +154,7 @@ def bane_negatives(
     ignore_index: int = 255,
     seed: int | Tensor = 0,
 ) -> Tensor:
-    """The hard negatives of one layer: for each pixel, the class whose anchor it is pushed away from.
+    """The hard negatives of one layer (section 3.3): the class whose anchor each pixel is pushed away from.
 
     Args:
         predictions: class map (B, H', W') or logits (B, N, H', W').
@@ -152,17 +167,22 @@ def bane_negatives(
         distance_at: "layer" samples predictions and labels to the layer and measures there (the paper); "full"
             measures at the labels' size and samples errors and distances to the layer, so that one transform serves
             all layers.
-        seed: int, or an int64 tensor of one element.
+        ignore_index: the label of pixels that take no part.
+        seed: int, or an int64 tensor of one element on the maps' device.
 
     Returns:
         int32 (B, h, w): the wrongly predicted class of a chosen pixel, else -1.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, rank, size, range or device; the sentence names it.
+        RuntimeError: a backend was asked for that cannot run.
     """
     predictions, labels, num_classes = _check_maps(predictions, labels, num_classes, ignore_index)
     if size is None:
         size = labels.shape[-2:]
     checks.size("size", tuple(size) if isinstance(size, torch.Size) else size)
     check_selection(ratio, negatives, distance_at)
-    checks.seed(seed)
+    checks.seed(seed, labels.device)
     for name, value in (("predictions", predictions), ("labels", labels)):
         checks.samples_from(name, value, *size)
     [chosen], _ = layer_negatives(

@@ -59,7 +59,8 @@ def class_map(name: str, value, *, shape: tuple | None = None) -> Tensor:
     if value.ndim == 4 and value.shape[1] == 1:
         value = value[:, 0]
     if value.ndim != 3:
-        raise ValueError(f"{name}: expected {expected} or (B, 1, H, W), got {describe(value)}")
+        hint = "; add the batch axis, value[None]" if value.ndim == 2 else ""
+        raise ValueError(f"{name}: expected {expected} or (B, 1, H, W), got {describe(value)}{hint}")
     sides(name, value)
     if shape is not None and tuple(value.shape) != tuple(shape):
         raise ValueError(f"{name}: expected shape {tuple(shape)}, got {describe(value)}")
@@ -69,7 +70,8 @@ def class_map(name: str, value, *, shape: tuple | None = None) -> Tensor:
 def predictions(name: str, value, num_classes: int | None) -> Tensor:
     """A class map (B, H', W') of integers, or logits (B, N, H', W') of floats."""
     expected = "a class map (B, H', W') of integers or logits (B, N, H', W') of floats"
-    tensor(name, value, expected)
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected {expected}, got {type(value).__name__}; pass the tensor, as output['out']")
     if value.dtype in _INTEGERS:
         return class_map(name, value)
     if value.dtype not in _FLOATS:
@@ -78,7 +80,9 @@ def predictions(name: str, value, num_classes: int | None) -> Tensor:
         raise ValueError(f"{name}: expected {expected}, got {describe(value)}")
     if value.shape[1] == 0 or (num_classes is not None and value.shape[1] != num_classes):
         channels = "at least one channel" if num_classes is None else f"{num_classes} channels (num_classes)"
-        raise ValueError(f"{name}: expected logits with {channels}, got {describe(value)}")
+        raise ValueError(
+            f"{name}: expected logits with {channels}, got {describe(value)}; pass the classifier's output"
+        )
     sides(name, value)
     return value
 
@@ -90,7 +94,10 @@ def together(first_name: str, first: Tensor, name: str, value: Tensor, *, batch:
             f"{name}: expected a tensor on {first.device}, where {first_name} is, got {describe(value)}; move it there"
         )
     if batch and first.shape[0] != value.shape[0]:
-        raise ValueError(f"{name}: expected batch size {first.shape[0]}, that of {first_name}, got {describe(value)}")
+        raise ValueError(
+            f"{name}: expected batch size {first.shape[0]}, that of {first_name}, got {describe(value)}; "
+            "pass maps of the same images"
+        )
 
 
 def samples_from(name: str, value: Tensor, height: int, width: int) -> None:
@@ -143,9 +150,13 @@ def choice(name: str, value, options: tuple[str, ...]) -> None:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, options))}, got {value!r}")
 
 
-def seed(value) -> None:
+def seed(value, device: torch.device | None) -> None:
     if isinstance(value, Tensor):
         if value.dtype != torch.int64 or value.numel() != 1:
             raise TypeError(f"seed: expected an int or an int64 tensor of one element, got {describe(value)}")
+        if value.device != device:
+            raise ValueError(
+                f"seed: expected a tensor on {device}, where the maps are, got {describe(value)}; move it there"
+            )
         return
     integer("seed", value, low=-(2**63), high=2**63 - 1)

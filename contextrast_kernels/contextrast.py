@@ -57,7 +57,7 @@ def contextrast_loss(
         normalize: embeddings are x / ‖x‖₂ over D.
         normalize_anchors: L2-normalise the anchors after fusion.
         detach_anchors: no gradient through the anchors.
-        seed: int, or an int64 tensor of one element, which never synchronises.
+        seed: int, or an int64 tensor of one element on the features' device; neither synchronises.
 
     Returns:
         A scalar, float32, or float64 for float64 features. Where nothing can be contrasted it is 0 with a live graph
@@ -65,6 +65,7 @@ def contextrast_loss(
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, rank, size, range or device; the sentence names it.
+        RuntimeError: a backend was asked for that cannot run.
     """
     options = Options(
         num_classes=num_classes,
@@ -80,7 +81,6 @@ def contextrast_loss(
         normalize_anchors=normalize_anchors,
         detach_anchors=detach_anchors,
     )
-    checks.seed(seed)
     loss, _ = total_loss(features, labels, predictions, options, seed)
     return loss
 
@@ -107,7 +107,9 @@ class Options:
         checks.ignore_index(self.ignore_index)
         weights = self.layer_weights
         if not isinstance(weights, Sequence) or isinstance(weights, str) or len(weights) == 0:
-            raise TypeError(f"layer_weights: expected one number for each layer, got {checks.describe(weights)}")
+            raise TypeError(
+                f"layer_weights: expected a list of numbers, one for each layer, got {checks.describe(weights)}"
+            )
         for weight in weights:
             checks.real("layer_weights", weight, low=0.0)
         checks.real("temperature", self.temperature, low=0.0, open_low=True)
@@ -128,14 +130,15 @@ def check_inputs(features, labels, predictions, options: Options) -> tuple[Tenso
     """The batch; returns labels and predictions with their rank settled."""
     if not isinstance(features, Sequence) or len(features) == 0:
         raise TypeError(
-            f"features: expected a list of feature maps (B, D, h, w), one a layer, got {checks.describe(features)}"
+            f"features: expected a list of feature maps (B, D, h, w), one a layer, got {checks.describe(features)}; "
+            "pass [x] for one map, list(features.values()) for a dict"
         )
     for i, x in enumerate(features):
         checks.feature_map(f"features[{i}]", x)
     if len(features) != len(options.layer_weights):
         raise ValueError(
             f"layer_weights: expected {len(features)} weights, one for each layer in features, "
-            f"got {len(options.layer_weights)}"
+            f"got {len(options.layer_weights)}; set layer_weights, such as (1.0, 0.7, 0.4) for three layers"
         )
     labels = checks.class_map("labels", labels)
     predictions = checks.predictions("predictions", predictions, options.num_classes)
@@ -168,6 +171,7 @@ def total_loss(
     loss: L_i; classes: |C|; positives: valid pixels; negatives: chosen and base pixels; errors: wrong pixels.
     """
     labels, predictions = check_inputs(features, labels, predictions, options)
+    checks.seed(seed, labels.device)
     sizes = [tuple(x.shape[-2:]) for x in features]
     hard, errors = bane.layer_negatives(
         predictions.detach(),

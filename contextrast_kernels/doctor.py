@@ -11,6 +11,11 @@ import torch
 import contextrast_kernels as ck
 from contextrast_kernels import hashing, native
 
+OPS = {
+    "reference": "every op, on any device",
+    "triton": "class_anchors, pixel_anchor_loss, contextrast_loss",
+    "native": "error_map, edge_distance, distance_transform, select_nearest, bane_negatives",
+}
 PACKAGES = ("torch", "triton", "numpy", "kornia", "scikit-image", "matplotlib", "tqdm")
 
 
@@ -23,14 +28,14 @@ def main(arguments: list[str]) -> int:
     for line in _devices():
         print(f"  {line}")
     print("\nbackends")
-    for name, status in ck.available().items():
-        print(f"  {name:14} {status}")
-    for device, status in native.status().items():
-        print(f"  {'native, ' + device:14} {status}")
+    statuses = {"reference": "ok", "triton": ck.available()["triton"]}
+    statuses |= {f"native, {device}": status for device, status in native.status().items()}
+    for name, status in statuses.items():
+        print(f"  {name:14} {OPS[name.split(',')[0]]}\n{'':17}{status}")
     print("\nself-check")
     failures = sum(not _run(name, check) for name, check in _checks())
     print(
-        "\neverything agrees with the definitions"
+        "\nall checks agree with the definitions"
         if not failures
         else f"\n{failures} checks failed: please report this page"
     )
@@ -76,6 +81,8 @@ def _checks() -> list[tuple[str, Callable[[], str]]]:
     for device in devices:
         if statuses.get(device) == "ok":
             checks.append((f"native on {device} against the reference", lambda device=device: _check_native(device)))
+    if ck.available()["triton"] == "ok":
+        checks.append((f"triton on {devices[-1]} against the reference", lambda: _check_triton(devices[-1])))
     return checks
 
 
@@ -153,3 +160,20 @@ def _check_native(device: str) -> str:
     equal = all(torch.equal(a, b) for a, b in zip(results["reference"], results["native"]))
     _expect(equal, "a map differs")
     return "error map, distance and selection equal"
+
+
+def _check_triton(device: str) -> str:
+    generator = torch.Generator().manual_seed(2)
+    labels, predictions = (x.to(device) for x in _scene())
+    features = [torch.randn(2, 16, *size, generator=generator).to(device) for size in ((12, 18), (6, 9))]
+    results = {}
+    for name in ("reference", "triton"):
+        leaves = [x.clone().requires_grad_() for x in features]
+        with ck.backend(name):
+            loss = ck.contextrast_loss(leaves, labels, predictions, num_classes=4, layer_weights=(1.0, 0.5))
+            gradients = torch.autograd.grad(loss, leaves)
+        results[name] = torch.cat([loss.detach().reshape(1), *(g.flatten() for g in gradients)])
+    expected = results["reference"]
+    relative = float((results["triton"] - expected).norm() / expected.norm())
+    _expect(relative < 1e-4, f"relative difference {relative:.1e}")
+    return f"loss and gradient, relative difference {relative:.1e}"

@@ -23,9 +23,9 @@ def _mix(x):
 
 
 def seed_tensor(seed: int | Tensor, device: torch.device) -> Tensor:
-    """The seed as an int64 scalar on a device. A number is filled in there, not copied from the host."""
+    """The seed, a number or a tensor on this device, as an int64 scalar there. A number is filled in, not copied."""
     if isinstance(seed, Tensor):
-        return seed.to(device).reshape(())
+        return seed.reshape(())
     return torch.full((), seed, dtype=torch.int64, device=device)
 
 

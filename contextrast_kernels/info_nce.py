@@ -39,6 +39,9 @@ def info_nce(
         A scalar, float32, or float64 for float64 rows. A row without a positive or without a negative adds 0 and
         stays in the mean; without a valid row the loss is 0, with a live graph. NaN or inf in a valid row or column
         gives NaN.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, rank, size, range or device; the sentence names it.
     """
     _check_rows("rows", rows, "row_labels", row_labels)
     itself = columns is None

@@ -15,6 +15,13 @@ class ProjectionHead(nn.Sequential):
 
     Two 1x1 convolutions with ReLU and batch normalisation between them, as in MS/CS, on whose code Contextrast was
     very likely built (docs/method.md). The output is not normalised: the loss does that. Used in training only.
+
+    Args:
+        in_channels: channels of the layer.
+        dim: D, the same for all layers.
+
+    Raises:
+        TypeError, ValueError: an argument that is no positive integer; the sentence names it.
     """
 
     def __init__(self, in_channels: int, dim: int = 256):
@@ -29,18 +36,22 @@ class ProjectionHead(nn.Sequential):
 
 
 class ContextrastLoss(nn.Module):
-    """``contextrast_loss`` with its options stored, and a seed that advances by itself.
+    """``contextrast_loss`` (Eq. 4) with its options stored, and a seed that advances by itself.
 
     Args:
         num_classes: N.
         debug: also check values (label range, finite features), which synchronises with the device.
-        seed: the first seed. It lives in an int64 buffer that advances by one each training-mode forward, so that a
-            checkpoint continues the same draws; evaluation leaves it alone.
+        seed: the first seed. It lives in an int64 buffer that advances by one each training-mode forward, so
+            that a saved state continues the same draws; evaluation leaves it alone. It follows the labels' device.
+            Keep the loss outside of activation checkpointing, whose second forward would draw anew.
         Everything else as in ``contextrast_loss``.
 
     After a forward ``last`` holds detached tensors of shape (layers,): "loss" (L_i, unweighted), "classes" (classes
     present), "positives" (valid pixels), "negatives" (chosen and base pixels) and "errors" (wrongly predicted
     pixels). Only reading their values synchronises.
+
+    Raises:
+        TypeError, ValueError: an option or a batch that cannot be used; the sentence names the argument.
 
     Example:
         >>> criterion = ContextrastLoss(num_classes=19)
@@ -62,7 +73,7 @@ class ContextrastLoss(nn.Module):
         normalize: bool = True,
         normalize_anchors: bool = False,
         detach_anchors: bool = False,
-        seed: int = 0,
+        seed: int | Tensor = 0,
         debug: bool = False,
     ):
         super().__init__()
@@ -80,7 +91,7 @@ class ContextrastLoss(nn.Module):
             normalize_anchors=normalize_anchors,
             detach_anchors=detach_anchors,
         )
-        checks.seed(seed)
+        checks.seed(seed, seed.device if isinstance(seed, Tensor) else None)
         checks.flag("debug", debug)
         self.debug = debug
         self.register_buffer("seed", torch.tensor(int(seed), dtype=torch.int64))
@@ -90,6 +101,8 @@ class ContextrastLoss(nn.Module):
         """The loss of one batch: see ``contextrast_loss``."""
         if self.debug:
             self._check_values(features, labels, predictions)
+        if isinstance(labels, Tensor) and self.seed.device != labels.device:
+            self.seed = self.seed.to(labels.device)  # once: from then on no step copies it
         # The draws of this step keep their seed when the buffer moves on.
         loss, self.last = total_loss(features, labels, predictions, self.options, self.seed.clone())
         if self.training:

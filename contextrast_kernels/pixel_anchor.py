@@ -49,6 +49,7 @@ def pixel_anchor_loss(
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, rank, size, range or device; the sentence names it.
+        RuntimeError: a backend was asked for that cannot run.
     """
     checks.feature_map("features", features)
     checks.ignore_index(ignore_index)
