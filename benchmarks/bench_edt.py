@@ -164,8 +164,8 @@ def write(rows):
 @pytest.mark.parametrize("row", ROUNDS)
 @pytest.mark.parametrize("regime", REGIMES)
 def test_edge_distance(benchmark, results, regime, row, threads):
-    if native.status()["cpu"] != "ok":
-        pytest.skip(f"native, cpu: {native.status()['cpu']}")
+    if native.status("cpu") != "ok":
+        pytest.skip(f"native, cpu: {native.status('cpu')}")
     if threads > 1 and row in ONE_THREAD:
         pytest.skip(f"{row}: one thread only")
     given = inputs(regime)

@@ -12,8 +12,8 @@ import native_cases  # noqa: E402
 
 from contextrast_kernels import native  # noqa: E402
 
-if native.status()["cuda"] != "ok":
-    sys.exit(f"sanitize_cases.py: {native.status()['cuda']}")
+if native.status("cuda") != "ok":
+    sys.exit(f"sanitize_cases.py: {native.status('cuda')}")
 
 # No fill of fresh memory here: initcheck has to see what a kernel reads and nobody wrote.
 compared = 0

@@ -59,7 +59,7 @@ def _requested() -> str:
 
 
 def _native_status(device_type: str) -> str:
-    return native.status().get(device_type, f"the native library has no code for {device_type} tensors")
+    return native.status(device_type)
 
 
 # What torch.compiler.assume_constant_result does, without its import of the whole compiler (and Triton): whether the

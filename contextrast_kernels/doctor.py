@@ -29,7 +29,7 @@ def main(arguments: list[str]) -> int:
         print(f"  {line}")
     print("\nbackends")
     statuses = {"reference": "ok", "triton": ck.available()["triton"]}
-    statuses |= {f"native, {device}": status for device, status in native.status().items()}
+    statuses |= {f"native, {device}": native.status(device) for device in ("cpu", "cuda")}
     for name, status in statuses.items():
         print(f"  {name:14} {OPS[name.split(',')[0]]}\n{'':17}{status}")
     print("\nself-check")
@@ -77,9 +77,8 @@ def _checks() -> list[tuple[str, Callable[[], str]]]:
         ("gradient against finite differences", _check_gradient),
     ]
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-    statuses = native.status()
     for device in devices:
-        if statuses.get(device) == "ok":
+        if native.status(device) == "ok":
             checks.append((f"native on {device} against the reference", lambda device=device: _check_native(device)))
     if ck.available()["triton"] == "ok":
         checks.append((f"triton on {devices[-1]} against the reference", lambda: _check_triton(devices[-1])))

@@ -5,6 +5,7 @@ are passed on and never copied. What the functions compute is said in csrc/conte
 callers, in bane.py. None is differentiable.
 """
 
+import contextlib
 import ctypes
 import functools
 import pathlib
@@ -101,27 +102,30 @@ def _library() -> ctypes.CDLL | str:
 
 
 @functools.cache
-def status() -> dict[str, str]:
-    """For "cpu" and "cuda" tensors: "ok", or the reason why the library cannot serve them."""
+def status(device_type: str) -> str:
+    """ "ok", or the reason why the library cannot serve tensors on "cpu" or "cuda"."""
     library = _library()
     if isinstance(library, str):
-        return {"cpu": library, "cuda": library}
+        return library
+    if device_type == "cpu":
+        return "ok"  # and no word to CUDA, which a data loader's worker may not start
+    if device_type != "cuda":
+        return f"the native library has no code for {device_type} tensors"
     if not hasattr(library, "contextrast_cuda_status"):
-        cuda = "the native library was built without CUDA: put nvcc on PATH and reinstall contextrast_kernels"
-    elif not torch.cuda.is_available():
-        cuda = "no CUDA device: torch.cuda.is_available() is False"
-    else:
+        return "the native library was built without CUDA: put nvcc on PATH and reinstall contextrast_kernels"
+    if not torch.cuda.is_available():
+        return "no CUDA device: torch.cuda.is_available() is False"
+    for device in range(torch.cuda.device_count()):
         text = ctypes.create_string_buffer(_ERROR_SIZE)
-        failed = library.contextrast_cuda_status(torch.cuda.current_device(), text)
-        cuda = text.value.decode(errors="replace") if failed else "ok"
-    return {"cpu": "ok", "cuda": cuda}
+        if library.contextrast_cuda_status(device, text):
+            return text.value.decode(errors="replace")
+    return "ok"
 
 
 def _function(name: str, device: torch.device):
     library = _library()
     if isinstance(library, str) or not hasattr(library, f"contextrast_{name}_{device.type}"):
-        reason = status().get(device.type, "it has code for CPU and CUDA only")
-        raise RuntimeError(f"the native library cannot serve {device.type} tensors: {reason}")
+        raise RuntimeError(f"the native library cannot serve {device.type} tensors: {status(device.type)}")
     return getattr(library, f"contextrast_{name}_{device.type}")
 
 
@@ -130,9 +134,10 @@ def _call(name: str, device: torch.device, arguments: tuple, scratch: tuple = ()
 
     scratch: if it takes any, the function that says how much, and the arguments of that.
     """
-    where = (torch.get_num_threads(),)
     if device.type == "cuda":
-        where = (device.index, torch.cuda.current_stream(device).cuda_stream)
+        where, on_device = (device.index, torch.cuda.current_stream(device).cuda_stream), torch.cuda.device(device)
+    else:
+        where, on_device = (torch.get_num_threads(),), contextlib.nullcontext()
     if scratch:
         scratch_name, *scratch_arguments = scratch
         threads = where if device.type == "cpu" else ()
@@ -141,7 +146,8 @@ def _call(name: str, device: torch.device, arguments: tuple, scratch: tuple = ()
         memory = torch.empty(size, dtype=torch.uint8, device=device)
         arguments = (*arguments, memory.data_ptr())
     text = ctypes.create_string_buffer(_ERROR_SIZE)
-    code = _function(name, device)(*arguments, *where, text)
+    with on_device:
+        code = _function(name, device)(*arguments, *where, text)
     if code:
         raise (ValueError if code == 1 else RuntimeError)(f"{name}: {text.value.decode(errors='replace')}")
 

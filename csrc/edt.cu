@@ -234,7 +234,8 @@ cudaError_t enqueue_solve(PlanesWork parameters, int device, cudaStream_t stream
   if (status != cudaSuccess) return status;
   const int warps = greater(lesser(BLOCK / WARP, limit / row_bytes), 1);
   if (warps * row_bytes > 48 * 1024) {
-    status = cudaFuncSetAttribute(solve<Distance>, cudaFuncAttributeMaxDynamicSharedMemorySize, warps * row_bytes);
+    // Always the same value: what one thread asks for does not take from what another one needs.
+    status = cudaFuncSetAttribute(solve<Distance>, cudaFuncAttributeMaxDynamicSharedMemorySize, limit);
     if (status != cudaSuccess) return status;
   }
   parameters.blocks = {};

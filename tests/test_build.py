@@ -64,7 +64,7 @@ def test_declining_the_library_builds_nothing(sources):
     assert not (sources / "build" / "native").exists()
 
 
-STATUS = "from contextrast_kernels import native; print(native.__file__); print(native.status()['cpu'])"
+STATUS = "from contextrast_kernels import native; print(native.__file__); print(native.status('cpu'))"
 
 
 @pytest.mark.slow

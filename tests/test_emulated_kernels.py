@@ -30,7 +30,7 @@ FLAGS = (
     *("-I", str(EMULATION), "-I", str(ROOT / "csrc"), "-x", "c++"),
 )
 
-pytestmark = pytest.mark.skipif(native.status()["cpu"] != "ok", reason=f"native library: {native.status()['cpu']}")
+pytestmark = pytest.mark.skipif(native.status("cpu") != "ok", reason=f"native library: {native.status('cpu')}")
 
 
 def build(folder, *sources, flags=("-O2",)):

@@ -30,7 +30,7 @@ NO_EDGE = 2**31 - 1
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
-pytestmark = pytest.mark.skipif(native.status()["cpu"] != "ok", reason=f"native, cpu: {native.status()['cpu']}")
+pytestmark = pytest.mark.skipif(native.status("cpu") != "ok", reason=f"native, cpu: {native.status('cpu')}")
 
 
 def distance_sq(classes):
@@ -555,8 +555,8 @@ def unopened(monkeypatch):
 
 def test_a_missing_library_is_a_reason(unopened, tmp_path):
     unopened.setattr(native, "_PATH", tmp_path / "_native.so")
-    assert "not built" in native.status()["cpu"]
-    assert "CONTEXTRAST_NATIVE=1" in native.status()["cuda"]
+    assert "not built" in native.status("cpu")
+    assert "CONTEXTRAST_NATIVE=1" in native.status("cuda")
     with pytest.raises(RuntimeError, match="not built"):
         native.edge_distance(torch.zeros(1, 2, 2, dtype=torch.int64), True)
     assert ck.edge_distance(torch.zeros(1, 2, 2, dtype=torch.int64)).isinf().all()  # the reference takes over
@@ -567,7 +567,7 @@ def test_a_broken_library_is_a_reason(unopened, tmp_path, content):
     path = tmp_path / "_native.so"
     path.write_bytes(content)
     unopened.setattr(native, "_PATH", path)
-    assert "cannot be opened" in native.status()["cpu"]
+    assert "cannot be opened" in native.status("cpu")
 
 
 def test_only_the_interface_is_visible():
@@ -692,3 +692,17 @@ def test_everything_under_sanitizers(compiler, sanitized_library):
     which = "not sanitizers and not lanes and not visible and not library and not [reference"
     done = run_sanitized(compiler, sanitized_library, RUN_TESTS, *tests, "-k", which)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+
+def test_a_call_on_the_cpu_has_no_word_with_cuda(monkeypatch):
+    """A data loader's worker, forked from a process that uses CUDA, must be able to measure distances."""
+
+    def refuse(*_):
+        raise AssertionError("CUDA was asked")
+
+    for name in ("is_available", "current_device", "current_stream", "device_count", "_lazy_init"):
+        monkeypatch.setattr(torch.cuda, name, refuse)
+    native.status.cache_clear()
+    classes = torch.tensor([[[0, 0, 0, 1]]])
+    with ck.backend("native"):
+        assert ck.edge_distance(classes, squared=True).tolist() == [[[4, 1, 0, 0]]]

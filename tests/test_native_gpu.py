@@ -14,7 +14,7 @@ from contextrast_kernels import native
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(native.status()["cuda"] != "ok", reason=f"native, cuda: {native.status()['cuda']}"),
+    pytest.mark.skipif(native.status("cuda") != "ok", reason=f"native, cuda: {native.status('cuda')}"),
 ]
 
 
