@@ -56,6 +56,6 @@ def main(arguments: list[str]) -> int:
     total = sum(launch.reads + launch.writes for launch in launches)
     print(
         f"\n{len(launches)} launches, {total / 1e6:.1f} MB: {total / (4 * features):.2f} x the floor of 4 x features "
-        "(three reads, one write). The negatives' launches come before these."
+        "(three reads, one write).\nBeside these come fills of the sums with zero, and the launches of the negatives."
     )
     return 0

@@ -1,5 +1,5 @@
-"""Every Triton kernel compiled ahead of time for each architecture, within the registers and spills that
-tests/budgets.json grants.
+"""Every Triton kernel compiled ahead of time for each architecture, within the stack (where registers are spilled to)
+and the shared memory that tests/budgets.json grants.
 
 No GPU is needed. Compiling runs in a process of its own (tests/aot.py), because Triton decides at import whether
 kernels are interpreted. ``python tests/aot.py --help`` prints the table.
