@@ -1,0 +1,568 @@
+"""What people use today, on the same maps: the relatives' public code, and distance transforms.
+
+The relatives are imported from checkouts in a folder that the user names, under their repositories' names; nothing of
+theirs is in this tree:
+
+    ContrastiveSeg    tfzhou/ContrastiveSeg      PixelContrastLoss, one layer (stride 4)
+    MS_CS_ContrSeg    RViMLab/MS_CS_ContrSeg     DenseContrastiveLossV2_ms, all layers
+    PNE_Loss          jingw193/PNE_Loss          ReverseContrastiveLoss, one layer (stride 8)
+    RegionContrast    hzhupku/RegionContrast     the contrast of dec_deeplabv3_contrast, one layer (stride 8)
+
+    python benchmarks/peers.py --peers DIR       runs each once on a small case and says how it went
+
+Their files run as they are, with their published settings. Three things are done around them: modules that they
+import and the losses never use (loggers, registries, debuggers) are stood in for; where there is no CUDA device,
+`.cuda()` leaves a tensor where it is; RegionContrast's decoder, which computes its loss between its own layers, is
+given the features and logits instead of computing them. What a network does before its loss (projection, resizing of
+logits) is not timed; what a loss does itself (arg-max, normalisation of embeddings, sampling) is.
+"""
+
+import argparse
+import contextlib
+import importlib
+import importlib.util
+import pathlib
+import sys
+import types
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+from unittest import mock
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from contextrast_kernels.hashing import STREAM_TIES, image_hash
+
+
+class Peer(NamedTuple):
+    name: str
+    call: Callable[[], Any] | None
+    """A loss returns its scalar with a live graph; a distance transform (B, H, W) distances; a selection a mask. None:
+    not here, and ``note`` says why."""
+    note: str
+    """What the row computes, what it is given for nothing, how it differs from ours."""
+    exact: bool = False
+    """The result must equal ours: see ``squared``."""
+
+
+# ------------------------------------------------------------------------------------------------- other people's code
+
+
+class StandIn(types.ModuleType):
+    """In place of a module that a loss's file imports and the loss never uses. With a ``path``, a package whose other
+    modules are the checkout's, without what its __init__ would import."""
+
+    def __init__(self, name: str, path: pathlib.Path | None = None, **members):
+        super().__init__(name)
+        self.__dict__.update(members, **({"__path__": [str(path)]} if path else {}))
+
+    def __getattr__(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return lambda *args, **kwargs: None
+
+
+@contextlib.contextmanager
+def imports_from(root: pathlib.Path, *stand_ins: StandIn) -> Iterator[None]:
+    """Imports inside the block look into the checkout first. Its modules are forgotten afterwards: the checkouts share
+    names such as ``lib`` and ``utils``."""
+    kept = {}
+    try:
+        with (
+            mock.patch.dict(sys.modules, {module.__name__: module for module in stand_ins}),
+            mock.patch.object(sys, "path", [str(root), *sys.path]),
+        ):
+            before = set(sys.modules)
+            try:
+                yield
+            finally:
+                fresh = set(sys.modules) - before
+                kept = {name: sys.modules[name] for name in fresh if not is_below(sys.modules[name], root)}
+    finally:
+        sys.modules.update(kept)
+
+
+def is_below(module: types.ModuleType, root: pathlib.Path) -> bool:
+    places = [getattr(module, "__file__", None), *getattr(module, "__path__", ())]
+    return any(place and root in pathlib.Path(place).parents for place in places)
+
+
+@contextlib.contextmanager
+def cuda_means(device: torch.device) -> Iterator[None]:
+    """The relatives put tensors on the GPU by name. Without one, that name means the CPU inside the block."""
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            yield
+        return
+    with (
+        mock.patch.object(Tensor, "cuda", lambda self, *args, **kwargs: self),
+        mock.patch.object(torch.cuda, "FloatTensor", torch.FloatTensor),
+        mock.patch.object(torch.cuda, "LongTensor", torch.LongTensor),
+    ):
+        yield
+
+
+def pixel_contrast(root, features, labels, logits, num_classes, ignore_index):
+    """tau 0.1 over 0.07, 1024 samples, at most 100 views, as configs/cityscapes/H_48_D_4.json has them. It fails where
+    no image has more pixels of a class than views: fewer views there."""
+    with imports_from(root):
+        loss_file = importlib.import_module("lib.loss.loss_contrast")
+    x = features[0]
+    seg = nearest(logits, x)
+    layer_labels = F.interpolate(labels[:, None].double(), x.shape[2:]).long()
+    most = max(int((layer_labels == n).flatten(1).sum(1).max()) for n in range(num_classes))
+    views = 100 if most > 100 else max(1, most // 2)
+    settings = {
+        ("contrast", "temperature"): 0.1,
+        ("contrast", "base_temperature"): 0.07,
+        ("contrast", "max_samples"): 1024,
+        ("contrast", "max_views"): views,
+        ("loss", "params"): {"ce_ignore_index": ignore_index},
+    }
+    configer = types.SimpleNamespace(get=lambda *key: settings[key], exists=lambda *key: key in settings)
+    loss = loss_file.PixelContrastLoss(configer)
+    return lambda: loss(F.normalize(x, dim=1), labels, torch.max(seg, 1)[1]), f"1 layer, at most {views} views"
+
+
+def multi_scale(root, features, labels, logits, num_classes, ignore_index):
+    """tau 0.1, weights 1, 0.7, 0.4, 0.1 and cross-scale terms, as configs/CITYSCAPES/hrnet_contrastive_CTS.json."""
+    classes = {n: str(n) for n in range(num_classes)} | {255: "ignored"}
+    maps = types.SimpleNamespace(CLASS_INFO={1: [None, classes]})
+    utils = StandIn("utils", DATASETS_INFO={"": maps}, Logger=StandIn("Logger"), is_distributed=lambda: False)
+    with imports_from(root, utils, StandIn("losses", root / "losses")):
+        loss_file = importlib.import_module("losses.DenseContrastiveLossV2_ms")
+    weights = [1.0, 0.7, 0.4, 0.1][: len(features)]
+    config = {"experiment": 1, "dataset": "", "temperature": 0.1, "scales": len(features), "weights": weights}
+    loss = loss_file.DenseContrastiveLossV2_ms({**config, "cross_scale_contrast": len(features) > 1})
+    # Their data loader gives the ignored pixels the number after the last class.
+    remapped = torch.where((labels < 0) | (labels >= num_classes) | (labels == ignore_index), num_classes, labels)
+    return lambda: loss(remapped, features), f"{len(features)} layers, predictions unused"
+
+
+def reverse_contrast(root, features, labels, logits, num_classes, ignore_index):
+    """tau 1, weight 1.3, 100 pixels a pair, pairs of at most 199 errors, as the one config has them."""
+    register = types.SimpleNamespace(register_module=lambda: lambda cls: cls)
+    folder = root / "mmseg" / "models"
+    absent = [name for name in ("mmcv", "torchvision", "ipdb") if importlib.util.find_spec(name) is None]
+    stand_ins = [StandIn(name) for name in absent]
+    stand_ins += [StandIn("mmcv.utils")] if "mmcv" in absent else []
+    stand_ins += [StandIn("mmseg", root / "mmseg"), StandIn("mmseg.utils"), StandIn("mmseg.models", folder)]
+    stand_ins += [StandIn("mmseg.models.builder", LOSSES=register), StandIn("mmseg.models.losses", folder / "losses")]
+    with imports_from(root, *stand_ins, StandIn("mmseg.models.losses.utils")):
+        loss_file = importlib.import_module("mmseg.models.losses.reverse_contrastive_loss")
+    settings = {"patch_size": 100, "temp": 1, "loss_weight": 1.3, "cal_function": "EQUAL", "cal_gate": [0, 199]}
+    loss = loss_file.ReverseContrastiveLoss(**settings)
+    x = features[min(1, len(features) - 1)]
+    seg = nearest(logits, x)
+    return lambda: loss(seg, labels[:, None], con_seg_logit=x), "1 layer"
+
+
+def region_contrast(root, features, labels, logits, num_classes, ignore_index):
+    """tau 0.2, queues of 2975, as experiments/decoder_contrast/config.yaml."""
+    folder = root / "pyseg"
+    with imports_from(root, StandIn("pyseg", folder), StandIn("pyseg.models", folder / "models")):
+        decoder_file = importlib.import_module("pyseg.models.decoder_contrast")
+    x = features[min(1, len(features) - 1)]
+    decoder = decoder_file.dec_deeplabv3_contrast(8, num_classes)
+    decoder.aspp, decoder.head, decoder.final = nn.Identity(), nn.Identity(), Given(nearest(logits, x))
+    decoder.to(x.device)
+
+    def call():
+        # The queues remember every step's graph: a step is timed, not the age of the run.
+        for name, queue in decoder.named_buffers():
+            decoder._buffers[name] = queue.detach()
+        return decoder(x)[1]
+
+    return call, "1 layer, labels unused; 19 classes and 256 channels are written into its code"
+
+
+class Given(nn.Module):
+    def __init__(self, value: Tensor):
+        super().__init__()
+        self.value = value
+
+    def forward(self, _):
+        return self.value
+
+
+def nearest(logits: Tensor, x: Tensor) -> Tensor:
+    """The relatives' networks give logits of the features' size."""
+    return logits.detach() if logits.shape[2:] == x.shape[2:] else F.interpolate(logits.detach(), x.shape[2:])
+
+
+RELATIVES = {
+    "ContrastiveSeg": pixel_contrast,
+    "MS_CS_ContrSeg": multi_scale,
+    "PNE_Loss": reverse_contrast,
+    "RegionContrast": region_contrast,
+}
+
+
+def losses(
+    folder: pathlib.Path | None,
+    features: Sequence[Tensor],
+    labels: Tensor,
+    logits: Tensor,
+    num_classes: int,
+    ignore_index: int = 255,
+) -> list[Peer]:
+    """The relatives' losses on one batch: features of the layers from high to low resolution, labels (B, H, W), logits
+    (B, N, H', W'). They sample with torch's CPU generator: seed it before a call to repeat one. A call raises what the
+    code raises."""
+    peers = []
+    for name, adapter in RELATIVES.items():
+        root = folder / name if folder else None
+        if root is None or not root.is_dir():
+            peers.append(Peer(name, None, f"no checkout {name} in the folder given with --peers"))
+            continue
+        try:
+            with quiet():
+                call, note = adapter(root.resolve(), list(features), labels, logits, num_classes, ignore_index)
+        except Exception as error:
+            peers.append(Peer(name, failing(error), "does not load"))
+            continue
+        peers.append(Peer(name, here(call, features[0].device), note))
+    return peers
+
+
+def here(call: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
+    def run():
+        with cuda_means(device):
+            return call()
+
+    return run
+
+
+def failing(error: Exception) -> Callable[[], Any]:
+    def run():
+        raise error
+
+    return run
+
+
+def failure(error: BaseException) -> str:
+    """One line for the results' table."""
+    text = str(error).strip()
+    return f"failed: {type(error).__name__}: {text.splitlines()[0]}" if text else f"failed: {type(error).__name__}"
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Warnings of old code about newer libraries are not news to the reader of a benchmark."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+# ----------------------------------------------------------------------------------------------------- waiting for CUDA
+
+
+class Waiting(TorchDispatchMode):
+    """Counts ops whose value the host has to know before it can go on."""
+
+    OPS = frozenset(
+        f"aten::{name}"
+        for name in (
+            *("_local_scalar_dense", "is_nonzero", "equal", "allclose", "nonzero", "nonzero_numpy", "argwhere"),
+            *("masked_select", "unique_dim", "_unique", "_unique2", "unique_consecutive", "bincount", "histogram"),
+        )
+    )
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name
+        self.count += name in self.OPS
+        if name in ("aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_"):
+            self.count += any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])
+        return func(*args, **(kwargs or {}))
+
+
+def count_syncs(call: Callable[[], Any], device: torch.device) -> int:
+    """How often the host waits for the device in one call: on CUDA as torch reports it; on the CPU the ops that would
+    wait, which is fewer, since copies between host and device are not among them."""
+    if device.type != "cuda":
+        with Waiting() as mode:
+            call()
+        return mode.count
+    torch.cuda.synchronize()
+    previous = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            call()
+        finally:
+            torch.cuda.set_sync_debug_mode(previous)
+    return sum("called a synchronizing CUDA operation" in str(warning.message) for warning in caught)
+
+
+# -------------------------------------------------------------------------------------------------- distance transforms
+
+
+def edges(classes: Tensor) -> Tensor:
+    """Edge pixels of a class map (B, H, W), -1 outside: a 4-neighbour inside the image has another number."""
+    x = F.pad(classes.double()[:, None], (1, 1, 1, 1), mode="replicate")[:, 0]
+    here = x[:, 1:-1, 1:-1]
+    different = (x[:, :-2, 1:-1] != here) | (x[:, 2:, 1:-1] != here) | (x[:, 1:-1, :-2] != here)
+    return (different | (x[:, 1:-1, 2:] != here)) & (classes >= 0)
+
+
+def squared(distances: Any, classes: Tensor) -> Tensor:
+    """A peer's distances as ours: int32 squares (B, H, W) on the CPU, -1 outside."""
+    if isinstance(distances, (list, tuple)):
+        distances = torch.stack([as_tensor(image) for image in distances])
+    values = as_tensor(distances).double().cpu().view(classes.shape)
+    return torch.where(classes.cpu() >= 0, values.square().round(), -1.0).int()
+
+
+def as_tensor(array: Any) -> Tensor:
+    return torch.from_numpy(array) if isinstance(array, np.ndarray) else torch.as_tensor(array)
+
+
+def transforms(classes: Tensor) -> list[Peer]:
+    """Edge distance of a class map (B, H, W), negative = outside, on its device. Peers "on edges" are given the edges,
+    which is most of the work of a naive user, and pay for one transform an image."""
+    on_edges = ~edges(classes)
+    by_device = {"cpu": _cpu_transforms, "cuda": _cuda_transforms}
+    rows = [*by_device[classes.device.type](classes, on_edges), *_any_device(classes, on_edges)]
+    return [_checked(row, on_edges) for row in rows]
+
+
+def _checked(row: Peer, on_edges: Tensor) -> Peer:
+    if row.call is not None and row.exact and bool(on_edges.flatten(1).all(1).any()):
+        return Peer(row.name, None, "an image without an edge, for which its result means nothing")
+    return row
+
+
+def module(name: str) -> tuple[Any, str]:
+    """A module, or None and the reason."""
+    try:
+        return importlib.import_module(name), ""
+    except ImportError as error:
+        return None, f"{name} is not installed ({error})"
+
+
+def _row(name: str, needs: str, note: str, exact: bool, make: Callable[[Any], Callable[[], Any]]) -> Peer:
+    found, why = module(needs)
+    return Peer(name, make(found), note, exact) if found else Peer(name, None, why)
+
+
+def _cpu_transforms(classes: Tensor, on_edges: Tensor) -> list[Peer]:
+    images = [np.ascontiguousarray(image) for image in on_edges.numpy()]
+    bytes_ = [image.astype(np.uint8) for image in images]
+    labels = [np.ascontiguousarray(image, dtype=np.int32) for image in (classes + 1).clamp(min=0).numpy()]
+    maps = classes.numpy()
+    outside = "multi-label: distance to the nearest pixel outside, another order of pixels"
+    return [
+        _row("SciPy on edges", "scipy.ndimage", "given edges", True, lambda m: each(m.distance_transform_edt, images)),
+        _row(
+            "SciPy for each class",
+            "scipy.ndimage",
+            "the definition: mask, edges and transform of each class of each image",
+            True,
+            lambda m: lambda: [scipy_for_each_class(m, image) for image in maps],
+        ),
+        _row(
+            "OpenCV precise on edges",
+            "cv2",
+            "given edges, DIST_MASK_PRECISE",
+            True,
+            lambda m: each(lambda image: m.distanceTransform(image, m.DIST_L2, m.DIST_MASK_PRECISE), bytes_),
+        ),
+        _row(
+            "edt on edges",
+            "edt",
+            "given edges",
+            True,
+            lambda m: each(lambda x: m.edt(x, black_border=False, parallel=torch.get_num_threads()), images),
+        ),
+        _row(
+            "edt multi-label",
+            "edt",
+            outside,
+            False,
+            lambda m: each(lambda x: m.edt(x, black_border=False, parallel=torch.get_num_threads()), labels),
+        ),
+    ]
+
+
+def each(transform: Callable, images: Sequence) -> Callable[[], list]:
+    return lambda: [transform(image) for image in images]
+
+
+def scipy_for_each_class(ndimage, classes: np.ndarray) -> np.ndarray:
+    distance = np.full(classes.shape, -1.0)
+    for n in np.unique(classes[classes >= 0]):
+        inside = classes == n
+        edge = inside & ~ndimage.binary_erosion(inside, border_value=1)
+        distance[inside] = ndimage.distance_transform_edt(~edge)[inside]
+    return distance
+
+
+def _cuda_transforms(classes: Tensor, on_edges: Tensor) -> list[Peer]:
+    images = on_edges.byte()
+
+    def of_images(module):
+        transform = cupy_transform(module)
+        return lambda: [torch.from_dlpack(transform(image)) for image in images]
+
+    def of_classes(module):
+        transform = cupy_transform(module)
+        return lambda: cupy_for_each_class(transform, classes)
+
+    note = "the definition: mask, edges and transform of each class of each image"
+    return [
+        _row("CuPy on edges", "cupy", "given edges, one call an image", True, of_images),
+        _row("CuPy for each class", "cupy", note, True, of_classes),
+    ]
+
+
+def cupy_transform(cupy):
+    from cupyx.scipy import ndimage
+
+    return lambda mask: ndimage.distance_transform_edt(cupy.from_dlpack(mask), float64_distances=False)
+
+
+def cupy_for_each_class(transform, classes: Tensor) -> Tensor:
+    distances = torch.full(classes.shape, -1.0, device=classes.device)
+    for image, distance in zip(classes, distances, strict=True):
+        for n in torch.unique(image[image >= 0]).tolist():
+            inside = image == n
+            edge = edges(torch.where(inside, 0, -1)[None])[0]
+            if bool(edge.any()):
+                result = torch.from_dlpack(transform((~edge).byte())).to(distance.dtype)
+                torch.where(inside, result, distance, out=distance)
+    return distances
+
+
+def _any_device(classes: Tensor, on_edges: Tensor) -> list[Peer]:
+    images = on_edges.float()
+    seeds = (~on_edges).float()[:, None]
+
+    def monai(module):
+        return lambda: module.transforms.utils.distance_transform_edt(images)
+
+    return [
+        _row("MONAI on edges", "monai", "given edges; cuCIM on a GPU where it is installed, else SciPy", True, monai),
+        _row(
+            "kornia on edges",
+            "kornia",
+            "given edges; approximate, by repeated convolution",
+            False,
+            lambda m: lambda: m.contrib.distance_transform(seeds)[:, 0],
+        ),
+    ]
+
+
+# ------------------------------------------------------------------------------------------------------------ selection
+
+
+def selections(classes: Tensor, distance_sq: Tensor, ratio: float, num_classes: int, seed: int) -> list[Peer]:
+    """The nearest ceil(ratio · n) pixels of each class of each image, from the class map and squared distances
+    (B, h, w) on their device."""
+    rows = [
+        Peer(
+            "torch.topk for each class",
+            lambda: topk_for_each_class(classes, distance_sq, ratio, num_classes),
+            "ties fall anyhow",
+        )
+    ]
+    if distance_sq.numel() and int(distance_sq.max()) < 2**21:
+        hashed = image_hash(seed, STREAM_TIES, *classes.shape[1:], classes.device).flatten()
+        rows.append(
+            Peer(
+                "sort of 64-bit keys",
+                lambda: sort_of_keys(classes, distance_sq, hashed, ratio, num_classes),
+                "class, distance and hash as one integer; the hashes are given",
+                True,
+            )
+        )
+    return rows
+
+
+def topk_for_each_class(classes, distance_sq, ratio, num_classes):
+    selected = torch.zeros(classes.shape, dtype=torch.bool, device=classes.device)
+    maps = (classes.flatten(1), distance_sq.flatten(1), selected.flatten(1))
+    for image, distance, chosen in zip(*maps, strict=True):
+        for n in range(num_classes):
+            pixels = (image == n).nonzero()[:, 0]
+            k = int(np.ceil(ratio * len(pixels)))
+            chosen[pixels[distance[pixels].topk(k, largest=False).indices]] = True
+    return selected
+
+
+def sort_of_keys(classes, distance_sq, hashed, ratio, num_classes):
+    """Class, distance (21 bits) and hash (32 bits) of every pixel as one integer, sorted image by image."""
+    keys = (classes.long().flatten(1) << 53) | (distance_sq.flatten(1).long() << 32) | hashed
+    order = keys.argsort(1)
+    batch, pixels = keys.shape
+    image, n = torch.arange(batch, device=classes.device)[:, None], torch.arange(-1, num_classes, device=classes.device)
+    sorted_classes = classes.long().flatten(1).gather(1, order)
+    starts = torch.searchsorted(sorted_classes.contiguous(), n.expand(batch, -1).contiguous())
+    counts = torch.diff(starts, append=torch.full_like(starts[:, :1], pixels))
+    quotas = (counts.double() * ratio).ceil().long()
+    place = torch.arange(pixels, device=classes.device) - starts.gather(1, sorted_classes + 1)
+    chosen = (sorted_classes >= 0) & (place < quotas.gather(1, sorted_classes + 1))
+    selected = torch.zeros_like(chosen)
+    selected[image, order] = chosen
+    return selected.view(classes.shape)
+
+
+# ----------------------------------------------------------------------------------------------------------- by itself
+
+
+def small_case(device: torch.device) -> tuple[list[Tensor], Tensor, Tensor]:
+    """Features of four layers, labels and logits: 19 classes in large squares, since the relatives fail where an image
+    has no class of a few pixels."""
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.randint(0, 19, (2, 1, 2, 3), generator=generator)
+    labels = F.interpolate(coarse.float(), (256, 384)).long()[:, 0]
+    labels[:, -8:] = 255
+    logits = torch.randn(2, 19, 64, 96, generator=generator)
+    logits += 3 * F.one_hot(labels[:, ::4, ::4].clamp(max=18), 19).movedim(3, 1)
+    sizes = [(64 >> i, 96 >> i) for i in range(4)]
+    features = [torch.randn(2, 256, *size, generator=generator).to(device).requires_grad_() for size in sizes]
+    return features, labels.to(device), logits.to(device)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--peers", type=pathlib.Path, metavar="DIR", help="folder that holds the checkouts")
+    options = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    features, labels, logits = small_case(device)
+    for peer in losses(options.peers, features, labels, logits, 19):
+        if peer.call is None:
+            print(f"{peer.name:26s} {peer.note}")
+            continue
+        try:
+            loss = peer.call()
+            loss.backward()
+            with quiet():
+                syncs = count_syncs(peer.call, device)
+        except Exception as error:
+            print(f"{peer.name:26s} {failure(error)}")
+        else:
+            print(f"{peer.name:26s} loss {loss.item():.4f}, the host waits {syncs} times; {peer.note}")
+    predictions = F.interpolate(logits, labels.shape[1:]).argmax(1)
+    classes = torch.where((labels != 255) & (predictions != labels), predictions, -1)
+    for peer in transforms(classes):
+        if peer.call is None:
+            print(f"{peer.name:26s} {peer.note}")
+            continue
+        distances = squared(peer.call(), classes)
+        print(
+            f"{peer.name:26s} {'exact' if peer.exact else 'not exact'}; {peer.note}; largest square {distances.max()}"
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
