@@ -25,6 +25,14 @@ def describe(value) -> str:
     return f"{type(value).__name__} {text}" if len(text) <= 60 and "\n" not in text else type(value).__name__
 
 
+def is_integer(dtype: torch.dtype) -> bool:
+    return dtype in _INTEGERS
+
+
+def is_floating(dtype: torch.dtype) -> bool:
+    return dtype in _FLOATS
+
+
 def tensor(name: str, value, expected: str) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected {expected}, got {type(value).__name__}")

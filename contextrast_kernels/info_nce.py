@@ -1,10 +1,18 @@
-"""Rows against columns: the per-positive-denominator InfoNCE that ContrastiveSeg, MS/CS and Contextrast share.
+"""Rows against columns: the InfoNCE with several positives that ContrastiveSeg, MS/CS, RegionContrast, PNE and
+Contextrast share.
 
-    s_ij = x_i · z_j / τ,   P_i = {j : same label},   N_i = {j : other label}
-    Z_i  = log Σ_{j∈N_i} exp(s_ij)
-    L    = mean over rows with a valid label of 1/|P_i| Σ_{j∈P_i} softplus(Z_i - s_ij)
+    s_ij = x_i · z_j / τ,   P_i and N_i: the positives and negatives of row i,   w_j: the weight of column j
+    Z_i  = log Σ_{j∈N_i} w_j exp(s_ij)                          -inf where a row has no negative
 
-The denominator of a positive holds that positive and all negatives, not the other positives.
+    each     l_i = 1/w(P_i) Σ_{j∈P_i} w_j softplus(Z_i - s_ij)
+    supcon   l_i = 1/w(P_i) Σ_{j∈P_i} w_j (A_i - s_ij)           A_i = log Σ_{j∈P_i∪N_i} w_j exp(s_ij)
+    pooled   l_i = softplus(Z_i - Y_i)                           Y_i = log Σ_{j∈P_i} w_j exp(s_ij)
+
+    L = mean of l_i over the rows with a valid label, of which those without a positive have l_i = 0
+
+softplus(Z - s) = -log e^s / (e^s + Σ_neg e^{s'}): with "each", the denominator of a positive holds that positive and
+all negatives; with "supcon" (Khosla et al., 2020) it holds the other positives too; "pooled" (PNE) puts the sum of
+all positives over the sum of everything. w(P_i) is the sum of the positives' weights.
 """
 
 import torch
@@ -15,6 +23,9 @@ from contextrast_kernels import checks
 from contextrast_kernels.backend import unchanged_by_autocast
 from contextrast_kernels.embedding import compute_dtype
 
+POSITIVES = ("each", "supcon", "pooled")
+REDUCTIONS = ("mean", "none")
+
 
 def info_nce(
     rows: Tensor,
@@ -24,8 +35,19 @@ def info_nce(
     *,
     temperature: float = 0.1,
     ignore_index: int = -1,
+    positives: str = "each",
+    row_negatives: Tensor | None = None,
+    column_negatives: Tensor | None = None,
+    base: Tensor | None = None,
+    column_weights: Tensor | None = None,
+    reduction: str = "mean",
 ) -> Tensor:
     """Supervised InfoNCE of rows against columns, as in Eq. 2; differentiable in both.
+
+    A column is a positive of the rows with its label. It is a negative of the rows with another label, unless one of
+    ``row_negatives``, ``column_negatives`` and ``base`` is given: then it is a negative of row i where
+    ``column_negatives[j] == row_negatives[i]`` (either stands for the labels where the other alone is given), or
+    where ``base[j]`` and the labels differ.
 
     Args:
         rows: (R, D) floating point, used as they are: normalise them before if cosines are meant.
@@ -33,12 +55,21 @@ def info_nce(
         columns, column_labels: (C, D) and (C,), of the rows' dtype. None: the rows against themselves, without the
             pairs (i, i).
         temperature: τ.
-        ignore_index: rows with this label are left out; such columns are neither positive nor negative.
+        ignore_index: rows with this label are left out; such columns are neither positive nor negative. In
+            ``row_negatives`` and ``column_negatives`` it matches nothing.
+        positives: "each", "supcon" or "pooled"; the equations are above, in the module's docstring.
+        row_negatives, column_negatives: (R,) and (C,) integers. Contextrast's strict BANE is ``column_negatives`` = the
+            class that each pixel is a hard negative of.
+        base: (C,) bool.
+        column_weights: (C,) floating point, at least 0: column j counts as so many columns. A constant: no gradient
+            passes to it. None: 1.
+        reduction: "mean", or "none" for l_i.
 
     Returns:
-        A scalar, float32, or float64 for float64 rows. A row without a positive or without a negative adds 0 and
-        stays in the mean; without a valid row the loss is 0, with a live graph. NaN or inf in a valid row or column
-        gives NaN.
+        A scalar, or (R,) without reduction, where ignored rows have 0; float32, or float64 for float64 rows. A row
+        without a positive adds 0 and stays in the mean, and so does a row without a negative, but for "supcon".
+        Without a valid row the loss is 0, with a live graph. NaN or inf in a valid row gives it NaN, in a valid column
+        every row, as does a valid column's weight that is negative, infinite or NaN.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, rank, size, range or device; the sentence names it.
@@ -59,53 +90,112 @@ def info_nce(
             )
     checks.real("temperature", temperature, low=0.0, open_low=True)
     checks.ignore_index(ignore_index)
+    checks.choice("positives", positives, POSITIVES)
+    checks.choice("reduction", reduction, REDUCTIONS)
     if itself:
         columns, column_labels = rows, row_labels
-    return _info_nce(rows, row_labels.long(), columns, column_labels.long(), itself, temperature, ignore_index)
+    of_columns = "rows" if itself else "columns"
+    if row_negatives is not None:
+        _check_integers("row_negatives", row_negatives, "rows", rows)
+    if column_negatives is not None:
+        _check_integers("column_negatives", column_negatives, of_columns, columns)
+    if base is not None:
+        _check_vector("base", base, "bool flags", lambda dtype: dtype == torch.bool, of_columns, columns)
+    if column_weights is not None:
+        _check_vector(
+            "column_weights", column_weights, "floating-point weights", checks.is_floating, of_columns, columns
+        )
+    if row_negatives is not None or column_negatives is not None:
+        row_negatives = row_labels if row_negatives is None else row_negatives
+        column_negatives = column_labels if column_negatives is None else column_negatives
+    vectors = (row_labels, column_labels, row_negatives, column_negatives, base, column_weights)
+    return _definition(rows, columns, *vectors, itself, temperature, ignore_index, positives, reduction)
 
 
 @unchanged_by_autocast
-def _info_nce(
+def _definition(
     rows: Tensor,
-    row_labels: Tensor,
     columns: Tensor,
+    row_labels: Tensor,
     column_labels: Tensor,
+    row_negatives: Tensor | None,
+    column_negatives: Tensor | None,
+    base: Tensor | None,
+    column_weights: Tensor | None,
     itself: bool,
     temperature: float,
     ignore_index: int,
+    positives: str,
+    reduction: str,
 ) -> Tensor:
     dtype = compute_dtype(rows.dtype)
+    row_labels, column_labels = row_labels.long(), column_labels.long()
     valid_row, valid_column = row_labels != ignore_index, column_labels != ignore_index
     # Ignored rows and columns become zero before anything is computed, so that a NaN there has no effect.
     x = torch.where(valid_row.unsqueeze(1), rows.to(dtype), 0.0)
     z = torch.where(valid_column.unsqueeze(1), columns.to(dtype), 0.0)
+    w = x.new_ones(columns.shape[0])
+    if column_weights is not None:
+        w = column_weights.detach().to(dtype)
+        w = torch.where(valid_column, torch.where((w >= 0) & w.isfinite(), w, torch.nan), 0.0)
     similarity = x @ z.T / temperature
+
     same = row_labels.unsqueeze(1) == column_labels
-    counts = valid_row.unsqueeze(1) & valid_column
-    is_positive, is_negative = same & counts, ~same & counts
+    pair = valid_row.unsqueeze(1) & valid_column & (w != 0)
     if itself:
-        is_positive = is_positive & ~torch.eye(rows.shape[0], dtype=torch.bool, device=rows.device)
-    has_negative = is_negative.any(1, keepdim=True)
-    # A row of nothing but -inf has no derivative: rows without negatives are set aside before and after the sum.
-    lse = torch.where(is_negative, similarity, -torch.inf)
-    lse = torch.where(has_negative, lse, 0.0).logsumexp(1, keepdim=True)
-    term = torch.where(is_positive & has_negative, -F.logsigmoid(similarity - lse), 0.0)
-    of_row = term.sum(1) / is_positive.sum(1).clamp(min=1)
+        pair = pair & ~torch.eye(rows.shape[0], dtype=torch.bool, device=rows.device)
+    if row_negatives is None and base is None:
+        against = ~same
+    else:
+        against = torch.zeros_like(same)
+        if row_negatives is not None:
+            code, named = row_negatives.long().unsqueeze(1), column_negatives.long()
+            against = (code == named) & (named != ignore_index)
+        if base is not None:
+            against = against | (base & ~same)
+    is_positive, is_negative = pair & same, pair & against
+    has_positive, has_negative = is_positive.any(1), is_negative.any(1)
+
+    def log_sum(chosen: Tensor) -> Tensor:
+        # A row of nothing but -inf has no derivative: such rows are set aside before and after the sum.
+        terms = torch.where(chosen, similarity + w.log(), -torch.inf)
+        return torch.where(chosen.any(1, keepdim=True), terms, 0.0).logsumexp(1, keepdim=True)
+
+    if positives == "pooled":
+        of_row = -F.logsigmoid(log_sum(is_positive) - log_sum(is_negative)).squeeze(1)
+        of_row = torch.where(has_positive & has_negative, of_row, 0.0)
+    else:
+        if positives == "each":
+            term = -F.logsigmoid(similarity - log_sum(is_negative))
+            term = torch.where(is_positive & has_negative.unsqueeze(1), w * term, 0.0)
+        else:
+            term = torch.where(is_positive, w * (log_sum(is_positive | is_negative) - similarity), 0.0)
+        of_row = term.sum(1) / torch.where(has_positive, (w * is_positive).sum(1), 1.0)
     # 0 · x and 0 · z carry a NaN or inf of a row or column that is in no term.
-    return of_row.sum() / valid_row.sum().clamp(min=1) + (0.0 * x).sum() + (0.0 * z).sum()
+    of_row = of_row + (0.0 * x).sum(1) + (0.0 * z).sum() + (0.0 * w).sum()
+    return of_row if reduction == "none" else of_row.sum() / valid_row.sum().clamp(min=1)
 
 
 def _check_rows(name: str, rows: Tensor, labels_name: str, labels: Tensor) -> None:
     checks.tensor(name, rows, "a floating-point matrix (R, D)")
-    if not rows.is_floating_point():
+    if not checks.is_floating(rows.dtype):
         raise TypeError(f"{name}: expected a floating-point matrix, got {checks.describe(rows)}")
     if rows.ndim != 2:
         raise ValueError(f"{name}: expected a matrix (R, D), got {checks.describe(rows)}")
-    checks.tensor(labels_name, labels, f"integer labels, one for each of {name}")
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise TypeError(f"{labels_name}: expected integer labels, got {checks.describe(labels)}; call .long()")
-    if labels.ndim != 1 or labels.shape[0] != rows.shape[0]:
+    _check_integers(labels_name, labels, name, rows)
+
+
+def _check_integers(name: str, value: Tensor, of: str, rows: Tensor) -> None:
+    _check_vector(name, value, "integer labels", checks.is_integer, of, rows, "; call .long()")
+
+
+def _check_vector(name: str, value: Tensor, kind: str, fits, of: str, rows: Tensor, remedy: str = "") -> None:
+    """One number of some dtypes for each row of a matrix."""
+    checks.tensor(name, value, f"{kind}, one for each of {of}")
+    if not fits(value.dtype):
+        raise TypeError(f"{name}: expected {kind}, got {checks.describe(value)}{remedy}")
+    if value.ndim != 1 or value.shape[0] != rows.shape[0]:
         raise ValueError(
-            f"{labels_name}: expected shape ({rows.shape[0]},), one for each of {name}, got {checks.describe(labels)}"
+            f"{name}: expected shape ({rows.shape[0]},), one for each of {of}, got {checks.describe(value)}"
         )
-    checks.together(name, rows, labels_name, labels, batch=False)
+    checks.together(of, rows, name, value, batch=False)

@@ -332,21 +332,67 @@ def contextrast_loss(features, labels, predictions, num_classes, layer_weights=(
     return math.fsum(weight * loss for weight, loss in zip(layer_weights, losses, strict=True))
 
 
-def info_nce(rows, row_labels, columns=None, column_labels=None, temperature=0.1, ignore_index=-1):
-    """Mean over rows with a valid label of the mean over positives j of softplus(LSE of the negatives - s_ij)."""
+def info_nce(
+    rows,
+    row_labels,
+    columns=None,
+    column_labels=None,
+    temperature=0.1,
+    ignore_index=-1,
+    positives="each",
+    row_negatives=None,
+    column_negatives=None,
+    base=None,
+    column_weights=None,
+    reduction="mean",
+):
+    """Mean over rows with a valid label (or the list, 0 where there is none) of the mean over positives j of
+
+    -log e^s_ij / (e^s_ij + Σ_negatives e^s)      "each"
+    -log e^s_ij / (Σ_positives and negatives e^s) "supcon"
+
+    or, "pooled", of -log Σ_positives e^s / (Σ_positives e^s + Σ_negatives e^s). Column j counts w_j times.
+    """
     own = columns is None
     if own:
         columns, column_labels = rows, row_labels
-    terms = []
+    named = row_negatives is not None or column_negatives is not None
+    if named:
+        row_negatives = row_labels if row_negatives is None else row_negatives
+        column_negatives = column_labels if column_negatives is None else column_negatives
+    terms, valid = [], 0
     for i in range(len(rows)):
+        terms.append(0.0)
         if int(row_labels[i]) == ignore_index:
             continue
-        positives, negatives = [], []
+        valid += 1
+        # Each column as (log weight + s, s, weight).
+        positive, negative, either = [], [], []
         for j in range(len(columns)):
-            if int(column_labels[j]) == ignore_index or (own and i == j):
+            w = 1.0 if column_weights is None else float(column_weights[j])
+            if int(column_labels[j]) == ignore_index or (own and i == j) or w == 0:
                 continue
             s = dot(rows[i], columns[j]) / temperature
-            (positives if int(column_labels[j]) == int(row_labels[i]) else negatives).append(s)
-        Z = logsumexp(negatives)
-        terms.append(math.fsum(softplus(Z - s) for s in positives) / len(positives) if positives else 0.0)
-    return math.fsum(terms) / len(terms) if terms else 0.0
+            same = int(column_labels[j]) == int(row_labels[i])
+            if named:
+                against = int(column_negatives[j]) == int(row_negatives[i]) != ignore_index
+            else:
+                against = base is None and not same
+            if base is not None:
+                against = against or (bool(base[j]) and not same)
+            item = (math.log(w) + s, s, w)
+            positive += [item] * same
+            negative += [item] * against
+            either += [item] * (same or against)
+        if not positive:
+            continue
+        mass = math.fsum(w for _, _, w in positive)
+        Z, Y, A = (logsumexp([logit for logit, _, _ in items]) for items in (negative, positive, either))
+        terms[-1] = {
+            "each": math.fsum(w * softplus(Z - s) for _, s, w in positive) / mass,
+            "supcon": math.fsum(w * (A - s) for _, s, w in positive) / mass,
+            "pooled": softplus(Z - Y),
+        }[positives]
+    if reduction == "none":
+        return terms
+    return math.fsum(terms) / valid if valid else 0.0

@@ -10,6 +10,7 @@ from inputs import leaves
 from torch.autograd import gradcheck, gradgradcheck
 
 import contextrast_kernels as ck
+from contextrast_kernels.info_nce import POSITIVES
 
 pytestmark = pytest.mark.usefixtures("reference")
 
@@ -25,8 +26,36 @@ def case(rng, R=9, C=14, D=4, N=3, ignored=0.2, dtype=torch.float64):
 
 
 def literal_loss(rows, row_labels, columns=None, column_labels=None, **options):
+    def plain(x):
+        return x.detach().numpy() if isinstance(x, torch.Tensor) else x
+
     tensors = (rows, row_labels, columns, column_labels)
-    return literal.info_nce(*(None if x is None else x.detach().numpy() for x in tensors), **options)
+    return literal.info_nce(*map(plain, tensors), **{key: plain(value) for key, value in options.items()})
+
+
+SETS = ["labels", "named by columns", "named by rows", "named by both", "base", "base and named", "weights"]
+
+
+def chosen(rng, kind, R, C, N=3):
+    """Options that say who is whose negative, or how much a column counts, in every combination."""
+    codes = {n: torch.from_numpy(rng.integers(-1, N, n)) for n in (R, C)}
+    weights = rng.choice([0.0, 0.5, 1.0, 3.0], C)
+    every = {
+        "row_negatives": codes[R],
+        "column_negatives": codes[C],
+        "base": torch.from_numpy(rng.random(C) < 0.5),
+        "column_weights": torch.from_numpy(weights),
+    }
+    names = {
+        "labels": (),
+        "named by columns": ("column_negatives",),
+        "named by rows": ("row_negatives",),
+        "named by both": ("row_negatives", "column_negatives"),
+        "base": ("base",),
+        "base and named": ("base", "column_negatives", "column_weights"),
+        "weights": ("column_weights",),
+    }
+    return {name: every[name] for name in names[kind]}
 
 
 def test_hand_worked_loss():
@@ -48,6 +77,97 @@ def test_hand_worked_loss_of_rows_against_themselves():
     rows = torch.tensor([[1.0], [1.0], [-1.0]], dtype=torch.float64)
     loss = ck.info_nce(rows, torch.tensor([0, 0, 1]), temperature=0.5)
     assert loss.item() == pytest.approx(2 / 3 * math.log1p(math.exp(-4)))
+
+
+def test_hand_worked_loss_of_the_other_forms():
+    """The first row above. With "supcon" both positives are in the denominator; with "pooled" their sum is on top.
+    The third column counts thrice, the second half."""
+    rows = torch.tensor([[2.0]], dtype=torch.float64)
+    columns = torch.tensor([[1.0], [3.0], [-1.0], [0.5]], dtype=torch.float64)
+    weights = torch.tensor([1.0, 0.5, 3.0, 1.0])
+    labels = (torch.tensor([0]), columns, torch.tensor([0, 0, 1, 1]))
+    a, b, c, d = (math.exp(s) for s in (2, 6, -2, 1))
+
+    def loss(**options):
+        return ck.info_nce(rows, *labels, temperature=1.0, **options).item()
+
+    assert loss(positives="supcon") == pytest.approx(
+        -(math.log(a / (a + b + c + d)) + math.log(b / (a + b + c + d))) / 2
+    )
+    assert loss(positives="pooled") == pytest.approx(-math.log((a + b) / (a + b + c + d)))
+    everything = a + 0.5 * b + 3 * c + d
+    assert loss(positives="supcon", column_weights=weights) == pytest.approx(
+        -(math.log(a / everything) + 0.5 * math.log(b / everything)) / 1.5
+    )
+    assert loss(positives="pooled", column_weights=weights) == pytest.approx(-math.log((a + 0.5 * b) / everything))
+    assert loss(positives="each", column_weights=weights) == pytest.approx(
+        -(math.log(a / (a + 3 * c + d)) + 0.5 * math.log(b / (b + 3 * c + d))) / 1.5
+    )
+
+
+@pytest.mark.parametrize("kind", SETS)
+@pytest.mark.parametrize("positives", POSITIVES)
+@pytest.mark.parametrize("own", [False, True])
+def test_every_form_equals_the_loops(rng, kind, positives, own):
+    for R, C in ((9, 14), (1, 5), (5, 1), (20, 3)):
+        rows, row_labels, columns, column_labels = case(rng, R=R, C=C)
+        options = chosen(rng, kind, R, R if own else C) | {"temperature": 0.2, "positives": positives}
+        arguments = (rows, row_labels) if own else (rows, row_labels, columns, column_labels)
+        terms = ck.info_nce(*arguments, **options, reduction="none")
+        assert (terms.shape, terms.dtype) == ((R,), torch.float64)
+        assert terms.tolist() == pytest.approx(literal_loss(*arguments, **options, reduction="none"), **TIGHT)
+        assert ck.info_nce(*arguments, **options).item() == pytest.approx(literal_loss(*arguments, **options), **TIGHT)
+
+
+@pytest.mark.parametrize("kind", SETS)
+@pytest.mark.parametrize("positives", POSITIVES)
+def test_every_form_is_twice_differentiable(rng, kind, positives):
+    rows, row_labels, columns, column_labels = case(rng, R=5, C=6, D=2)
+    options = chosen(rng, kind, 5, 6) | {"temperature": 0.5, "positives": positives, "reduction": "none"}
+    inputs = leaves([rows, columns])
+
+    def loss(x, c):
+        return ck.info_nce(x, row_labels, c, column_labels, **options)
+
+    assert gradcheck(loss, inputs)
+    assert gradgradcheck(loss, inputs, fast_mode=True)
+
+
+@pytest.mark.parametrize("positives", POSITIVES)
+def test_a_weight_is_a_number_of_copies(rng, positives):
+    rows, row_labels, columns, column_labels = case(rng)
+    copies = torch.from_numpy(rng.integers(0, 4, 14))
+    weighted = ck.info_nce(
+        rows, row_labels, columns, column_labels, column_weights=copies.double(), positives=positives
+    )
+    copied = columns.repeat_interleave(copies, 0), column_labels.repeat_interleave(copies)
+    assert weighted.item() == pytest.approx(ck.info_nce(rows, row_labels, *copied, positives=positives).item(), **TIGHT)
+
+
+@pytest.mark.parametrize("positives", POSITIVES)
+@pytest.mark.parametrize("weight", [-1.0, float("nan"), float("inf")])
+def test_a_weight_that_is_none_gives_nan_unless_ignored(rng, positives, weight):
+    rows, row_labels, columns, column_labels = case(rng)
+    weights = torch.ones(14)
+    clean = ck.info_nce(rows, row_labels, columns, column_labels, column_weights=weights, positives=positives)
+    valid = column_labels != -1
+    ignored = ck.info_nce(
+        rows, row_labels, columns, column_labels, column_weights=weights.where(valid, weight), positives=positives
+    )
+    assert torch.equal(ignored, clean)
+    weights[valid.nonzero()[0]] = weight
+    assert ck.info_nce(rows, row_labels, columns, column_labels, column_weights=weights, positives=positives).isnan()
+
+
+def test_supcon_of_rows_without_a_negative_still_evens_out_their_positives(rng):
+    """The published loss: log of the positives' sum over each of them; the two other forms have nothing to say."""
+    rows, _, columns, _ = case(rng)
+    labels = (torch.zeros(9).long(), columns, torch.zeros(14).long())
+    s = rows @ columns.T / 0.1
+    expected = (s.logsumexp(1) - s.mean(1)).mean()
+    assert ck.info_nce(rows, *labels, positives="supcon").item() == pytest.approx(expected.item(), **TIGHT)
+    for positives in ("each", "pooled"):
+        assert ck.info_nce(rows, *labels, positives=positives) == 0
 
 
 @pytest.mark.parametrize("own", [False, True])
@@ -125,18 +245,19 @@ def test_ignore_minus_100_never_meets_a_uint8_156(rng):
     assert ck.info_nce(rows, labels, ignore_index=-100) > 0
 
 
+@pytest.mark.parametrize("positives", POSITIVES)
 @pytest.mark.parametrize("own", [False, True])
-def test_nothing_to_contrast_gives_zero_and_a_live_graph(rng, own):
+def test_nothing_to_contrast_gives_zero_and_a_live_graph(rng, own, positives):
     rows, row_labels, columns, column_labels = case(rng)
     cases = [
         (rows, torch.full_like(row_labels, -1), columns, column_labels),
         (rows[:0], row_labels[:0], columns, column_labels),
         (rows, row_labels, columns[:0], column_labels[:0]),
         (rows, row_labels, columns, torch.full_like(column_labels, -1)),
-        (rows, torch.zeros_like(row_labels), columns, torch.zeros_like(column_labels)),  # no negative
         (rows, torch.zeros_like(row_labels), columns, torch.ones_like(column_labels)),  # no positive
         (rows[:1], row_labels[:1], columns[:0], column_labels[:0]),
     ]
+    no_negative = (rows, torch.zeros_like(row_labels), columns, torch.zeros_like(column_labels))
     if own:
         everyone = torch.arange(9)
         cases = [
@@ -146,12 +267,14 @@ def test_nothing_to_contrast_gives_zero_and_a_live_graph(rng, own):
                 (rows[:1], everyone[:1]),
                 (rows[:0], everyone[:0]),
                 (rows, torch.full_like(row_labels, -1)),
-                (rows, torch.zeros_like(row_labels)),
             )
         ]
+        no_negative = (rows, torch.zeros_like(row_labels), None, None)
+    if positives != "supcon":
+        cases.append(no_negative)
     for r, y, c, z in cases:
         inputs = leaves([r] if c is None else [r, c])
-        loss = ck.info_nce(inputs[0], y, *((None, None) if c is None else (inputs[1], z)))
+        loss = ck.info_nce(inputs[0], y, *((None, None) if c is None else (inputs[1], z)), positives=positives)
         assert loss.item() == 0
         gradients = torch.autograd.grad(loss, inputs)
         assert [g.shape for g in gradients] == [x.shape for x in inputs]
@@ -174,11 +297,12 @@ def test_ignored_rows_and_columns_change_nothing(rng):
         assert all(torch.equal(x, y) for x, y in zip(result, results[i % 2], strict=True))
 
 
+@pytest.mark.parametrize("positives", POSITIVES)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize(
     "where", ["row", "positive column", "negative column", "row without a positive", "row without a negative"]
 )
-def test_nan_or_inf_in_a_valid_place_is_never_hidden(bad, where):
+def test_nan_or_inf_in_a_valid_place_is_never_hidden(bad, where, positives):
     rows, row_labels = torch.full((2, 3), 0.5, dtype=torch.float64), torch.tensor([0, 1])
     columns, column_labels = torch.full((4, 3), 0.3, dtype=torch.float64), torch.tensor([0, 1, 1, 0])
     if where == "row":
@@ -191,7 +315,7 @@ def test_nan_or_inf_in_a_valid_place_is_never_hidden(bad, where):
         row_labels, rows[1, 2] = torch.tensor([0, 5]), bad
     else:
         column_labels, row_labels, rows[1, 2] = torch.zeros(4, dtype=torch.int64), torch.tensor([0, 0]), bad
-    assert ck.info_nce(rows, row_labels, columns, column_labels).isnan()
+    assert ck.info_nce(rows, row_labels, columns, column_labels, positives=positives).isnan()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
