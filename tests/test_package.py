@@ -21,7 +21,9 @@ FLOORS = [
     ["contextrast"],
     ["modules", "metrics", "viz"],
     ["__init__"],
-    ["doctor", "demo", "bench"],
+    ["demo"],
+    ["cases"],
+    ["doctor", "bench"],
     ["__main__"],
 ]
 

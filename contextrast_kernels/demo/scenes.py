@@ -138,43 +138,56 @@ def _mirrored(count: int, length: int) -> Tensor:
 # ------------------------------------------------------------------------------------------------------------ scenes
 
 
+class Shapes:
+    """Random shapes for `count` scenes of height x width pixels, described for scenes 128 pixels high.
+
+    The generator is the CPU's, so that every device draws the same; numbers: how many it is asked for, in one transfer.
+    """
+
+    def __init__(
+        self, count: int, height: int, width: int, numbers: int, generator: torch.Generator, device: torch.device | str
+    ):
+        self.numbers, self.drawn = torch.rand(count, numbers, generator=generator).to(device), 0
+        self.y = torch.arange(height, device=device)[:, None] * (128 / height)
+        self.x = torch.arange(width, device=device) * (128 / height)
+        self.width = 128 * width / height
+
+    def draw(self, *shape: int) -> Tensor:
+        """Uniform numbers below 1, (count, *shape)."""
+        first, self.drawn = self.drawn, self.drawn + math.prod(shape)
+        return self.numbers[:, first : self.drawn].view(-1, *shape)
+
+    def place(self, *shape: int) -> tuple[Tensor, Tensor]:
+        return 128 * self.draw(*shape), self.width * self.draw(*shape)
+
+    def disc(self) -> Tensor:
+        (row, column), radius = self.place(1, 1), 3 + 6 * self.draw(1, 1)
+        return (self.y - row) ** 2 + (self.x - column) ** 2 < radius**2
+
+    def bar(self, half_width: float) -> Tensor:
+        angle, (row, column) = math.pi * self.draw(1, 1), self.place(1, 1)
+        return ((self.y - row) * angle.cos() - (self.x - column) * angle.sin()).abs() < half_width
+
+    def regions(self, N: int, *, sites: int = 9, discs: int = 2, bars: int = 2) -> Tensor:
+        """Labels (count, height, width) below N: warped Voronoi regions, small discs and thin bars."""
+        warp = 6 * torch.sin(self.y / 9 + 6 * self.draw(1, 1)) + 6 * torch.cos(self.x / 11 + 6 * self.draw(1, 1))
+        rows, columns = self.place(sites, 1, 1)
+        nearest = (((self.y + warp)[:, None] - rows) ** 2 + ((self.x + warp)[:, None] - columns) ** 2).argmin(1)
+        labels = (N * self.draw(sites)).long().gather(1, nearest.flatten(1)).view_as(nearest)
+        for shape in [self.disc() for _ in range(discs)] + [self.bar(1.5) for _ in range(bars)]:
+            labels = torch.where(shape, (N * self.draw(1, 1)).long(), labels)
+        return labels
+
+
 def mosaic(textures: Textures, count: int, generator: torch.Generator) -> Batch:
     """Draw `count` scenes of the textures' size. The generator is the CPU's, so that every device draws the same."""
-    B, N, S, device = count, len(textures), textures.size, textures.pixels.device
-
-    numbers = torch.rand(B, 48 + 6 * N, generator=generator).to(device)  # all that a batch needs, in one transfer
-    drawn = 0
-
-    def draw(*shape: int) -> Tensor:
-        nonlocal drawn
-        first, drawn = drawn, drawn + math.prod(shape)
-        return numbers[:, first:drawn].view(B, *shape)
-
-    def draw_class(*shape: int) -> Tensor:
-        return (N * draw(*shape)).long()
-
-    # Shapes are described for a scene of 128 pixels.
-    y = torch.arange(S, device=device)[:, None] * (128 / S)
-    x = torch.arange(S, device=device) * (128 / S)
-
-    def disc() -> Tensor:
-        row, column, radius = 128 * draw(1, 1), 128 * draw(1, 1), 3 + 6 * draw(1, 1)
-        return (y - row) ** 2 + (x - column) ** 2 < radius**2
-
-    def bar(half_width: float) -> Tensor:
-        angle, row, column = math.pi * draw(1, 1), 128 * draw(1, 1), 128 * draw(1, 1)
-        return ((y - row) * angle.cos() - (x - column) * angle.sin()).abs() < half_width
-
-    warp = 6 * torch.sin(y / 9 + 6 * draw(1, 1)) + 6 * torch.cos(x / 11 + 6 * draw(1, 1))
-    rows, columns = 128 * draw(9, 1, 1), 128 * draw(9, 1, 1)  # the sites of nine Voronoi regions
-    nearest = (((y + warp)[:, None] - rows) ** 2 + ((x + warp)[:, None] - columns) ** 2).argmin(1)  # (B,S,S)
-    labels = draw_class(9).gather(1, nearest.flatten(1)).view(B, S, S)
-    for shape in (disc(), disc(), bar(1.5), bar(1.5)):
-        labels = torch.where(shape, draw_class(1, 1), labels)
-
-    corners = (draw(N, 2) * textures.room).long()
-    images = textures.paint(labels, corners, gain=0.7 + 0.6 * draw(N, 1), shade=0.1 * (draw(N, 3) - 0.5))
-    return images.clamp(0, 1), labels.masked_fill(bar(2.0), VOID)
+    N, S = len(textures), textures.size
+    shapes = Shapes(count, S, S, 48 + 6 * N, generator, textures.pixels.device)
+    labels = shapes.regions(N)
+    corners = (shapes.draw(N, 2) * textures.room).long()
+    gain, shade = 0.7 + 0.6 * shapes.draw(N, 1), 0.1 * (shapes.draw(N, 3) - 0.5)
+    images = textures.paint(labels, corners, gain, shade)
+    return images.clamp(0, 1), labels.masked_fill(shapes.bar(2.0), VOID)
 
 
 class Mosaic:

@@ -1,0 +1,1 @@
+"""Measurements: run.py writes rows into results/, report.py turns them into tables and plots."""

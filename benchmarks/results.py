@@ -1,0 +1,253 @@
+"""The one schema of measurements, ``benchmarks/results/<device>.csv``: a row is what was measured, with what, where.
+
+An empty cell means not measured or not applicable; nothing is filled in afterwards. ``results/demo.csv`` is the other
+schema in that folder: accuracies of the demo's runs, not times.
+"""
+
+import csv
+import pathlib
+import platform
+import re
+import subprocess
+from dataclasses import asdict, dataclass, fields
+
+import torch
+
+from contextrast_kernels.cases import Case
+
+FOLDER = pathlib.Path(__file__).parent / "results"
+OTHER_SCHEMA = ("demo.csv",)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement."""
+
+    what: str
+    """The operation: "contextrast_loss forward+backward", "edge_distance"."""
+    by: str
+    """Whose, or which implementation: "triton", "reference", "torch.compile", "edt multi-label"."""
+    mode: str = "eager"
+    """"eager", "graph" (a replayed CUDA graph), or what else distinguishes the call, such as "full" or "1 thread"."""
+
+    case: str = ""
+    regime: str = ""
+    batch: int | None = None
+    height: int | None = None
+    width: int | None = None
+    classes: int | None = None
+    channels: int | None = None
+    strides: str = ""
+    """Of the layers, as "4-8-16-32"."""
+    dtype: str = ""
+    """Of the features; of the labels where there are none."""
+    layout: str = ""
+    threads: int | None = None
+    """On a CPU."""
+
+    status: str = "ok"
+    """"ok": validated, then measured. "untimed": ran and was validated where times mean nothing. Else "failed: " or
+    "absent: " and the reason."""
+    exact: str = ""
+    """Of peers: "yes" if its result is the definition's, else what it computes instead."""
+    median_ms: float | None = None
+    iqr_ms: float | None = None
+    launches: int | None = None
+    """Kernels, fills and copies on the device."""
+    syncs: int | None = None
+    """Times that the host waits for the device."""
+    peak_mib: float | None = None
+    """Largest allocation above the inputs, during the call."""
+    plan_mb: float | None = None
+    """10⁶ bytes that must move, by the launches' plan."""
+    copy_gb_s: float | None = None
+    """Read and written bytes a second of a large copy in the same run."""
+    value: float | None = None
+    """A measurement that is not a time; ``unit`` says what."""
+    unit: str = ""
+    expected: str = ""
+    """What was predicted or is aimed at."""
+    note: str = ""
+
+    device: str = ""
+    driver: str = ""
+    torch: str = ""
+    triton: str = ""
+    commit: str = ""
+
+    @property
+    def percent_of_copy(self) -> float | None:
+        """The plan's bytes over the median time, in percent of the copy's bandwidth."""
+        if self.median_ms and self.plan_mb and self.copy_gb_s:
+            return 100 * self.plan_mb / self.median_ms / self.copy_gb_s
+        return None
+
+    @property
+    def measured(self) -> tuple:
+        """What tells rows apart: all but the outcome."""
+        return tuple(getattr(self, name) for name in _IDENTITY)
+
+
+_IDENTITY = (
+    *("what", "by", "mode", "case", "regime", "batch", "height", "width", "classes", "channels", "strides", "dtype"),
+    *("layout", "threads", "device", "torch", "commit"),
+)
+COLUMNS = tuple(field.name for field in fields(Row))
+_TYPES = {field.name: field.type for field in fields(Row)}
+STATUS = re.compile(r"ok|untimed|(failed|absent): .+", re.DOTALL)
+
+
+def of_case(case: Case) -> dict:
+    """The columns that a case fills."""
+    return {
+        "case": case.name,
+        "regime": case.regime,
+        "batch": case.batch,
+        "height": case.height,
+        "width": case.width,
+        "classes": case.num_classes,
+        "channels": case.channels,
+        "strides": "-".join(map(str, case.strides)),
+        "dtype": str(case.dtype).removeprefix("torch."),
+        "layout": case.layout,
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------- the machine
+
+
+def environment(device: str | torch.device = "cpu") -> dict:
+    """The columns that name device, driver, versions and commit. A commit with local changes ends in "+"."""
+    on_gpu = torch.device(device).type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(device) if on_gpu else cpu_name(),
+        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "-i", "0")
+        if on_gpu
+        else "",
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "commit": commit(),
+    }
+
+
+def cpu_name() -> str:
+    try:
+        return re.search(r"model name\s*:\s*(.*)", pathlib.Path("/proc/cpuinfo").read_text())[1].strip()
+    except (OSError, TypeError):
+        return platform.processor() or platform.machine()
+
+
+def commit() -> str:
+    root = pathlib.Path(__file__).parents[1]
+    head = _output("git", "-C", str(root), "rev-parse", "--short=7", "HEAD")
+    changed = _output(
+        "git", "-C", str(root), "status", "--porcelain", "--untracked-files=no", "--", ":!benchmarks/results"
+    )
+    return head + "+" if head and changed else head
+
+
+def _output(*command: str) -> str:
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return result.stdout.strip() if result.returncode == 0 else ""
+
+
+def _version(module: str) -> str:
+    try:
+        return __import__(module).__version__
+    except ImportError:
+        return ""
+
+
+def path_of(device: str, folder: pathlib.Path = FOLDER) -> pathlib.Path:
+    return folder / f"{re.sub(r'[^a-z0-9]+', '-', device.lower()).strip('-')}.csv"
+
+
+# ------------------------------------------------------------------------------------------------------------- the file
+
+
+class SchemaError(Exception):
+    """A results file does not follow the schema; the message is one sentence that names file and line."""
+
+
+def read(path: pathlib.Path) -> list[Row]:
+    """The rows of a file, validated; none if there is no file yet."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        table = csv.DictReader(file)
+        if tuple(table.fieldnames or ()) != COLUMNS:
+            raise SchemaError(
+                f"{path}: expected the columns {', '.join(COLUMNS)}, got {', '.join(table.fieldnames or ())}."
+            )
+        return [_parsed(cells, f"{path}, line {table.line_num}") for cells in table]
+
+
+def read_all(folder: pathlib.Path = FOLDER) -> list[Row]:
+    return [row for path in sorted(folder.glob("*.csv")) if path.name not in OTHER_SCHEMA for row in read(path)]
+
+
+def append(path: pathlib.Path, row: Row) -> None:
+    """Adds a row at once, so that a run that ends early keeps what it has measured."""
+    cells = _cells(row)
+    _parsed(cells, f"{path}, new row")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = not path.exists() or path.stat().st_size == 0
+    with path.open("a", newline="") as file:
+        table = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        if new:
+            table.writeheader()
+        table.writerow(cells)
+
+
+def write(path: pathlib.Path, rows: list[Row]) -> None:
+    """Replaces the file by these rows."""
+    cells = [_cells(row) for row in rows]
+    for number, of_row in enumerate(cells):
+        _parsed(of_row, f"{path}, row {number}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    half = path.with_suffix(".csv.new")
+    with half.open("w", newline="") as file:
+        table = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        table.writeheader()
+        table.writerows(cells)
+    half.replace(path)
+
+
+def _cells(row: Row) -> dict[str, str]:
+    def text(value) -> str:
+        if value is None:
+            return ""
+        return f"{value:.5g}" if isinstance(value, float) else " ".join(str(value).split())
+
+    return {name: text(value) for name, value in asdict(row).items()}
+
+
+def _parsed(cells: dict, where: str) -> Row:
+    values = {}
+    for name, text in cells.items():
+        kind = _TYPES.get(name)
+        if kind is None or text is None:
+            raise SchemaError(f"{where}: expected {len(COLUMNS)} cells.")
+        try:
+            values[name] = (
+                text if kind is str else (None if text == "" else (int if kind == int | None else float)(text))
+            )
+        except ValueError:
+            raise SchemaError(f"{where}: {name}: expected a number, got {text!r}.") from None
+    row = Row(**values)
+    if not row.what or not row.by or not row.device or not row.torch:
+        raise SchemaError(f"{where}: expected what, by, device and torch to be filled.")
+    if not STATUS.fullmatch(row.status):
+        raise SchemaError(f"{where}: status: expected ok, untimed, 'failed: why' or 'absent: why', got {row.status!r}.")
+    if row.status == "ok" and row.median_ms is None and row.value is None:
+        raise SchemaError(f"{where}: expected a time or a value where the status is ok.")
+    if row.status != "ok" and row.median_ms is not None:
+        raise SchemaError(f"{where}: expected no time where the status is {row.status!r}.")
+    if (row.median_ms is None) != (row.iqr_ms is None):
+        raise SchemaError(f"{where}: expected a median with its spread, or neither.")
+    if row.value is not None and not row.unit:
+        raise SchemaError(f"{where}: expected the unit of the value.")
+    return row
