@@ -2,6 +2,7 @@
 
 import math
 import numbers
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -146,6 +147,13 @@ def real(name: str, value, *, low: float, high: float = math.inf, open_low: bool
         bound = f"above {low:g}" if open_low else f"of at least {low:g}"
         bound += "" if high == math.inf else f" and at most {high:g}"
         raise ValueError(f"{name}: expected a finite number {bound}, got {value}")
+
+
+def weights(name: str, value) -> None:
+    if not isinstance(value, Sequence) or isinstance(value, str) or len(value) == 0:
+        raise TypeError(f"{name}: expected a list of numbers, one for each layer, got {describe(value)}")
+    for weight in value:
+        real(name, weight, low=0.0)
 
 
 def flag(name: str, value) -> None:

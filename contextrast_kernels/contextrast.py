@@ -105,13 +105,7 @@ class Options:
     def __post_init__(self):
         checks.num_classes(self.num_classes)
         checks.ignore_index(self.ignore_index)
-        weights = self.layer_weights
-        if not isinstance(weights, Sequence) or isinstance(weights, str) or len(weights) == 0:
-            raise TypeError(
-                f"layer_weights: expected a list of numbers, one for each layer, got {checks.describe(weights)}"
-            )
-        for weight in weights:
-            checks.real("layer_weights", weight, low=0.0)
+        checks.weights("layer_weights", self.layer_weights)
         checks.real("temperature", self.temperature, low=0.0, open_low=True)
         checks.real("fusion_weight", self.fusion_weight, low=0.0, high=1.0)
         bane.check_selection(self.ratio, self.negatives, self.distance_at)
@@ -126,8 +120,8 @@ class Options:
             )
 
 
-def check_inputs(features, labels, predictions, options: Options) -> tuple[Tensor, Tensor]:
-    """The batch; returns labels and predictions with their rank settled."""
+def check_layers(features, layer_weights: Sequence[float]) -> None:
+    """The feature maps of all layers: one for each weight, of one dtype and D, from high to low resolution."""
     if not isinstance(features, Sequence) or len(features) == 0:
         raise TypeError(
             f"features: expected a list of feature maps (B, D, h, w), one a layer, got {checks.describe(features)}; "
@@ -135,13 +129,11 @@ def check_inputs(features, labels, predictions, options: Options) -> tuple[Tenso
         )
     for i, x in enumerate(features):
         checks.feature_map(f"features[{i}]", x)
-    if len(features) != len(options.layer_weights):
+    if len(features) != len(layer_weights):
         raise ValueError(
             f"layer_weights: expected {len(features)} weights, one for each layer in features, "
-            f"got {len(options.layer_weights)}; set layer_weights, such as (1.0, 0.7, 0.4) for three layers"
+            f"got {len(layer_weights)}; set layer_weights, such as (1.0, 0.7, 0.4) for three layers"
         )
-    labels = checks.class_map("labels", labels)
-    predictions = checks.predictions("predictions", predictions, options.num_classes)
     first = features[0]
     for i, x in enumerate(features):
         name = f"features[{i}]"
@@ -157,6 +149,14 @@ def check_inputs(features, labels, predictions, options: Options) -> tuple[Tenso
                 f"{name}: expected at most the size {before} of the layer before, got {tuple(x.shape[2:])}; "
                 "list the layers from high to low resolution"
             )
+
+
+def check_inputs(features, labels, predictions, options: Options) -> tuple[Tensor, Tensor]:
+    """The batch; returns labels and predictions with their rank settled."""
+    check_layers(features, options.layer_weights)
+    labels = checks.class_map("labels", labels)
+    predictions = checks.predictions("predictions", predictions, options.num_classes)
+    first = features[0]
     for name, value in (("labels", labels), ("predictions", predictions)):
         checks.together("features[0]", first, name, value)
         checks.samples_from(name, value, *first.shape[-2:])
