@@ -8,7 +8,7 @@ theirs is in this tree:
     PNE_Loss          jingw193/PNE_Loss          ReverseContrastiveLoss, one layer (stride 8)
     RegionContrast    hzhupku/RegionContrast     the contrast of dec_deeplabv3_contrast, one layer (stride 8)
 
-    python benchmarks/peers.py --peers DIR       runs each once on a small case and says how it went
+    python -m benchmarks.peers --peers DIR       runs each once on a small case and says how it went
 
 Their files run as they are, with their published settings. Three things are done around them: modules that they
 import and the losses never use (loggers, registries, debuggers) are stood in for; where there is no CUDA device,
@@ -326,7 +326,7 @@ def as_tensor(array: Any) -> Tensor:
     return torch.from_numpy(array) if isinstance(array, np.ndarray) else torch.as_tensor(array)
 
 
-def transforms(classes: Tensor) -> list[Peer]:
+def edge_distances(classes: Tensor) -> list[Peer]:
     """Edge distance of a class map (B, H, W), negative = outside, on its device. Peers "on edges" are given the edges,
     which is most of the work of a naive user, and pay for one transform an image."""
     on_edges = ~edges(classes)
@@ -553,7 +553,7 @@ def main() -> int:
             print(f"{peer.name:26s} loss {loss.item():.4f}, the host waits {syncs} times; {peer.note}")
     predictions = F.interpolate(logits, labels.shape[1:]).argmax(1)
     classes = torch.where((labels != 255) & (predictions != labels), predictions, -1)
-    for peer in transforms(classes):
+    for peer in edge_distances(classes):
         if peer.call is None:
             print(f"{peer.name:26s} {peer.note}")
             continue

@@ -9,12 +9,8 @@ import sys
 import pytest
 import torch
 
-ROOT = pathlib.Path(__file__).parent.parent
-sys.path.append(str(ROOT / "benchmarks"))
-
-import peers  # noqa: E402
-
-import contextrast_kernels as ck  # noqa: E402
+import contextrast_kernels as ck
+from benchmarks import peers
 
 CPU = torch.device("cpu")
 FILES = {
@@ -135,7 +131,7 @@ def test_exact_transforms_are_exact():
     classes = classes_of_the_small_case()
     expected = ck.edge_distance(classes, squared=True)
     assert torch.equal(peers.edges(classes), expected == 0)
-    rows = peers.transforms(classes)
+    rows = peers.edge_distances(classes)
     assert {row.name for row in rows if row.exact or row.call is None} >= {"SciPy on edges", "OpenCV precise on edges"}
     for row in rows:
         if row.call is not None:
@@ -146,7 +142,7 @@ def test_an_image_without_an_edge_is_left_out():
     classes = classes_of_the_small_case()
     classes[1] = 3
     assert all(
-        row.call is None and "edge" in row.note for row in peers.transforms(classes) if row.name == "SciPy on edges"
+        row.call is None and "edge" in row.note for row in peers.edge_distances(classes) if row.name == "SciPy on edges"
     )
 
 
