@@ -26,7 +26,6 @@ from torch import Tensor, nn
 
 import contextrast_kernels as ck
 from contextrast_kernels.demo import pictures, scenes
-from contextrast_kernels.metrics import ConfusionMatrix, boundary_mask
 
 try:
     from tqdm import tqdm
@@ -100,16 +99,17 @@ class Score:
 def evaluate(network: Network, data: scenes.Data, step: int) -> Score:
     images, labels = data.validation
     N = len(data.classes)
-    everywhere, near_boundary = (ConfusionMatrix(N, device=labels.device) for _ in range(2))
+    everywhere, near_boundary = ck.metrics.ConfusionMatrix(N), ck.metrics.TrimapIoU(N, (RADIUS,))
     network.eval()
     for some_images, some_labels in zip(images.split(16), labels.split(16)):
         with mixed_precision(images.device):
             logits, _ = network(some_images.contiguous(memory_format=torch.channels_last))
-        predictions = logits.argmax(1)
-        everywhere.update(predictions, some_labels)
-        near_boundary.update(predictions, some_labels, mask=boundary_mask(some_labels, RADIUS, num_classes=N))
+        everywhere.update(logits, some_labels)
+        near_boundary.update(logits, some_labels)
     network.train()
-    return Score(step, everywhere.mean_iou().item(), near_boundary.mean_iou().item(), everywhere.iou().tolist())
+    scores = everywhere.compute()
+    boundary_miou = near_boundary.compute()[f"trimap_miou_{RADIUS}px"]
+    return Score(step, scores["miou"].item(), boundary_miou.item(), scores["iou_per_class"].tolist())
 
 
 # ---------------------------------------------------------------------------------------------------------- training

@@ -1,0 +1,171 @@
+"""What all metrics share: counts that add up over batches, ranks and saved states."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from contextrast_kernels import checks, maps
+
+
+class Metric:
+    """Counts of what was seen, and what follows from them.
+
+    The counts live on the device of the maps, and are integers wherever they can be, so that neither the order of
+    batches nor the number of ranks changes a result. Outside of ``compute()`` nothing synchronises or communicates.
+
+    A metric is no ``nn.Module``: DistributedDataParallel would broadcast the counts of rank 0 over those of the others.
+    """
+
+    def __init__(self, layout: dict[str, tuple[tuple[int | None, ...], torch.dtype]], group: object):
+        """``layout``: shape and dtype of each count; None is a size that the first batch tells."""
+        if not (group is None or group == "auto" or (dist.is_available() and isinstance(group, dist.ProcessGroup))):
+            raise TypeError(
+                "group: expected 'auto' (all ranks), None (this rank alone) or a torch.distributed process group, "
+                f"got {checks.describe(group)}"
+            )
+        self._layout, self._group = layout, group
+        self._state: dict[str, Tensor] = {}  # empty until the first batch
+
+    def update(self, *batch) -> None:
+        """Add a batch."""
+        raise NotImplementedError
+
+    def compute(self) -> dict[str, Tensor]:
+        """The results so far, over all ranks of the group, which have to call this together; counting can go on."""
+        return self._results(self._over_ranks())
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self._state = {}
+
+    def merge(self, other: Metric) -> None:
+        """Add what another metric with the same options has seen."""
+        if type(other) is not type(self) or other._options() != self._options():
+            raise ValueError(
+                f"other: expected {type(self).__name__} with the options {self._options()}, got "
+                f"{type(other).__name__} with {other._options() if isinstance(other, Metric) else 'none'}"
+            )
+        if other._state:
+            self._add(other._state)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The counts, to be saved; empty before the first batch."""
+        return {name: value.clone() for name, value in self._state.items()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take over saved counts in place of one's own."""
+        if state and {name: value.dtype for name, value in state.items()} != {
+            name: dtype for name, (_, dtype) in self._layout.items()
+        }:
+            raise ValueError(f"state: expected {sorted(self._layout)}, as state_dict() gives them, got {sorted(state)}")
+        for name, value in state.items():
+            shape, _ = self._layout[name]
+            if len(shape) != value.ndim or any(n not in (None, m) for n, m in zip(shape, value.shape)):
+                wanted = str(shape).replace("None", "any")
+                raise ValueError(
+                    f"state: expected {name} of shape {wanted}, got {checks.describe(value)}; "
+                    "load what was saved with the same options"
+                )
+        self._state = {name: value.clone() for name, value in state.items()}
+
+    def _results(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        raise NotImplementedError
+
+    def _combine(self, one: dict[str, Tensor], other: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What both have seen together."""
+        return {name: one[name] + other[name] for name in one}
+
+    def _add(self, counts: dict[str, Tensor]) -> None:
+        # Never in place: counts that were made under inference_mode may be added to outside of it.
+        if self._state:
+            device = next(iter(counts.values())).device
+            seen = {name: value.to(device) for name, value in self._state.items()}
+            for name, value in counts.items():
+                if value.shape != seen[name].shape:
+                    raise ValueError(
+                        f"{type(self).__name__}: expected batches of one kind, got {name} of shape "
+                        f"{tuple(value.shape)} after {tuple(seen[name].shape)}; keep the number of channels and layers"
+                    )
+            counts = self._combine(seen, counts)
+        self._state = counts
+
+    def _options(self) -> dict[str, object]:
+        return {name: value for name, value in vars(self).items() if not name.startswith("_")}
+
+    def _blank(self, shapes: dict[str, tuple[int, ...]], device: torch.device | str) -> dict[str, Tensor]:
+        return {
+            name: torch.zeros(shapes[name], dtype=dtype, device=device) for name, (_, dtype) in self._layout.items()
+        }
+
+    def _over_ranks(self) -> dict[str, Tensor]:
+        """The counts of all ranks of the group; zeros where nothing was seen anywhere."""
+        nothing = {name: tuple(n or 0 for n in shape) for name, (shape, _) in self._layout.items()}
+        if self._group is None or not (dist.is_available() and dist.is_initialized()):
+            return self._state or self._blank(nothing, "cpu")
+        group = None if self._group == "auto" else self._group
+        if dist.get_rank(group) < 0:
+            raise ValueError("group: expected a process group with this rank in it; call compute() on its ranks only")
+        # Ranks have to agree on the device too, and one that has seen nothing has none.
+        device = torch.device("cuda" if "nccl" in str(dist.get_backend_config(group)) else "cpu")
+        shapes = {name: tuple(value.shape) for name, value in self._state.items()} or nothing
+        sizes = [n for name in self._layout for n in shapes[name]]
+        own = torch.tensor([bool(self._state), *sizes], dtype=torch.int64, device=device)
+        all_sizes = _gather(own, group)
+        known = {tuple(sizes) for seen, *sizes in all_sizes.tolist() if seen}
+        if len(known) > 1:
+            raise ValueError(
+                f"{type(self).__name__}: expected the same options, channels and layers on every rank, got counts of "
+                f"the sizes {sorted(known)}; build the metric from the same arguments everywhere"
+            )
+        if not known:
+            return self._blank(nothing, "cpu")
+        [sizes] = known
+        for name, (shape, _) in self._layout.items():
+            shapes[name], sizes = sizes[: len(shape)], sizes[len(shape) :]
+        state = self._state or self._blank(shapes, device)
+        gathered = {name: _gather(value.to(device), group) for name, value in state.items()}
+        total = {name: values[0] for name, values in gathered.items()}
+        for rank in range(1, len(all_sizes)):
+            total = self._combine(total, {name: values[rank] for name, values in gathered.items()})
+        home = next(iter(state.values())).device
+        return {name: value.to(home) for name, value in total.items()}
+
+
+def _gather(value: Tensor, group) -> Tensor:
+    """(ranks, ...): the value of every rank."""
+    values = [torch.empty_like(value) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(values, value.contiguous(), group=group)
+    return torch.stack(values)
+
+
+def class_maps(predictions: Tensor, labels: Tensor, num_classes: int, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """Predicted and true class of every pixel, at the labels' size: int64 (B, H, W) each.
+
+    True class -1: the pixel takes no part. Predicted class N: no class, a miss for the true one.
+    """
+    predictions = checks.predictions("predictions", predictions, num_classes)
+    labels = checks.class_map("labels", labels)
+    checks.together("predictions", predictions, "labels", labels)
+    height, width = labels.shape[-2:]
+    checks.samples_from("predictions", predictions, height, width)
+    predicted = maps.predicted_classes(predictions, height, width)
+    predicted = torch.where((predicted >= 0) & (predicted < num_classes), predicted, num_classes)
+    return predicted, maps.targets(labels, height, width, num_classes, ignore_index)
+
+
+def count(cells: Tensor, counted: Tensor, size: int) -> Tensor:
+    """How often each cell 0..size-1 occurs among the ``counted`` pixels: int64 (size,)."""
+    cells = torch.where(counted, cells, 0).flatten()
+    return torch.zeros(size, dtype=torch.int64, device=cells.device).scatter_add(0, cells, counted.flatten().long())
+
+
+def to_fixed(values: Tensor, bits: int) -> Tensor:
+    """Numbers as int64 multiples of 2**-bits: their sums are exact, in whatever order they are added."""
+    return (values.double() * 2.0**bits).round().long()
+
+
+def from_fixed(values: Tensor, bits: int) -> Tensor:
+    """The float64 of ``to_fixed``."""
+    return values.double() / 2.0**bits
