@@ -125,7 +125,8 @@ class Metric:
         for name, (shape, _) in self._layout.items():
             shapes[name], sizes = sizes[: len(shape)], sizes[len(shape) :]
         state = self._state or self._blank(shapes, device)
-        gathered = {name: _gather(value.to(device), group) for name, value in state.items()}
+        # In one order everywhere: that of the layout.
+        gathered = {name: _gather(state[name].to(device), group) for name in self._layout}
         total = {name: values[0] for name, values in gathered.items()}
         for rank in range(1, len(all_sizes)):
             total = self._combine(total, {name: values[rank] for name, values in gathered.items()})
