@@ -313,7 +313,8 @@ def _(features, labels, negatives, seed, num_classes, *options):
     base_rate = options[4]
     first, L, N = features[0], len(features), num_classes
     D, dtype = first.shape[1], compute_dtype(first.dtype)
-    floats = [first.new_empty(shape, dtype=dtype) for shape in ((), (L,), (L, N, D), (L, N), (L, 2, N), (L, N, D))]
+    row = D * torch.int64.itemsize // dtype.itemsize  # T lies where int64 sums were
+    floats = [first.new_empty(shape, dtype=dtype) for shape in ((), (L,), (L, N, D), (L, N), (L, 2, N), (L, N, row))]
     codes = [empty_codes(features, N, kind) for kind in (None, None, torch.uint8 if base_rate > 0 else dtype)]
     return *floats[:2], first.new_empty((3, L), dtype=torch.int64), *codes, *floats[2:]
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from triton import language as tl
 
 from contextrast_kernels.kernels import _launch
+from contextrast_kernels.kernels._sums import Sums
 from contextrast_kernels.kernels._tiles import layer_of, pick, pick_pointer, plain
 
 PIXELS = 1024
@@ -25,14 +26,11 @@ PIXELS = 1024
 
 
 class Codes(NamedTuple):
-    """Codes of all layers end to end (``_launch.pixel_starts``), and counts in int64: (layers, N) and (layers,)."""
+    """Codes of all layers end to end (``_launch.pixel_starts``)."""
 
     y: Tensor
     e: Tensor
     base: Tensor | None
-    counts: Tensor
-    drawn: Tensor
-    """Of each layer: hard and base negatives, each pixel once."""
 
 
 def codes(
@@ -40,13 +38,17 @@ def codes(
     labels: Tensor,
     num_classes: int,
     ignore_index: int,
+    sums: Sums,
     negatives: Sequence[Tensor] | None = None,
     base: Sequence[Tensor] | None = None,
     base_rate: float = 0.0,
     seed: Tensor | None = None,
 ) -> Codes:
-    """negatives, base: integer maps (B, h, w) of each layer, as the public functions take them. base_rate:
-    the share of pixels to draw as base (1: all, and no seed is needed)."""
+    """The codes; their numbers are added to ``sums``.
+
+    negatives, base: integer maps (B, h, w) of each layer, as the public functions take them. base_rate:
+    the share of pixels to draw as base (1: all, and no seed is needed).
+    """
     device = features[0].device
     dense = base is not None or base_rate > 0
     code_type = torch.uint8 if num_classes <= 255 else torch.int16
@@ -54,8 +56,6 @@ def codes(
     y = torch.empty(pixels, dtype=code_type, device=device)
     e = torch.empty(pixels, dtype=code_type, device=device)
     base_map = torch.empty(pixels, dtype=torch.uint8, device=device) if dense else None
-    tallies = torch.zeros(len(features), num_classes + 1, dtype=torch.int64, device=device)
-    counts, drawn = tallies[:, :num_classes], tallies[:, num_classes]
 
     batch = features[0].shape[0]
     pixel_runs, blocks = _launch.flat_geometry(features, PIXELS)
@@ -64,7 +64,7 @@ def codes(
         for name, maps in (("negatives", negatives), ("base_maps", base))
     }
     if not blocks:
-        return Codes(y, e, base_map, counts, drawn)
+        return Codes(y, e, base_map)
     _launch.launch(
         _label_codes,
         (blocks,),
@@ -76,8 +76,8 @@ def codes(
             "y": y,
             "e": e,
             "base": base_map,
-            "counts": counts,
-            "drawn": drawn,
+            "counts": sums.counts,
+            "drawn": sums.drawn,
             "geometry": pixel_runs,
             "B": batch,
             "H": labels.shape[1],
@@ -100,7 +100,7 @@ def codes(
         ),
         writes=_launch.nbytes(y, e, *([base_map] if dense else [])),
     )
-    return Codes(y, e, base_map, counts, drawn)
+    return Codes(y, e, base_map)
 
 
 @triton.jit
@@ -169,7 +169,7 @@ def _label_codes(
     tl.store(y + here, tl.where(valid, label, NONE).to(y.dtype.element_ty), mask=live)
     n = tl.arange(0, BINS)
     seen = tl.histogram(tl.where(valid, label, 0).to(tl.int32), BINS, mask=valid)
-    tl.atomic_add(counts + number * (N + 1) + n, seen.to(tl.int64), mask=seen > 0, sem="relaxed")
+    tl.atomic_add(counts + number * N + n, seen.to(tl.int64), mask=seen > 0, sem="relaxed")
 
     # 2. Negatives; an ignored pixel is none, whatever a given map says.
     if negatives is not None:
@@ -189,4 +189,4 @@ def _label_codes(
             is_base = valid
         tl.store(base + here, is_base.to(tl.uint8), mask=live)
         hard = hard | is_base
-    tl.atomic_add(drawn + number * (N + 1), tl.sum(hard.to(tl.int64), 0), sem="relaxed")
+    tl.atomic_add(drawn + number, tl.sum(hard.to(tl.int64), 0), sem="relaxed")

@@ -67,12 +67,14 @@ def feature_gradients(
     temperature: float = 1.0,
     gradient: Tensor | None = None,
 ) -> list[Tensor]:
-    """dL/dx of every layer. ``pull``: T (layers, N, D); ``terms``: the loss's own; ``gradient``: g, a scalar."""
+    """dL/dx of every layer. ``pull``: T (layers, N, D), or in the first halves of rows of 2 D; ``terms``: the loss's
+    own; ``gradient``: g, a scalar."""
     out = [torch.empty_like(x) for x in features]
     D = features[0].shape[1]
     acc = _launch.accumulator(features[0].dtype)
     arguments = {"y": y, "pull": pull, "gradient": gradient, "temperature": _launch.bits(temperature), "N": num_classes}
     constants = {"NORMALIZE": normalize, "ACC": _launch.triton_type(acc), "CHUNK": _launch.chunk(D)}
+    constants["PULL_PITCH"] = 1 if pull is None else pull.shape[2] // D
     if terms is None or terms.base is None:
         arguments |= terms._asdict() if terms is not None else dict.fromkeys(Terms._fields)
         arguments.pop("base")
@@ -112,6 +114,7 @@ def _features_bwd(
     ROWS: tl.constexpr,
     P: tl.constexpr,
     CHUNK: tl.constexpr,
+    PULL_PITCH: tl.constexpr,
     NORMALIZE: tl.constexpr,
     UNIT: tl.constexpr,
     ALIGN: tl.constexpr,
@@ -138,7 +141,7 @@ def _features_bwd(
     if gradient is not None:
         g = tl.load(gradient).to(ACC)
     if pull is not None:
-        pull += number * N * D
+        pull += number * N * D * PULL_PITCH
     if table is not None:
         table += number * N * D
         inverse_temperature = (1.0 / real(temperature)).to(ACC)
@@ -161,7 +164,7 @@ def _features_bwd(
             if table is not None:
                 to_anchor += tile * table_rows(table, label, valid, k, D, CHUNK)
             if pull is not None and NORMALIZE:
-                to_pull += tile * table_rows(pull, label, valid, k, D, CHUNK)
+                to_pull += tile * table_rows(pull, label * PULL_PITCH, valid, k, D, CHUNK)
         size = tl.sum(sizes, 0)
         norm = inverse_norm(size, NORMALIZE)
         along = tl.sum(to_pull, 0)  # ⟨x, u⟩
@@ -198,7 +201,7 @@ def _features_bwd(
             tile = channels(row, c * sW, live, k, sD, D, CHUNK)
             u = tl.zeros((CHUNK, P), ACC)
             if pull is not None:
-                u += table_rows(pull, label, valid, k, D, CHUNK)
+                u += table_rows(pull, label * PULL_PITCH, valid, k, D, CHUNK)
             if table is not None:
                 u += own[None, :] * table_rows(table, label, valid, k, D, CHUNK)
                 if some_hard:
@@ -239,6 +242,7 @@ def _features_bwd_dense(
     CHUNK: tl.constexpr,
     K: tl.constexpr,
     CLASSES: tl.constexpr,
+    PULL_PITCH: tl.constexpr,
     NORMALIZE: tl.constexpr,
     UNIT: tl.constexpr,
     ALIGN: tl.constexpr,
@@ -264,7 +268,7 @@ def _features_bwd_dense(
     g = tl.load(gradient).to(ACC)
     table += number * N * D
     if pull is not None:
-        pull += number * N * D
+        pull += number * N * D * PULL_PITCH
     inverse_temperature = (1.0 / real(temperature)).to(ACC)
     toward = coefficients + 2 * number * N
     away = toward + N
@@ -280,7 +284,7 @@ def _features_bwd_dense(
         if pull is not None and NORMALIZE:
             for k in tl.range(0, D, CHUNK, loop_unroll_factor=8):
                 tile = channels(row, c * sW, live, k, sD, D, CHUNK).to(ACC)
-                to_pull += tile * table_rows(pull, label, valid, k, D, CHUNK)
+                to_pull += tile * table_rows(pull, label * PULL_PITCH, valid, k, D, CHUNK)
         along = tl.sum(to_pull, 0)
         norm = tl.zeros((P,), ACC)
         gradients = zero_tiles((D + K - 1) // K, K, P, ACC)
@@ -311,7 +315,7 @@ def _features_bwd_dense(
             tile = channels(row, c * sW, live, i * K, sD, D, K)
             u = gradients[i]
             if pull is not None:
-                u += table_rows(pull, label, valid, i * K, D, K)
+                u += table_rows(pull, label * PULL_PITCH, valid, i * K, D, K)
             if NORMALIZE:
                 u -= inner[None, :] * tile.to(ACC)
             u = tl.where(valid[None, :], u * outer[None, :], 0.0)

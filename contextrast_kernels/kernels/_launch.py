@@ -7,7 +7,6 @@ strides.
 """
 
 import contextlib
-import math
 import struct
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -82,14 +81,6 @@ def odd(numbers: Sequence[int]) -> tuple[int, ...]:
     as odd numbers above one they never do, and a kernel once compiled serves every size. ``_tiles.plain`` turns
     them back."""
     return tuple(2 * n + 3 for n in numbers)
-
-
-def zeros(*shapes: tuple[int, ...], device: torch.device) -> list[Tensor]:
-    """int64 sums, all set to zero by one fill, each at an address that 16 divides."""
-    sizes = [math.prod(shape) for shape in shapes]
-    even = [n + n % 2 for n in sizes]
-    pieces = torch.zeros(sum(even), dtype=torch.int64, device=device).split(even)
-    return [piece[:n].view(shape) for piece, n, shape in zip(pieces, sizes, shapes)]
 
 
 def bits(value: float) -> int:

@@ -12,6 +12,8 @@ ZERO_NORM_SQUARED = tl.constexpr(1e-24)
 """The square of ``embedding.ZERO_NORM``."""
 LARGEST_REACH = tl.constexpr(2.0**100)
 """Unnormalised features beyond this have no fixed-point scale: their sums become NaN."""
+PUSHED_BITS = tl.constexpr(26)
+"""Where A⁺ and A⁻ share a word, A⁻ has its low bits."""
 
 # -------------------------------------------------------------------------------------------------- layers and blocks
 
@@ -266,6 +268,21 @@ def vector_scale(reach, layer, headroom, NORMALIZE: tl.constexpr):
 
 
 @triton.jit
+def pulled_scale(reach, layer, count, SHARED: tl.constexpr, NORMALIZE: tl.constexpr):
+    """The scale of A⁺, a sum of ``count`` embeddings with weights of at most 1: it fits its word, or its bits of a
+    word shared with A⁻, with room for as many roundings."""
+    bits = 36 if SHARED else 60
+    return vector_scale(reach, layer, bits - exponent_above(tl.maximum(count, 1)), NORMALIZE)
+
+
+@triton.jit
+def pushed_scale(reach, layer, SHARED: tl.constexpr, NORMALIZE: tl.constexpr):
+    """The scale of A⁻, a sum of embeddings with weights that add up to 1."""
+    bits = tl.full((), PUSHED_BITS - 2 if SHARED else 60, tl.int32)
+    return vector_scale(reach, layer, bits, NORMALIZE)
+
+
+@triton.jit
 def zero_tiles(COUNT: tl.constexpr, M: tl.constexpr, K: tl.constexpr, DTYPE: tl.constexpr):
     tiles = ()
     for _ in tl.static_range(COUNT):
@@ -274,9 +291,40 @@ def zero_tiles(COUNT: tl.constexpr, M: tl.constexpr, K: tl.constexpr, DTYPE: tl.
 
 
 @triton.jit
-def add_fixed(pointer, tile, scale, mask):
-    """Adds a tile to int64 sums in fixed point."""
-    tl.atomic_add(pointer, (tile * scale).to(tl.int64), mask=mask, sem="relaxed")
+def nearest(x):
+    """x rounded to the nearest integer, halves away from zero; where a float has no bits for a fraction, x to its
+    last bit."""
+    return (x + tl.where(x < 0, -0.5, 0.5)).to(tl.int64)
+
+
+@triton.jit
+def add_fixed(pointer, tile, scale, mask, SHIFT: tl.constexpr = 0):
+    """Adds a tile to int64 sums in fixed point, SHIFT bits up."""
+    tl.atomic_add(pointer, nearest(tile * scale) << SHIFT, mask=mask, sem="relaxed")
+
+
+@triton.jit
+def parted(word):
+    """The two sums of a shared word: what is PUSHED_BITS up, and below it a signed number."""
+    low = (word << (64 - PUSHED_BITS)) >> (64 - PUSHED_BITS)
+    return (word - low) >> PUSHED_BITS, low
+
+
+@triton.jit
+def in_order(x):
+    """An integer above 0 for every x, in the order of the floats, NaN being the largest; so that a maximum can begin
+    at 0. The last bit of a float64 is lost, and with it -inf, which comes back as NaN."""
+    bits = x.to(tl.float64).to(tl.int64, bitcast=True)
+    bits = tl.where(bits < 0, bits ^ 0x7FFFFFFFFFFFFFFF, bits)
+    return (tl.where(x == x, bits, 0x7FF8000000000000) >> 1) + 0x4000000000000000
+
+
+@triton.jit
+def from_order(key, DTYPE: tl.constexpr):
+    """The float behind an ``in_order``; -inf for 0."""
+    bits = (key - 0x4000000000000000) << 1
+    x = tl.where(bits < 0, bits ^ 0x7FFFFFFFFFFFFFFF, bits).to(tl.float64, bitcast=True)
+    return tl.where(key == 0, -float("inf"), x).to(DTYPE)
 
 
 # ---------------------------------------------------------------------------------------------------------- functions

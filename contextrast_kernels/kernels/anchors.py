@@ -7,7 +7,6 @@ stage.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import triton
@@ -17,6 +16,7 @@ from triton import language as tl
 from contextrast_kernels.kernels import _launch
 from contextrast_kernels.kernels._codes import Codes, codes
 from contextrast_kernels.kernels._gradient import feature_gradients
+from contextrast_kernels.kernels._sums import Sums, zeros
 from contextrast_kernels.kernels._tiles import (
     LARGEST_REACH,
     add_fixed,
@@ -37,27 +37,18 @@ from contextrast_kernels.kernels._tiles import (
 )
 
 
-class Sums(NamedTuple):
-    """Sums over the pixels, which add up over ranks; ``reach`` went into them."""
-
-    sums: Tensor
-    """(layers, N, D) int64 fixed point: Σ v of every class."""
-    broken: Tensor
-    """(layers, N) int64: nonzero where a pixel of the class is not finite."""
-    reach: Tensor | None
-    """(layers,) the largest |x| of a valid pixel; None when normalised."""
-
-
 def forward(
     features: Tensor, labels: Tensor, num_classes: int, ignore_index: int, normalize: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Anchors (N, D), counts (N,), and the label codes that ``backward`` needs."""
-    code = codes([features], labels, num_classes, ignore_index)
-    reach = None if normalize else largest_features([features], code, num_classes)
+    sums = zeros([features], num_classes, normalize, pushed=False)
+    code = codes([features], labels, num_classes, ignore_index, sums)
+    if not normalize:
+        largest_features([features], code, sums)
     headroom = _launch.headroom(_launch.pixels(features))
-    sums = class_sums([features], code, num_classes, reach, headroom)
-    table, _ = anchor_tables(sums, code.counts, _launch.accumulator(features.dtype), headroom)
-    return table[0], code.counts[0].clone(), code.y
+    class_sums([features], code, sums, headroom)
+    table, _ = anchor_tables(sums, _launch.accumulator(features.dtype), headroom)
+    return table[0], sums.counts[0].clone(), code.y
 
 
 def backward(gradient: Tensor, features: Tensor, counts: Tensor, y: Tensor, normalize: bool) -> Tensor:
@@ -69,13 +60,11 @@ def backward(gradient: Tensor, features: Tensor, counts: Tensor, y: Tensor, norm
     return dx
 
 
-def largest_features(features: Sequence[Tensor], code: Codes, num_classes: int) -> Tensor:
-    """The largest finite |x| of each layer's valid pixels (layers,): unnormalised sums are scaled by it."""
-    x = features[0]
-    reach = torch.zeros(len(features), dtype=_launch.accumulator(x.dtype), device=x.device)
-    arguments = {"codes": code.y, "reach": reach, "N": num_classes}
-    _launch.sweep(_largest_features, features, arguments, {"ROWS": 8, "P": 64, "CHUNK": _launch.chunk(x.shape[1])})
-    return reach
+def largest_features(features: Sequence[Tensor], code: Codes, sums: Sums) -> None:
+    """``sums.reach``: the largest finite |x| of each layer's valid pixels, by which unnormalised sums are scaled."""
+    arguments = {"codes": code.y, "reach": sums.reach, "N": sums.counts.shape[1]}
+    tiles = {"ROWS": 8, "P": 64, "CHUNK": _launch.chunk(features[0].shape[1])}
+    _launch.sweep(_largest_features, features, arguments, tiles)
 
 
 def sums_tiles(dtype: torch.dtype, D: int) -> dict:
@@ -89,59 +78,52 @@ def sums_tiles(dtype: torch.dtype, D: int) -> dict:
     }
 
 
-def class_sums(features: Sequence[Tensor], code: Codes, num_classes: int, reach: Tensor | None, headroom: int) -> Sums:
-    """Σ v over the pixels of every class, normalised unless a ``reach`` is given. One read of the features.
+def class_sums(features: Sequence[Tensor], code: Codes, sums: Sums, headroom: int) -> None:
+    """``sums.vectors``: Σ v over the pixels of every class. One read of the features.
 
     headroom: ``_launch.headroom`` of all the pixels (of all ranks) that the sums will hold."""
     x = features[0]
-    L, D = len(features), x.shape[1]
-    acc = _launch.accumulator(x.dtype)
-    sums, broken = _launch.zeros((L, num_classes, D), (L, num_classes), device=x.device)
+    D = x.shape[1]
     tiles = sums_tiles(x.dtype, D)
     _launch.sweep(
         _class_anchors_fwd,
         features,
         {
             "codes": code.y,
-            "sums": sums,
-            "broken": broken,
-            "reach": reach,
+            "sums": sums.vectors,
+            "broken": sums.broken,
+            "reach": sums.reach,
             "headroom": headroom,
-            "N": num_classes,
+            "N": sums.counts.shape[1],
         },
         {
             **tiles,
             "SLOTS": 16,
-            "BINS": triton.next_power_of_2(num_classes),
-            "NORMALIZE": reach is None,
-            "ACC": _launch.triton_type(acc),
+            "BINS": triton.next_power_of_2(sums.counts.shape[1]),
+            "NORMALIZE": sums.reach is None,
+            "ACC": _launch.triton_type(_launch.accumulator(x.dtype)),
         },
         parts=triton.cdiv(D, tiles["COLUMNS"]),
     )
-    return Sums(sums, broken, reach)
 
 
 def anchor_tables(
-    sums: Sums,
-    counts: Tensor,
-    dtype: torch.dtype,
-    headroom: int,
-    fusion_weight: float = 0.0,
-    normalize_anchors: bool = False,
+    sums: Sums, dtype: torch.dtype, headroom: int, fusion_weight: float = 0.0, normalize_anchors: bool = False
 ) -> tuple[Tensor, Tensor]:
     """â (layers, N, D) from the sums of all ranks: means, mixed with the last layer's, normalised if asked. A class
     without pixels has a zero row, one with a broken pixel a row of NaN. And ‖â‖ (layers, N) as it was before it was
-    normalised."""
-    L, N, D = sums.sums.shape
-    table = torch.empty(L, N, D, dtype=dtype, device=counts.device)
-    lengths = torch.empty(L, N, dtype=dtype, device=counts.device)
+    normalised. Leaves ``sums.vectors`` zero, ready for the next sums."""
+    L, N, D = sums.vectors.shape
+    table = torch.empty(L, N, D, dtype=dtype, device=sums.vectors.device)
+    lengths = torch.empty(L, N, dtype=dtype, device=sums.vectors.device)
     _launch.launch(
         _anchor_tables,
         (N,),
         {
-            **sums._asdict(),
-            "counts": counts,
-            "counts_stride": counts.stride(0),
+            "sums": sums.vectors,
+            "broken": sums.broken,
+            "reach": sums.reach,
+            "counts": sums.counts,
             "table": table,
             "lengths": lengths,
             "headroom": headroom,
@@ -155,8 +137,8 @@ def anchor_tables(
             "NORMALIZE": sums.reach is None,
             "NORMALIZE_ANCHORS": normalize_anchors,
         },
-        reads=_launch.nbytes(sums.sums),
-        writes=_launch.nbytes(table),
+        reads=_launch.nbytes(sums.vectors),
+        writes=_launch.nbytes(sums.vectors, table),
     )
     return table, lengths
 
@@ -277,11 +259,9 @@ def _largest_features(
 
 
 @triton.jit
-def _mean(
-    sums, broken, reach, counts, counts_stride, layer, n, d, headroom, N, D: tl.constexpr, NORMALIZE: tl.constexpr
-):
+def _mean(sums, broken, reach, counts, layer, n, d, headroom, N, D: tl.constexpr, NORMALIZE: tl.constexpr):
     """a^n of a layer in float64, and its count."""
-    count = tl.load(counts + layer * counts_stride + n)
+    count = tl.load(counts + layer * N + n)
     scale = vector_scale(reach, layer, headroom, NORMALIZE).to(tl.float64)
     total = tl.load(sums + (layer * N + n) * D + d, mask=d < D, other=0).to(tl.float64)
     lost = tl.load(broken + layer * N + n) > 0
@@ -290,13 +270,12 @@ def _mean(
     return tl.where(lost & (count > 0), float("nan"), total / (scale * tl.maximum(count, 1).to(tl.float64))), count
 
 
-@triton.jit(do_not_specialize=["headroom", "fusion_weight", "N", "counts_stride"])
+@triton.jit(do_not_specialize=["headroom", "fusion_weight", "N"])
 def _anchor_tables(
     sums,
     broken,
     reach,
     counts,
-    counts_stride,
     table,
     lengths,
     headroom,
@@ -309,13 +288,13 @@ def _anchor_tables(
     NORMALIZE_ANCHORS: tl.constexpr,
 ):
     """One program, one class: â_i = (1 - w_h) a_i + w_h a_I where the class is in both layers, else a_i; 0 where
-    layer i lacks it."""
+    layer i lacks it. The class's sums are cleared."""
     n = tl.program_id(0)
     d = tl.arange(0, BLOCK)
     w_h = real(fusion_weight)
-    top, top_count = _mean(sums, broken, reach, counts, counts_stride, L - 1, n, d, headroom, N, D, NORMALIZE)
+    top, top_count = _mean(sums, broken, reach, counts, L - 1, n, d, headroom, N, D, NORMALIZE)
     for i in tl.static_range(L):
-        anchor, count = _mean(sums, broken, reach, counts, counts_stride, i, n, d, headroom, N, D, NORMALIZE)
+        anchor, count = _mean(sums, broken, reach, counts, i, n, d, headroom, N, D, NORMALIZE)
         if i < L - 1:
             anchor = tl.where(top_count > 0, (1 - w_h) * anchor + w_h * top, anchor)
         anchor = tl.where(count > 0, anchor, 0.0)
@@ -324,3 +303,6 @@ def _anchor_tables(
         if NORMALIZE_ANCHORS:
             anchor = anchor * inverse_norm(size, True)
         tl.store(table + (i * N + n) * D + d, anchor.to(table.dtype.element_ty), mask=d < D)
+    tl.debug_barrier()  # all threads have read their sums
+    for i in tl.static_range(L):
+        tl.store(sums + (i * N + n) * D + d, tl.zeros((BLOCK,), tl.int64), mask=d < D)

@@ -1,8 +1,10 @@
 """The whole loss of all layers: three phases, with a seam after each where many ranks can reduce.
 
-    anchors   codes, class_sums           | Σ v, counts     | anchor_tables
-    Z         log_sums                    | Z               |
-    loss      moments                     | A⁺, A⁻, terms   | finish
+    anchors   codes, class_sums   | counts, broken, reach, Σ v | anchor_tables
+    Z         log_sums            | Z                          |
+    loss      moments             | A⁺, A⁻, terms              | finish
+
+What ranks would reduce is in ``_sums``, all of it integers but Z and reach.
 
 The features are read once in each phase (hard negatives alone in the second) and once more in the backward pass,
 which writes dx. ``python -m contextrast_kernels bench --plan`` lists what each launch moves: see ``plan``.
@@ -16,6 +18,7 @@ from torch import Tensor
 from contextrast_kernels.kernels import _launch
 from contextrast_kernels.kernels._codes import codes
 from contextrast_kernels.kernels._gradient import Terms, feature_gradients
+from contextrast_kernels.kernels._sums import zeros
 from contextrast_kernels.kernels.anchors import anchor_tables, class_sums, largest_features
 from contextrast_kernels.kernels.pixel_anchor import Outcome, Scales, finish, log_sums, moments
 
@@ -39,26 +42,23 @@ def forward(
     negatives: integer maps (B, h, w) of every layer, the class or a negative number; seed: int64, of the
     base pixels.
     """
-    code = codes(features, labels, num_classes, ignore_index, negatives, base_rate=base_rate, seed=seed)
-    reach = None if normalize else largest_features(features, code, num_classes)
     dtype, headroom = _launch.accumulator(features[0].dtype), _launch.headroom(_launch.pixels(*features))
-    sums = class_sums(features, code, num_classes, reach, headroom)
-    table, lengths = anchor_tables(sums, code.counts, dtype, headroom, fusion_weight, normalize_anchors)
-    del sums
+    # 16 bits of a gradient are worth no more than the shared words hold.
+    sums = zeros(features, num_classes, normalize, pushed=features[0].element_size() > 2)
+    code = codes(features, labels, num_classes, ignore_index, sums, negatives, base_rate=base_rate, seed=seed)
+    if not normalize:
+        largest_features(features, code, sums)
+    class_sums(features, code, sums, headroom)
+    table, lengths = anchor_tables(sums, dtype, headroom, fusion_weight, normalize_anchors)
 
-    Z, similarity = log_sums(features, code, table, temperature, normalize)
+    Z, similarity = log_sums(features, code, sums, table, temperature, normalize)
 
-    scales = Scales(lengths, reach, temperature, headroom)
+    scales = Scales(lengths, sums.reach, temperature, headroom)
+    moments(features, code, sums, table, Z, similarity, scales)
+    # T takes the place of A⁺, 4 bytes of a word of 8.
+    pull = sums.vectors.view(dtype)
     outcome = finish(
-        moments(features, code, table, Z, similarity, scales),
-        code.counts,
-        code.drawn,
-        table,
-        Z,
-        scales,
-        layer_weights,
-        fusion_weight=fusion_weight,
-        normalize_anchors=normalize_anchors,
+        sums, table, Z, scales, layer_weights, pull, fusion_weight=fusion_weight, normalize_anchors=normalize_anchors
     )
     return outcome, code.y, Terms(code.e, code.base, similarity, table, Z, outcome.coefficients)
 

@@ -24,7 +24,9 @@ from triton import language as tl
 from contextrast_kernels.kernels import _launch
 from contextrast_kernels.kernels._codes import PIXELS, Codes, codes
 from contextrast_kernels.kernels._gradient import Terms, feature_gradients
+from contextrast_kernels.kernels._sums import Sums, zeros
 from contextrast_kernels.kernels._tiles import (
+    PUSHED_BITS,
     add_fixed,
     anchor_products,
     block_classes,
@@ -32,36 +34,31 @@ from contextrast_kernels.kernels._tiles import (
     channels,
     dot_features,
     exponent_above,
+    from_order,
     image_codes,
     image_features,
+    in_order,
     inverse_norm,
     is_finite,
     is_negative,
     layer_of,
+    parted,
     pick,
     plain,
     power_of_two,
+    pulled_scale,
+    pushed_scale,
     real,
     sigmoid,
     size_term,
     softplus,
     table_rows,
-    vector_scale,
     zero_tiles,
 )
 from contextrast_kernels.kernels.anchors import largest_features
 
 CLASSES = 16
 """Classes that a program holds at a time."""
-
-
-class Moments(NamedTuple):
-    """Sums over the pixels, which add up over ranks."""
-
-    vectors: Tensor
-    """(layers, 2, N, D) int64 fixed point: A⁺ and A⁻."""
-    terms: Tensor
-    """(layers, 3, N) int64: Σ softplus(Z - s) and Σ σ in fixed point; nonzero where a term is not finite."""
 
 
 class Outcome(NamedTuple):
@@ -74,7 +71,7 @@ class Outcome(NamedTuple):
     coefficients: Tensor
     """(layers, 2, N): k⁺ and k⁻ of ``_gradient``."""
     pull: Tensor
-    """(layers, N, D): T of ``_gradient``, or dL/dâ of given anchors."""
+    """(layers, N, D or 2 D): T of ``_gradient`` in the first D columns, or dL/dâ of given anchors."""
 
 
 class Scales(NamedTuple):
@@ -102,21 +99,25 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Terms]:
     """The loss, dL/danchors, the label codes, and what ``backward`` needs besides. Without negatives and base every
     other-class pixel is one."""
+    sums = zeros([features], anchors.shape[0], normalize, pushed=True)
     code = codes(
         [features],
         labels,
         anchors.shape[0],
         ignore_index,
+        sums,
         negatives=None if negatives is None else [negatives],
         base=None if base is None else [base],
         base_rate=1.0 if negatives is None and base is None else 0.0,
     )
-    table, lengths = given_table(anchors, code.counts, _launch.accumulator(features.dtype))
-    reach = None if normalize else largest_features([features], code, anchors.shape[0])
-    Z, similarity = log_sums([features], code, table, temperature, normalize)
-    scales = Scales(lengths, reach, temperature, _launch.headroom(_launch.pixels(features)))
-    sums = moments([features], code, table, Z, similarity, scales)
-    outcome = finish(sums, code.counts, code.drawn, table, Z, scales, (1.0,))
+    table, lengths = given_table(anchors, sums.counts, _launch.accumulator(features.dtype))
+    if not normalize:
+        largest_features([features], code, sums)
+    Z, similarity = log_sums([features], code, sums, table, temperature, normalize)
+    scales = Scales(lengths, sums.reach, temperature, _launch.headroom(_launch.pixels(features)))
+    moments([features], code, sums, table, Z, similarity, scales)
+    pull = torch.empty_like(table)
+    outcome = finish(sums, table, Z, scales, (1.0,), pull)
     terms = Terms(code.e, code.base, similarity, table, Z, outcome.coefficients)
     return outcome.loss, outcome.pull[0], code.y, terms
 
@@ -155,7 +156,7 @@ def given_table(anchors: Tensor, counts: Tensor, dtype: torch.dtype) -> tuple[Te
 
 
 def log_sums(
-    features: Sequence[Tensor], code: Codes, table: Tensor, temperature: float, normalize: bool
+    features: Sequence[Tensor], code: Codes, sums: Sums, table: Tensor, temperature: float, normalize: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Z (layers, N), -inf where a class has no negative; and the similarity of each hard negative to its anchor, in
     the order of the codes. Ranks combine Z by log-sum-exp.
@@ -168,26 +169,24 @@ def log_sums(
     constants = {"NORMALIZE": normalize, "ACC": _launch.triton_type(table.dtype)}
     Z = torch.empty(L, N, dtype=table.dtype, device=table.device)
     if code.base is None:
-        largest = torch.full((L, N), -torch.inf, dtype=table.dtype, device=table.device)
-        total = torch.zeros(L, N, dtype=torch.int64, device=table.device)
         similarity = torch.empty(code.e.shape, dtype=table.dtype, device=table.device)
         _launch.sweep(
             _hard_similarities,
             features,
-            {**shared, "similarity": similarity, "largest": largest},
+            {**shared, "similarity": similarity, "largest": sums.largest},
             {"ROWS": 8, "P": 32 if table.dtype == torch.float64 else 64, "CHUNK": _launch.chunk(D), **constants},
         )
         runs, blocks = _launch.flat_geometry(features, PIXELS)
         headroom = _launch.headroom(_launch.pixels(*features))
-        sums = {"largest": largest, "total": total, "headroom": headroom, "N": N}
+        both = {"largest": sums.largest, "total": sums.total, "headroom": headroom, "N": N}
         _launch.launch(
             _exponentials,
             (blocks,),
-            {**sums, "e": code.e, "similarity": similarity, "geometry": runs, "B": features[0].shape[0]},
+            {**both, "e": code.e, "similarity": similarity, "geometry": runs, "B": features[0].shape[0]},
             {"PIXELS": PIXELS},
             reads=_launch.nbytes(code.e, similarity),
         )
-        _launch.launch(_hard_log_sums, (L,), {**sums, "Z": Z}, {"BINS": triton.next_power_of_2(N)})
+        _launch.launch(_hard_log_sums, (L,), {**both, "Z": Z}, {"BINS": triton.next_power_of_2(N)})
         return Z, similarity
     tiles = {"ROWS": 8, "P": 64 if table.dtype == torch.float32 else 32, "CLASSES": CLASSES}
     # s is added up in the same order as in the next sweep: exp(s - Z) is exactly 1 where one negative is all of Z.
@@ -228,20 +227,20 @@ def log_sums(
 def moments(
     features: Sequence[Tensor],
     code: Codes,
+    sums: Sums,
     table: Tensor,
     Z: Tensor,
     similarity: Tensor | None,
     scales: Scales,
-) -> Moments:
-    """The sums over pixels that the loss and dL/dâ are made of. One read of the features."""
-    L, N, D = table.shape
-    vectors, terms = _launch.zeros((L, 2, N, D), (L, 3, N), device=table.device)
+) -> None:
+    """``sums.vectors``, ``pushed`` and ``terms``: what the loss and dL/dâ are made of. One read of the features."""
+    N, D = table.shape[1:]
     tiles = moments_tiles(D)
     _launch.sweep(
         _pixel_anchor_fwd,
         features,
         {"y": code.y, "e": code.e, "base": code.base, "similarity": similarity, "table": table, "Z": Z}
-        | {"vectors": vectors, "terms": terms}
+        | {"vectors": sums.vectors, "pushed_vectors": sums.pushed, "counts": sums.counts, "terms": sums.terms}
         | {**scales.arguments(), "N": N},
         {
             **tiles,
@@ -252,7 +251,6 @@ def moments(
         },
         parts=triton.cdiv(D, tiles["COLUMNS"]),
     )
-    return Moments(vectors, terms)
 
 
 def moments_tiles(D: int) -> dict:
@@ -261,31 +259,30 @@ def moments_tiles(D: int) -> dict:
 
 
 def finish(
-    sums: Moments,
-    counts: Tensor,
-    drawn: Tensor,
+    sums: Sums,
     table: Tensor,
     Z: Tensor,
     scales: Scales,
     layer_weights: Sequence[float],
+    pull: Tensor,
     *,
     fusion_weight: float | None = None,
     normalize_anchors: bool = False,
 ) -> Outcome:
     """Loss and dL/dâ from the sums of all ranks' pixels; with ``fusion_weight`` on to T, the pull on each class's
-    pixels."""
+    pixels. pull: where it goes, (layers, N, D), or rows twice as long whose second half becomes zero; it may be the
+    memory of ``sums.vectors``."""
     L, N, D = table.shape
     device = table.device
     losses = torch.empty(L, dtype=table.dtype, device=device)
     loss = torch.empty((), dtype=table.dtype, device=device)
     report = torch.empty(3, L, dtype=torch.int64, device=device)
     coefficients = torch.empty(L, 2, N, dtype=table.dtype, device=device)
-    pull = torch.empty(L, N, D, dtype=table.dtype, device=device)
     _launch.launch(
         _finish,
         (N,),
-        {**sums._asdict(), "counts": counts, "drawn": drawn, "counts_stride": counts.stride(0)}
-        | {"drawn_stride": drawn.stride(0), "table": table, "Z": Z, **scales.arguments()}
+        {"vectors": sums.vectors, "pushed_vectors": sums.pushed, "terms": sums.terms, "counts": sums.counts}
+        | {"drawn": sums.drawn, "table": table, "Z": Z, **scales.arguments()}
         | {"loss": loss, "losses": losses, "report": report, "coefficients": coefficients, "pull": pull}
         | {
             "layer_weights": tuple(_launch.bits(weight) for weight in layer_weights),
@@ -297,11 +294,12 @@ def finish(
             "D": D,
             "BLOCK": triton.next_power_of_2(D),
             "BINS": triton.next_power_of_2(N),
+            "PULL_ROW": pull.shape[2],
             "NORMALIZE": scales.reach is None,
             "NORMALIZE_ANCHORS": normalize_anchors,
             "GIVEN": fusion_weight is None,
         },
-        reads=_launch.nbytes(sums.vectors),
+        reads=_launch.nbytes(*(words for words in (sums.vectors, sums.pushed) if words is not None)),
         writes=_launch.nbytes(pull),
     )
     return Outcome(loss, losses, report, coefficients, pull)
@@ -371,7 +369,7 @@ def _hard_similarities(
                 products += tile * table_rows(table, negative, is_hard, k, D, CHUNK)
             norm = inverse_norm(tl.sum(sizes, 0), NORMALIZE)
             s = tl.where(is_hard, tl.sum(products, 0) * norm * inverse_temperature, 0.0)
-            tl.atomic_max(largest + number * N + negative, s, mask=is_hard, sem="relaxed")
+            tl.atomic_max(largest + number * N + negative, in_order(s), mask=is_hard, sem="relaxed")
         tl.store(similarity + codes + (r * w + c), s, mask=live)
 
 
@@ -387,7 +385,8 @@ def _exponentials(e, similarity, largest, total, geometry, B, N, headroom, PIXEL
     negative = tl.load(e + pixel, mask=live, other=32767).to(tl.int32)
     is_hard = negative < N
     s = tl.load(similarity + pixel, mask=is_hard, other=0.0)
-    weight = tl.exp(s - tl.load(largest + number * N + negative, mask=is_hard, other=0.0))
+    top = from_order(tl.load(largest + number * N + negative, mask=is_hard, other=0), s.dtype)
+    weight = tl.exp(s - tl.where(is_hard, top, 0.0))
     add_fixed(total + number * N + negative, weight, power_of_two(headroom), is_hard)
 
 
@@ -396,7 +395,7 @@ def _hard_log_sums(largest, total, Z, headroom, N, BINS: tl.constexpr):
     """Z = largest + log Σ exp(s - largest)."""
     n = tl.arange(0, BINS)
     here = tl.program_id(0) * N + n
-    top = tl.load(largest + here, mask=n < N, other=0.0)
+    top = from_order(tl.load(largest + here, mask=n < N, other=0), Z.dtype.element_ty)
     weights = tl.load(total + here, mask=n < N, other=0).to(tl.float64) / power_of_two(headroom)
     log_sum = top + tl.log(tl.maximum(weights, 1.0)).to(top.dtype)
     # An infinite or undefined similarity leaves no Z.
@@ -518,6 +517,8 @@ def _pixel_anchor_fwd(
     table,
     Z,
     vectors,
+    pushed_vectors,
+    counts,
     terms,
     lengths,
     reach,
@@ -558,7 +559,7 @@ def _pixel_anchor_fwd(
     Z += number * N
     terms += 3 * number * N
     inverse_temperature = (1.0 / real(temperature)).to(ACC)
-    scale = vector_scale(reach, number, headroom, NORMALIZE)
+    SHARED: tl.constexpr = pushed_vectors is None
     c = c0 + tl.arange(0, P)
     live = c < w
 
@@ -626,13 +627,17 @@ def _pixel_anchor_fwd(
             pulled = more_pulled
             pushed = more_pushed
 
+        count = tl.load(counts + number * N + labels, mask=labels >= 0, other=1)
+        scale = pulled_scale(reach, number, count, SHARED, NORMALIZE)[:, None]
         for k in tl.static_range(COLUMNS // K):
             d = d0 + k * K + tl.arange(0, K)
-            inside = (d < D)[None, :]
-            here = vectors + (2 * number * N + labels[:, None]) * D + d[None, :]
-            add_fixed(here, pulled[k], scale, (labels >= 0)[:, None] & inside)
-            here = vectors + ((2 * number + 1) * N + others[:, None]) * D + d[None, :]
-            add_fixed(here, pushed[k], scale, (others >= 0)[:, None] & inside)
+            here = vectors + (number * N + labels[:, None]) * D + d[None, :]
+            add_fixed(here, pulled[k], scale, (labels >= 0)[:, None] & (d < D)[None, :], PUSHED_BITS if SHARED else 0)
+        scale = pushed_scale(reach, number, SHARED, NORMALIZE)
+        for k in tl.static_range(COLUMNS // K):
+            d = d0 + k * K + tl.arange(0, K)
+            here = (vectors if SHARED else pushed_vectors) + (number * N + others[:, None]) * D + d[None, :]
+            add_fixed(here, pushed[k], scale, (others >= 0)[:, None] & (d < D)[None, :])
         if part == 0:
             used = labels >= 0
             length = tl.load(lengths + number * N + labels, mask=used, other=0.0)
@@ -651,6 +656,7 @@ def _pixel_anchor_fwd(
 @triton.jit
 def _dL_dfused(
     vectors,
+    pushed_vectors,
     terms,
     counts,
     reach,
@@ -660,7 +666,6 @@ def _dL_dfused(
     layer,
     n,
     d,
-    counts_stride,
     N,
     D: tl.constexpr,
     BINS: tl.constexpr,
@@ -668,37 +673,32 @@ def _dL_dfused(
 ):
     """dL/dâ of one class of a layer, its k⁺, k⁻ and its pixel count; in float64."""
     every = tl.arange(0, BINS)
-    all_counts = tl.load(counts + layer * counts_stride + every, mask=every < N, other=0)
+    all_counts = tl.load(counts + layer * N + every, mask=every < N, other=0)
     present = tl.maximum(tl.sum((all_counts > 0).to(tl.int32), 0), 1).to(tl.float64)
-    count = tl.load(counts + layer * counts_stride + n)
+    count = tl.load(counts + layer * N + n)
     pixels = tl.maximum(count, 1).to(tl.float64)
     share = tl.load(terms + (3 * layer + 1) * N + n).to(tl.float64) / power_of_two(headroom) / pixels  # G
-    scale = vector_scale(reach, layer, headroom, NORMALIZE).to(tl.float64)
-    pulled = tl.load(vectors + ((2 * layer) * N + n) * D + d, mask=d < D, other=0).to(tl.float64) / scale
-    pushed = tl.load(vectors + ((2 * layer + 1) * N + n) * D + d, mask=d < D, other=0).to(tl.float64) / scale
+    SHARED: tl.constexpr = pushed_vectors is None
+    pulled = tl.load(vectors + (layer * N + n) * D + d, mask=d < D, other=0)
+    if SHARED:
+        pulled, pushed = parted(pulled)
+    else:
+        pushed = tl.load(pushed_vectors + (layer * N + n) * D + d, mask=d < D, other=0)
+    pulled = pulled.to(tl.float64) / pulled_scale(reach, layer, count, SHARED, NORMALIZE)
+    pushed = pushed.to(tl.float64) / pushed_scale(reach, layer, SHARED, NORMALIZE)
     strength = tl.where(count > 0, real(layer_weight) / (present * real(temperature)), 0.0)
     slope = strength * (share * pushed - pulled / pixels)
     slope = tl.where(tl.load(terms + (3 * layer + 2) * N + n) > 0, float("nan"), slope)
     return tl.where(count > 0, slope, 0.0), -strength / pixels, strength * share, count
 
 
-@triton.jit(
-    do_not_specialize=[
-        "temperature",
-        "headroom",
-        "fusion_weight",
-        "N",
-        "counts_stride",
-        "drawn_stride",
-    ]
-)
+@triton.jit(do_not_specialize=["temperature", "headroom", "fusion_weight", "N"])
 def _finish(
     vectors,
+    pushed_vectors,
     terms,
     counts,
     drawn,
-    counts_stride,
-    drawn_stride,
     table,
     Z,
     lengths,
@@ -717,6 +717,7 @@ def _finish(
     D: tl.constexpr,
     BLOCK: tl.constexpr,
     BINS: tl.constexpr,
+    PULL_ROW: tl.constexpr,
     NORMALIZE: tl.constexpr,
     NORMALIZE_ANCHORS: tl.constexpr,
     GIVEN: tl.constexpr,
@@ -726,11 +727,12 @@ def _finish(
     n = tl.program_id(0)
     d = tl.arange(0, BLOCK)
     w_h = real(fusion_weight)
-    top_count = tl.load(counts + (L - 1) * counts_stride + n)
+    top_count = tl.load(counts + (L - 1) * N + n)
     from_below = tl.zeros((BLOCK,), tl.float64)
     for i in tl.static_range(L):
         slope, toward, away, count = _dL_dfused(
             vectors,
+            pushed_vectors,
             terms,
             counts,
             reach,
@@ -740,7 +742,6 @@ def _finish(
             i,
             n,
             d,
-            counts_stride,
             N,
             D,
             BINS,
@@ -760,13 +761,17 @@ def _finish(
             else:
                 slope += from_below
             slope = slope / tl.maximum(count, 1).to(tl.float64)
-        tl.store(pull + (i * N + n) * D + d, slope.to(pull.dtype.element_ty), mask=d < D)
+        tl.debug_barrier()  # all threads have read the sums that may lie here
+        row = pull + (i * N + n) * PULL_ROW
+        tl.store(row + d, slope.to(pull.dtype.element_ty), mask=d < D)
+        if PULL_ROW > D:
+            tl.store(row + D + d, tl.zeros((BLOCK,), pull.dtype.element_ty), mask=d < D)
     if n == 0:
         every = tl.arange(0, BINS)
         exists = every < N
         total_loss = tl.zeros((), tl.float64)
         for i in tl.static_range(L):
-            pixels = tl.load(counts + i * counts_stride + every, mask=exists, other=0)
+            pixels = tl.load(counts + i * N + every, mask=exists, other=0)
             present = tl.sum((pixels > 0).to(tl.int64), 0)
             inverse_temperature = (1.0 / real(temperature)).to(Z.dtype.element_ty)
             log_sum = tl.load(Z + i * N + every, mask=exists, other=0.0)
@@ -781,5 +786,5 @@ def _finish(
             tl.store(losses + i, layer_loss.to(losses.dtype.element_ty))
             tl.store(report + i, present)
             tl.store(report + L + i, tl.sum(pixels, 0))
-            tl.store(report + 2 * L + i, tl.load(drawn + i * drawn_stride))
+            tl.store(report + 2 * L + i, tl.load(drawn + i))
         tl.store(loss, total_loss.to(loss.dtype.element_ty))

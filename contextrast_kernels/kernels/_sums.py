@@ -1,0 +1,57 @@
+"""What programs add to, over all pixels of all ranks: one allocation, set to zero by one fill."""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from contextrast_kernels.kernels import _launch
+
+
+class Sums(NamedTuple):
+    """int64 each, but for ``reach``; vectors and terms in fixed point."""
+
+    vectors: Tensor
+    """(layers, N, D): Σ v of every class. ``anchor_tables`` reads and clears it, then it takes A⁺."""
+    pushed: Tensor | None
+    """(layers, N, D): A⁻; None where it shares the words of A⁺ (``_tiles.PUSHED_BITS``) or nothing asks for it."""
+    counts: Tensor
+    """(layers, N): valid pixels of every class."""
+    drawn: Tensor
+    """(layers,): hard and base negatives, each pixel once."""
+    broken: Tensor
+    """(layers, N): nonzero where a pixel of the class is not finite."""
+    largest: Tensor
+    """(layers, N): the largest s of a hard negative (``_tiles.in_order``)."""
+    total: Tensor
+    """(layers, N): Σ exp(s - largest) of the hard negatives."""
+    terms: Tensor
+    """(layers, 3, N): Σ softplus(Z - s), Σ σ; nonzero where a term is not finite."""
+    reach: Tensor | None
+    """(layers,) floats: the largest |x| of a valid pixel; None when normalised."""
+
+
+def zeros(features: Sequence[Tensor], num_classes: int, normalize: bool, *, pushed: bool) -> Sums:
+    """pushed: whether A⁻ gets words of its own."""
+    L, N, D = len(features), num_classes, features[0].shape[1]
+    shapes = Sums(
+        vectors=(L, N, D),
+        pushed=(L, N, D) if pushed else (0,),
+        counts=(L, N),
+        drawn=(L,),
+        broken=(L, N),
+        largest=(L, N),
+        total=(L, N),
+        terms=(L, 3, N),
+        reach=(0,) if normalize else (L,),
+    )
+    sizes = [math.prod(shape) for shape in shapes]
+    even = [n + n % 2 for n in sizes]  # so that 16 divides every address
+    words = torch.zeros(sum(even), dtype=torch.int64, device=features[0].device)
+    sums = Sums(*(piece[:n].view(shape) for piece, n, shape in zip(words.split(even), sizes, shapes, strict=True)))
+    dtype = _launch.accumulator(features[0].dtype)
+    return sums._replace(
+        pushed=sums.pushed if pushed else None, reach=None if normalize else sums.reach.view(dtype)[:L]
+    )
