@@ -8,12 +8,26 @@ from contextrast_kernels.contextrast import contextrast_loss
 from contextrast_kernels.info_nce import info_nce
 from contextrast_kernels.modules import ContextrastLoss, ProjectionHead
 from contextrast_kernels.pixel_anchor import pixel_anchor_loss
+from contextrast_kernels.relatives import (
+    MemoryBank,
+    MultiScaleContrastLoss,
+    PixelContrastLoss,
+    PNELoss,
+    RegionContrastLoss,
+    Sampler,
+)
 
 __version__ = "0.1.0"
 
 __all__ = [
     "ContextrastLoss",
+    "MemoryBank",
+    "MultiScaleContrastLoss",
+    "PNELoss",
+    "PixelContrastLoss",
     "ProjectionHead",
+    "RegionContrastLoss",
+    "Sampler",
     "available",
     "backend",
     "bane_negatives",

@@ -52,5 +52,14 @@ def reference():
 
 
 @pytest.fixture
+def one_thread():
+    """Tensors this small gain nothing from a second thread, and lose where it must wait for a core."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
 def rng():
     return np.random.default_rng(20240)

@@ -19,6 +19,7 @@ FLOORS = [
     ["kernels"],
     ["anchors", "pixel_anchor", "bane", "info_nce"],
     ["contextrast"],
+    ["relatives"],
     ["modules", "metrics", "viz"],
     ["__init__"],
     ["demo"],

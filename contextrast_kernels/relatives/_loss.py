@@ -1,0 +1,105 @@
+"""What the losses of this folder share: the three inputs, and a seed that advances."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from contextrast_kernels import checks, maps
+from contextrast_kernels.relatives.samplers import SAMPLERS, Sampler, sampled_rows
+
+
+class RelativeLoss(nn.Module):
+    """num_classes, ignore_index, temperature and normalize, checked; the batch, checked; and ``last``."""
+
+    def __init__(self, num_classes: int, ignore_index: int, temperature: float, normalize: bool):
+        super().__init__()
+        checks.num_classes(num_classes)
+        checks.ignore_index(ignore_index)
+        checks.real("temperature", temperature, low=0.0, open_low=True)
+        checks.flag("normalize", normalize)
+        self.num_classes, self.ignore_index = num_classes, ignore_index
+        self.temperature, self.normalize = temperature, normalize
+        self.last: dict[str, Tensor] = {}
+
+    def _batch(self, layers: Sequence[Tensor], labels, predictions) -> tuple[Tensor, Tensor]:
+        """The checked label map and predictions of one batch."""
+        labels = checks.class_map("labels", labels)
+        predictions = checks.predictions("predictions", predictions, self.num_classes)
+        for i, x in enumerate(layers):
+            for name, value in (("labels", labels), ("predictions", predictions)):
+                checks.together(f"features[{i}]", x, name, value)
+                checks.samples_from(name, value, *x.shape[-2:])
+        return labels, predictions.detach()
+
+    def _at_layer(self, x: Tensor, labels: Tensor, predictions: Tensor) -> tuple[Tensor, Tensor]:
+        """Targets, -1 = no part, and predicted classes at a layer's size: int64 (B, h, w)."""
+        size = x.shape[-2:]
+        targets = maps.targets(labels, *size, self.num_classes, self.ignore_index)
+        return targets, maps.predicted_classes(predictions, *size)
+
+    def extra_repr(self) -> str:
+        shown = {name: value for name, value in vars(self).items() if isinstance(value, int | float | str | tuple)}
+        return ", ".join(f"{name}={value!r}" for name, value in shown.items() if name[0] != "_" and name != "training")
+
+
+class SampledLoss(RelativeLoss):
+    """A relative that draws: ``seed``, as in ``ContextrastLoss``."""
+
+    def __init__(self, num_classes: int, ignore_index: int, temperature: float, normalize: bool, seed: int | Tensor):
+        super().__init__(num_classes, ignore_index, temperature, normalize)
+        checks.seed(seed, seed.device if isinstance(seed, Tensor) else None)
+        self.register_buffer("seed", torch.tensor(int(seed), dtype=torch.int64))
+
+    def _draw(self, device: torch.device) -> Tensor:
+        """This step's seed; in training the next step has another."""
+        if self.seed.device != device:
+            self.seed = self.seed.to(device)  # once: from then on no step copies it
+        seed = self.seed.clone()
+        if self.training:
+            self.seed.add_(1)
+        return seed
+
+
+class Rows:
+    """Chooses and reads the rows of a layer: a sampler, and how many rows it fills at most."""
+
+    def __init__(self, sampler: str | Callable, default: Sampler):
+        if not callable(sampler):
+            checks.choice("sampler", sampler, SAMPLERS)
+            # The published least count belongs to the rule, so the rule decides it where it was not given.
+            sampler = replace(default, kind=sampler)
+        self.sampler, self.default = sampler, default
+
+    def __call__(
+        self,
+        x: Tensor,
+        targets: Tensor,
+        predicted: Tensor,
+        num_classes: int,
+        seed: Tensor,
+        stream: int,
+        normalize: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """Embeddings (R, D) and labels (R,), -1 in rows that are left over."""
+        chosen = self.sampler(targets, predicted, num_classes, seed, stream)
+        if chosen.dtype != torch.bool or chosen.shape != targets.shape:
+            raise ValueError(
+                f"sampler: expected it to return a bool map of shape {tuple(targets.shape)}, "
+                f"got {checks.describe(chosen)}"
+            )
+        of = self.sampler if isinstance(self.sampler, Sampler) else self.default
+        most = of.most(x.shape[0], num_classes, x.shape[2] * x.shape[3])
+        return sampled_rows(x, targets, chosen, most, normalize)
+
+
+def one_map(features, layer: int) -> Tensor:
+    """The feature map a loss of one layer reads: the tensor itself, or one of a list."""
+    if isinstance(features, Sequence) and not isinstance(features, str):
+        if not -len(features) <= layer < len(features):
+            raise ValueError(f"layer: expected the index of one of {len(features)} layers, got {layer}")
+        checks.feature_map(f"features[{layer}]", features[layer])
+        return features[layer]
+    checks.feature_map("features", features)
+    return features

@@ -1,0 +1,159 @@
+"""Embeddings of earlier batches: two queues a class, one of pixels and one of region centres."""
+
+import torch
+from torch import Tensor, nn
+
+from contextrast_kernels import checks
+from contextrast_kernels.relatives.samplers import rank_in_segment, segment_counts
+
+
+class MemoryBank(nn.Module):
+    """For every class a queue of pixel embeddings and a queue of region centres, first in, first out.
+
+    Every class has its own places and its own counts: what has not been written is no column of any loss, so that an
+    empty bank gives a loss of 0, not a contrast with random vectors. Writing takes no synchronisation. Embeddings that
+    are not finite are left out: one overflow must not stay for thousands of steps.
+
+    The bank belongs to the loss it is given to, and is saved in its ``state_dict``, but not among its buffers:
+    DistributedDataParallel would overwrite those with rank 0's at every forward. Without ``group`` every rank keeps
+    its own bank; with it all ranks write what any of them saw, in the order of their ranks, and hold the same bank.
+    Then all must give equally many rows in every step: the same batch size and layer size.
+
+    Args:
+        num_classes: N.
+        dim: D, the channels of the embeddings.
+        pixels: length of each class's queue of pixels; 0 for none.
+        regions: length of each class's queue of region centres; 0 for none.
+        group: a torch.distributed process group whose ranks share what they write. None: this process alone.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, range or size; the sentence names it.
+
+    Example:
+        >>> bank = MemoryBank(num_classes=19, dim=256)
+        >>> criterion = PixelContrastLoss(num_classes=19, bank=bank)
+    """
+
+    QUEUES = ("pixels", "regions")
+
+    def __init__(self, num_classes: int, dim: int, *, pixels: int = 5000, regions: int = 5000, group=None):
+        super().__init__()
+        checks.num_classes(num_classes)
+        checks.integer("dim", dim, low=1)
+        checks.integer("pixels", pixels, low=0)
+        checks.integer("regions", regions, low=0)
+        if pixels + regions == 0:
+            raise ValueError("pixels: expected a bank with room, got pixels=0 and regions=0; set one of them above 0")
+        self.num_classes, self.dim, self.lengths, self.group = num_classes, dim, (pixels, regions), group
+        # One row more than the queues need: what is not to be kept is written there.
+        self.storage = torch.zeros(num_classes * (pixels + regions) + 1, dim)
+        self.written = torch.zeros(len(self.QUEUES), num_classes, dtype=torch.int64)
+
+    @property
+    def counts(self) -> Tensor:
+        """Entries of each queue and class: int64 (2, N), pixels first."""
+        return torch.stack([w.clamp(max=length) for w, length in zip(self.written, self.lengths)])
+
+    def columns(self) -> tuple[Tensor, Tensor]:
+        """All places as columns of ``info_nce``: embeddings (N · (pixels + regions), D), not copied, and their class,
+        int64, or -1 where nothing has been written yet."""
+        filled = [
+            torch.arange(length, device=n.device) < n.unsqueeze(1) for n, length in zip(self.counts, self.lengths)
+        ]
+        classes = torch.arange(self.num_classes, device=self.written.device).unsqueeze(1)
+        return self.storage[:-1], torch.where(torch.cat(filled, 1), classes, -1).flatten()
+
+    @torch.no_grad()
+    def push(self, queue: str, embeddings: Tensor, labels: Tensor) -> None:
+        """Write embeddings, each over the oldest entry of its class.
+
+        Args:
+            queue: "pixels" or "regions".
+            embeddings: (K, D) floating point.
+            labels: (K,) integers; rows with a label outside 0..N-1 are left out. Where a class has more rows than
+                places, its last rows stay.
+
+        Raises:
+            TypeError, ValueError: an argument of the wrong type or size; the sentence names it.
+        """
+        checks.choice("queue", queue, self.QUEUES)
+        self.check_dim("embeddings", embeddings)
+        if labels.shape != embeddings.shape[:1]:
+            raise ValueError(
+                f"labels: expected shape ({embeddings.shape[0]},), one for each row, got {checks.describe(labels)}"
+            )
+        checks.together("embeddings", embeddings, "labels", labels, batch=False)
+        self.follow(embeddings.device)
+        which = self.QUEUES.index(queue)
+        length, offset = self.lengths[which], sum(self.lengths[:which])
+        if length == 0:
+            return
+        embeddings, labels = embeddings.to(self.storage.dtype), labels.long()
+        if self.group is not None:
+            embeddings, labels = self._of_all_ranks(embeddings), self._of_all_ranks(labels)
+        N = self.num_classes
+        kept = (labels >= 0) & (labels < N) & embeddings.isfinite().all(1)
+        label = torch.where(kept, labels, N)
+        order = torch.arange(label.shape[0], device=label.device)
+        rank, count = rank_in_segment(label, N, order), segment_counts(label, N)
+        label = torch.where(kept, labels, 0)
+        kept = kept & (rank >= count[label] - length)
+        place = (self.written[which, label] + rank) % length
+        block = sum(self.lengths)
+        self.storage.index_copy_(0, torch.where(kept, label * block + offset + place, N * block), embeddings)
+        self.written[which].add_(count)
+
+    def check_dim(self, name: str, embeddings: Tensor) -> None:
+        if embeddings.ndim < 2 or embeddings.shape[1] != self.dim or not embeddings.is_floating_point():
+            raise ValueError(
+                f"{name}: expected {self.dim} channels, as the memory bank has, got {checks.describe(embeddings)}; "
+                "make the bank with dim = the channels of the features"
+            )
+
+    def check_classes(self, num_classes: int) -> None:
+        if self.num_classes != num_classes:
+            raise ValueError(
+                f"bank: expected a MemoryBank of {num_classes} classes (num_classes), got one of {self.num_classes}"
+            )
+
+    def _of_all_ranks(self, x: Tensor) -> Tensor:
+        world = torch.distributed.get_world_size(self.group)
+        out = x.new_empty(world * x.shape[0], *x.shape[1:])
+        torch.distributed.all_gather_into_tensor(out, x.contiguous(), group=self.group)
+        return out
+
+    def follow(self, device: torch.device) -> None:
+        if self.storage.device != device:
+            self.storage, self.written = self.storage.to(device), self.written.to(device)
+
+    def _apply(self, fn, recurse=True):
+        # .to(device) moves the bank; .half() does not round what is stored.
+        super()._apply(fn, recurse)
+        self.follow(fn(self.storage[:0]).device)
+        return self
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "storage"] = self.storage
+        destination[prefix + "written"] = self.written
+
+    def _load_from_state_dict(self, state, prefix, metadata, strict, missing, unexpected, errors):
+        super()._load_from_state_dict(state, prefix, metadata, strict, missing, unexpected, errors)
+        for name in ("storage", "written"):
+            own, saved = getattr(self, name), state.get(prefix + name)
+            if prefix + name in unexpected:
+                unexpected.remove(prefix + name)
+            if saved is None:
+                if strict:
+                    missing.append(prefix + name)
+            elif saved.shape != own.shape:
+                errors.append(
+                    f"{prefix}{name}: expected shape {tuple(own.shape)}, that of a bank of {self.num_classes} classes, "
+                    f"{self.dim} channels and {self.lengths} places, got {checks.describe(saved)}"
+                )
+            else:
+                own.copy_(saved)
+
+    def extra_repr(self) -> str:
+        pixels, regions = self.lengths
+        return f"num_classes={self.num_classes}, dim={self.dim}, pixels={pixels}, regions={regions}"

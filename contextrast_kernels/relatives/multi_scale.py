@@ -1,0 +1,113 @@
+"""MS/CS: pixels of one scale against each other, and of the finest scale against the coarsest (Pissas et al.,
+ECCV 2022, arXiv 2203.13409).
+
+    L = Σ_s w_s NCE(X_s, X_s) + w_low NCE(X_1, X_S) + w_mid NCE(X_1, X_{S-1})
+
+NCE is the contrast of ``info_nce.py`` (within a scale without self pairs), X_s are the sampled embeddings of scale s
+from high to low resolution. The last term needs three scales, the one before it two.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from contextrast_kernels import checks
+from contextrast_kernels.contextrast import check_layers
+from contextrast_kernels.info_nce import info_nce
+from contextrast_kernels.relatives._loss import Rows, SampledLoss
+from contextrast_kernels.relatives.samplers import STREAM_ROWS, Sampler
+
+
+class MultiScaleContrastLoss(SampledLoss):
+    """The multi-scale and cross-scale contrast of MS/CS. Add 0.1 of it to the cross-entropy.
+
+    For the same pixels the value equals the official code's (RViMLab/MS_CS_ContrSeg). Where we differ from it:
+
+    * Labels are sampled with exact integers at any size; the code interpolates floats to W // scale.
+    * All N classes take part; the code drops the last class of a data set without an ignored label.
+    * ``max_views=1`` is a cap like any other; in the code it means none.
+    * No class with ``min_pixels``: the code raises; here the loss is 0 with a live graph. A row without a positive is
+      NaN within a scale there, 0 here; across scales it is 0 in both and counts in the mean.
+    * The code reads no separate temperature across scales, although its configuration names one; there is none here.
+
+    Args:
+        num_classes: N.
+        ignore_index: the label of pixels that take no part.
+        layer_weights: w_s, one for each layer, from high to low resolution.
+        cross_weights: w_low and w_mid.
+        temperature: τ.
+        sampler: "common-count" (published), or one of ``PixelContrastLoss``'s; each scale is drawn on its own.
+        max_samples, max_views, min_pixels: the sampler's. ``max_samples`` rows are reserved, so on a CPU, where the
+            reference stores rows x rows numbers, set it to about a thousand.
+        detach_deepest: no gradient through the columns of the cross-scale terms.
+        normalize: embeddings are x / ‖x‖₂ over D.
+        seed: the first seed; advances by one each training forward, as in ``ContextrastLoss``.
+
+    After a forward ``last`` holds detached tensors: "loss", of each scale and then each cross-scale term, unweighted,
+    and "samples", the rows of each scale.
+
+    Raises:
+        TypeError, ValueError: an option or a batch that cannot be used; the sentence names the argument.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        *,
+        ignore_index: int = 255,
+        layer_weights: Sequence[float] = (1.0, 0.7, 0.4, 0.1),
+        cross_weights: Sequence[float] = (1.0, 1.0),
+        temperature: float = 0.1,
+        sampler: str | Callable = "common-count",
+        max_samples: int = 10000,
+        max_views: int = 2500,
+        min_pixels: int = 5,
+        detach_deepest: bool = False,
+        normalize: bool = True,
+        seed: int | Tensor = 0,
+    ):
+        super().__init__(num_classes, ignore_index, temperature, normalize, seed)
+        checks.weights("layer_weights", layer_weights)
+        checks.weights("cross_weights", cross_weights)
+        if len(cross_weights) != 2:
+            raise ValueError(
+                f"cross_weights: expected two weights, of the coarsest and of the second coarsest scale, "
+                f"got {len(cross_weights)}"
+            )
+        checks.flag("detach_deepest", detach_deepest)
+        self.layer_weights, self.cross_weights = tuple(layer_weights), tuple(cross_weights)
+        self.detach_deepest = detach_deepest
+        self.rows = Rows(sampler, Sampler("common-count", max_samples, max_views, min_pixels))
+
+    def forward(self, features: Sequence[Tensor], labels: Tensor, predictions: Tensor) -> Tensor:
+        """The loss of one batch.
+
+        Args:
+            features: projected features (B, D, h_s, w_s), one a scale, from high to low resolution; the same D and
+                dtype in all.
+            labels: (B, H, W) or (B, 1, H, W) integers.
+            predictions: logits (B, N, H', W') or a class map (B, H', W'); read by some samplers only. No gradient.
+
+        Returns:
+            A scalar, float32, or float64 for float64 features.
+        """
+        check_layers(features, self.layer_weights)
+        labels, predictions = self._batch(features, labels, predictions)
+        seed = self._draw(features[0].device)
+        scales = []
+        for i, x in enumerate(features):
+            targets, predicted = self._at_layer(x, labels, predictions)
+            scales.append(self.rows(x, targets, predicted, self.num_classes, seed, STREAM_ROWS + i, self.normalize))
+        losses = [info_nce(*scale, temperature=self.temperature) for scale in scales]
+        for rows, row_labels in scales[:0:-1][:2]:
+            columns = rows.detach() if self.detach_deepest else rows
+            losses.append(info_nce(*scales[0], columns, row_labels, temperature=self.temperature))
+        weights = (*self.layer_weights, *self.cross_weights)
+        # The weights stay numbers: a tensor of them would be copied to the device in every step.
+        total = torch.stack([weight * loss for weight, loss in zip(weights, losses)]).sum()
+        self.last = {
+            "loss": torch.stack(losses).detach(),
+            "samples": torch.stack([(row_labels >= 0).sum() for _, row_labels in scales]),
+        }
+        return total

@@ -1,0 +1,239 @@
+"""ContrastiveSeg: pixels against pixels of the batch, or of a memory bank (Wang et al., ICCV 2021, arXiv 2101.11939).
+
+    L = mean over sampled pixels i of 1/|P_i| Σ_{j∈P_i} softplus(Z_i - s_ij),   Z_i = log Σ_{j∈N_i} exp(s_ij)
+
+s_ij = v_i · v_j / τ; P_i are the other sampled pixels of i's class in all images, N_i those of other classes. With a
+bank both are its entries.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from contextrast_kernels import checks
+from contextrast_kernels.anchors import class_anchors
+from contextrast_kernels.backend import unchanged_by_autocast
+from contextrast_kernels.embedding import unit
+from contextrast_kernels.hashing import image_hash, pixel_hash
+from contextrast_kernels.info_nce import info_nce
+from contextrast_kernels.relatives._loss import Rows, SampledLoss, one_map
+from contextrast_kernels.relatives.memory_bank import MemoryBank
+from contextrast_kernels.relatives.samplers import (
+    STREAM_BANK,
+    STREAM_MINED_NEGATIVES,
+    STREAM_MINED_POSITIVES,
+    STREAM_ROWS,
+    Sampler,
+    rank_in_segment,
+    sampled_rows,
+)
+
+MINING = ("none", "semi-hard")
+CODE_BASE_TEMPERATURE = 0.07
+
+
+class PixelContrastLoss(SampledLoss):
+    """The pixel contrast of ContrastiveSeg. Add 0.1 of it to the cross-entropy (the paper's bank form: 1).
+
+    Where the official code (tfzhou/ContrastiveSeg) and the paper differ:
+
+    * Factor: the code multiplies by τ / 0.07, the paper does not. We do not; ``parity=True`` does.
+    * Mining: the paper draws semi-hard pairs, the code takes all columns. ``mining="semi-hard"`` is the paper's; the
+      default is all columns, on which the code's published numbers stand.
+    * Bank: the code's pixel queue advances by one place for ten written, takes pixels of other classes, overwrites its
+      newest entries at the end, leaves class 0 out, starts with random vectors, drops the diagonal of anchors x bank
+      and loses all ranks' entries but the first's. ``MemoryBank`` does none of these. The paper's region memory has one
+      place for each training image; ours, as the code's, is a queue.
+    * No class with more than ``max_views`` pixels, or more pairs than ``max_samples``: the code raises. Here the loss
+      is 0 with a live graph, and every pair gives one pixel.
+    * A row without a positive: NaN in the code, 0 here; it counts in the mean.
+
+    Args:
+        num_classes: N.
+        ignore_index: the label of pixels that take no part.
+        temperature: τ.
+        sampler: "hard-easy" (the published quota), "bane", "common-count" or "uniform" (see ``Sampler``), or any
+            callable of the same signature, of whose pixels as many as "hard-easy" could choose are taken.
+        max_samples, max_views: the sampler's.
+        bank: a MemoryBank. Its entries take the place of the batch's pixels as columns; after each training forward
+            the batch's region centres and pixels are written into it. Until the first write the loss is 0.
+        bank_pixels: pixels of each (image, class) that are written.
+        mining: "none": all columns; "semi-hard": of each row's columns the ``hardest`` share (negatives most similar,
+            positives least similar), of which ``mined_negatives`` and ``mined_positives`` are drawn. Stores rows x
+            columns numbers.
+        hardest, mined_positives, mined_negatives: the paper's 10 %, 1024 and 2048.
+        normalize: embeddings are x / ‖x‖₂ over D.
+        layer: which one, where the features are a list: 0 is the highest resolution, on which the paper works.
+        parity: multiply by τ / 0.07, as the official code: its value for the same pixels.
+        seed: the first seed; advances by one each training forward, as in ``ContextrastLoss``.
+
+    After a forward ``last`` holds detached scalars: "loss" and "samples", the number of rows.
+
+    Raises:
+        TypeError, ValueError: an option or a batch that cannot be used; the sentence names the argument.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        *,
+        ignore_index: int = 255,
+        temperature: float = 0.1,
+        sampler: str | Callable = "hard-easy",
+        max_samples: int = 1024,
+        max_views: int = 100,
+        bank: MemoryBank | None = None,
+        bank_pixels: int = 10,
+        mining: str = "none",
+        hardest: float = 0.1,
+        mined_positives: int = 1024,
+        mined_negatives: int = 2048,
+        normalize: bool = True,
+        layer: int = 0,
+        parity: bool = False,
+        seed: int | Tensor = 0,
+    ):
+        super().__init__(num_classes, ignore_index, temperature, normalize, seed)
+        self.rows = Rows(sampler, Sampler("hard-easy", max_samples, max_views))
+        if bank is not None:
+            check_bank(bank, num_classes)
+        checks.integer("bank_pixels", bank_pixels, low=0)
+        checks.choice("mining", mining, MINING)
+        checks.real("hardest", hardest, low=0.0, high=1.0, open_low=True)
+        checks.integer("mined_positives", mined_positives, low=1)
+        checks.integer("mined_negatives", mined_negatives, low=1)
+        checks.integer("layer", layer)
+        checks.flag("parity", parity)
+        self.bank, self.bank_pixels, self.layer = bank, bank_pixels, layer
+        self.mining = None if mining == "none" else (hardest, mined_positives, mined_negatives)
+        self.factor = temperature / CODE_BASE_TEMPERATURE if parity else 1.0
+
+    def forward(self, features: Tensor | Sequence[Tensor], labels: Tensor, predictions: Tensor) -> Tensor:
+        """The loss of one batch.
+
+        Args:
+            features: projected features (B, D, h, w), or a list of them, of which ``layer`` is taken.
+            labels: (B, H, W) or (B, 1, H, W) integers.
+            predictions: logits (B, N, H', W') or a class map (B, H', W'). No gradient.
+
+        Returns:
+            A scalar, float32, or float64 for float64 features.
+        """
+        x = one_map(features, self.layer)
+        labels, predictions = self._batch([x], labels, predictions)
+        if self.bank is not None:
+            self.bank.check_dim("features", x)
+        seed = self._draw(x.device)
+        targets, predicted = self._at_layer(x, labels, predictions)
+        rows, row_labels = self.rows(x, targets, predicted, self.num_classes, seed, STREAM_ROWS, self.normalize)
+        columns = (None, None) if self.bank is None else bank_columns(self.bank, rows)
+        if self.mining is None:
+            loss = info_nce(rows, row_labels, *columns, temperature=self.temperature)
+        else:
+            loss = semi_hard_nce(rows, row_labels, *columns, self.temperature, *self.mining, seed)
+        loss = self.factor * loss
+        self.last = {"loss": loss.detach(), "samples": (row_labels >= 0).sum()}
+        if self.bank is not None and self.training:
+            self._remember(x.detach(), targets, seed)
+        return loss
+
+    @torch.no_grad()
+    def _remember(self, x: Tensor, targets: Tensor, seed: Tensor) -> None:
+        """Write the batch's region centres and ``bank_pixels`` random pixels of each (image, class) into the bank."""
+        centres, classes = region_centres(x, targets, self.num_classes, self.normalize)
+        self.bank.push("regions", centres, classes)
+        B, N, (h, w) = x.shape[0], self.num_classes, x.shape[-2:]
+        image = torch.arange(B, device=x.device).reshape(-1, 1, 1)
+        pair = torch.where(targets >= 0, image * N + targets, B * N)
+        order = image_hash(seed, STREAM_BANK, h, w, x.device).expand_as(pair)
+        chosen = rank_in_segment(pair, B * N, order) < self.bank_pixels
+        most = min(B * N * self.bank_pixels, B * h * w)
+        self.bank.push("pixels", *sampled_rows(x, targets, chosen, most, self.normalize))
+
+
+def check_bank(bank, num_classes: int) -> None:
+    if not isinstance(bank, MemoryBank):
+        raise TypeError(f"bank: expected a MemoryBank, got {checks.describe(bank)}")
+    bank.check_classes(num_classes)
+
+
+def bank_columns(bank: MemoryBank, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """A bank's columns for these rows: a copy, as the bank is written before the backward pass reads them."""
+    bank.follow(rows.device)
+    entries, classes = bank.columns()
+    return entries.to(rows.dtype, copy=True), classes
+
+
+def region_centres(x: Tensor, targets: Tensor, num_classes: int, normalize: bool) -> tuple[Tensor, Tensor]:
+    """The mean embedding of every class of every image, at unit length: (B · N, D), and its class, -1 = no pixel."""
+    B, N = x.shape[0], num_classes
+    image = torch.arange(B, device=x.device).reshape(-1, 1, 1)
+    pair = torch.where(targets >= 0, image * N + targets, -1)
+    means, counts = class_anchors(x, pair, max(B * N, 1), ignore_index=-1, normalize=normalize)
+    classes = torch.arange(N, device=x.device).repeat(B)
+    return unit(means[: B * N]), torch.where(counts[: B * N] > 0, classes, -1)
+
+
+@unchanged_by_autocast
+def semi_hard_nce(
+    rows: Tensor,
+    row_labels: Tensor,
+    columns: Tensor | None,
+    column_labels: Tensor | None,
+    temperature: float,
+    hardest: float,
+    positives: int,
+    negatives: int,
+    seed: int | Tensor,
+) -> Tensor:
+    """``info_nce`` over mined columns: semi-hard mining as the ContrastiveSeg paper describes it.
+
+    Of every row's negatives the ``hardest`` share with the largest similarity is set aside, and ``negatives`` of these
+    are drawn at random; of its positives the share with the smallest similarity, and ``positives`` of these. Shares
+    are rounded up. Stores rows x columns numbers, twice with their gradient. columns None: the rows themselves.
+    """
+    itself = columns is None
+    if itself:
+        columns, column_labels = rows, row_labels
+    valid = row_labels >= 0
+    similarity = rows @ columns.T / temperature
+    same = row_labels.unsqueeze(1) == column_labels
+    counts = valid.unsqueeze(1) & (column_labels >= 0)
+    is_positive, is_negative = same & counts, ~same & counts
+    if itself:
+        is_positive = is_positive & ~torch.eye(rows.shape[0], dtype=torch.bool, device=rows.device)
+    s_negative, is_drawn_negative = _mined(
+        similarity, is_negative, hardest, negatives, seed, STREAM_MINED_NEGATIVES, largest=True
+    )
+    s_positive, is_drawn_positive = _mined(
+        similarity, is_positive, hardest, positives, seed, STREAM_MINED_POSITIVES, largest=False
+    )
+    has_negative = is_drawn_negative.any(1, keepdim=True)
+    lse = torch.where(is_drawn_negative, s_negative, -torch.inf)
+    lse = torch.where(has_negative, lse, 0.0).logsumexp(1, keepdim=True)
+    term = torch.where(is_drawn_positive & has_negative, -F.logsigmoid(s_positive - lse), 0.0)
+    of_row = term.sum(1) / is_drawn_positive.sum(1).clamp(min=1)
+    # 0 · x carries a NaN or inf of a row that is in no term, and the graph.
+    return of_row.sum() / valid.sum().clamp(min=1) + (0.0 * rows).sum()
+
+
+def _mined(
+    similarity: Tensor, among: Tensor, hardest: float, draw: int, seed: int | Tensor, stream: int, *, largest: bool
+) -> tuple[Tensor, Tensor]:
+    """``draw`` random similarities of each row's hardest share, and which of them there are: (R, draw) or fewer."""
+    R, C = similarity.shape
+    most = math.ceil(hardest * C)
+    outside = -torch.inf if largest else torch.inf
+    hard = torch.where(among, similarity, outside).topk(most, dim=1, largest=largest).values
+    share = (among.sum(1, keepdim=True).double() * hardest).ceil()
+    place = torch.arange(most, device=similarity.device)
+    eligible = place < share
+    if draw < most:
+        pair = torch.arange(R, device=similarity.device).unsqueeze(1) * most + place
+        key = torch.where(eligible, pixel_hash(seed, stream, pair & 0xFFFFFFFF), 2**32)
+        kept = key.topk(draw, dim=1, largest=False).indices
+        hard, eligible = hard.gather(1, kept), eligible.gather(1, kept)
+    return torch.where(eligible, hard, 0.0), eligible

@@ -1,0 +1,187 @@
+"""PNE: mispredicted pixels against the right pixels of their class and of the class they were taken for (Wang et al.,
+Neurocomputing 2023, arXiv 2207.01417).
+
+For image b, and classes j ≠ k that its labels both hold:
+
+    H = {p : predicted j, label k}    P = {right pixels of k}    N = {right pixels of j}, or H where there is none
+    l_i = log(1 + Σ_{n∈N} e^{cos(x_i, x_n) / τ} / Σ_{m∈P} c_m e^{cos(x_i, x_m) / τ}),   i ∈ H
+    L   = mean over pairs (b, j, k) and their i of l_i, times the mean of |H| over the pairs / S
+
+c is the probability of the predicted class. Every set stands with S of its pixels: with fewer, as many times each as
+goes into S, and once more for some. Pairs with an empty P or more than ``max_hard`` pixels in H are left out. No
+gradient passes to P and N.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from contextrast_kernels import checks, maps
+from contextrast_kernels.hashing import image_hash
+from contextrast_kernels.info_nce import info_nce
+from contextrast_kernels.relatives._loss import SampledLoss, one_map
+from contextrast_kernels.relatives.samplers import (
+    STREAM_SETS,
+    indices_of,
+    rank_in_segment,
+    segment_counts,
+    take_rows,
+)
+
+
+class PNELoss(SampledLoss):
+    """The positive-negative equal contrast of PNE. Add 1.3 of it to the cross-entropy.
+
+    The paper's equations were not at hand: this follows the formula that the official code (jingw193/PNE_Loss)
+    computes, but for these points:
+
+    * Sets larger than S: the code takes their first S pixels in raster order, the top of the image; here S random ones.
+      ``parity=True`` takes the first.
+    * Gradient: the code holds a hard pixel's norm constant, so that a part of the gradient changes nothing but the
+      norm; here the cosine is differentiated. ``parity=True`` holds it constant.
+    * A feature of zero length: NaN in the code, cosine 0 here. Label 254 is a class like any other.
+    * No pair: the code returns 1e-16 times sums of logits and features, which hands on inf and NaN of any pixel.
+    * The code's default arguments fail (a comparison function that does not exist); only its configuration runs, with
+      the settings that are the defaults here.
+
+    Args:
+        num_classes: N.
+        ignore_index: the label of pixels that take no part.
+        temperature: τ.
+        set_size: S.
+        max_hard: the largest |H| that takes part.
+        max_samples: rows that are computed at most, over the whole batch. Of more hard pixels as many are drawn, and
+            the mean is taken over these.
+        layer: which one, where the features are a list: 0 is the highest resolution.
+        parity: the official code's value and gradient (times 1.3 its ``loss_weight``); ``max_samples`` must not bind.
+        seed: the first seed; advances by one each training forward, as in ``ContextrastLoss``.
+
+    After a forward ``last`` holds detached scalars: "loss", "samples" (rows) and "pairs".
+
+    Raises:
+        TypeError, ValueError: an option or a batch that cannot be used; the sentence names the argument.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        *,
+        ignore_index: int = 255,
+        temperature: float = 1.0,
+        set_size: int = 100,
+        max_hard: int = 199,
+        max_samples: int = 4096,
+        layer: int = 0,
+        parity: bool = False,
+        seed: int | Tensor = 0,
+    ):
+        super().__init__(num_classes, ignore_index, temperature, True, seed)
+        checks.integer("set_size", set_size, low=1)
+        checks.integer("max_hard", max_hard, low=1)
+        checks.integer("max_samples", max_samples, low=1)
+        checks.integer("layer", layer)
+        checks.flag("parity", parity)
+        self.set_size, self.max_hard, self.max_samples = set_size, max_hard, max_samples
+        self.layer, self.parity = layer, parity
+
+    def forward(self, features: Tensor | Sequence[Tensor], labels: Tensor, predictions: Tensor) -> Tensor:
+        """The loss of one batch.
+
+        Args:
+            features: projected features (B, D, h, w), or a list of them, of which ``layer`` is taken.
+            labels: (B, H, W) or (B, 1, H, W) integers.
+            predictions: logits (B, N, H', W'); of a class map (B, H', W') every c is 1. No gradient.
+
+        Returns:
+            A scalar, float32, or float64 for float64 features.
+        """
+        x = one_map(features, self.layer)
+        labels, predictions = self._batch([x], labels, predictions)
+        seed = self._draw(x.device)
+        label, predicted = self._at_layer(x, labels, predictions)
+        B, N, S, (h, w) = x.shape[0], self.num_classes, self.set_size, x.shape[-2:]
+
+        # The sets: right pixels of (b, class), and hard ones of (b, j, k); each pixel is in one of them at most.
+        image = torch.arange(B, device=x.device).reshape(-1, 1, 1)
+        is_class = (predicted >= 0) & (predicted < N)
+        own = image * N + label
+        right = torch.where((label >= 0) & (predicted == label), own, B * N)
+        taken_for = image * N + predicted.clamp(0, N - 1)
+        hard = torch.where((label >= 0) & is_class & (predicted != label), taken_for * N + label, B * N * N)
+        right_count, hard_count = segment_counts(right, B * N), segment_counts(hard, B * N * N)
+        present = segment_counts(torch.where(label >= 0, own, B * N), B * N) > 0
+        used = (hard_count > 0) & (hard_count <= self.max_hard)
+        used = used.reshape(B, N, N) & present.reshape(B, N, 1) & (right_count > 0).reshape(B, 1, N)
+        used = F.pad(used.flatten(), (0, 1))
+
+        order = torch.arange(h * w, device=x.device).reshape(h, w)
+        if not self.parity:
+            order = image_hash(seed, STREAM_SETS, h, w, x.device)
+        order = order.expand_as(label)
+        right_times = self._times(right, right_count, order)
+        hard_times = self._times(hard, hard_count, order) * used[hard]
+
+        row, is_row = self._rows(hard_times > 0, order)
+        column, is_column = indices_of(right_times > 0, min(B * N * S, B * h * w))
+        # With constant norms: x / ‖x‖, whose norm autograd does not see.
+        rows = take_rows(x, row, is_row, normalize=not self.parity)
+        if self.parity:
+            norm = rows.detach().norm(dim=1, keepdim=True)
+            rows = torch.where(norm > 0, rows / norm.clamp(min=torch.finfo(norm.dtype).tiny), 0.0)
+        columns = take_rows(x.detach(), column, is_column, normalize=True)
+
+        def at(values: Tensor, index: Tensor, filled: Tensor) -> Tensor:
+            return torch.where(filled, values.flatten()[index], -1)
+
+        # A right pixel is a positive and a negative with different weights, so it is two columns. Hard pixels are
+        # columns too, for their own pair, where N is empty. No row has the label `nobody`.
+        nobody = B * N
+        of_row, pair, against = at(own, row, is_row), at(hard, row, is_row), at(taken_for, row, is_row)
+        of_column = at(own, column, is_column)
+        has_right = F.pad(right_count > 0, (0, 1))[against]
+        itself = torch.where(is_row, nobody + pair, -1)
+        times = torch.where(is_column, right_times.flatten()[column], 0).to(rows.dtype)
+        row_times = torch.where(is_row, hard_times.flatten()[row], 0).to(rows.dtype)
+        sure = torch.where(is_column, self._confidence(predictions, h, w).flatten()[column], 0.0).to(rows.dtype)
+        loss = info_nce(
+            rows,
+            of_row,
+            torch.cat([columns, columns, rows.detach()]),
+            torch.cat([of_column, torch.where(is_column, nobody, -1), torch.where(is_row, nobody, -1)]),
+            temperature=self.temperature,
+            positives="pooled",
+            row_negatives=torch.where(is_row & ~has_right, itself, against),
+            column_negatives=torch.cat([torch.full_like(of_column, -1), of_column, itself]),
+            column_weights=torch.cat([times * sure, times, row_times]),
+            reduction="none",
+        )
+        pairs = used.sum()
+        mean_hard = (hard_count * used[:-1]).sum() / pairs.clamp(min=1).to(loss.dtype)
+        mean_loss = (row_times * loss).sum() / row_times.sum().clamp(min=1)
+        loss = mean_loss * mean_hard / S
+        self.last = {"loss": loss.detach(), "samples": is_row.sum(), "pairs": pairs}
+        return loss
+
+    def _times(self, segment: Tensor, counts: Tensor, order: Tensor) -> Tensor:
+        """How often each pixel stands for its set, so that every set has S: S // n, and once more for the first."""
+        count = F.pad(counts, (0, 1))[segment].clamp(min=1)
+        rank = rank_in_segment(segment, counts.shape[0], order)
+        times = self.set_size // count + (rank < self.set_size % count)
+        return torch.where(segment < counts.shape[0], times, 0)
+
+    def _rows(self, hard: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
+        most = min(hard.numel(), hard.shape[0] * self.num_classes * (self.num_classes - 1) * self.set_size)
+        if most > self.max_samples:
+            most = self.max_samples
+            hard = hard & (rank_in_segment((~hard).long(), 1, order) < most)
+        return indices_of(hard, most)
+
+    @staticmethod
+    def _confidence(predictions: Tensor, height: int, width: int) -> Tensor:
+        """The largest class probability of every pixel: (B, h, w)."""
+        sampled = maps.to_size(predictions, height, width)
+        if not sampled.is_floating_point():
+            return torch.ones(sampled.shape, device=sampled.device)
+        return sampled.to(torch.promote_types(sampled.dtype, torch.float32)).softmax(1).amax(1)

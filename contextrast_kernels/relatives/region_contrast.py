@@ -1,0 +1,95 @@
+"""RegionContrast: each image's class centres against a bank of centres (Hu, Cui and Wang, ICCV 2021).
+
+    q_b^n = unit( mean of x over the pixels of class n in image b )
+    L = mean over (b, n) of 1/|P| Σ_{j∈P} softplus(Z - q · k_j / τ),   Z = log Σ_{j∉P} exp(q · k_j / τ)
+
+k_j are earlier centres, P those of class n.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from contextrast_kernels import checks
+from contextrast_kernels.info_nce import info_nce
+from contextrast_kernels.relatives._loss import RelativeLoss, one_map
+from contextrast_kernels.relatives.memory_bank import MemoryBank
+from contextrast_kernels.relatives.pixel_contrast import bank_columns, check_bank, region_centres
+
+REGIONS = ("labels", "predictions")
+
+
+class RegionContrastLoss(RelativeLoss):
+    """The published intent of RegionContrast. Add 0.1 of it to the cross-entropy.
+
+    Where the official code (hzhupku/RegionContrast) and the paper differ, we follow the paper, as far as it is known:
+
+    * The code multiplies a centre with the bank channel by channel and takes a softmax over the bank for each of 256
+      channels, whose target is queue place 0. Its value hardly leaves classes x log(2 x places). Here similarities are
+      inner products and all centres of a class are positives. There is no parity mode.
+    * A centre is that of one image; the code pools the batch.
+    * The code's queue starts with random vectors, skips places when an image batch is larger than 1, is written in
+      evaluation too, keeps a growing autograd history and loses all ranks' entries but the first's.
+    * Regions: the code takes them from the predictions and never sees the labels. "labels" is our default, as the
+      method is a supervised one; ``regions="predictions"`` is the code's, less the ignored pixels.
+    * The code sums over classes, we take the mean over centres.
+
+    Args:
+        num_classes: N.
+        bank: a MemoryBank with a queue of regions; the paper's has 2975 places, one for each training image of
+            Cityscapes. Until the first write the loss is 0.
+        ignore_index: the label of pixels that take no part.
+        temperature: τ.
+        regions: "labels" or "predictions".
+        normalize: average x / ‖x‖₂ instead of x, as the paper does. A centre has unit length in both cases.
+        layer: which one, where the features are a list: 0 is the highest resolution.
+
+    After a forward ``last`` holds detached scalars: "loss" and "samples", the number of centres.
+
+    Raises:
+        TypeError, ValueError: an option or a batch that cannot be used; the sentence names the argument.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        bank: MemoryBank,
+        *,
+        ignore_index: int = 255,
+        temperature: float = 0.2,
+        regions: str = "labels",
+        normalize: bool = False,
+        layer: int = 0,
+    ):
+        super().__init__(num_classes, ignore_index, temperature, normalize)
+        check_bank(bank, num_classes)
+        checks.choice("regions", regions, REGIONS)
+        checks.integer("layer", layer)
+        self.bank, self.regions, self.layer = bank, regions, layer
+
+    def forward(self, features: Tensor | Sequence[Tensor], labels: Tensor, predictions: Tensor) -> Tensor:
+        """The loss of one batch.
+
+        Args:
+            features: features (B, D, h, w), or a list of them, of which ``layer`` is taken. The paper takes the
+                decoder's last features, without a projection head.
+            labels: (B, H, W) or (B, 1, H, W) integers.
+            predictions: logits (B, N, H', W') or a class map (B, H', W'). No gradient.
+
+        Returns:
+            A scalar, float32, or float64 for float64 features.
+        """
+        x = one_map(features, self.layer)
+        labels, predictions = self._batch([x], labels, predictions)
+        self.bank.check_dim("features", x)
+        region, predicted = self._at_layer(x, labels, predictions)
+        if self.regions == "predictions":
+            is_class = (predicted >= 0) & (predicted < self.num_classes)
+            region = torch.where((region >= 0) & is_class, predicted, -1)
+        centres, classes = region_centres(x, region, self.num_classes, self.normalize)
+        loss = info_nce(centres, classes, *bank_columns(self.bank, centres), temperature=self.temperature)
+        self.last = {"loss": loss.detach(), "samples": (classes >= 0).sum()}
+        if self.training:
+            self.bank.push("regions", centres.detach(), classes)
+        return loss
