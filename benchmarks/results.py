@@ -5,6 +5,7 @@ schema in that folder: accuracies of the demo's runs, not times.
 """
 
 import csv
+import os
 import pathlib
 import platform
 import re
@@ -57,7 +58,7 @@ class Row:
     syncs: int | None = None
     """Times that the host waits for the device."""
     peak_mib: float | None = None
-    """Largest allocation above the inputs, during the call."""
+    """The most memory that torch holds during the call, above its inputs and results."""
     plan_mb: float | None = None
     """10⁶ bytes that must move, by the launches' plan."""
     copy_gb_s: float | None = None
@@ -138,12 +139,13 @@ def cpu_name() -> str:
 
 
 def commit() -> str:
+    """Of this checkout; where there is no repository, what CONTEXTRAST_COMMIT says."""
     root = pathlib.Path(__file__).parents[1]
     head = _output("git", "-C", str(root), "rev-parse", "--short=7", "HEAD")
     changed = _output(
         "git", "-C", str(root), "status", "--porcelain", "--untracked-files=no", "--", ":!benchmarks/results"
     )
-    return head + "+" if head and changed else head
+    return (head + "+" if changed else head) or os.environ.get("CONTEXTRAST_COMMIT", "")
 
 
 def _output(*command: str) -> str:
@@ -189,17 +191,10 @@ def read_all(folder: pathlib.Path = FOLDER) -> list[Row]:
     return [row for path in sorted(folder.glob("*.csv")) if path.name not in OTHER_SCHEMA for row in read(path)]
 
 
-def append(path: pathlib.Path, row: Row) -> None:
-    """Adds a row at once, so that a run that ends early keeps what it has measured."""
-    cells = _cells(row)
-    _parsed(cells, f"{path}, new row")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = not path.exists() or path.stat().st_size == 0
-    with path.open("a", newline="") as file:
-        table = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        if new:
-            table.writeheader()
-        table.writerow(cells)
+def record(path: pathlib.Path, row: Row) -> None:
+    """Writes a row at once, so that a run that ends early keeps what it has measured; it takes the place of an earlier
+    one that measured the same."""
+    write(path, [*(earlier for earlier in read(path) if earlier.measured != row.measured), row])
 
 
 def write(path: pathlib.Path, rows: list[Row]) -> None:

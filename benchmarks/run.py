@@ -1,0 +1,675 @@
+"""Measures everything: the fused loss, its parts, the definition, compilers, other people's code, a training step.
+
+    python -m benchmarks.run --out FOLDER                      what is not yet in FOLDER/<device>.csv at this commit
+    python -m benchmarks.run --out FOLDER --parts loss edt     some parts
+    python -m benchmarks.run --out FOLDER --tiny               every path, small, untimed: without a GPU the default
+
+Every row is compared with the definition in float64 (integers with ==) before it is timed; one that differs is written
+down as failed. Rows go to the file one by one. --minutes ends a run early: the next one goes on from there. The exit
+status is 1 if a row failed.
+"""
+
+import argparse
+import contextlib
+import functools
+import gc
+import os
+import pathlib
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported
+
+import contextrast_kernels as ck
+from benchmarks import peers, results
+from benchmarks.results import Row
+from contextrast_kernels import bane, cases, measure
+from contextrast_kernels.cases import CASES, Case, Inputs
+from contextrast_kernels.demo.scenes import VOID
+from contextrast_kernels.demo.training import Network
+
+FORWARD, BACKWARD, BOTH = "forward", "backward", "forward+backward"
+LOSS = "contextrast_loss"
+SEED = 5
+
+
+class Absent(Exception):
+    """What a row needs is not here."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One row to come. ``run`` validates and measures; it returns the columns of the outcome."""
+
+    row: Row
+    run: Callable[[], dict]
+    ours: bool = True
+    """Whether its failure is ours."""
+
+
+class Machine:
+    """Where the rows are measured, how long each, and the inputs of the case at hand."""
+
+    def __init__(self, device: str, *, tiny: bool, seconds: float, frames: pathlib.Path | None):
+        self.device, self.tiny, self.seconds, self.frames = torch.device(device), tiny, seconds, frames
+        self.on_gpu = self.device.type == "cuda"
+        self.environment = results.environment(self.device)
+        self.kept: dict[str, tuple[Any, Any]] = {}
+
+    @property
+    def modes(self) -> tuple[str, ...]:
+        return ("eager", "graph") if self.on_gpu else ("eager",)
+
+    def some(self, rows: Sequence) -> Sequence:
+        """One of each kind where nothing is timed."""
+        return rows[:1] if self.tiny else rows
+
+    def sized(self, name: str) -> Case:
+        return CASES[name].tiny() if self.tiny else CASES[name]
+
+    def keep(self, name: str, key: Any, make: Callable[[], Any]) -> Any:
+        """The latest of its name is kept for the rows that follow; another key frees it first."""
+        if name not in self.kept or self.kept[name][0] != key:
+            self.kept.pop(name, None)
+            gc.collect()
+            self.kept[name] = (key, make())
+        return self.kept[name][1]
+
+    def inputs(self, case: Case) -> Inputs:
+        return self.keep("inputs", case, lambda: case.inputs(self.device, SEED, self.frames))
+
+    def truth(self, case: Case) -> measure.Truth:
+        def make():
+            inputs = self.inputs(case)
+            with ck.backend("reference"):
+                return measure.truth(lambda x: loss(case, inputs._replace(features=x)), inputs.features)
+
+        return self.keep("truth", case, make)
+
+    @functools.cached_property
+    def bandwidth(self) -> float | None:
+        return None if self.tiny else measure.copy_gb_s(self.device)
+
+    def copies(self, inputs: Inputs) -> list[Inputs]:
+        """Inputs that the caches do not hold, each with leaves of its own."""
+        count = 1 if self.tiny else measure.copies(measure.nbytes(inputs.features), self.device)
+        return [
+            Inputs([x.detach().clone().requires_grad_() for x in inputs.features], *(t.clone() for t in inputs[1:]))
+            for _ in range(count)
+        ]
+
+    def outcome(self, calls: Sequence[Callable[[], Any]], *, count: bool = True) -> dict:
+        """The columns of a validated call: its copies do the same work on other memory."""
+        if self.tiny and count:
+            return {"status": "untimed", "syncs": peers.count_syncs(calls[0], self.device)}
+        if self.tiny:
+            calls[0]()
+            return {"status": "untimed"}
+        timing = measure.time_calls(calls, self.device, self.seconds)
+        outcome = {
+            "median_ms": timing.median_ms,
+            "iqr_ms": timing.iqr_ms,
+            "peak_mib": measure.peak_mib(calls[0], self.device),
+            "copy_gb_s": self.bandwidth,
+        }
+        if count:
+            outcome |= {
+                "launches": measure.launches(calls[0], self.device),
+                "syncs": peers.count_syncs(calls[0], self.device),
+            }
+        return outcome
+
+    def row(self, case: Case | None, **columns) -> Row:
+        threads = {} if self.on_gpu else {"threads": torch.get_num_threads()}
+        of_case = results.of_case(case) if case else {}
+        return Row(**{**of_case, **threads, **columns}, **self.environment)
+
+
+def captured(call: Callable[[], Any]) -> Callable[[], Any]:
+    return measure.graphed(lambda: call)
+
+
+# ------------------------------------------------------------------------------------------------------------ the loss
+
+
+def loss(case: Case, inputs: Inputs) -> Tensor:
+    return ck.contextrast_loss(inputs.features, inputs.labels, inputs.logits, seed=SEED, **case.loss_options)
+
+
+def prepared(pass_: str, function: Callable[[Inputs], Tensor], inputs: Inputs) -> Callable[[], Any]:
+    """The call that is timed. It returns the value, the gradients, or both."""
+    if pass_ == FORWARD:
+        return lambda: function(inputs)
+    if pass_ == BACKWARD:
+        value = function(inputs)
+        return lambda: torch.autograd.grad(value, inputs.features, retain_graph=True)
+
+    def both():
+        value = function(inputs)
+        return value.detach(), torch.autograd.grad(value, inputs.features)
+
+    return both
+
+
+def run_loss(
+    machine: Machine,
+    case: Case,
+    by: str,
+    pass_: str,
+    mode: str,
+    function: Callable[[Inputs], Tensor],
+    count: bool = True,
+) -> dict:
+    exact = machine.truth(case)
+    with ck.backend("triton" if by == "triton" else "reference"):
+        makers = [functools.partial(prepared, pass_, function, copy) for copy in machine.copies(machine.inputs(case))]
+        calls = [measure.graphed(make) if mode == "graph" else make() for make in makers]
+        result = calls[0]()
+        value, gradients = {FORWARD: (result, None), BACKWARD: (None, result)}.get(pass_, result)
+        found = measure.check(value, gradients, exact)
+        outcome = machine.outcome(calls, count=count and mode == "eager")
+    if pass_ == BOTH:
+        outcome["note"] = f"relative error of loss {found.value:.0e}, gradient {found.gradient:.0e}"
+    if pass_ == BOTH and by == "triton":
+        outcome["plan_mb"] = planned_mb(case)
+    return outcome
+
+
+def planned_mb(case: Case) -> float | None:
+    from contextrast_kernels.kernels import contextrast
+
+    launches = contextrast.plan(case.batch, case.sizes, case.channels, case.num_classes, case.dtype, layout=case.layout)
+    return sum(launch.reads + launch.writes for launch in launches) / 1e6
+
+
+def loss_jobs(machine: Machine, case: Case, passes: Sequence[str] = (BOTH,)) -> Iterator[Job]:
+    for name in ("triton", "reference"):
+        for pass_ in passes:
+            for mode in machine.modes:
+                row = machine.row(case, what=f"{LOSS} {pass_}", by=name, mode=mode)
+                function = functools.partial(loss, case)
+                yield Job(row, functools.partial(run_loss, machine, case, name, pass_, mode, function))
+
+
+def loss_part(machine: Machine, names: Sequence[str]) -> Iterator[Job]:
+    for name in names:
+        base = machine.sized(name)
+        forms = [{"dtype": dtype, "layout": layout} for dtype in (base.dtype, torch.float32) for layout in cases.LAYOUTS]
+        for form in machine.some(forms):
+            yield from loss_jobs(machine, replace(base, **form), machine.some((BOTH, FORWARD, BACKWARD)))
+        others = [{"regime": regime} for regime in cases.REGIMES if regime != base.regime]
+        others += [{"strides": strides} for strides in cases.LAYER_SETS.values() if strides != base.strides]
+        for other in machine.some(others if name == "cityscapes" else [{"regime": "collapsed"}]):
+            yield from loss_jobs(machine, replace(base, **other))
+
+
+def compiled_part(machine: Machine, names: Sequence[str]) -> Iterator[Job]:
+    """What torch.compile makes of the definition."""
+    settings = {"torch.compile": {"backend": "inductor"}, "torch.compile max-autotune": {"mode": "max-autotune"}}
+    for name in names:
+        case = machine.sized(name)
+        for by, options in settings.items():
+
+            def run(case=case, by=by, options=options):
+                torch.compiler.reset()
+                options = {"backend": "eager"} if machine.tiny else options
+                function = torch.compile(functools.partial(loss, case), fullgraph=True, **options)
+                # What counts on a CPU, a dispatch mode, would keep the compiler out.
+                return run_loss(machine, case, by, BOTH, "eager", function, count=machine.on_gpu)
+
+            yield Job(machine.row(case, what=f"{LOSS} {BOTH}", by=by), run)
+
+
+def scaling_part(machine: Machine, names: Sequence[str]) -> Iterator[Job]:
+    """Curves through one case: pixels, classes, channels, layers, share of errors."""
+    for name in names[:1]:
+        base = machine.sized(name)
+        curves = [{"height": base.height * h // 4, "width": base.width * w // 4} for h, w in SIDES]
+        curves += [{"num_classes": N} for N in (2, 11, 59, 150, 256)]
+        curves += [{"channels": base.channels * D // 256} for D in (64, 128, 512, 720)]
+        curves += [{"strides": cases.HRNET[:layers]} for layers in (1, 2, 3)]
+        curves += [{"regime": f"{share} % errors"} for share in (2, 5, 20, 40, 60)]
+        for variant in machine.some(curves):
+            yield from loss_jobs(machine, replace(base, **variant))
+
+
+SIDES = ((2, 2), (2, 4), (4, 8), (8, 8))
+"""Quarters of height and width: a quarter of the pixels, half of them, twice, four times as many."""
+
+
+# ----------------------------------------------------------------------------------------------------------- its parts
+
+
+def equal(found: Any, expected: Any) -> None:
+    """Integers, with ==."""
+    for a, b in zip(found, expected, strict=True):
+        if not torch.equal(a.cpu().long(), b.cpu().long()):
+            raise measure.Differs(f"{int((a.cpu() != b.cpu()).sum())} of {b.numel()} pixels differ")
+
+
+def negatives_of(case: Case, inputs: Inputs, distance_at: str = "layer") -> list[Tensor]:
+    options = (case.num_classes, 0.5, "bane", distance_at, VOID, SEED)
+    chosen, _ = bane.layer_negatives(inputs.logits, inputs.labels, case.sizes, *options)
+    return list(chosen)
+
+
+def parts_part(machine: Machine, names: Sequence[str]) -> Iterator[Job]:
+    """Anchors, negatives and the pixel-anchor loss, each over all layers as the public functions do them."""
+    for name in names:
+        case = machine.sized(name)
+        for by in ("triton", "reference"):
+            for part, function in (("class_anchors", anchors_of), ("pixel_anchor_loss", pixel_anchor_of)):
+                row = machine.row(case, what=f"{part} of all layers {BOTH}", by=by)
+                yield Job(row, functools.partial(run_part, machine, case, by, function))
+        for distance_at in ("layer", "full"):
+            for mode in machine.modes:
+                what = f"bane_negatives of all layers, distance at {distance_at}"
+                row = machine.row(case, what=what, by="contextrast", mode=mode)
+                yield Job(row, functools.partial(run_negatives, machine, case, distance_at, mode))
+
+
+def anchors_of(case: Case, inputs: Inputs, given: list) -> Tensor:
+    anchors = [ck.class_anchors(x, inputs.labels, case.num_classes)[0] for x in inputs.features]
+    return torch.stack([(a * direction).sum() for a, (direction, _, _) in zip(anchors, given)]).sum()
+
+
+def pixel_anchor_of(case: Case, inputs: Inputs, given: list) -> Tensor:
+    losses = [
+        ck.pixel_anchor_loss(x, inputs.labels, anchors, negatives=negatives)
+        for x, (_, anchors, negatives) in zip(inputs.features, given)
+    ]
+    return torch.stack(losses).sum()
+
+
+def run_part(machine: Machine, case: Case, by: str, part: Callable[[Case, Inputs, list], Tensor]) -> dict:
+    inputs = machine.inputs(case)
+    generator = torch.Generator().manual_seed(SEED)
+    with ck.backend("reference"):
+        negatives = negatives_of(case, inputs)
+        given = [
+            (
+                torch.randn(case.num_classes, case.channels, generator=generator).to(machine.device),
+                ck.class_anchors(x, inputs.labels, case.num_classes)[0],
+                chosen,
+            )
+            for x, chosen in zip(inputs.features, negatives)
+        ]
+
+        def of(features: list[Tensor]) -> Tensor:
+            dtype = torch.float64 if features[0].dtype == torch.float64 else torch.float32
+            typed = [(direction.to(dtype), anchors.to(dtype), chosen) for direction, anchors, chosen in given]
+            return part(case, inputs._replace(features=features), typed)
+
+        exact = measure.truth(of, inputs.features)
+    with ck.backend(by):
+        found = measure.check(*measure.evaluate(of, inputs.features), exact)
+        calls = [
+            functools.partial(lambda copy: torch.autograd.grad(part(case, copy, given), copy.features), copy)
+            for copy in machine.copies(inputs)
+        ]
+        outcome = machine.outcome(calls)
+    return outcome | {"note": f"relative error of value {found.value:.0e}, gradient {found.gradient:.0e}"}
+
+
+def run_negatives(machine: Machine, case: Case, distance_at: str, mode: str) -> dict:
+    inputs = machine.inputs(case)
+    with ck.backend("reference"):
+        expected = negatives_of(case, inputs, distance_at)
+    equal(negatives_of(case, inputs, distance_at), expected)
+    copies = [inputs] if machine.tiny else [inputs._replace(labels=inputs.labels.clone()) for _ in range(4)]
+    calls = [functools.partial(negatives_of, case, copy, distance_at) for copy in copies]
+    if mode == "graph":
+        calls = [captured(call) for call in calls]
+        equal(calls[0](), expected)
+    return machine.outcome(calls, count=mode == "eager")
+
+
+# ------------------------------------------------------------------------------------------------- other people's code
+
+
+def peers_part(machine: Machine, names: Sequence[str], folder: pathlib.Path | None) -> Iterator[Job]:
+    """The relatives' published code on the same maps. Another loss each: there is nothing to compare its value with."""
+    for name in names:
+        case = replace(machine.sized(name), dtype=torch.float32)
+        if machine.tiny:
+            case = replace(case, height=64, width=64)  # their samplers fail on less
+        for peer in peers.RELATIVES:
+
+            def run(case=case, peer=peer):
+                inputs = machine.inputs(case)
+                features = [x.detach().requires_grad_() for x in inputs.features]
+                rows = peers.losses(folder, features, inputs.labels, inputs.logits, case.num_classes)
+                [found] = [row for row in rows if row.name == peer]
+                if found.call is None:
+                    raise Absent(found.note)
+
+                def both():
+                    return torch.autograd.grad(found.call(), features, allow_unused=True)
+
+                with peers.quiet():
+                    value = found.call()
+                    if not bool(value.isfinite()):
+                        raise measure.Differs(f"its loss is {value.item()}")
+                    outcome = machine.outcome([both])
+                return outcome | {"exact": "another loss", "note": found.note}
+
+            yield Job(machine.row(case, what=f"relative's loss {BOTH}", by=peer), run, ours=False)
+
+
+def edt_part(machine: Machine, names: Sequence[str]) -> Iterator[Job]:
+    """Edge distances and selections of label maps of full size, in every regime."""
+    for name in names[:1]:
+        for regime in machine.some(cases.REGIMES):
+            case = replace(machine.sized(name), regime=regime)
+            yield from edge_distance_jobs(machine, case)
+            yield from selection_jobs(machine, case)
+
+
+def errors_of(machine: Machine, case: Case) -> Tensor:
+    """Error maps of the labels' size, int64 (B, H, W)."""
+
+    def make():
+        labels, predictions = case.label_maps(SEED, machine.frames)
+        return ck.error_map(predictions, labels, num_classes=case.num_classes).long().to(machine.device)
+
+    return machine.keep("errors", case, make)
+
+
+def distances_of(machine: Machine, case: Case) -> Tensor:
+    """Squared distances by the definition, on the CPU."""
+
+    def make():
+        with ck.backend("reference"):
+            return ck.edge_distance(errors_of(machine, case).cpu(), squared=True)
+
+    return machine.keep("distances", case, make)
+
+
+def map_row(machine: Machine, case: Case, dtype: torch.dtype = torch.int64, **columns) -> Row:
+    maps_alone = {"channels": None, "strides": "", "layout": "", "dtype": str(dtype).removeprefix("torch.")}
+    return replace(machine.row(case, **columns), **maps_alone)
+
+
+def edge_distance_jobs(machine: Machine, case: Case) -> Iterator[Job]:
+    what = "edge_distance"
+    for dtype in (torch.int64, torch.int32, torch.int8):
+        for mode in machine.modes:
+
+            def run(dtype=dtype, mode=mode):
+                classes = errors_of(machine, case).to(dtype)
+                count = 1 if machine.tiny else measure.copies(measure.nbytes(classes), machine.device)
+                maps = [classes.clone() for _ in range(count)]
+                calls = [functools.partial(ck.edge_distance, x, squared=True) for x in maps]
+                if mode == "graph":
+                    calls = [captured(call) for call in calls]
+                equal([calls[0]()], [distances_of(machine, case)])
+                return machine.outcome(calls, count=mode == "eager") | {"exact": "yes"}
+
+            yield Job(map_row(machine, case, dtype, what=what, by="contextrast", mode=mode), run)
+    for peer in peers.edge_distances(torch.zeros(1, 4, 4, dtype=torch.int64, device=machine.device)):
+
+        def run_peer(name=peer.name):
+            classes = errors_of(machine, case)
+            [found] = [row for row in peers.edge_distances(classes) if row.name == name]
+            if found.call is None:
+                raise Absent(found.note)
+            if found.exact:
+                equal([peers.squared(found.call(), classes)], [distances_of(machine, case)])
+            return machine.outcome([found.call]) | {"exact": "yes" if found.exact else "no", "note": found.note}
+
+        yield Job(map_row(machine, case, what=what, by=peer.name), run_peer, ours=False)
+
+
+def selection_jobs(machine: Machine, case: Case) -> Iterator[Job]:
+    def given() -> tuple[Tensor, Tensor, Tensor]:
+        classes = errors_of(machine, case)
+        distance_sq = distances_of(machine, case)
+        with ck.backend("reference"):
+            expected = ck.select_nearest(classes.cpu(), distance_sq, 0.5, num_classes=case.num_classes, seed=SEED)
+        return classes, distance_sq.to(machine.device), expected
+
+    def run(mode):
+        classes, distance_sq, expected = given()
+        seed = torch.tensor([SEED], device=machine.device)
+        call = functools.partial(ck.select_nearest, classes, distance_sq, 0.5, num_classes=case.num_classes, seed=seed)
+        if mode == "graph":
+            call = captured(call)
+        equal([call()], [expected])
+        return machine.outcome([call], count=mode == "eager") | {"exact": "yes"}
+
+    what = "select_nearest"
+    for mode in machine.modes:
+        yield Job(map_row(machine, case, what=what, by="contextrast", mode=mode), functools.partial(run, mode))
+    zeros = torch.zeros(1, 4, 4, dtype=torch.int64, device=machine.device)
+    for peer in peers.selections(zeros, zeros.int(), 0.5, case.num_classes, SEED):
+
+        def run_peer(name=peer.name):
+            classes, distance_sq, expected = given()
+            found = [
+                row for row in peers.selections(classes, distance_sq, 0.5, case.num_classes, SEED) if row.name == name
+            ]
+            if not found:
+                raise Absent("its keys do not hold these distances")
+            if found[0].exact:
+                equal([found[0].call()], [expected])
+            return machine.outcome([found[0].call]) | {
+                "exact": "yes" if found[0].exact else "no",
+                "note": found[0].note,
+            }
+
+        yield Job(map_row(machine, case, what=what, by=peer.name), run_peer, ours=False)
+
+
+# ------------------------------------------------------------------------------------------------------- training step
+
+
+class Segmenter(nn.Module):
+    """A backbone, its layers' projection heads, and a classifier on the layers brought to one size, as HRNet has it."""
+
+    def __init__(self, backbone: nn.Module, widths: Sequence[int], num_classes: int, channels: int):
+        super().__init__()
+        self.backbone = backbone
+        self.heads = nn.ModuleList(ck.ProjectionHead(width, channels) for width in widths)
+        self.classify = nn.Conv2d(sum(widths), num_classes, 1)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+        layers = self.backbone(images)
+        layers = list(layers.values()) if isinstance(layers, dict) else list(layers)
+        size = layers[0].shape[-2:]
+        together = torch.cat([F.interpolate(x, size=size, mode="bilinear") for x in layers], dim=1)
+        return self.classify(together), [head(x) for head, x in zip(self.heads, layers)]
+
+
+def timm_backbone(name: str, **options) -> tuple[nn.Module, list[int]]:
+    try:
+        import timm
+    except ImportError as error:
+        raise Absent(f"timm is not installed ({error})") from error
+    backbone = timm.create_model(name, pretrained=False, features_only=True, out_indices=(1, 2, 3, 4), **options)
+    return backbone, backbone.feature_info.channels()
+
+
+def torchvision_backbone(name: str) -> tuple[nn.Module, list[int]]:
+    try:
+        from torchvision.models import _utils, resnet
+    except ImportError as error:
+        raise Absent(f"torchvision is not installed ({error})") from error
+    network = getattr(resnet, name)(weights=None, replace_stride_with_dilation=[False, True, True])
+    layers = {f"layer{i}": str(i) for i in range(1, 5)}
+    return _utils.IntermediateLayerGetter(network, layers), [256, 512, 1024, 2048]
+
+
+class DemoBackbone(nn.Module):
+    """The demo's network: always at hand, and small, so that the loss is a large share of its step."""
+
+    def __init__(self, num_classes: int):
+        super().__init__()
+        self.network = Network(num_classes)
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        return self.network(images)[1]
+
+
+def demo_backbone() -> tuple[nn.Module, list[int]]:
+    backbone = DemoBackbone(2)
+    with torch.no_grad():
+        layers = backbone.eval()(torch.zeros(1, 3, 64, 64))
+    return backbone.train(), [x.shape[1] for x in layers]
+
+
+BACKBONES = {
+    "hrnet_w18": functools.partial(timm_backbone, "hrnet_w18"),
+    "hrnet_w48": functools.partial(timm_backbone, "hrnet_w48"),
+    "resnet101, output stride 8, timm": functools.partial(timm_backbone, "resnet101", output_stride=8),
+    "resnet101, output stride 8, torchvision": functools.partial(torchvision_backbone, "resnet101"),
+    "demo network": demo_backbone,
+}
+STEPS = {"cross-entropy": None, "with contextrast": "triton", "with the definition": "reference"}
+
+
+def step_part(machine: Machine, names: Sequence[str]) -> Iterator[Job]:
+    """A training step with cross-entropy alone, and with the loss added: autocast, SGD, channels_last."""
+    for name in names[:1]:
+        case = replace(machine.sized(name), layout="channels_last", strides=())
+        for backbone in BACKBONES:
+            for step in STEPS:
+                row = replace(machine.row(case, what="training step", by=backbone, mode=step), channels=256)
+                yield Job(row, functools.partial(run_step, machine, case, backbone, STEPS[step]))
+
+
+def run_step(machine: Machine, case: Case, backbone: str, by: str | None) -> dict:
+    torch.manual_seed(SEED)
+    labels, _ = (x.to(machine.device) for x in case.label_maps(SEED, machine.frames))
+    images = torch.rand(case.batch, 3, case.height, case.width).to(machine.device, memory_format=torch.channels_last)
+    body, widths = BACKBONES[backbone]()
+    network = Segmenter(body, widths, case.num_classes, case.channels).to(machine.device)
+    network = network.to(memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9)
+    mixed = torch.autocast(machine.device.type, torch.bfloat16, enabled=machine.on_gpu)
+    weights = cases.LAYER_WEIGHTS[: len(widths)]
+
+    def contrast(features, predictions):
+        options = {"num_classes": case.num_classes, "layer_weights": weights, "seed": SEED}
+        return ck.contextrast_loss(features, labels, predictions, **options)
+
+    def step():
+        with mixed:
+            logits, embeddings = network(images)
+            full = F.interpolate(logits, size=labels.shape[-2:], mode="bilinear")
+            total = F.cross_entropy(full, labels, ignore_index=VOID)
+            if by:
+                total = total + 0.1 * contrast(embeddings, logits)
+        optimizer.zero_grad()
+        total.backward()
+        optimizer.step()
+
+    if by is None:
+        return machine.outcome([step])
+    with mixed, torch.no_grad():
+        logits, embeddings = network(images)
+    with ck.backend("reference"):
+        exact = measure.truth(lambda x: contrast(x, logits), embeddings)
+    with ck.backend(by):
+        measure.check(*measure.evaluate(lambda x: contrast(x, logits), embeddings), exact)
+        return machine.outcome([step])
+
+
+# ----------------------------------------------------------------------------------------------------------------- main
+
+PARTS = {
+    "loss": loss_part,
+    "parts": parts_part,
+    "edt": edt_part,
+    "compiled": compiled_part,
+    "peers": peers_part,
+    "step": step_part,
+    "scaling": scaling_part,
+}
+
+
+@contextlib.contextmanager
+def at_most(seconds: float) -> Iterator[None]:
+    """TimeoutError inside the block when the time is over."""
+
+    def over(*_):
+        raise TimeoutError(f"took more than {seconds:g} s")
+
+    before = signal.signal(signal.SIGALRM, over)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def measured(job: Job, machine: Machine, seconds: float) -> Row:
+    try:
+        with at_most(seconds):
+            return replace(job.row, **job.run())
+    except (Absent, ImportError) as error:
+        status = f"absent: {error}"
+    except measure.Differs as error:
+        status = f"failed: differs from the definition: {error}"
+    except Exception as error:  # a row that crashes is a result too, and the next one is still wanted
+        status = peers.failure(error)
+        machine.kept.clear()
+    return replace(job.row, status=status)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=pathlib.Path, required=True, metavar="FOLDER", help="where <device>.csv is kept")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="default: all")
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), help="default: all")
+    parser.add_argument("--peers", type=pathlib.Path, metavar="DIR", help="checkouts of the relatives: see peers.py")
+    parser.add_argument("--frames", type=pathlib.Path, metavar="DIR", help="CamVid in SegNet's layout, for the labels")
+    parser.add_argument("--tiny", action="store_true", help="tiny twins of the cases, untimed; without a GPU always")
+    parser.add_argument("--again", action="store_true", help="also what the file already has")
+    parser.add_argument("--minutes", type=float, default=9.0, help="start no row later than this (default: 9)")
+    parser.add_argument("--row-seconds", type=float, default=180.0, help="give a row up after this (default: 180)")
+    parser.add_argument("--seconds", type=float, default=0.5, help="of repeats that a row times (default: 0.5)")
+    options = parser.parse_args(arguments)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    machine = Machine(device, tiny=options.tiny or device == "cpu", seconds=options.seconds, frames=options.frames)
+    path = results.path_of(machine.environment["device"], options.out)
+    known = {} if options.again else {row.measured: row for row in results.read(path)}
+
+    ends = time.monotonic() + 60 * options.minutes
+    failures = left = 0
+    for part in options.parts:
+        more = {"folder": options.peers} if part == "peers" else {}
+        for job in PARTS[part](machine, options.cases, **more):
+            if job.row.measured in known and not known[job.row.measured].status.startswith("failed"):
+                continue
+            if time.monotonic() > ends:
+                left += 1
+                continue
+            row = measured(job, machine, options.row_seconds)
+            results.record(path, row)
+            failures += job.ours and row.status.startswith("failed")
+            print(line(row), flush=True)
+    print(
+        f"{failures} rows failed; {left} rows left, run again to measure them"
+        if left
+        else f"{failures} rows failed; complete"
+    )
+    return 1 if failures else 0
+
+
+def line(row: Row) -> str:
+    outcome = row.status if row.median_ms is None else f"{row.median_ms:.4f} ms ± {row.iqr_ms:.4f}"
+    return f"{row.what:45s} {row.by:28s} {row.mode:8s} {row.case} {row.regime} {row.dtype} {row.layout}: {outcome}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

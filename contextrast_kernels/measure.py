@@ -1,0 +1,206 @@
+"""What ``bench`` and the benchmarks measure: agreement with the definition first, then time, memory and launches.
+
+On CUDA calls are timed by events, in turn on copies of their inputs that together exceed the L2 cache; on a CPU by the
+clock.
+"""
+
+import gc
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+# -------------------------------------------------------------------------------------------------------- agreement
+
+
+class Differs(Exception):
+    """A result that is not the definition's; the message says by how much."""
+
+
+class Truth(NamedTuple):
+    """A loss and its gradients by the definition in float64, and how far the definition in the inputs' own dtype is."""
+
+    value: Tensor
+    gradients: list[Tensor]
+    own_value: float
+    own_gradient: float
+
+
+class Agreement(NamedTuple):
+    """Relative errors against float64, of the value and of all gradients as one vector."""
+
+    value: float
+    gradient: float
+
+
+def evaluate(loss: Callable[[list[Tensor]], Tensor], features: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """Value and gradients at detached copies of the features."""
+    leaves = [x.detach().requires_grad_() for x in features]
+    value = loss(leaves)
+    return value.detach(), list(torch.autograd.grad(value, leaves))
+
+
+def truth(loss: Callable[[list[Tensor]], Tensor], features: Sequence[Tensor]) -> Truth:
+    """``loss`` is the definition: call it under ``backend("reference")``."""
+    value, gradients = evaluate(loss, [x.double() for x in features])
+    exact = Truth(value, gradients, 0.0, 0.0)
+    own = agreement(*evaluate(loss, features), exact)
+    return exact._replace(own_value=own.value, own_gradient=own.gradient)
+
+
+def agreement(value: Tensor | None, gradients: Sequence[Tensor] | None, exact: Truth) -> Agreement:
+    """None is not looked at."""
+    return Agreement(
+        0.0 if value is None else _relative([value], [exact.value]),
+        0.0 if gradients is None else _relative(gradients, exact.gradients),
+    )
+
+
+def check(value: Tensor | None, gradients: Sequence[Tensor] | None, exact: Truth) -> Agreement:
+    """Raises Differs beyond the contract: twice the error of the definition in the inputs' own dtype, plus 1e-6."""
+    found = agreement(value, gradients, exact)
+    for name, error, own in zip(("loss", "gradient"), found, (exact.own_value, exact.own_gradient)):
+        allowed = 2 * own + 1e-6
+        if not error <= allowed:
+            raise Differs(f"relative error of the {name} {error:.1e}, allowed are {allowed:.1e}")
+    return found
+
+
+def _relative(tensors: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
+    difference = math.hypot(*(float((a.double() - b).norm()) for a, b in zip(tensors, exact, strict=True)))
+    size = math.hypot(*(float(b.norm()) for b in exact))
+    return difference / size if size > 0 else difference
+
+
+# ------------------------------------------------------------------------------------------------------------- time
+
+
+class Timing(NamedTuple):
+    median_ms: float
+    iqr_ms: float
+    repeats: int
+
+
+def copies(nbytes: int, device: torch.device) -> int:
+    """How many copies of inputs of so many bytes exceed the L2 cache three times over."""
+    if device.type != "cuda":
+        return 1
+    cache = torch.cuda.get_device_properties(device).L2_cache_size
+    return min(16, 1 + -(-3 * cache // max(nbytes, 1)))
+
+
+def time_calls(calls: Sequence[Callable[[], Any]], device: torch.device, seconds: float = 1.0) -> Timing:
+    """Median and interquartile range of calls that do the same on different copies of their inputs."""
+    warm_up = 3 * len(calls)
+    for i in range(warm_up):
+        calls[i % len(calls)]()
+    one = _seconds(calls, device, len(calls))[-1]
+    repeats = int(min(1000, max(11, seconds / max(one, 1e-7))))
+    times = _seconds(calls, device, repeats)
+    low, median, high = (1e3 * t for t in statistics.quantiles(times, n=4, method="inclusive"))
+    return Timing(median, high - low, repeats)
+
+
+def _seconds(calls: Sequence[Callable[[], Any]], device: torch.device, repeats: int) -> list[float]:
+    if device.type == "cuda":
+        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
+        torch.cuda.synchronize(device)
+        for i, (start, end) in enumerate(events):
+            start.record()
+            calls[i % len(calls)]()
+            end.record()
+        torch.cuda.synchronize(device)
+        return [start.elapsed_time(end) / 1e3 for start, end in events]
+    times = []
+    for i in range(repeats):
+        began = time.perf_counter()
+        calls[i % len(calls)]()
+        times.append(time.perf_counter() - began)
+    return times
+
+
+def graphed(prepare: Callable[[], Callable[[], Any]]) -> Callable[[], Any]:
+    """``prepare()`` gives a call; the result is that call as a CUDA graph, which replays it with what it returns.
+
+    Both run on the stream that captures, since a backward pass runs where its forward pass ran.
+    """
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        call = prepare()
+        for _ in range(3):
+            call()
+    side.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=side):
+        result = call()
+
+    def replay():
+        graph.replay()
+        return result
+
+    torch.cuda.current_stream().wait_stream(side)
+    return replay
+
+
+def copy_gb_s(device: torch.device) -> float:
+    """Bytes read and written by a copy of a gibibyte, over its median time."""
+    source = torch.zeros(2**30 if device.type == "cuda" else 2**24, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    timing = time_calls([lambda: target.copy_(source)], device, 0.3)
+    return 2 * source.numel() / timing.median_ms / 1e6
+
+
+# ------------------------------------------------------------------------------------------------- memory, launches
+
+
+def nbytes(value: Any) -> int:
+    """Bytes of the tensors in nested lists, tuples and dicts."""
+    if isinstance(value, Tensor):
+        return value.numel() * value.element_size()
+    if isinstance(value, dict):
+        value = list(value.values())
+    return sum(map(nbytes, value)) if isinstance(value, (list, tuple)) else 0
+
+
+def peak_mib(call: Callable[[], Any], device: torch.device) -> float:
+    """The most memory that torch holds during a call, above what it held before and what the call returns.
+
+    On a CPU what the native library allocates for itself is not seen.
+    """
+    call()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        result = call()
+        torch.cuda.synchronize(device)
+        most = torch.cuda.max_memory_allocated(device) - before
+    else:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            result = call()
+        most = held = 0
+        for event in profiler.profiler.kineto_results.events():
+            if event.name() == "[memory]":
+                held += event.nbytes()
+                most = max(most, held)
+    return max(0, most - nbytes(result)) / 2**20
+
+
+def launches(call: Callable[[], Any], device: torch.device) -> int | None:
+    """Kernels, fills and copies on the device in one call; None without a device."""
+    if device.type != "cuda":
+        return None
+    call()
+    torch.cuda.synchronize(device)
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        call()
+        torch.cuda.synchronize(device)
+    events = profiler.profiler.kineto_results.events()
+    return sum(event.device_type() == torch.autograd.DeviceType.CUDA and event.name() != "[memory]" for event in events)
