@@ -247,7 +247,7 @@ def main() -> int:
             times = f"{1e3 * row.median_ms:12.1f}{1e3 * row.iqr_ms:9.1f}"
             print(f"{name:24}{row.mode:18}{row.value:9.1f}{times}  {row.note}", flush=True)
             if options.out:
-                results.append(results.path_of(row.device, options.out), row)
+                results.record(results.path_of(row.device, options.out), row)
     except (RuntimeError, ImportError) as error:
         sys.exit(f"host.py: {error}")
     return 0

@@ -203,7 +203,9 @@ def loss_jobs(machine: Machine, case: Case, passes: Sequence[str] = (BOTH,)) -> 
 def loss_part(machine: Machine, names: Sequence[str]) -> Iterator[Job]:
     for name in names:
         base = machine.sized(name)
-        forms = [{"dtype": dtype, "layout": layout} for dtype in (base.dtype, torch.float32) for layout in cases.LAYOUTS]
+        forms = [
+            {"dtype": dtype, "layout": layout} for dtype in (base.dtype, torch.float32) for layout in cases.LAYOUTS
+        ]
         for form in machine.some(forms):
             yield from loss_jobs(machine, replace(base, **form), machine.some((BOTH, FORWARD, BACKWARD)))
         others = [{"regime": regime} for regime in cases.REGIMES if regime != base.regime]
@@ -217,7 +219,8 @@ def compiled_part(machine: Machine, names: Sequence[str]) -> Iterator[Job]:
     settings = {"torch.compile": {"backend": "inductor"}, "torch.compile max-autotune": {"mode": "max-autotune"}}
     for name in names:
         case = machine.sized(name)
-        for by, options in settings.items():
+        for by in machine.some(tuple(settings)):
+            options = settings[by]
 
             def run(case=case, by=by, options=options):
                 torch.compiler.reset()

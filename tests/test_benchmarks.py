@@ -118,7 +118,9 @@ def rows_in(folder):
     return results.read(results.path_of(results.environment()["device"], folder))
 
 
-cpu_only = pytest.mark.skipif(torch.cuda.is_available(), reason="rows are timed where there is a GPU: on_gpu.sh runs them")
+cpu_only = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="rows are timed where there is a GPU: on_gpu.sh runs them"
+)
 
 
 @cpu_only
@@ -175,7 +177,9 @@ def test_a_row_that_differs_or_crashes_is_written_down_as_failed(tmp_path, monke
 
     monkeypatch.setattr(ck, "edge_distance", broken)
     assert runs(tmp_path, "--parts", "edt") == 1
-    found = {row.dtype: row.status for row in rows_in(tmp_path) if row.by == "contextrast" and row.what == "edge_distance"}
+    found = {
+        row.dtype: row.status for row in rows_in(tmp_path) if row.by == "contextrast" and row.what == "edge_distance"
+    }
     assert found["int64"] == "untimed"
     assert found["int32"].startswith("failed: differs from the definition: ")
     assert found["int8"] == "failed: RuntimeError: no"
