@@ -6,18 +6,18 @@ i counts the layers from high to low resolution.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from contextrast_kernels import bane, checks, maps
-from contextrast_kernels.anchors import fuse_anchors, mean_embeddings
+from contextrast_kernels.anchors import class_anchors, fuse_anchors
 from contextrast_kernels.backend import choose_kernels, empty_codes, on_device
 from contextrast_kernels.embedding import compute_dtype, unit
 from contextrast_kernels.hashing import STREAM_BASE, image_hash, seed_tensor
-from contextrast_kernels.pixel_anchor import anchor_info_nce
+from contextrast_kernels.pixel_anchor import pixel_anchor_loss
 
 
 def contextrast_loss(
@@ -33,6 +33,7 @@ def contextrast_loss(
     negatives: str = "bane",
     ratio: float = 0.5,
     base_rate: float = 0.0,
+    base_sampler: Callable | None = None,
     distance_at: str = "layer",
     normalize: bool = True,
     normalize_anchors: bool = False,
@@ -54,6 +55,8 @@ def contextrast_loss(
         fusion_weight: w_h, the share of the last layer in the anchors of the lower ones.
         negatives, ratio, distance_at: the hard negatives, as in ``bane_negatives``.
         base_rate: share of the valid pixels that are also negatives of every class but their own; 0 none, 1 all.
+        base_sampler: in place of base_rate, the rule that chooses these pixels in each layer, such as
+            ``Sampler("common-count", 10000, 2500)`` of MS/CS. The loss is then composed of the ops of its parts.
         normalize: embeddings are x / ‖x‖₂ over D.
         normalize_anchors: L2-normalise the anchors after fusion.
         detach_anchors: no gradient through the anchors.
@@ -76,6 +79,7 @@ def contextrast_loss(
         negatives=negatives,
         ratio=ratio,
         base_rate=base_rate,
+        base_sampler=base_sampler,
         distance_at=distance_at,
         normalize=normalize,
         normalize_anchors=normalize_anchors,
@@ -97,6 +101,7 @@ class Options:
     negatives: str
     ratio: float
     base_rate: float
+    base_sampler: Callable | None
     distance_at: str
     normalize: bool
     normalize_anchors: bool
@@ -113,7 +118,12 @@ class Options:
         checks.flag("normalize", self.normalize)
         checks.flag("normalize_anchors", self.normalize_anchors)
         checks.flag("detach_anchors", self.detach_anchors)
-        if self.base_rate == 0 and (self.negatives == "none" or self.ratio == 0):
+        if self.base_sampler is not None and (not callable(self.base_sampler) or self.base_rate > 0):
+            raise ValueError(
+                f"base_sampler: expected a callable as ck.Sampler, and base_rate 0 beside it, "
+                f"got {checks.describe(self.base_sampler)} and base_rate={self.base_rate}"
+            )
+        if self.base_sampler is None and self.base_rate == 0 and (self.negatives == "none" or self.ratio == 0):
             raise ValueError(
                 f"negatives: expected some source of negatives, got negatives={self.negatives!r}, ratio={self.ratio} "
                 "and base_rate=0; set base_rate above 0, or choose 'bane' or 'semi-hard' with a ratio above 0"
@@ -185,24 +195,29 @@ def total_loss(
         seed,
     )
     backend = choose_kernels(features[0], options.num_classes)
-    if backend == "triton":
+    if backend == "triton" and options.base_sampler is None:
         loss, report = _fused_loss(features, labels, hard, options, seed, backend)
     else:
-        loss, report = _reference_loss(features, labels, hard, options, seed)
+        loss, report = _composed_loss(features, labels, predictions.detach(), hard, options, seed)
     return loss, {**report, "errors": errors}
 
 
-def _reference_loss(
-    features: Sequence[Tensor], labels: Tensor, hard: list[Tensor], options: Options, seed: int | Tensor
+def _composed_loss(
+    features: Sequence[Tensor],
+    labels: Tensor,
+    predictions: Tensor,
+    hard: list[Tensor],
+    options: Options,
+    seed: int | Tensor,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The definition, from the hard negatives on."""
+    """The definition, from the hard negatives on; each part on the backend that it chooses."""
     # Widened once, so that a half-precision gradient is summed in float32 and rounded once.
     features = [x.to(compute_dtype(x.dtype)) for x in features]
     sizes = [tuple(x.shape[-2:]) for x in features]
-    targets = [maps.targets(labels, *size, options.num_classes, options.ignore_index) for size in sizes]
+    N, normalize = options.num_classes, options.normalize
+    targets = [maps.targets(labels, *size, N, options.ignore_index) for size in sizes]
     anchors, counts = zip(
-        *(mean_embeddings(x, target, options.num_classes, options.normalize) for x, target in zip(features, targets)),
-        strict=True,
+        *(class_anchors(x, y, N, ignore_index=-1, normalize=normalize) for x, y in zip(features, targets)), strict=True
     )
     if options.detach_anchors:
         anchors = [a.detach() for a in anchors]
@@ -224,8 +239,23 @@ def _reference_loss(
             # For an integer, hash < rate · 2³² is hash < ⌈rate · 2³²⌉: compared as integers, where float32 would round.
             limit = math.ceil(options.base_rate * 2.0**32)
             base = (image_hash(seed, STREAM_BASE + i, *size, x.device) < limit) & (target >= 0)
+        elif options.base_sampler is not None:
+            predicted = maps.predicted_classes(predictions, *size)
+            base = options.base_sampler(target, predicted, N, seed, STREAM_BASE + i) & (target >= 0)
+        if base is not None:
             drawn_here = drawn_here | base
-        losses.append(anchor_info_nce(x, target, a, chosen, base, options.temperature, options.normalize))
+        losses.append(
+            pixel_anchor_loss(
+                x,
+                target,
+                a,
+                negatives=chosen,
+                base=base,
+                temperature=options.temperature,
+                ignore_index=-1,
+                normalize=normalize,
+            )
+        )
         drawn.append(drawn_here.sum())
     # The weights stay numbers: a tensor of them would be copied to the device in every step.
     total = torch.stack([weight * loss for weight, loss in zip(options.layer_weights, losses)]).sum()

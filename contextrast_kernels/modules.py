@@ -1,7 +1,6 @@
 """The losses and heads as modules."""
 
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -69,6 +68,7 @@ class ContextrastLoss(nn.Module):
         negatives: str = "bane",
         ratio: float = 0.5,
         base_rate: float = 0.0,
+        base_sampler: Callable | None = None,
         distance_at: str = "layer",
         normalize: bool = True,
         normalize_anchors: bool = False,
@@ -86,6 +86,7 @@ class ContextrastLoss(nn.Module):
             negatives=negatives,
             ratio=ratio,
             base_rate=base_rate,
+            base_sampler=base_sampler,
             distance_at=distance_at,
             normalize=normalize,
             normalize_anchors=normalize_anchors,
@@ -132,4 +133,4 @@ class ContextrastLoss(nn.Module):
                 )
 
     def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in asdict(self.options).items())
+        return ", ".join(f"{name}={value!r}" for name, value in vars(self.options).items())

@@ -478,3 +478,147 @@ def test_one_graph_equal_to_eager_and_no_second_compilation(name):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
     assert backend.count == 1
     torch.compiler.reset()
+
+
+# ----------------------------------------------------------------------------------------------------- the ablation
+
+
+def everywhere(labels, predictions, num_classes, seed, stream):
+    return torch.ones_like(labels, dtype=torch.bool)
+
+
+BASE = ck.Sampler("common-count", 40, 5, 2)
+
+
+@pytest.mark.parametrize("negatives", ["none", "semi-hard", "bane"])
+def test_a_relatives_sampler_draws_contextrasts_base_pixels(negatives):
+    """The cells of the paper's ablation are one argument each: CCL alone, + semi-hard, + BANE, on the same base."""
+    layers, labels, logits = batch()
+    criterion = ck.ContextrastLoss(N, negatives=negatives, base_sampler=BASE, seed=3)
+    value = criterion(layers, labels, logits)
+    arrays, y = [x.numpy() for x in layers], labels.numpy()
+    expected, counts = 0.0, []
+    anchors = literal.layer_anchors(arrays, y, N)
+    for i, size in enumerate(SIZES):
+        targets, predicted = at_layer(labels, logits, size)
+        chosen = literal_relatives.sample("common-count", targets, predicted, N, 3, 1 + i, 40, 5, 2)
+        base = np.zeros(targets.shape, dtype=bool)
+        base[tuple(np.array(sorted(chosen)).T)] = True
+        hard = literal.bane_negatives(logits.numpy(), y, N, size, 0.5, negatives, seed=3)
+        layer = literal.pixel_anchor_loss(arrays[i], targets, anchors[i], hard, base, ignore_index=-1)
+        expected += (1.0, 0.7, 0.4, 0.1)[i] * layer
+        counts.append(int(((hard >= 0) | base).sum()))
+    assert value.item() == pytest.approx(expected, **CLOSE)
+    assert criterion.last["negatives"].tolist() == counts
+
+
+def test_a_sampler_of_every_pixel_is_a_base_rate_of_one():
+    layers, labels, logits = batch()
+    for negatives in ("none", "bane"):
+        values = [
+            ck.contextrast_loss(layers, labels, logits, num_classes=N, negatives=negatives, **base)
+            for base in ({"base_rate": 1.0}, {"base_sampler": everywhere})
+        ]
+        assert torch.equal(*values)
+
+
+def test_samplers_take_each_others_place():
+    """ContrastiveSeg's cells: random pixels, half of them hard, and hard ones from the edges of the error regions."""
+    layers, labels, logits = batch()
+    halves = (torch.arange(24) >= 12).long().expand(2, 18, 24).contiguous()
+    wrong = halves.clone()
+    wrong[:, 3:16, 2:22] = 2
+    values = {s: LOSSES["pixel"](sampler=s)(layers, halves, wrong).item() for s in ("uniform", "hard-easy", "bane")}
+    assert len(set(values.values())) == 3
+    for name in ("pixel", "multi-scale"):
+        of = LOSSES[name](sampler=BASE)
+        assert torch.equal(
+            of(layers, labels, logits), LOSSES[name](sampler=lambda *inputs: BASE(*inputs))(layers, labels, logits)
+        )
+
+
+def test_contextrasts_negatives_are_columns_of_info_nce():
+    """Anchors as rows, pixels as columns: what a pixel is a hard negative of is its `column_negatives`."""
+    (x, *_), labels, logits = batch()
+    anchors, counts = ck.class_anchors(x, labels, N)
+    hard = ck.bane_negatives(logits, labels, size=SIZES[0], seed=2)
+    y, p = (torch.from_numpy(a) for a in at_layer(labels, logits, SIZES[0]))
+    base = BASE(y, p, N, 2)
+    pixels = torch.nn.functional.normalize(x, dim=1).movedim(1, -1).flatten(0, 2)
+    for options in ({}, {"base": base}):
+        expected = ck.pixel_anchor_loss(x, labels, anchors, negatives=hard, **options)
+        flat = {name: value.flatten() for name, value in options.items()}
+        rows = ck.info_nce(
+            anchors, torch.arange(N), pixels, y.flatten(), column_negatives=hard.flatten(), reduction="none", **flat
+        )
+        assert (rows.sum() / (counts > 0).sum()).item() == pytest.approx(expected.item(), **CLOSE)
+
+
+# -------------------------------------------------------------------------------------------------------------- errors
+
+
+FEATURES, LABELS, LOGITS = batch(dtype=torch.float32)
+PIXEL, SCALES, PNE = ck.PixelContrastLoss, ck.MultiScaleContrastLoss, ck.PNELoss
+
+
+def called(loss, features=FEATURES, labels=LABELS, predictions=LOGITS):
+    return loss(features, labels, predictions)
+
+
+@pytest.mark.parametrize(
+    ("call", "exception", "argument", "quoted"),
+    [
+        (lambda: PIXEL(0), ValueError, "num_classes", "0"),
+        (lambda: PIXEL(N, temperature=0.0), ValueError, "temperature", "0.0"),
+        (lambda: PIXEL(N, ignore_index=None), TypeError, "ignore_index", "None"),
+        (lambda: PIXEL(N, max_samples=0), ValueError, "max_samples", "0"),
+        (lambda: PIXEL(N, max_views=1.5), TypeError, "max_views", "1.5"),
+        (lambda: PIXEL(N, sampler="random"), ValueError, "sampler", "random"),
+        (lambda: PIXEL(N, bank=torch.zeros(3)), TypeError, "bank", "float32"),
+        (lambda: PIXEL(N, bank=ck.MemoryBank(N + 1, D)), ValueError, "bank", "5"),
+        (lambda: PIXEL(N, bank_pixels=-1), ValueError, "bank_pixels", "-1"),
+        (lambda: PIXEL(N, mining="hard"), ValueError, "mining", "hard"),
+        (lambda: PIXEL(N, hardest=0.0), ValueError, "hardest", "0.0"),
+        (lambda: PIXEL(N, mined_positives=0), ValueError, "mined_positives", "0"),
+        (lambda: PIXEL(N, mined_negatives=0), ValueError, "mined_negatives", "0"),
+        (lambda: PIXEL(N, normalize=1), TypeError, "normalize", "1"),
+        (lambda: PIXEL(N, parity="yes"), TypeError, "parity", "yes"),
+        (lambda: PIXEL(N, seed=0.5), TypeError, "seed", "0.5"),
+        (lambda: PIXEL(N, layer="last"), TypeError, "layer", "last"),
+        (lambda: called(PIXEL(N, layer=4)), ValueError, "layer", "4"),
+        (lambda: called(PIXEL(N), features=[]), ValueError, "layer", "0"),
+        (lambda: called(PIXEL(N), features={"0": FEATURES[0]}), TypeError, "features", "dict"),
+        (lambda: called(PIXEL(N), features=FEATURES[0][0]), ValueError, "features", r"\(5, 9, 12\)"),
+        (lambda: called(PIXEL(N), labels=LABELS[:1]), ValueError, "labels", r"\(1, 18, 24\)"),
+        (lambda: called(PIXEL(N), labels=LABELS.float()), TypeError, "labels", "float32"),
+        (lambda: called(PIXEL(N), predictions=LOGITS[:, :3]), ValueError, "predictions", r"\(2, 3, 18, 24\)"),
+        (lambda: called(PIXEL(N, bank=ck.MemoryBank(N, 7))), ValueError, "features", r"7 channels.*\(2, 5, 9, 12\)"),
+        (lambda: called(PIXEL(N, sampler=lambda y, *_: y)), ValueError, "sampler", "int64"),
+        (lambda: SCALES(N, layer_weights=[]), TypeError, "layer_weights", "list"),
+        (lambda: SCALES(N, cross_weights=(1.0,)), ValueError, "cross_weights", "1"),
+        (lambda: SCALES(N, cross_weights=(1.0, -1.0)), ValueError, "cross_weights", "-1.0"),
+        (lambda: SCALES(N, min_pixels=0), ValueError, "min_pixels", "0"),
+        (lambda: SCALES(N, detach_deepest=0), TypeError, "detach_deepest", "0"),
+        (lambda: called(SCALES(N), features=FEATURES[:3]), ValueError, "layer_weights", "3"),
+        (lambda: called(SCALES(N), features=FEATURES[::-1]), ValueError, r"features\[1\]", "high to low"),
+        (lambda: called(SCALES(N), features=FEATURES[0]), TypeError, "features", "float32"),
+        (lambda: ck.RegionContrastLoss(N, None), TypeError, "bank", "None"),
+        (lambda: ck.RegionContrastLoss(N, bank(), regions="truth"), ValueError, "regions", "truth"),
+        (lambda: ck.RegionContrastLoss(N, bank(regions=0)), ValueError, "bank", "regions=0"),
+        (lambda: PNE(N, set_size=0), ValueError, "set_size", "0"),
+        (lambda: PNE(N, max_hard=0), ValueError, "max_hard", "0"),
+        (lambda: PNE(N, max_samples=0), ValueError, "max_samples", "0"),
+        (lambda: ck.MemoryBank(N, 0), ValueError, "dim", "0"),
+        (lambda: ck.MemoryBank(N, D, pixels=0, regions=0), ValueError, "pixels", "regions=0"),
+        (lambda: bank().push("both", FEATURES[0][0, :, 0].T, LABELS[0, 0, :12]), ValueError, "queue", "both"),
+        (lambda: bank().push("pixels", torch.zeros(3, 4), LABELS[0, 0, :3]), ValueError, "embeddings", r"\(3, 4\)"),
+        (lambda: bank().push("pixels", torch.zeros(3, D), LABELS[0, 0, :2]), ValueError, "labels", r"\(2,\)"),
+        (lambda: ck.Sampler("hard", 10, 10), ValueError, "sampler", "hard"),
+        (lambda: ck.ContextrastLoss(N, base_sampler=0.5), ValueError, "base_sampler", "0.5"),
+        (lambda: ck.ContextrastLoss(N, base_sampler=BASE, base_rate=0.1), ValueError, "base_sampler", "0.1"),
+    ],
+)
+def test_one_clear_sentence(call, exception, argument, quoted):
+    with pytest.raises(exception, match=rf"(?s)^{argument}: .*{quoted}") as raised:
+        call()
+    assert "\n" not in str(raised.value)

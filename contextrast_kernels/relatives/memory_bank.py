@@ -104,7 +104,7 @@ class MemoryBank(nn.Module):
         self.written[which].add_(count)
 
     def check_dim(self, name: str, embeddings: Tensor) -> None:
-        if embeddings.ndim < 2 or embeddings.shape[1] != self.dim or not embeddings.is_floating_point():
+        if embeddings.ndim < 2 or embeddings.shape[1] != self.dim:
             raise ValueError(
                 f"{name}: expected {self.dim} channels, as the memory bank has, got {checks.describe(embeddings)}; "
                 "make the bank with dim = the channels of the features"

@@ -64,6 +64,8 @@ class RegionContrastLoss(RelativeLoss):
     ):
         super().__init__(num_classes, ignore_index, temperature, normalize)
         check_bank(bank, num_classes)
+        if bank.lengths[1] == 0:
+            raise ValueError("bank: expected a MemoryBank with a queue of regions, got regions=0")
         checks.choice("regions", regions, REGIONS)
         checks.integer("layer", layer)
         self.bank, self.regions, self.layer = bank, regions, layer
