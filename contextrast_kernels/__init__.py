@@ -2,11 +2,12 @@
 
 from contextrast_kernels import metrics, viz
 from contextrast_kernels.anchors import class_anchors, fuse_anchors
+from contextrast_kernels.attach import attach
 from contextrast_kernels.backend import available, backend
 from contextrast_kernels.bane import bane_negatives, distance_transform, edge_distance, error_map, select_nearest
 from contextrast_kernels.contextrast import contextrast_loss
 from contextrast_kernels.info_nce import info_nce
-from contextrast_kernels.modules import ContextrastLoss, ProjectionHead
+from contextrast_kernels.modules import ContextrastCriterion, ContextrastLoss, ProjectionHead
 from contextrast_kernels.pixel_anchor import pixel_anchor_loss
 from contextrast_kernels.relatives import (
     MemoryBank,
@@ -20,6 +21,7 @@ from contextrast_kernels.relatives import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "ContextrastCriterion",
     "ContextrastLoss",
     "MemoryBank",
     "MultiScaleContrastLoss",
@@ -28,6 +30,7 @@ __all__ = [
     "ProjectionHead",
     "RegionContrastLoss",
     "Sampler",
+    "attach",
     "available",
     "backend",
     "bane_negatives",

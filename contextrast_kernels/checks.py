@@ -96,6 +96,14 @@ def predictions(name: str, value, num_classes: int | None) -> Tensor:
     return value
 
 
+def logits(name: str, value, num_classes: int) -> None:
+    if isinstance(value, Tensor) and value.dtype in _INTEGERS:
+        raise TypeError(
+            f"{name}: expected logits (B, N, H', W') of floats, got {describe(value)}; pass them before the argmax"
+        )
+    predictions(name, value, num_classes)
+
+
 def together(first_name: str, first: Tensor, name: str, value: Tensor, *, batch: bool = True) -> None:
     """Two arguments live on one device and, where both have it, share the batch size."""
     if first.device != value.device:

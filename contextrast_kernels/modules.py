@@ -4,9 +4,11 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, interpolate
 
 from contextrast_kernels import checks, maps
 from contextrast_kernels.contextrast import Options, check_inputs, total_loss
+from contextrast_kernels.embedding import compute_dtype
 
 
 class ProjectionHead(nn.Sequential):
@@ -134,3 +136,98 @@ class ContextrastLoss(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in vars(self.options).items())
+
+
+class ContextrastCriterion(nn.Module):
+    """The training objective in one call: cross-entropy + weight · L_PA (Eq. 5).
+
+    Args:
+        num_classes: N.
+        weight: α, the share of the contrast.
+        class_weights: N factors of the classes in the cross-entropy, a list or tensor; None: all 1.
+        label_smoothing: of the cross-entropy, in [0, 1].
+        **contrast: everything else is an option of ``ContextrastLoss``: ignore_index, layer_weights, ratio, ...
+
+    The cross-entropy is the mean over the valid pixels, weighted by class as in ``torch.nn.CrossEntropyLoss``, but 0
+    with a live graph where no pixel is valid, in float32 whatever the logits are. Labels outside 0..N-1 are ignored.
+
+    After a forward ``last`` holds detached tensors: the scalars "cross_entropy" and "contrast" (L_PA, unweighted), and
+    what ``ContextrastLoss.last`` tells of each layer.
+
+    Raises:
+        TypeError, ValueError: an option or a batch that cannot be used; the sentence names the argument.
+
+    Example:
+        >>> criterion = ContextrastCriterion(num_classes=19)
+        >>> loss = criterion(tap.features(), labels, logits)
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        weight: float = 0.1,
+        *,
+        class_weights: Sequence[float] | Tensor | None = None,
+        label_smoothing: float = 0.0,
+        **contrast,
+    ):
+        super().__init__()
+        self.contrast = ContextrastLoss(num_classes, **contrast)
+        checks.real("weight", weight, low=0.0)
+        checks.real("label_smoothing", label_smoothing, low=0.0, high=1.0)
+        self.weight = weight
+        self.label_smoothing = label_smoothing
+        if class_weights is not None:
+            class_weights = torch.as_tensor(class_weights, dtype=torch.float32)
+            if class_weights.shape != (num_classes,) or not (class_weights.isfinite() & (class_weights >= 0)).all():
+                raise ValueError(
+                    f"class_weights: expected {num_classes} finite numbers of at least 0, one for each class, "
+                    f"got {checks.describe(class_weights)}"
+                )
+        self.register_buffer("class_weights", class_weights)
+        self.last: dict[str, Tensor] = {}
+
+    def forward(self, features: Sequence[Tensor], labels: Tensor, logits: Tensor) -> Tensor:
+        """The objective of one batch.
+
+        Args:
+            features, labels: as in ``contextrast_loss``.
+            logits: the network's (B, N, H', W'). Where they are not as large as the labels they are resized bilinearly
+                (align_corners=False) for the cross-entropy and for the predictions of the contrast.
+
+        Returns:
+            A scalar, float32, or float64 for float64 features and logits.
+        """
+        options = self.contrast.options
+        labels = checks.class_map("labels", labels)
+        checks.logits("logits", logits, options.num_classes)
+        checks.together("labels", labels, "logits", logits)
+        size = labels.shape[-2:]
+        checks.samples_from("logits", logits, *size)
+        logits = logits.to(compute_dtype(logits.dtype))
+        if logits.shape[-2:] != size:
+            logits = interpolate(logits, size, mode="bilinear", align_corners=False)
+        contrast = self.contrast(features, labels, logits)
+        targets = maps.targets(labels, *size, options.num_classes, options.ignore_index)
+        entropy = self._cross_entropy(logits, targets)
+        self.last = {"cross_entropy": entropy.detach(), "contrast": contrast.detach(), **self.contrast.last}
+        return entropy + self.weight * contrast
+
+    def _cross_entropy(self, logits: Tensor, targets: Tensor) -> Tensor:
+        weights = self.class_weights
+        if weights is not None:
+            if weights.device != logits.device:
+                self.class_weights = weights = weights.to(logits.device)  # once: from then on no step copies it
+            weights = weights.to(logits.dtype)
+        # Pixel by pixel and summed here, because torch divides 0 by 0 where nothing is valid and its own sum is not
+        # deterministic on CUDA.
+        losses = cross_entropy(
+            logits, targets, weights, ignore_index=-1, reduction="none", label_smoothing=self.label_smoothing
+        )
+        valid = targets >= 0
+        share = valid.to(losses.dtype) if weights is None else weights[targets.clamp(min=0)] * valid
+        total = share.sum()
+        return losses.sum() / torch.where(total > 0, total, 1)
+
+    def extra_repr(self) -> str:
+        return f"weight={self.weight}, label_smoothing={self.label_smoothing}"
