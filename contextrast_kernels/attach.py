@@ -1,9 +1,9 @@
 """Features out of any model: a tap on the encoder's layers, and the projection heads that go with it.
 
-    tap = ck.attach(model)                     # before the optimizer, DDP and torch.compile
-    logits = model(images)
-    loss = criterion(tap.features(), labels, logits)
-    tap.detach()                               # for export: the model is as it was
+tap = ck.attach(model)                     # before the optimizer, DDP and torch.compile
+logits = model(images)
+loss = criterion(tap.features(), labels, logits)
+tap.detach()                               # for export: the model is as it was
 """
 
 import difflib
@@ -21,6 +21,8 @@ from contextrast_kernels.modules import ProjectionHead
 _NAME = "contextrast_heads"
 _MAX_LAYERS = 4
 _MIN_STRIDE = 4
+_MAX_NAMES = 12
+_WEIGHTS = (1.0, 0.7, 0.4, 0.1)
 _PREFIXES = (0, 1, 2, 5)
 """Tokens before those of the pixels: none, class, class and distillation, class and four registers."""
 
@@ -92,7 +94,11 @@ def attach(
     chosen = _find_stages(seen) if layers == "auto" else _look_up(layers, seen)
     chosen = sorted(chosen, key=lambda layer: -layer.size[0] * layer.size[1])
     tap = FeatureTap(model, chosen, dim)
-    if not torch.distributed.is_available() or not torch.distributed.is_initialized() or not torch.distributed.get_rank():
+    if (
+        not torch.distributed.is_available()
+        or not torch.distributed.is_initialized()
+        or not torch.distributed.get_rank()
+    ):
         print(tap.table())
     return tap
 
@@ -136,7 +142,9 @@ class FeatureTap(nn.Module):
         if not self._model:
             raise RuntimeError("features: this tap was detached from its model; call attach(model) again")
         if self._maps is None:
-            raise RuntimeError(f"features: expected a training forward of the model before, got none: {self._why_empty}")
+            raise RuntimeError(
+                f"features: expected a training forward of the model before, got none: {self._why_empty}"
+            )
         maps, self._maps = self._maps, None
         self._why_empty = (
             "its maps were taken already; call features() once for each model(images) and keep the list it returns"
@@ -147,8 +155,8 @@ class FeatureTap(nn.Module):
         layer, head = self.layers[i], self.heads[i]
         if taken is None:
             raise RuntimeError(
-                f"features: layer {layer.name!r} gave no feature map in the last forward: the model did not call it, or "
-                "was compiled before attach(); choose a layer that it calls, or attach first and compile then"
+                f"features: layer {layer.name!r} gave no feature map in the last forward: the model did not call it "
+                "or was compiled before attach(); choose a layer that it calls, or attach first and compile then"
             )
         x, version, dtype = taken
         if version is not None and x._version != version:
@@ -158,8 +166,8 @@ class FeatureTap(nn.Module):
             )
         if not x.requires_grad:
             raise RuntimeError(
-                f"features: layer {layer.name!r} carries no gradient, so the loss could not train the encoder; leave it "
-                "out of layers, unfreeze it, take it out of torch.no_grad, or checkpoint with use_reentrant=False"
+                f"features: layer {layer.name!r} carries no gradient, so the loss could not train the encoder; leave "
+                "it out of layers, unfreeze it, take it out of torch.no_grad, or checkpoint with use_reentrant=False"
             )
         x = _as_map(x, layer, self._image)
         with torch.autocast(x.device.type, dtype, enabled=dtype is not None):
@@ -176,7 +184,7 @@ class FeatureTap(nn.Module):
         self._model = []
 
     def table(self) -> str:
-        """The tapped layers, a line each: name, stride, channels, size on the example, layout."""
+        """The tapped layers, a line each: name, stride, channels, size on the example, layout; hints."""
         rows = [
             (
                 layer.name,
@@ -190,6 +198,9 @@ class FeatureTap(nn.Module):
         rows.insert(0, ("layer", "stride", "channels", "size", "layout"))
         widths = [max(map(len, column)) for column in zip(*rows)]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+        if len(rows) - 1 != len(_WEIGHTS):
+            weights = (*_WEIGHTS, *(_WEIGHTS[-1],) * len(rows))[: len(rows) - 1]
+            lines.append(f"{len(rows) - 1} layers: give the loss as many layer_weights, such as {weights}")
         return "\n".join(lines)
 
     def _begin(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -299,8 +310,8 @@ def _as_map(x: Tensor, layer: Layer, image: tuple[int, int] | None) -> Tensor:
         grid = None if image is None else _grid(x.shape[1] - layer.prefix, image, layer.stride)
         if grid is None:
             raise ValueError(
-                f"features: layer {layer.name!r}: expected a token for each {layer.stride} × {layer.stride} pixels, got "
-                f"{checks.describe(x)} for an image of {image}; make its sides multiples of {layer.stride}"
+                f"features: layer {layer.name!r}: expected a token for each {layer.stride} × {layer.stride} pixels, "
+                f"got {checks.describe(x)} for an image of {image}; make its sides multiples of {layer.stride}"
             )
         x = x[:, layer.prefix :].transpose(1, 2).unflatten(2, grid)
     if x.ndim != 4 or x.shape[1] != layer.channels:
@@ -399,23 +410,36 @@ def _look_up(names: Sequence[str], seen: list[_Event]) -> list[Layer]:
     known: dict[str, list[Layer]] = {}
     for event in seen:
         if event.layers:
-            known[event.module] = event.layers if len(event.layers) == 1 else _deep(event.layers)[-_MAX_LAYERS:]
             known.update({layer.name: [layer] for layer in event.layers})
+            known.setdefault(event.module, max(_lists(event), key=len, default=[]))
+    known = {name: layers for name, layers in known.items() if layers}
     chosen = []
     for name in names:
-        if not known.get(name):
-            close = difflib.get_close_matches(name, known, n=len(known), cutoff=0.0)
-            listed = ", ".join(map(repr, close[:20])) + (f" and {len(close) - 20} more" if len(close) > 20 else "")
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=_MAX_NAMES, cutoff=0.0)
             raise ValueError(
-                f"layers: expected names of modules that gave a feature map (B, C, h, w) in the example's forward, "
-                f"got {name!r}; known, closest first: {listed}"
+                f"layers: expected names of modules that gave a feature map in the example's forward, got {name!r}; "
+                f"known, closest first: {_listed(close, len(known))}"
             )
         chosen += known[name]
     return list(dict.fromkeys(chosen))
 
 
+def _listed(names: Sequence[str], total: int) -> str:
+    more = total - len(names[:_MAX_NAMES])
+    return ", ".join(map(repr, names[:_MAX_NAMES])) + (f" and {more} more" if more else "")
+
+
 def _deep(layers: list[Layer]) -> list[Layer]:
     return [layer for layer in layers if layer.stride >= _MIN_STRIDE and layer.size != (1, 1)]
+
+
+def _lists(event: _Event) -> list[list[Layer]]:
+    """The last maps of each list, tuple or mapping in a module's output."""
+    lists: dict[tuple, list[Layer]] = {}
+    for layer in _deep(event.layers):
+        lists.setdefault(layer.path[:-1], []).append(layer)
+    return [found[-_MAX_LAYERS:] for found in lists.values()]
 
 
 @dataclass(frozen=True)
@@ -455,13 +479,10 @@ def _find_stages(seen: list[_Event]) -> list[Layer]:
     siblings: dict[str, list[tuple[int, _Event]]] = {}
     called = {event.module for event in seen}
     for order, event in enumerate(seen):
-        lists: dict[tuple, list[Layer]] = {}
-        for layer in _deep(event.layers):
-            lists.setdefault(layer.path[:-1], []).append(layer)
-        for found in lists.values():
+        for found in _lists(event):
             # Two maps of one stride are logits and auxiliary logits, more are the depths of a plain transformer.
             if len(found) > 2 or len({layer.stride for layer in found}) > 1:
-                groups.append(_Group(event.module, True, order, tuple(found[-_MAX_LAYERS:])))
+                groups.append(_Group(event.module, True, order, tuple(found)))
         if event.module and event.calls == 1 and len(event.layers) == 1:
             parent = event.module.rpartition(".")[0]
             while parent not in called:  # a ModuleList is never called itself
@@ -476,8 +497,8 @@ def _find_stages(seen: list[_Event]) -> list[Layer]:
         known = [layer.name for event in seen for layer in _deep(event.layers)]
         known.sort(key=lambda name: name.count("."))
         raise ValueError(
-            'layers: "auto" found fewer than two encoder stages of stride 4 or more; name the layers, high to low '
-            "resolution, among: " + (", ".join(map(repr, known[:30])) or "none of that stride") + ", ..." * (len(known) > 30)
+            'layers: expected at least two encoder stages of stride 4 or more, but "auto" found fewer; '
+            f"name the layers, of: {_listed(known, len(known)) or 'none of that stride'}"
         )
     return list(max(groups, key=lambda g: (len(g.layers), g.listed and g.varied, -g.order)).layers)
 

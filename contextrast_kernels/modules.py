@@ -178,7 +178,12 @@ class ContextrastCriterion(nn.Module):
         self.weight = weight
         self.label_smoothing = label_smoothing
         if class_weights is not None:
-            class_weights = torch.as_tensor(class_weights, dtype=torch.float32)
+            if isinstance(class_weights, str) or not isinstance(class_weights, Sequence | Tensor):
+                raise TypeError(
+                    f"class_weights: expected a list or tensor of {num_classes} numbers, "
+                    f"got {checks.describe(class_weights)}"
+                )
+            class_weights = torch.as_tensor(class_weights, dtype=torch.float32).clone()
             if class_weights.shape != (num_classes,) or not (class_weights.isfinite() & (class_weights >= 0)).all():
                 raise ValueError(
                     f"class_weights: expected {num_classes} finite numbers of at least 0, one for each class, "

@@ -31,6 +31,10 @@ def module(**options):
     return ck.ContextrastLoss(**{"num_classes": 4, **options})
 
 
+def criterion(features=PYRAMID, labels=LABELS, logits=LOGITS, **options):
+    return ck.ContextrastCriterion(**{"num_classes": 4, **options})(features, labels, logits)
+
+
 def anchors(features=FEATURES, labels=LABELS, num_classes=4, **options):
     return ck.class_anchors(features, labels, num_classes, **options)
 
@@ -504,6 +508,21 @@ TABLE = [
         "state",
         r"\(5, 6\)",
     ),
+    # ContextrastCriterion
+    ("criterion: weight negative", lambda: criterion(weight=-0.1), ValueError, "weight", "-0.1"),
+    ("criterion: weight NaN", lambda: criterion(weight=math.nan), ValueError, "weight", "nan"),
+    ("criterion: smoothing above 1", lambda: criterion(label_smoothing=1.1), ValueError, "label_smoothing", "1.1"),
+    ("criterion: three weights", lambda: criterion(class_weights=[1, 2, 3]), ValueError, "class_weights", r"\(3,\)"),
+    ("criterion: negative weight", lambda: criterion(class_weights=[1, 2, 3, -1]), ValueError, "class_weights", "4"),
+    ("criterion: words as weights", lambda: criterion(class_weights="1234"), TypeError, "class_weights", "1234"),
+    ("criterion: predictions", lambda: criterion(logits=LABELS), TypeError, "logits", "int64"),
+    ("criterion: logits as a dict", lambda: criterion(logits={"out": LOGITS}), TypeError, "logits", "dict"),
+    ("criterion: logits of 3 classes", lambda: criterion(logits=LOGITS[:, :3]), ValueError, "logits", r"4 channels"),
+    ("criterion: logits of another batch", lambda: criterion(logits=LOGITS[:1]), ValueError, "logits", r"\(1, 4"),
+    ("criterion: logits without pixels", lambda: criterion(logits=LOGITS[..., :0]), ValueError, "logits", "one pixel"),
+    ("criterion: float labels", lambda: criterion(labels=LABELS.float()), TypeError, "labels", "float32"),
+    ("criterion: three layers", lambda: criterion(PYRAMID[:3]), ValueError, "layer_weights", "4"),
+    ("criterion: ratio", lambda: criterion(ratio=3), ValueError, "ratio", "3"),
     # backend
     ("unknown backend", lambda: ck.backend("cuda").__enter__(), ValueError, "backend", "cuda"),
     ("backend None", lambda: ck.backend(None).__enter__(), (TypeError, ValueError), "backend", "None"),
@@ -569,6 +588,7 @@ def test_the_plain_calls_are_fine():
     """Every function of the table accepts its own defaults, so a row fails for the reason it states."""
     assert loss().isfinite()
     assert module()(PYRAMID, LABELS, LOGITS).isfinite()
+    assert criterion().isfinite()
     for call in (anchors, fuse, pixel, errors, bane, select, nce):
         call()
 

@@ -8,7 +8,7 @@ import literal
 import numpy as np
 import pytest
 import torch
-from inputs import leaves, pyramid, scene
+from inputs import leaves, logits_of, pyramid, scene
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -209,6 +209,91 @@ def test_a_refused_batch_does_not_advance_the_seed(rng):
     with pytest.raises(ValueError, match="labels"):
         criterion(features, labels, predictions)
     assert criterion.seed.item() == 0
+
+
+# ------------------------------------------------------------------------------------------------- ContextrastCriterion
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_criterion_is_cross_entropy_and_contrast(rng, smoothing, weighted):
+    """Against torch's own mean, and ContextrastLoss; the parts are there for the log."""
+    features, labels, predictions = case(rng)
+    logits = logits_of(predictions, 4, rng).double().requires_grad_()
+    weights = torch.tensor([0.5, 2.0, 1.0, 0.0]) if weighted else None
+    criterion = ck.ContextrastCriterion(4, 0.3, class_weights=weights, label_smoothing=smoothing, base_rate=0.2)
+    loss = criterion(features, labels, logits)
+    entropy = nn.functional.cross_entropy(
+        logits, labels, None if weights is None else weights.double(), ignore_index=255, label_smoothing=smoothing
+    )
+    contrast = ck.contextrast_loss(features, labels, logits, num_classes=4, base_rate=0.2)
+    assert loss.dtype == torch.float64
+    torch.testing.assert_close(loss, entropy + 0.3 * contrast, rtol=1e-12, atol=0)
+    torch.testing.assert_close(criterion.last["cross_entropy"], entropy.detach(), rtol=1e-12, atol=0)
+    assert torch.equal(criterion.last["contrast"], contrast.detach())
+    assert criterion.last["errors"].shape == (4,)
+    [gradient] = torch.autograd.grad(loss, logits)
+    torch.testing.assert_close(gradient, torch.autograd.grad(entropy, logits)[0], rtol=1e-9, atol=1e-15)
+
+
+def test_criterion_resizes_small_logits(rng):
+    features, labels, _ = case(rng, H=24, W=32)
+    small = torch.randn(2, 4, 6, 8, dtype=torch.float16, requires_grad=True)
+    large = nn.functional.interpolate(small.float(), (24, 32), mode="bilinear", align_corners=False)
+    criterion = ck.ContextrastCriterion(4)
+    loss = criterion([x.float() for x in features], labels[:, None].to(torch.uint8), small)
+    assert loss.dtype == criterion.last["cross_entropy"].dtype == torch.float32
+    torch.testing.assert_close(
+        criterion.last["cross_entropy"], nn.functional.cross_entropy(large, labels, ignore_index=255)
+    )
+    expected = ck.contextrast_loss([x.float() for x in features], labels, large, num_classes=4)
+    assert torch.equal(criterion.last["contrast"], expected.detach())
+    loss.backward()
+    assert small.grad.isfinite().all() and small.grad.any()
+
+
+@pytest.mark.parametrize("weights", [None, [1.0, 0.0, 2.0, 1.0]])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("batch", ["ignored", "empty", "out of range"])
+def test_criterion_without_a_valid_pixel_is_zero_with_a_live_graph(rng, batch, weights, smoothing):
+    features, labels, predictions = case(rng)
+    labels = torch.full_like(labels, 255 if batch != "out of range" else -7)
+    logits = logits_of(predictions, 4, rng)
+    if batch == "empty":
+        features, labels, logits = [x[:0] for x in features], labels[:0], logits[:0, :, :3, :3]
+    features, [logits] = leaves(features), leaves([logits])
+    loss = ck.ContextrastCriterion(4, class_weights=weights, label_smoothing=smoothing)(features, labels, logits)
+    assert loss == 0
+    loss.backward()
+    assert all(torch.equal(x.grad, torch.zeros_like(x)) for x in (*features, logits))
+
+
+def test_criterion_leaves_out_labels_that_are_no_class(rng):
+    """Where torch would read out of bounds, or stop the device."""
+    features, labels, predictions = case(rng)
+    logits = logits_of(predictions, 4, rng)
+    wild = torch.where(labels == 255, torch.tensor([-100, 4, 254, 2**40])[labels % 4], labels)
+    values = [ck.ContextrastCriterion(4)(features, y, logits) for y in (labels, wild)]
+    assert torch.equal(*values)
+
+
+def test_criterion_hides_no_nan(rng):
+    features, labels, predictions = case(rng)
+    logits = logits_of(predictions, 4, rng)
+    logits[0, 0][labels[0] != 255] = float("nan")
+    assert ck.ContextrastCriterion(4)(features, labels, logits).isnan()
+
+
+def test_criterion_saves_its_state_and_compiles(rng):
+    features, labels, predictions = case(rng)
+    logits = logits_of(predictions, 4, rng)
+    criterion = ck.ContextrastCriterion(4, class_weights=[1, 2, 3, 4], base_rate=0.3)
+    assert set(criterion.state_dict()) == {"contrast.seed", "class_weights"}
+    twin = copy.deepcopy(criterion)
+    compiled = torch.compile(twin, backend="eager", fullgraph=True)
+    for _ in range(2):
+        assert torch.equal(compiled(features, labels, logits), criterion(features, labels, logits))
+    assert twin.contrast.seed == criterion.contrast.seed == 2
 
 
 # ------------------------------------------------------------------------------------------------------- ProjectionHead

@@ -21,6 +21,7 @@ FLOORS = [
     ["contextrast"],
     ["relatives"],
     ["modules", "metrics", "viz"],
+    ["attach", "mmseg"],
     ["__init__"],
     ["demo"],
     ["cases"],
