@@ -6,7 +6,7 @@ USAGE = """usage: python -m contextrast_kernels {doctor,demo,bench} [options]
 
   doctor   versions, device, what each backend can do here and why not, and a self-check of a few seconds
   demo     train a small network with and without the loss and draw what it does (demo --help lists the options)
-  bench    --plan: the launches of the fused loss and the bytes they move, from shapes alone
+  bench    the loss on your shapes beside its definition: time, memory, agreement (bench --help lists the options)
 """
 
 

@@ -1,49 +1,198 @@
-"""``python -m contextrast_kernels bench --plan``: what the fused loss would launch and move, from shapes alone."""
+"""``python -m contextrast_kernels bench``: the loss on your shapes, beside its definition in plain PyTorch.
+
+Give --shape and --classes, or --case for one of the paper's settings: the loss runs on generated scenes, is compared
+with its definition in float64, and a table in Markdown says what time and memory each takes. With --plan nothing is
+run: what the fused loss would launch and move is listed, from shapes alone.
+"""
 
 import argparse
+import pathlib
+import sys
+from dataclasses import replace
 
 import torch
 
-# Training settings of the paper: batch, crop, classes.
-CASES = {
-    "cityscapes": (8, (512, 1024), 19),
-    "ade20k": (12, (512, 512), 150),
-    "camvid": (16, (360, 480), 11),
-}
-STRIDES = (4, 8, 16, 32)
+import contextrast_kernels as ck
+from contextrast_kernels import measure
+from contextrast_kernels.cases import CASES, LAYER_SETS, LAYOUTS, REGIMES, Case
+from contextrast_kernels.demo.scenes import DataError
+
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m contextrast_kernels bench", description=__doc__)
-    parser.add_argument("--plan", action="store_true", required=True, help="list launches and bytes; nothing is run")
-    parser.add_argument(
-        "--case", choices=CASES, default="cityscapes", help="the paper's settings (default: cityscapes)"
+    parser = argparse.ArgumentParser(
+        prog="python -m contextrast_kernels bench",
+        usage="python -m contextrast_kernels bench (--shape B,H,W --classes N | --case NAME | --plan) [options]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="example: python -m contextrast_kernels bench --shape 4,512,512 --classes 21 --channels 128",
     )
-    parser.add_argument("--channels", type=int, default=256, help="D of the embeddings (default: 256)")
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="of the features (default: bfloat16)")
-    parser.add_argument("--layout", choices=("nchw", "channels_last"), default="nchw")
+    shapes = parser.add_argument_group("what to run").add_mutually_exclusive_group()
+    shapes.add_argument("--shape", metavar="B,H,W", help="images, and the labels' height and width")
+    shapes.add_argument("--case", choices=CASES, help="one of the paper's settings")
+    parser.add_argument("--classes", type=int, metavar="N", help="with --shape")
+    parser.add_argument("--channels", type=int, default=256, metavar="D", help="of the embeddings (default: 256)")
+    parser.add_argument("--layers", choices=LAYER_SETS, default="hrnet", help="strides 4-32, or a dilated ResNet's")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the features (default: bfloat16, on a CPU float32)")
+    parser.add_argument("--layout", choices=LAYOUTS, default="nchw", help="(default: nchw)")
+    parser.add_argument(
+        "--regime",
+        default="trained",
+        help=f"of the predictions: {', '.join(REGIMES)} or '30 %% errors' (default: trained)",
+    )
+    parser.add_argument("--frames", type=pathlib.Path, metavar="DIR", help="CamVid's folder: labels of real frames")
+    parser.add_argument("--seconds", type=float, default=1.0, help="of repeats for each time (default: 1)")
+    parser.add_argument("--plan", action="store_true", help="list launches and bytes; nothing is run")
     parser.add_argument("--base-rate", type=float, default=0.0, help="share of base pixels among the negatives")
+    if not arguments:
+        parser.print_help(sys.stderr)
+        return 2
     options = parser.parse_args(arguments)
-    if not 1 <= options.channels <= 1024:
-        parser.error(f"--channels: expected 1 to 1024, got {options.channels}")
     if not 0 <= options.base_rate <= 1:
         parser.error(f"--base-rate: expected 0 to 1, got {options.base_rate}")
+    if not 0 < options.seconds <= 600:
+        parser.error(f"--seconds: expected above 0 and at most 600, got {options.seconds}")
+    case = _case(options, parser)
+    if options.plan:
+        if not case.channels <= 1024:
+            parser.error(f"--channels: expected 1 to 1024, which the kernels take, got {case.channels}")
+        try:
+            from contextrast_kernels.kernels import contextrast
+        except ImportError as error:
+            parser.error(f"the plan is read off the Triton kernels, which need Triton ({error})")
+        print_plan(case, options.base_rate, contextrast.plan)
+        return 0
     try:
-        from contextrast_kernels.kernels import contextrast
-    except ImportError as error:
-        parser.error(f"the plan is read off the Triton kernels, which need Triton ({error})")
+        return compare(case, options.base_rate, options.frames, options.seconds)
+    except DataError as error:
+        parser.error(f"--frames: {error}")
+    except (RuntimeError, MemoryError) as error:  # torch's word for it differs by device
+        if "memory" not in str(error).lower():
+            raise
+        parser.error(f"{case} needs more memory than there is; give fewer images, such as --shape 1,512,512")
 
-    batch, (height, width), num_classes = CASES[options.case]
-    sizes = [(-(-height // stride), -(-width // stride)) for stride in STRIDES]
-    dtype = getattr(torch, options.dtype)
-    launches = contextrast.plan(
-        batch, sizes, options.channels, num_classes, dtype, layout=options.layout, base_rate=options.base_rate
+
+def _case(options: argparse.Namespace, parser: argparse.ArgumentParser) -> Case:
+    """The case that the options describe; what cannot be is refused."""
+    if options.shape is None:
+        if options.classes is not None:
+            parser.error("--classes: expected --shape with it; a --case has its own number of classes")
+        case = CASES[options.case or "cityscapes"]
+        if options.case is None and not options.plan:
+            parser.error("expected --shape B,H,W with --classes N, or --case")
+    else:
+        try:
+            batch, height, width = (int(side) for side in options.shape.split(","))
+        except ValueError:
+            parser.error(f"--shape: expected B,H,W, three integers such as 8,512,1024, got {options.shape!r}")
+        if options.classes is None:
+            parser.error("--classes: expected the number of classes, such as --classes 19")
+        if not (batch >= 1 and 8 <= height <= 16384 and 8 <= width <= 16384):
+            parser.error(f"--shape: expected at least one image, with sides of 8 to 16384 pixels, got {options.shape}")
+        case = replace(CASES["cityscapes"], name="shape", batch=batch, height=height, width=width)
+    dtype = options.dtype or ("bfloat16" if torch.cuda.is_available() or options.plan else "float32")
+    if options.channels < 1:
+        parser.error(f"--channels: expected at least 1, got {options.channels}")
+    try:
+        return replace(
+            case,
+            num_classes=options.classes if options.classes is not None else case.num_classes,
+            channels=options.channels,
+            strides=LAYER_SETS[options.layers],
+            dtype=getattr(torch, dtype),
+            layout=options.layout,
+            regime=options.regime,
+        )
+    except ValueError as error:
+        parser.error(str(error).replace("num_classes", "--classes", 1).replace("regime:", "--regime:", 1))
+
+
+# ------------------------------------------------------------------------------------------------------------ measured
+
+
+def implementations(device: torch.device) -> dict[str, str]:
+    """What runs by itself on a device, by name, and the definition: name → backend."""
+    status = ck.available()
+    parts = [
+        name for name in ("triton", "native") if status[name] == "ok" and (name == "native" or device.type == "cuda")
+    ]
+    fast = parts if "triton" in parts else [*parts, "reference"]
+    return {" + ".join(fast): "auto", "reference": "reference"}
+
+
+def compare(case: Case, base_rate: float, frames: pathlib.Path | None, seconds: float) -> int:
+    """Prints the table; 1 if a result is not the definition's."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    inputs = case.inputs(device, frames=frames)
+
+    def loss(features):
+        options = {**case.loss_options, "base_rate": base_rate}
+        return ck.contextrast_loss(features, inputs.labels, inputs.logits, **options)
+
+    def step():
+        value = loss(leaves)
+        return value.detach(), torch.autograd.grad(value, leaves)
+
+    with ck.backend("reference"):
+        exact = measure.truth(loss, inputs.features)
+    leaves = [x.requires_grad_() for x in inputs.features]
+    rows, differs = {}, []
+    for name, backend in implementations(device).items():
+        with ck.backend(backend):
+            result = step()
+            try:
+                measure.check(*result, exact)
+            except measure.Differs as difference:
+                differs.append(f"{name}: {difference}")
+            found = measure.agreement(*result, exact)
+            del result
+            times = [measure.time_calls([call], device, seconds) for call in (lambda: loss(leaves), step)]
+            rows[name] = (*times, measure.peak_mib(step, device), found)
+    print(_table(case, base_rate, device, rows))
+    for sentence in differs:
+        print(f"\nnot the definition's result: {sentence}; please report this page")
+    return 1 if differs else 0
+
+
+def _table(case: Case, base_rate: float, device: torch.device, rows: dict) -> str:
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    base = f", base rate {base_rate:g}" if base_rate else ""
+    slowest = rows["reference"][1].median_ms
+    lines = [
+        f"{case}{base}; on {where}, torch {torch.__version__}",
+        "",
+        "| | forward | forward + backward | times faster | memory | error of the loss | of the gradient |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, (forward, both, peak, found) in rows.items():
+        lines.append(
+            f"| {name} | {_ms(forward)} | {_ms(both)} | {slowest / both.median_ms:.1f} | {peak:.1f} MiB "
+            f"| {found.value:.1e} | {found.gradient:.1e} |"
+        )
+    lines += [
+        "",
+        "Times: median ± interquartile range. Memory: the most at once in a step, above inputs, loss and gradients"
+        + ("." if device.type == "cuda" else ", without what the native library allocates.")
+        + "\nErrors: relative to the definition in float64.",
+    ]
+    return "\n".join(lines)
+
+
+def _ms(timing: measure.Timing) -> str:
+    return f"{timing.median_ms:.3g} ± {timing.iqr_ms:.2g} ms"
+
+
+# ---------------------------------------------------------------------------------------------------------- calculated
+
+
+def print_plan(case: Case, base_rate: float, plan) -> None:
+    launches = plan(
+        case.batch, case.sizes, case.channels, case.num_classes, case.dtype, layout=case.layout, base_rate=base_rate
     )
-    features = batch * options.channels * sum(h * w for h, w in sizes) * dtype.itemsize
+    features = case.feature_bytes
     print(
-        f"{options.case}: batch {batch}, {height} x {width}, N {num_classes}, D {options.channels}, {options.dtype}, "
-        f"{options.layout}, base rate {options.base_rate:g}; features {features / 1e6:.1f} MB.\n"
+        f"{case}, base rate {base_rate:g}; features {features / 1e6:.1f} MB.\n"
         "Bytes that each launch moves at least once, by its grid and tiles; nothing was run.\n"
     )
     print(f"{'kernel':<28}{'programs':>10}{'reads MB':>11}{'writes MB':>11}{'x features':>12}")
@@ -58,4 +207,3 @@ def main(arguments: list[str]) -> int:
         f"\n{len(launches)} launches, {total / 1e6:.1f} MB: {total / (4 * features):.2f} x the floor of 4 x features "
         "(three reads, one write).\nBeside these come fills of the sums with zero, and the launches of the negatives."
     )
-    return 0

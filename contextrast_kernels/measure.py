@@ -6,6 +6,7 @@ clock.
 
 import gc
 import math
+import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -96,11 +97,11 @@ def copies(nbytes: int, device: torch.device) -> int:
 
 def time_calls(calls: Sequence[Callable[[], Any]], device: torch.device, seconds: float = 1.0) -> Timing:
     """Median and interquartile range of calls that do the same on different copies of their inputs."""
-    warm_up = 3 * len(calls)
+    warm_up = 2 * len(calls)
     for i in range(warm_up):
         calls[i % len(calls)]()
     one = _seconds(calls, device, len(calls))[-1]
-    repeats = int(min(1000, max(11, seconds / max(one, 1e-7))))
+    repeats = int(min(1000, max(5, seconds / max(one, 1e-7))))
     times = _seconds(calls, device, repeats)
     low, median, high = (1e3 * t for t in statistics.quantiles(times, n=4, method="inclusive"))
     return Timing(median, high - low, repeats)
@@ -157,6 +158,8 @@ def copy_gb_s(device: torch.device) -> float:
 
 
 # ------------------------------------------------------------------------------------------------- memory, launches
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler reads it at its first use: nothing on stderr
 
 
 def nbytes(value: Any) -> int:

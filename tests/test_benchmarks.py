@@ -94,7 +94,7 @@ def test_agreement_is_held_to_the_contract():
 def test_time_is_the_median_of_all_copies():
     seen = []
     timing = measure.time_calls([lambda: seen.append(0), lambda: seen.append(1)], torch.device("cpu"), seconds=1e-5)
-    assert timing.repeats >= 11 and timing.median_ms > 0 and timing.iqr_ms >= 0
+    assert timing.repeats >= 5 and timing.median_ms > 0 and timing.iqr_ms >= 0
     assert abs(seen.count(0) - seen.count(1)) <= 2
 
 

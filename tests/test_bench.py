@@ -1,0 +1,86 @@
+"""``python -m contextrast_kernels bench``: a table for the user's shapes, or one sentence."""
+
+import pytest
+import torch
+
+import contextrast_kernels as ck
+from contextrast_kernels import backend, bench
+from contextrast_kernels.__main__ import main
+
+SMALL = ("--shape", "2,64,96", "--classes", "5", "--channels", "8", "--seconds", "0.01")
+
+
+def rows_of(text):
+    return {cells[0]: cells[1:] for line in text.splitlines() if (cells := [c.strip() for c in line.split("|")[1:-1]])}
+
+
+@pytest.mark.parametrize("more", [(), ("--layers", "deeplab", "--regime", "20 % errors", "--base-rate", "0.1")])
+def test_a_table_of_the_users_shapes(capsys, more):
+    assert main(["bench", *SMALL, *more]) == 0
+    captured = capsys.readouterr()
+    rows = rows_of(captured.out)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    assert set(bench.implementations(device)) <= set(rows)
+    forward, both, faster, memory, loss_error, gradient_error = rows["reference"]
+    assert forward.endswith(" ms") and both.endswith(" ms") and faster == "1.0" and memory.endswith(" MiB")
+    assert float(memory.removesuffix(" MiB")) > 0
+    assert 0 <= float(loss_error) < 1e-2 and 0 < float(gradient_error) < 1e-2
+    assert "B 2, 64 x 96, N 5, D 8" in captured.out
+    assert captured.err == ""
+
+
+def test_a_result_that_differs_is_said_and_the_status_is_1(capsys, monkeypatch):
+    exact = ck.contextrast_loss
+
+    def broken(*args, **options):
+        return exact(*args, **options) * (1.0 if backend._requested() == "reference" else 1.01)
+
+    monkeypatch.setattr(ck, "contextrast_loss", broken)
+    monkeypatch.setattr(bench, "implementations", lambda device: {"broken": "auto", "reference": "reference"})
+    assert main(["bench", *SMALL, "--dtype", "float32"]) == 1
+    assert "not the definition's result: broken: relative error of the loss 1.0e-02" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--shape", "8,512"], "--shape: expected B,H,W"),
+        (["--shape", "8,512,x", "--classes", "3"], "--shape: expected B,H,W"),
+        (["--shape", "0,512,512", "--classes", "3"], "--shape: expected at least one image"),
+        (["--shape", "1,4,512", "--classes", "3"], "--shape: expected at least one image"),
+        (["--shape", "1,512,512"], "--classes: expected the number of classes"),
+        (["--shape", "1,512,512", "--classes", "1"], "--classes: expected at least 2"),
+        (["--classes", "19"], "--classes: expected --shape"),
+        (["--case", "camvid", "--classes", "19"], "--classes: expected --shape"),
+        (["--dtype", "float32"], "expected --shape B,H,W with --classes N, or --case"),
+        (["--case", "camvid", "--channels", "0"], "--channels: expected at least 1"),
+        (["--plan", "--channels", "2000"], "--channels: expected 1 to 1024"),
+        (["--case", "camvid", "--regime", "tired"], "--regime: expected one of"),
+        (["--case", "camvid", "--base-rate", "nan"], "--base-rate: expected 0 to 1"),
+        (["--case", "camvid", "--seconds", "0"], "--seconds: expected above 0"),
+        ([*SMALL, "--frames", "/nowhere"], "--frames: no folder"),
+        (["--shape", "2,64,96", "--case", "camvid"], "not allowed with"),
+        (["--case", "kitti"], "invalid choice"),
+    ],
+)
+def test_bad_input_gets_one_sentence_and_status_2(capsys, arguments, sentence):
+    with pytest.raises(SystemExit) as end:
+        main(["bench", *arguments])
+    assert end.value.code == 2
+    captured = capsys.readouterr()
+    assert sentence in captured.err and captured.out == ""
+
+
+def test_too_little_memory_is_one_sentence(capsys, monkeypatch):
+    def no_memory(*_, **__):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes.")
+
+    monkeypatch.setattr(ck, "contextrast_loss", no_memory)
+    with pytest.raises(SystemExit, match="2"):
+        main(["bench", *SMALL])
+    assert "needs more memory than there is" in capsys.readouterr().err
+
+
+def test_without_arguments_it_says_what_to_do(capsys):
+    assert main(["bench"]) == 2
+    assert "--shape 4,512,512 --classes 21" in capsys.readouterr().err
