@@ -1,4 +1,9 @@
-"""Pictures of what the loss looks at. They need matplotlib, which is imported when a picture is drawn."""
+"""Pictures of what the loss looks at: its negatives, the embeddings, the anchors, and how hard the negatives are.
+
+Each is a matplotlib figure, made without pyplot, so that nothing pops up or has to be closed: ``figure.savefig(path)``,
+``SummaryWriter.add_figure(tag, figure)``, or the last line of a notebook's cell. matplotlib is imported when one is
+drawn. ``embedding_colours`` gives an array and needs none.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +14,9 @@ import torch
 from torch import Tensor
 
 from contextrast_kernels import checks
+from contextrast_kernels.anchors import class_anchors, fuse_anchors
 from contextrast_kernels.bane import bane_negatives, edge_distance, error_map
+from contextrast_kernels.embedding import unit
 from contextrast_kernels.maps import predicted_classes, targets
 
 if TYPE_CHECKING:
@@ -60,7 +67,7 @@ def negatives(
         class_names: N names for the legend; None numbers the classes.
 
     Returns:
-        A matplotlib figure (``.savefig(path)``), made without pyplot, so that nothing pops up or has to be closed.
+        A matplotlib figure.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -70,20 +77,16 @@ def negatives(
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
-    image, labels, predictions = (t.detach().cpu() for t in (image, labels, predictions))
-    if image.ndim != 3 or image.shape[0] != 3:
-        raise ValueError(f"image: expected (3, H, W), got {checks.describe(image)}")
+    labels, predictions = labels.detach().cpu(), predictions.detach().cpu()
+    image = _shown(image)
     if labels.ndim != 2:
         raise ValueError(f"labels: expected the map (H, W) of one image, got {checks.describe(labels)}")
     if not sizes or any(len(size) != 2 or min(size) < 1 for size in sizes):
         raise ValueError(f"sizes: expected the (h, w) of at least one layer, got {sizes!r}")
     checks.num_classes(num_classes)
-    names = [str(n) for n in range(num_classes)] if class_names is None else list(class_names)
-    if len(names) != num_classes:
-        raise ValueError(f"class_names: expected {num_classes} names (num_classes), got {len(names)}")
+    names = _names(class_names, num_classes)
 
     H, W = labels.shape
-    image = (image.float() / 255 if image.dtype == torch.uint8 else image.float().clamp(0, 1)).permute(1, 2, 0)
     labels, predictions = labels[None], predictions[None]
     colours = class_colours(num_classes)
     of_class = torch.cat((colours, torch.tensor([VOID_COLOUR, CORRECT_COLOUR])))
@@ -124,8 +127,7 @@ def negatives(
             axis.set(xticks=[], yticks=[])
             if picture is not None:
                 axis.imshow(picture.numpy(), **place)
-        stride = f"stride {H // h}\n" if H % h == 0 and W % w == 0 and H // h == W // w else ""
-        row[0].set_ylabel(f"{stride}{h} × {w}", fontsize=11)
+        row[0].set_ylabel("\n".join(_size(h, w, H, W)), fontsize=11)
 
         reached = distance[(distance >= 0) & distance.isfinite()]
         highest = max(reached.max().item(), 1.0) if len(reached) else 1.0
@@ -151,3 +153,218 @@ def negatives(
         title_fontsize=9,
     )
     return figure
+
+
+def embedding_colours(features: Tensor) -> Tensor:
+    """Embeddings as colours: the three principal components of v = x / ‖x‖₂ over all pixels as red, green and blue.
+
+    Pixels of one colour have similar embeddings. Each component runs from its 1st to its 99th percentile; its sign, of
+    which PCA says nothing, is that which makes its largest weight positive, so that the colours of one network do not
+    flip from call to call.
+
+    Args:
+        features: (B, D, h, w) floats of one layer. The colours are comparable over the batch.
+
+    Returns:
+        uint8 (B, h, w, 3) on the CPU. Pixels that are not finite are mid-grey, as is a component without variance.
+
+    Raises:
+        TypeError, ValueError: features of another type or rank.
+    """
+    checks.feature_map("features", features)
+    B, D, height, width = features.shape
+    v = unit(features.detach().cpu().movedim(1, -1).reshape(-1, D).double())
+    finite = v.isfinite().all(1, keepdim=True)
+    count = finite.sum().clamp(min=1)
+    v = torch.where(finite, v, 0.0)
+    v = torch.where(finite, v - v.sum(0) / count, 0.0)
+    variances, directions = torch.linalg.eigh(v.T @ v / count)
+    variances, directions = variances[-3:].flip(0), directions[:, -3:].flip(1)  # eigh is in ascending order
+    largest = directions.gather(0, directions.abs().argmax(0, keepdim=True))
+    components = v @ (directions * largest.sign())
+
+    colours = torch.full((len(v), 3), 0.5, dtype=torch.float64)
+    if finite.any():
+        ordered = components[finite.squeeze(1)].sort(0).values
+        low, high = (ordered[round(share * (len(ordered) - 1))] for share in (0.01, 0.99))
+        # Below this a component is the rounding of equal vectors.
+        varies = (variances > 1e-12) & (high > low)
+        scaled = ((components - low) / torch.where(varies, high - low, 1.0)).clamp(0, 1)
+        colours[:, : components.shape[1]] = torch.where(finite & varies, scaled, 0.5)
+    return (colours * 255).round().to(torch.uint8).view(B, height, width, 3)
+
+
+def embeddings(image: Tensor, features: Sequence[Tensor]) -> Figure:
+    """One image and the embeddings of each layer as colours (``embedding_colours``), drawn as large as the image.
+
+    Args:
+        image: (3, H, W), float in 0..1 or uint8.
+        features: maps (D, h, w) of the same image, one a layer.
+
+    Returns:
+        A matplotlib figure. Colours are of each layer by itself.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError, TypeError: an argument of the wrong shape or type; the sentence names it.
+    """
+    from matplotlib.figure import Figure
+
+    image = _shown(image)
+    _check_layers(features)
+    for i, x in enumerate(features):
+        checks.tensor(f"features[{i}]", x, "a feature map (D, h, w) of one image")
+        if x.ndim != 3:
+            raise ValueError(f"features[{i}]: expected the map (D, h, w) of one image, got {checks.describe(x)}")
+    H, W = image.shape[:2]
+    pictures = [("image", image)]
+    for x in features:
+        title = ", ".join(_size(*x.shape[-2:], H, W))
+        pictures.append((title, embedding_colours(x.unsqueeze(0))[0]))
+    columns = min(len(pictures), 5)
+    rows = -(-len(pictures) // columns)
+    figure = Figure(figsize=(2.6 * columns, rows * (0.35 + 2.6 * H / W)), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axis in axes:
+        axis.axis("off")
+    for axis, (title, picture) in zip(axes, pictures):
+        axis.imshow(picture.numpy(), extent=(0, W, H, 0), interpolation="nearest")
+        axis.set_title(title, fontsize=10)
+    return figure
+
+
+def anchor_similarity(
+    features: Sequence[Tensor],
+    labels: Tensor,
+    *,
+    num_classes: int,
+    fusion_weight: float = 0.7,
+    ignore_index: int = 255,
+    class_names: Sequence[str] | None = None,
+) -> Figure:
+    """Cosine similarity of every two class anchors, a matrix for each layer: which classes does the network confuse?
+
+    Args:
+        features, labels, num_classes, fusion_weight, ignore_index: as in ``contextrast_loss``; the anchors are the
+            fused ones it uses.
+        class_names: N names; None numbers the classes.
+
+    Returns:
+        A matplotlib figure. A class without pixels is left grey.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError, TypeError: an argument of the wrong shape, type or range; the sentence names it.
+    """
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    _check_layers(features)
+    checks.num_classes(num_classes)
+    names = _names(class_names, num_classes)
+    of_layers = [class_anchors(x.detach(), labels, num_classes, ignore_index=ignore_index) for x in features]
+    top, top_counts = of_layers[-1]
+    fused = [(fuse_anchors(a, n, top, top_counts, fusion_weight), n) for a, n in of_layers[:-1]] + of_layers[-1:]
+
+    side = max(2.6, 0.8 + 0.24 * num_classes)
+    figure = Figure(figsize=(0.8 + side * len(fused), side + 0.3), layout="constrained")
+    axes = figure.subplots(1, len(fused), squeeze=False)[0]
+    colours = colormaps["RdBu_r"].with_extremes(bad=VOID_COLOUR)
+    for axis, (a, n), x in zip(axes, fused, features):
+        direction = unit(a.double().cpu())
+        present = (n > 0).cpu()
+        cosines = torch.where(present.unsqueeze(0) & present.unsqueeze(1), direction @ direction.T, torch.nan)
+        drawn = axis.imshow(cosines.numpy(), cmap=colours, vmin=-1, vmax=1)
+        axis.set_title(" × ".join(map(str, x.shape[-2:])), fontsize=10)
+        axis.set_xticks(range(num_classes), names, rotation=90, fontsize=8)
+        axis.set_yticks(range(num_classes), names if axis is axes[0] else [], fontsize=8)
+        axis.tick_params(length=0)
+        axis.spines[:].set_visible(False)
+    figure.colorbar(drawn, ax=axes, fraction=0.05, pad=0.01, label="cosine")
+    return figure
+
+
+def similarity_curve(results: dict[str, Tensor]) -> Figure:
+    """The paper's figure 5: cosine of wrongly predicted pixels to their anchors by distance to the error region's edge.
+
+    A panel for each layer. Where the line of the true class rises, the pixels near the edge are the harder ones, which
+    is what makes BANE choose them. Bars: pixels at that distance, on a logarithmic scale. The last distance of
+    ``AnchorSimilarity`` stands for all beyond it, and distances that no pixel has are cut off.
+
+    Args:
+        results: of ``metrics.AnchorSimilarity.compute()``.
+
+    Returns:
+        A matplotlib figure.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: results of something else, or of no batch.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    expected = {"distance", "true_class", "predicted_class", "pixels"}
+    if not isinstance(results, dict) or not expected <= results.keys():
+        got = sorted(results) if isinstance(results, dict) else checks.describe(results)
+        raise ValueError(f"results: expected what metrics.AnchorSimilarity.compute() returns, got {got}")
+    layers = len(results["pixels"])
+    if layers == 0:
+        raise ValueError("results: expected those of at least one batch, got none; call update() first")
+    occupied = results["pixels"].sum(0).nonzero().flatten().tolist()
+    shown = slice(0, 1 + max(occupied, default=0))
+    distance = results["distance"][shown].tolist()
+    figure = Figure(figsize=(3.1 * layers, 2.7), layout="constrained")
+    axes = figure.subplots(1, layers, squeeze=False, sharey=True)[0]
+    for i, axis in enumerate(axes):
+        of_pixels = axis.twinx()
+        of_pixels.bar(distance, results["pixels"][i, shown].tolist(), width=0.9, color="0.9")
+        of_pixels.set_yscale("symlog", linthresh=1)
+        of_pixels.set_ylim(bottom=0)
+        of_pixels.tick_params(labelsize=8, colors="0.55", length=2)
+        axis.set_zorder(of_pixels.get_zorder() + 1)  # lines above bars
+        axis.patch.set_visible(False)
+        for name, style, label in (
+            ("true_class", {"color": "C0"}, "anchor of the true class"),
+            ("predicted_class", {"color": "C3", "linestyle": "--"}, "anchor of the predicted class"),
+        ):
+            axis.plot(distance, results[name][i, shown].tolist(), marker="o", markersize=3, label=label, **style)
+        axis.set_title(f"layer {i}", fontsize=10)
+        axis.set_xlabel("distance to the edge in px", fontsize=9)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.tick_params(labelsize=8)
+        for each in (axis, of_pixels):
+            each.spines[["top"]].set_visible(False)
+    axes[0].set_ylabel("mean cosine", fontsize=9)
+    of_pixels.set_ylabel("pixels", fontsize=9, color="0.55")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+    return figure
+
+
+def _shown(image: Tensor) -> Tensor:
+    """An image (3, H, W) as float (H, W, 3) in 0..1, on the CPU."""
+    checks.tensor("image", image, "an image (3, H, W)")
+    image = image.detach().cpu()
+    if image.ndim != 3 or image.shape[0] != 3:
+        raise ValueError(f"image: expected (3, H, W), got {checks.describe(image)}")
+    return (image.float() / 255 if image.dtype == torch.uint8 else image.float().clamp(0, 1)).permute(1, 2, 0)
+
+
+def _names(class_names: Sequence[str] | None, num_classes: int) -> list[str]:
+    names = [str(n) for n in range(num_classes)] if class_names is None else list(class_names)
+    if len(names) != num_classes:
+        raise ValueError(f"class_names: expected {num_classes} names (num_classes), got {len(names)}")
+    return names
+
+
+def _size(height: int, width: int, H: int, W: int) -> list[str]:
+    """A layer's size in words, with its stride where it has one."""
+    words = [f"{height} × {width}"]
+    if H % height == 0 and W % width == 0 and H // height == W // width:
+        words.insert(0, f"stride {H // height}")
+    return words
+
+
+def _check_layers(features: object) -> None:
+    if not isinstance(features, Sequence) or len(features) == 0:
+        raise TypeError(f"features: expected a list of feature maps, one a layer, got {checks.describe(features)}")

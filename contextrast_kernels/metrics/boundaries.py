@@ -244,7 +244,7 @@ def _near_outside(classes: Tensor, width: int) -> Tensor:
     differs = (highest != classes) | (lowest != -classes)
     at_border = torch.ones_like(valid)
     height, breadth = classes.shape[-2:]
-    at_border[:, width : max(height - width, width), width : max(breadth - width, width)] = False
+    at_border[:, width : height - width, width : breadth - width] = False
     return valid & (differs | at_border)
 
 

@@ -1,0 +1,226 @@
+"""Pictures: the colours of embeddings as numbers, and what the figures hold. That they look right was seen by eye."""
+
+import io
+import subprocess
+import sys
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from inputs import pyramid, scene
+
+import contextrast_kernels as ck
+from contextrast_kernels import viz
+
+N = 4
+SIZES = ((8, 12), (4, 6), (2, 3), (1, 2))
+
+
+def batch(B=2):
+    rng = np.random.default_rng(5)
+    labels, predictions = scene(rng, B=B, N=N, H=32, W=48)
+    return pyramid(rng, B=B, D=6, sizes=SIZES, dtype=torch.float32), labels, predictions
+
+
+def drawn(figure):
+    """Draws a figure as a file would be, with every warning an error; its pixels."""
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+    return np.asarray(canvas.buffer_rgba())
+
+
+# ------------------------------------------------------------------------------------------------ embedding_colours
+
+
+def test_colours_are_the_principal_components():
+    """Against a singular value decomposition of the same vectors, one image after the other."""
+    [x] = pyramid(np.random.default_rng(0), B=2, D=5, sizes=((6, 7),))
+    colours = viz.embedding_colours(x)
+    assert colours.shape == (2, 6, 7, 3) and colours.dtype == torch.uint8
+    rows = np.concatenate([image.reshape(5, -1).T for image in x.numpy()])
+    rows = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    rows = rows - rows.mean(0)
+    _, _, directions = np.linalg.svd(rows)
+    for k in range(3):
+        direction = directions[k] * np.sign(directions[k][np.abs(directions[k]).argmax()])
+        projected = rows @ direction
+        low, high = (np.sort(projected)[round(share * 83)] for share in (0.01, 0.99))
+        expected = np.clip((projected - low) / (high - low), 0, 1) * 255
+        assert np.abs(expected.reshape(2, 6, 7) - colours[..., k].numpy()).max() <= 0.5 + 1e-6
+
+
+def test_colours_do_not_depend_on_scale_dtype_or_layout():
+    [x] = pyramid(np.random.default_rng(1), B=2, D=16, sizes=((6, 7),), dtype=torch.float32)
+    colours = viz.embedding_colours(x).int()
+    assert torch.equal(viz.embedding_colours(x * 1e4).int(), colours)
+    assert torch.equal(viz.embedding_colours(x.to(memory_format=torch.channels_last).requires_grad_()).int(), colours)
+    half = viz.embedding_colours(x.half()).int()
+    assert (half - colours).abs().max() <= 2
+    swapped = viz.embedding_colours(x.flip(0)).int()
+    assert (swapped.flip(0) - colours).abs().max() <= 1
+
+
+def test_a_small_change_of_the_network_flips_no_colour():
+    generator = torch.Generator().manual_seed(2)
+    spread = torch.tensor([4.0, 3, 2, 1, 0.5]).view(1, 5, 1, 1)  # distinct variances: the components are well defined
+    x = torch.randn(2, 5, 12, 12, generator=generator) * spread + 0.3
+    before = viz.embedding_colours(x).int()
+    for _ in range(5):
+        x = x + 0.01 * torch.randn(x.shape, generator=generator)
+        assert (viz.embedding_colours(x).int() - before).abs().double().mean() < 8
+
+
+def test_two_kinds_of_pixels_have_two_colours():
+    x = torch.zeros(1, 4, 2, 4)
+    x[:, 0, :, :2], x[:, 1, :, 2:] = 1, 1
+    colours = viz.embedding_colours(x)[0]
+    assert colours[:, :2].unique(dim=0).shape[0] == colours[:, 2:].unique(dim=0).shape[0] == 1
+    assert sorted(colours[0, :, 0].unique().tolist()) == [0, 255]  # one component tells them apart
+    assert (colours[..., 1:] == 128).all()  # and there is no other
+
+
+@pytest.mark.parametrize("D", [1, 2])
+def test_fewer_than_three_channels_leave_colours_out(D):
+    colours = viz.embedding_colours(torch.randn(1, D, 5, 5))
+    assert colours.shape == (1, 5, 5, 3) and (colours[..., D:] == 128).all()
+
+
+def test_what_has_no_colour_is_grey():
+    assert (viz.embedding_colours(torch.ones(1, 64, 5, 5) * 0.3) == 128).all()
+    assert (viz.embedding_colours(torch.zeros(1, 3, 2, 2)) == 128).all()
+    assert (viz.embedding_colours(torch.full((1, 3, 2, 2), torch.nan)) == 128).all()
+    assert viz.embedding_colours(torch.zeros(0, 3, 2, 2)).shape == (0, 2, 2, 3)
+    x = torch.randn(1, 4, 6, 6)
+    expected = viz.embedding_colours(x)
+    x = torch.cat((x, x[:, :, :1]), 2)
+    x[0, 1, 6] = torch.inf
+    assert torch.equal(viz.embedding_colours(x)[:, :6], expected) and (viz.embedding_colours(x)[:, 6] == 128).all()
+
+
+def test_colours_need_no_matplotlib():
+    program = (
+        "import sys; sys.modules['matplotlib'] = None; import torch, contextrast_kernels as ck; "
+        "print(ck.viz.embedding_colours(torch.randn(1, 4, 3, 3)).shape)"
+    )
+    assert (
+        "3, 3, 3" in subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------ figures
+
+
+def figures():
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    features, labels, predictions = batch()
+    similarity = ck.metrics.AnchorSimilarity(N, 6)
+    similarity.update(features, labels, predictions)
+    return {
+        "negatives": viz.negatives(torch.rand(3, 32, 48), labels[0], predictions[0], num_classes=N, sizes=SIZES),
+        "embeddings": viz.embeddings(torch.rand(3, 32, 48), [x[0] for x in features]),
+        "anchor_similarity": viz.anchor_similarity(features, labels, num_classes=N),
+        "similarity_curve": viz.similarity_curve(similarity.compute()),
+    }
+
+
+def test_figures_are_drawn_without_a_warning_and_without_pyplot():
+    for figure in figures().values():
+        picture = drawn(figure)
+        assert picture.std() > 5
+        figure.savefig(io.BytesIO(), format="png")
+    program = (
+        "import sys; sys.path.insert(0, 'tests'); from test_viz import figures; figures(); "
+        "assert 'matplotlib.pyplot' not in sys.modules and 'matplotlib.figure' in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+@pytest.mark.parametrize("layers", [1, 2, 4, 7])
+def test_any_number_of_layers(layers):
+    features, labels, predictions = batch()
+    features = [features[min(i, 3)] for i in range(layers)]
+    image = (torch.rand(3, 32, 48) * 255).to(torch.uint8)
+    figure = viz.embeddings(image, [x[0] for x in features])
+    assert sum(bool(axis.get_images()) for axis in figure.axes) == 1 + layers
+    for axis, x in zip(figure.axes[1:], features):
+        expected = viz.embedding_colours(x[:1])[0].numpy()
+        assert np.array_equal(axis.get_images()[0].get_array(), expected)
+    drawn(figure)
+    drawn(viz.anchor_similarity(features, labels, num_classes=N, class_names="abcd"))
+    similarity = ck.metrics.AnchorSimilarity(N, 3)
+    similarity.update(features, labels, predictions)
+    assert len(viz.similarity_curve(similarity.compute()).axes) == 2 * layers
+
+
+def test_the_matrix_is_that_of_the_fused_anchors_with_absent_classes_blank():
+    features, labels, _ = batch()
+    labels[labels == 1] = 255
+    figure = viz.anchor_similarity(features, labels, num_classes=N, fusion_weight=0.4)
+    anchors = [ck.class_anchors(x, labels, N) for x in features]
+    a = ck.fuse_anchors(*anchors[1], *anchors[-1], 0.4).double()
+    a = a / a.norm(dim=1, keepdim=True)
+    shown = figure.axes[1].get_images()[0].get_array()
+    present = [0, 2, 3]
+    np.testing.assert_allclose(shown[np.ix_(present, present)], (a @ a.T)[present][:, present], atol=1e-6)
+    mask = np.ma.getmaskarray(np.ma.masked_invalid(shown))
+    assert mask[1].all() and mask[:, 1].all() and not mask[np.ix_(present, present)].any()
+
+
+def test_the_curve_shows_the_numbers():
+    features, labels, predictions = batch()
+    similarity = ck.metrics.AnchorSimilarity(N, 4)
+    similarity.update(features, labels, predictions)
+    results = similarity.compute()
+    figure = viz.similarity_curve(results)
+    for i, axis in enumerate(figure.axes[: len(SIZES)]):
+        true, predicted = (line.get_ydata() for line in axis.get_lines())
+        assert len(true) == max(results["pixels"].sum(0).nonzero()) + 1 < 4
+        np.testing.assert_array_equal(true, results["true_class"][i, : len(true)])
+        np.testing.assert_array_equal(predicted, results["predicted_class"][i, : len(true)])
+
+
+def test_a_summary_writer_takes_the_figures(tmp_path):
+    tensorboard = pytest.importorskip("torch.utils.tensorboard", reason="tensorboard is not installed")
+    with tensorboard.SummaryWriter(tmp_path) as writer:
+        for name, figure in figures().items():
+            writer.add_figure(name, figure)
+        writer.add_images("colours", viz.embedding_colours(batch()[0][0]), dataformats="NHWC")
+
+
+IMAGE, LABELS = torch.rand(3, 32, 48), torch.zeros(1, 32, 48, dtype=torch.long)
+LAYER = torch.randn(1, 4, 8, 12)
+
+
+@pytest.mark.parametrize(
+    ("call", "exception", "sentence"),
+    [
+        (lambda: viz.embedding_colours(LAYER[0]), ValueError, r"^features: expected .* \(4, 8, 12\)"),
+        (lambda: viz.embedding_colours(LAYER.long()), TypeError, r"^features: expected .* int64"),
+        (lambda: viz.embeddings(IMAGE[:1], [LAYER[0]]), ValueError, r"^image: expected \(3, H, W\)"),
+        (lambda: viz.embeddings([0], [LAYER[0]]), TypeError, "^image: expected an image .* got list"),
+        (lambda: viz.embeddings(IMAGE, LAYER), TypeError, "^features: expected a list of feature maps"),
+        (lambda: viz.embeddings(IMAGE, []), TypeError, "^features: expected a list of feature maps"),
+        (lambda: viz.embeddings(IMAGE, [LAYER]), ValueError, r"^features\[0\]: expected the map \(D, h, w\)"),
+        (lambda: viz.embeddings(IMAGE, [None]), TypeError, r"^features\[0\]: expected a feature map"),
+        (lambda: viz.anchor_similarity(LAYER, LABELS, num_classes=4), TypeError, "^features: expected a list"),
+        (lambda: viz.anchor_similarity([LAYER], LABELS, num_classes=0), ValueError, "^num_classes: expected"),
+        (
+            lambda: viz.anchor_similarity([LAYER], LABELS, num_classes=4, class_names="abc"),
+            ValueError,
+            "^class_names: expected 4 names",
+        ),
+        (lambda: viz.similarity_curve({"miou": 1}), ValueError, r"^results: expected .* got \['miou'\]"),
+        (lambda: viz.similarity_curve(LAYER), ValueError, "^results: expected .* got float32"),
+        (lambda: viz.similarity_curve(ck.metrics.AnchorSimilarity(4).compute()), ValueError, "at least one batch"),
+    ],
+)
+def test_wrong_arguments_are_named(call, exception, sentence):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    with pytest.raises(exception, match=sentence):
+        call()
