@@ -8,9 +8,10 @@ SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*)
 
 # make demo                                    texture mosaics
 # make demo DATA=camvid ROOT=<folder>          real street scenes in SegNet's CamVid layout
+# make demo LOSS="contextrast pixel-contrast"   these losses on equal terms: see `demo --help` for their names
 # make demo ARGS="--seed 3 --steps 200"        any flag of `python -m contextrast_kernels demo --help`
 demo: $(VENV)/.demo
-	$(RUN) -m contextrast_kernels demo $(if $(DATA),--data $(DATA)) $(if $(ROOT),--root "$(ROOT)") $(ARGS)
+	$(RUN) -m contextrast_kernels demo $(if $(DATA),--data $(DATA)) $(if $(ROOT),--root "$(ROOT)") $(if $(LOSS),--loss $(LOSS)) $(ARGS)
 
 test: $(VENV)/.all
 	$(RUN) -m pytest $(ARGS)

@@ -5,6 +5,7 @@ import os
 import pathlib
 import subprocess
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -281,17 +282,19 @@ def test_flips_alone_keep_every_pixel():
 def test_the_runs_differ_by_the_term_alone(mosaic):
     """With a vanishing weight, heads and Contextrast change nothing: same weights, same batches, same augmentation."""
     augment, _ = scenes.augmentation()
-    alone, _ = training.train("alone", 0.0, mosaic, augment, seed=2, steps=3, batch=2)
-    beside, _ = training.train("beside", 1e-38, mosaic, augment, seed=2, steps=3, batch=2)
+    alone, _ = training.train(training.ALONE, mosaic, augment, seed=2, steps=3, batch=2)
+    beside, _ = training.train(
+        replace(training.LOSSES["contextrast"], alpha=1e-38), mosaic, augment, seed=2, steps=3, batch=2
+    )
     assert alone.cross_entropy == beside.cross_entropy
     assert alone.scores == beside.scores
-    assert alone.contextrast == [] and len(beside.contextrast) == 3 and all(loss > 0 for loss in beside.contextrast)
+    assert alone.contrast == [] and len(beside.contrast) == 3 and all(loss > 0 for loss in beside.contrast)
 
 
 def test_contextrast_reaches_the_network(mosaic):
     augment, _ = scenes.augmentation()
-    alone, _ = training.train("alone", 0.0, mosaic, augment, seed=2, steps=3, batch=2)
-    added, _ = training.train("added", 0.1, mosaic, augment, seed=2, steps=3, batch=2)
+    alone, _ = training.train(training.ALONE, mosaic, augment, seed=2, steps=3, batch=2)
+    added, _ = training.train(training.LOSSES["contextrast"], mosaic, augment, seed=2, steps=3, batch=2)
     assert alone.cross_entropy[0] == added.cross_entropy[0]
     assert alone.cross_entropy[1:] != added.cross_entropy[1:]
 
@@ -342,6 +345,19 @@ def test_several_seeds_give_a_spread_and_replace_old_results(tmp_path, monkeypat
     assert [(run["seed"], run["alpha"]) for run in runs] == [(3, 0.0), (3, 0.1), (5, 0.0), (5, 0.1)]
 
 
+def test_every_loss_on_equal_terms(tmp_path, capsys):
+    """The same weights and the same first batch for all: the first cross-entropy is the same number."""
+    training.main(small(tmp_path, "--loss", *training.LOSSES))
+    runs = json.loads((tmp_path / "out" / "metrics.json").read_text())["runs"]
+    assert [run["name"] for run in runs] == ["cross-entropy", *(loss.name for loss in training.LOSSES.values())]
+    assert len({run["cross_entropy"][0] for run in runs}) == 1
+    assert len({json.dumps(run["scores"][0]) for run in runs}) == 1
+    assert all(len(run["contrast"]) == 2 for run in runs[1:])
+    text = capsys.readouterr().out
+    for loss in training.LOSSES.values():
+        assert f"difference, {loss.name}" in text
+
+
 def test_a_failure_leaves_the_old_results_and_nothing_else(tmp_path, monkeypatch):
     out = tmp_path / "out"
     out.mkdir()
@@ -369,6 +385,8 @@ def test_a_failure_leaves_the_old_results_and_nothing_else(tmp_path, monkeypatch
         (["--steps", "many"], "invalid int value: 'many'"),
         (["--batch", "-3"], "--batch: expected 1 to 1024, got -3"),
         (["--size", "32"], "--size: expected 64 to 1024, got 32"),
+        (["--loss", "dice"], "invalid choice: 'dice'"),
+        (["--loss", "pne", "pne"], "--loss: expected different losses"),
         (["--seed", "1", "1"], "--seed: expected different numbers"),
         (["--seed", "-1"], "--seed: expected different numbers"),
         (["--device", "cuda:99"], "--device cuda:99 cannot be used"),
@@ -424,7 +442,7 @@ def test_a_quick_run_end_to_end(tmp_path):
         assert run["cross_entropy"][-1] < run["cross_entropy"][0]
         assert run["seconds_per_step"] > 0
     assert alone["scores"][0] == added["scores"][0] and alone["cross_entropy"][0] == added["cross_entropy"][0]
-    assert alone["contextrast"] == [] and len(added["contextrast"]) == 40
+    assert alone["contrast"] == [] and len(added["contrast"]) == 40
     assert f"{added['miou']:.3f}" in done.stdout and "Noise" in done.stdout
 
 

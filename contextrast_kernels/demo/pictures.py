@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def draw(folder: Path, runs: list[Run], network: Network, data: scenes.Data) -> None:
-    """Write both pictures into a folder; `network` is one that was trained with Contextrast."""
+    """Write both pictures into a folder; `network` is one that was trained with a contrastive loss."""
     _curves(runs).savefig(folder / "curves.png", dpi=110)
     _negatives(network, data).savefig(folder / "negatives.png", dpi=110)
 
@@ -25,27 +25,30 @@ def _curves(runs: list[Run]):
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 3.4), layout="constrained")
-    cross_entropy, contextrast, miou = figure.subplots(1, 3)
+    cross_entropy, contrast, miou = figure.subplots(1, 3)
     colours = {name: f"C{n}" for n, name in enumerate(dict.fromkeys(run.name for run in runs))}
-    labelled = set()
+    labelled, several = set(), len(colours) > 2
     for run in runs:
         style = {"color": colours[run.name], "linewidth": 1.2, "alpha": 0.9}
         if run.name not in labelled:
             style["label"] = run.name
             labelled.add(run.name)
         window = max(1, len(run.cross_entropy) // 40)
-        for axis, values in ((cross_entropy, run.cross_entropy), (contextrast, run.contextrast)):
+        for axis, values in ((cross_entropy, run.cross_entropy), (contrast, run.contrast)):
             if values:
                 means = torch.tensor(values).unfold(0, window, 1).mean(1)
+                if axis is contrast and several:
+                    # Their sizes have nothing in common. A bank's loss begins at 0.
+                    means = means / means.max()
                 axis.plot(range(window, len(values) + 1), means.tolist(), **style)
         miou.plot([s.step for s in run.scores], [s.miou for s in run.scores], marker="o", markersize=3, **style)
         boundary = {**style, "label": None, "linestyle": ":", "marker": "o", "markersize": 2}
         miou.plot([s.step for s in run.scores], [s.boundary_miou for s in run.scores], **boundary)
     cross_entropy.set_title("cross-entropy, training")
-    contextrast.set_title("Contextrast, training")
+    contrast.set_title("contrastive losses, share of their maximum" if several else "contrastive loss, training")
     miou.set_title("validation mIoU, dotted: at boundaries")
     cross_entropy.legend(frameon=False, fontsize=9)
-    for axis in (cross_entropy, contextrast, miou):
+    for axis in (cross_entropy, contrast, miou):
         axis.set_xlabel("step")
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.25)

@@ -1,12 +1,14 @@
-"""`python -m contextrast_kernels demo`: a small network trained with cross-entropy alone, and with Contextrast added.
+"""`python -m contextrast_kernels demo`: a small network trained with cross-entropy alone, and with Contextrast, or
+other contrastive losses (--loss), added.
 
-Both runs start from the same weights and see the same batches and augmentations. The outcome is a table, metrics.json
+All runs start from the same weights and see the same batches and augmentations. The outcome is a table, metrics.json
 and, where matplotlib is installed, pictures.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import os
@@ -32,9 +34,47 @@ try:
 except ImportError:
     tqdm = None
 
-RUNS = {"cross-entropy": 0.0, "+ 0.1 Contextrast": 0.1}  # α of Eq. 5
+NAME = 26  # characters of a run's name in a line of progress
+EMBEDDING = 64  # channels of the projected features
 RADIUS = 3  # of the trimap for the boundary mIoU, in pixels
 AVERAGED = 3  # evaluations at the end, whose mean is reported
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What a run minimises: the cross-entropy, and beside it ``alpha`` times a contrastive loss."""
+
+    label: str
+    alpha: float = 0.0
+    build: Callable[..., nn.Module] | None = None  # of num_classes, and seed and ignore_index by name
+
+    @property
+    def name(self) -> str:
+        return f"+ {self.alpha:g} {self.label}" if self.build else self.label
+
+
+def with_bank(num_classes: int, seed: int, ignore_index: int) -> nn.Module:
+    bank = ck.MemoryBank(num_classes, EMBEDDING, pixels=500, regions=500)
+    return ck.PixelContrastLoss(
+        num_classes, bank=bank, max_samples=256, max_views=100, seed=seed, ignore_index=ignore_index
+    )
+
+
+def region_contrast(num_classes: int, seed: int, ignore_index: int) -> nn.Module:
+    bank = ck.MemoryBank(num_classes, EMBEDDING, pixels=0, regions=2975)
+    return ck.RegionContrastLoss(num_classes, bank, ignore_index=ignore_index)
+
+
+ALONE = Objective("cross-entropy")
+# The weights are the papers'. Without a GPU rows x columns are stored, so the larger caps are not.
+LOSSES = {
+    "contextrast": Objective("Contextrast", 0.1, ck.ContextrastLoss),
+    "pixel-contrast": Objective("pixel contrast", 0.1, ck.PixelContrastLoss),
+    "pixel-contrast-bank": Objective("pixel contrast, bank", 1.0, with_bank),
+    "multi-scale": Objective("multi-scale", 0.1, functools.partial(ck.MultiScaleContrastLoss, max_samples=1024)),
+    "region-contrast": Objective("region contrast", 0.1, region_contrast),
+    "pne": Objective("PNE", 1.3, functools.partial(ck.PNELoss, set_size=32, max_samples=1024)),
+}
 
 
 # ----------------------------------------------------------------------------------------------------------- network
@@ -123,10 +163,10 @@ class Run:
     alpha: float
     seed: int
     cross_entropy: list[float] = field(default_factory=list)  # of each step
-    contextrast: list[float] = field(default_factory=list)  # of each step; empty where alpha is 0
+    contrast: list[float] = field(default_factory=list)  # of each step; empty where alpha is 0
     scores: list[Score] = field(default_factory=list)  # before the first step, then ten times
     seconds_per_step: float = math.nan
-    loss_seconds: float = 0.0  # of a step, that Contextrast takes
+    loss_seconds: float = 0.0  # of a step, that the contrastive loss takes
 
     @property
     def before(self) -> float:
@@ -146,8 +186,7 @@ class Run:
 
 
 def train(
-    name: str,
-    alpha: float,
+    objective: Objective,
     data: scenes.Data,
     augment: Callable[[Tensor, Tensor], scenes.Batch],
     *,
@@ -155,13 +194,13 @@ def train(
     steps: int,
     batch: int,
 ) -> tuple[Run, Network]:
-    """One run on the data's device. Where alpha is 0 neither projection heads nor Contextrast are computed."""
+    """One run on the data's device. Without a contrastive loss projection heads are not computed."""
     N, device = len(data.classes), data.validation[0].device
-    run = Run(name, alpha, seed)
+    run = Run(objective.name, objective.alpha, seed)
     torch.manual_seed(seed)
     network = Network(N).to(device, memory_format=torch.channels_last)
-    heads = nn.ModuleList(ck.ProjectionHead(width, 64) for width in network.widths).to(device)
-    contextrast = ck.ContextrastLoss(N, ignore_index=scenes.VOID, seed=seed).to(device)
+    heads = nn.ModuleList(ck.ProjectionHead(width, EMBEDDING) for width in network.widths).to(device)
+    contrast = objective.build(N, ignore_index=scenes.VOID, seed=seed).to(device) if objective.build else None
     optimizer = torch.optim.AdamW([*network.parameters(), *heads.parameters()], lr=2e-3, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.PolynomialLR(optimizer, total_iters=steps, power=0.9)
 
@@ -170,10 +209,10 @@ def train(
             logits, features = network(images.contiguous(memory_format=torch.channels_last))
             losses = [F.cross_entropy(logits, labels, ignore_index=scenes.VOID)]
             loss = losses[0]
-            if alpha:
+            if contrast is not None:
                 embeddings = [head(feature) for head, feature in zip(heads, features)]
-                losses.append(contextrast(embeddings, labels, logits))
-                loss = loss + alpha * losses[1]
+                losses.append(contrast(embeddings, labels, logits))
+                loss = loss + objective.alpha * losses[1]
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -184,30 +223,30 @@ def train(
     evaluations = {math.ceil(steps * tenth / 10) for tenth in range(1, 11)}
     run.scores.append(evaluate(network, data, 0))
     seconds, loss_seconds, warm_up, waiting = 0.0, [], min(5, steps // 2), []
-    with Progress(run, steps, batch) as progress:
+    with Progress(run, objective.label, steps, batch) as progress:
         for number in range(1, steps + 1):
             began = time.perf_counter()
             waiting.append(step(*augment(*next(batches))))
             if number == warm_up or number % 10 == 0 or number in evaluations:
                 # Fetched together, as every fetch waits for the device.
-                for values, history in zip(zip(*waiting), (run.cross_entropy, run.contextrast)):
+                for values, history in zip(zip(*waiting), (run.cross_entropy, run.contrast)):
                     history += torch.stack(values).tolist()
                 waiting.clear()
             seconds = 0.0 if number == warm_up else seconds + time.perf_counter() - began
             if number in evaluations:
                 run.scores.append(evaluate(network, data, number))
-                if alpha:
-                    loss_seconds.append(time_loss(contextrast, network, heads, data, batch))
+                if contrast is not None:
+                    loss_seconds.append(time_loss(contrast, network, heads, data, batch))
             progress.update(evaluated=number in evaluations)
     run.seconds_per_step = seconds / (steps - warm_up)
     run.loss_seconds = statistics.fmean(loss_seconds or [0.0])
     return run, network
 
 
-def time_loss(contextrast: nn.Module, network: Network, heads: nn.ModuleList, data: scenes.Data, batch: int) -> float:
-    """Seconds of Contextrast's forward and backward, without the projection heads; leaves the training as it was."""
+def time_loss(contrast: nn.Module, network: Network, heads: nn.ModuleList, data: scenes.Data, batch: int) -> float:
+    """Seconds of the loss's forward and backward, without the projection heads; leaves the training as it was."""
     images, labels = (tensor[:batch] for tensor in data.validation)
-    modules = nn.ModuleList((network, heads, contextrast)).eval()
+    modules = nn.ModuleList((network, heads, contrast)).eval()
     with torch.no_grad(), mixed_precision(images.device):
         logits, features = network(images)
         embeddings = [head(feature) for head, feature in zip(heads, features)]
@@ -215,7 +254,7 @@ def time_loss(contextrast: nn.Module, network: Network, heads: nn.ModuleList, da
         leaves = [embedding.detach().requires_grad_() for embedding in embeddings]
         wait(images.device)
         began = time.perf_counter()
-        contextrast(leaves, labels, logits).backward()
+        contrast(leaves, labels, logits).backward()
         wait(images.device)
         seconds = time.perf_counter() - began
     modules.train()
@@ -230,14 +269,16 @@ def wait(device: torch.device) -> None:
 class Progress:
     """A tqdm bar in a terminal; a line for each evaluation where there is no terminal or no tqdm."""
 
-    def __init__(self, run: Run, steps: int, batch: int):
-        self.run, self.steps, self.batch = run, steps, batch
+    def __init__(self, run: Run, label: str, steps: int, batch: int):
+        self.run, self.label, self.steps, self.batch = run, label, steps, batch
 
     def __enter__(self) -> Progress:
         self.began = time.perf_counter()
         self.bar = None
         if tqdm is not None and sys.stderr.isatty():
-            self.bar = tqdm(total=self.steps * self.batch, unit="img", desc=f"{self.run.name:<18}", dynamic_ncols=True)
+            self.bar = tqdm(
+                total=self.steps * self.batch, unit="img", desc=f"{self.run.name:<{NAME}}", dynamic_ncols=True
+            )
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -250,15 +291,15 @@ class Progress:
         figures = {"mIoU": f"{score.miou:.3f}"}
         if run.cross_entropy:
             figures["cross-entropy"] = f"{run.cross_entropy[-1]:.2f}"
-        if run.contextrast:
-            figures["Contextrast"] = f"{run.contextrast[-1]:.2f}"
+        if run.contrast:
+            figures[self.label] = f"{run.contrast[-1]:.2f}"
         if self.bar is not None:
             self.bar.set_postfix(figures, refresh=False)
             self.bar.update(self.batch)
         elif evaluated:
             rate = score.step * self.batch / (time.perf_counter() - self.began)
             text = "  ".join(f"{name} {value}" for name, value in figures.items())
-            print(f"{run.name:<18}  step {score.step:>4} of {self.steps}  {rate:.0f} img/s  {text}", flush=True)
+            print(f"{run.name:<{NAME}}  step {score.step:>4} of {self.steps}  {rate:.0f} img/s  {text}", flush=True)
 
 
 # ----------------------------------------------------------------------------------------------------------- outcome
@@ -286,10 +327,11 @@ def table(runs: list[Run]) -> str:
                 f"{loss / step:.0%}" if loss else "",
             )
         )
-    pairs = list(zip(*groups))
-    gain = mean([late.miou - early.miou for early, late in pairs], "+.3f")
-    boundary_gain = mean([late.boundary_miou - early.boundary_miou for early, late in pairs], "+.3f")
-    rows.append(("difference", "", gain, boundary_gain, "", ""))
+    for group in groups[1:]:
+        pairs = list(zip(groups[0], group))
+        gain = mean([late.miou - early.miou for early, late in pairs], "+.3f")
+        boundary_gain = mean([late.boundary_miou - early.boundary_miou for early, late in pairs], "+.3f")
+        rows.append(("difference" + f", {group[0].name}" * (len(groups) > 2), "", gain, boundary_gain, "", ""))
 
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = []
@@ -300,10 +342,10 @@ def table(runs: list[Run]) -> str:
         "",
         f"mIoU: mean of the last {len(runs[0].scores[1:][-AVERAGED:])} evaluations. "
         f"Boundary mIoU: the same within {RADIUS} px of a class boundary.",
-        "s/step: with data and augmentation. Share of loss: Contextrast's part of it, without the projection heads.",
+        "s/step: with data and augmentation. Share of loss: the contrastive one's part, without projection heads.",
     ]
     if seeds == 1:
-        lines.append("Noise: both differences, until several seeds agree on them (--seed 0 1 2).")
+        lines.append("Noise: the differences, until several seeds agree on them (--seed 0 1 2).")
     else:
         lines.append(
             f"±: standard deviation over {seeds} seeds; differences are taken seed by seed. "
@@ -365,7 +407,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m contextrast_kernels demo",
         usage="%(prog)s [--data mosaic | --data camvid --root FOLDER] [--out FOLDER] [more: --help]",
-        description="Train a small segmentation network with and without the Contextrast loss, and compare the two.",
+        description="Train a small segmentation network with and without contrastive losses, and compare them.",
+    )
+    parser.add_argument(
+        "--loss",
+        nargs="+",
+        choices=LOSSES,
+        default=["contextrast"],
+        metavar="LOSS",
+        help=f"one or more of {', '.join(LOSSES)}; a run for each (default: contextrast)",
     )
     parser.add_argument("--data", choices=("mosaic", "camvid"), default="mosaic", help="default: mosaic")
     parser.add_argument("--root", type=Path, help="CamVid's folder, with train, trainannot, val and valannot")
@@ -373,7 +423,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, help="training steps of each run (default: mosaic 600, camvid 400)")
     parser.add_argument("--batch", type=int, help="images in a batch (default: 8)")
     parser.add_argument("--size", type=int, help="height of the images in pixels (default: mosaic 160, camvid 192)")
-    parser.add_argument("--seed", type=int, nargs="+", default=[0], help="one or more; both runs are made for each")
+    parser.add_argument("--seed", type=int, nargs="+", default=[0], help="one or more; all runs are made for each")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     parser.add_argument("--quick", action="store_true", help="seconds instead of minutes: shows that everything works")
     options = parser.parse_args(argv)
@@ -387,6 +437,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             setattr(options, name, default)
         elif not low <= value <= high:
             parser.error(f"--{name}: expected {low} to {high}, got {value}.")
+    if len(set(options.loss)) < len(options.loss):
+        parser.error(f"--loss: expected different losses, got {' '.join(options.loss)}.")
     if len(set(options.seed)) < len(options.seed) or not all(0 <= seed < 2**31 for seed in options.seed):
         parser.error(f"--seed: expected different numbers from 0 to {2**31 - 1}, got {options.seed}.")
 
@@ -431,10 +483,12 @@ def main(argv: list[str] | None = None) -> int:
         print("Progress: a line for each evaluation, as a bar needs tqdm.")
     print(f"Training: {options.steps} steps with {options.batch} images each, on {options.device}.", flush=True)
 
-    runs, last_network = [], None
+    runs, networks = [], {}
     for seed in options.seed:
-        for name, alpha in RUNS.items():
-            run, last_network = train(name, alpha, data, augment, seed=seed, steps=options.steps, batch=options.batch)
+        for objective in (ALONE, *(LOSSES[name] for name in options.loss)):
+            run, networks[objective] = train(
+                objective, data, augment, seed=seed, steps=options.steps, batch=options.batch
+            )
             runs.append(run)
 
     print("\n" + table(runs))
@@ -445,12 +499,13 @@ def main(argv: list[str] | None = None) -> int:
         "augmentation": augmentation,
         "steps": options.steps,
         "batch": options.batch,
+        "losses": options.loss,
         "seeds": options.seed,
         "device": str(options.device),
         "boundary_radius": RADIUS,
         "averaged_evaluations": AVERAGED,
     }
-    print(write(options.out, runs, last_network, data, settings))
+    print(write(options.out, runs, networks[LOSSES[options.loss[0]]], data, settings))
     print(f"{time.perf_counter() - began:.0f} s in all.")
     failed = [run for run in runs if not run.rose]
     for run in failed:
