@@ -86,10 +86,10 @@ class Row:
     @property
     def measured(self) -> tuple:
         """What tells rows apart: all but the outcome."""
-        return tuple(getattr(self, name) for name in _IDENTITY)
+        return tuple(getattr(self, name) for name in IDENTITY)
 
 
-_IDENTITY = (
+IDENTITY = (
     *("what", "by", "mode", "case", "regime", "batch", "height", "width", "classes", "channels", "strides", "dtype"),
     *("layout", "threads", "device", "torch", "commit"),
 )

@@ -1,5 +1,6 @@
 """The benchmarks: one schema for all results, and that the runner runs."""
 
+import re
 import time
 from dataclasses import replace
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 
 import contextrast_kernels as ck
-from benchmarks import results, run
+from benchmarks import report, results, run
 from contextrast_kernels import cases, measure
 
 ROW = results.Row(
@@ -196,3 +197,110 @@ def test_a_row_that_takes_too_long_is_given_up(tmp_path, monkeypatch):
     assert runs(tmp_path, "--parts", "edt", "--row-seconds", "0.2", "--minutes", "0.01") == 1
     assert time.monotonic() - began < 8
     assert rows_in(tmp_path)[0].status == "failed: TimeoutError: took more than 0.2 s"
+
+
+# --------------------------------------------------------------------------------------------------------- the report
+
+
+def made_up_rows():
+    """Of a GPU that does not exist: every kind of row that the report knows, from the runner's own list."""
+    machine = run.Machine("cpu", tiny=False, seconds=1.0, frames=None)
+    gpu = {
+        "device": "A GPU",
+        "driver": "580.1",
+        "torch": "2.11.0",
+        "triton": "3.6.0",
+        "commit": "0123456",
+        "threads": None,
+    }
+    rows = []
+    for part, jobs in run.PARTS.items():
+        more = {"folder": None} if part == "peers" else {}
+        for job in jobs(machine, list(cases.CASES), **more):
+            for mode in (
+                ("eager", "graph")
+                if job.row.mode == "eager" and job.row.by in ("triton", "contextrast")
+                else (job.row.mode,)
+            ):
+                row = replace(job.row, mode=mode, **gpu)
+                work = (row.batch or 1) * (row.height or 1) * (row.width or 1) * (row.channels or 1) / 1e9
+                slow = {"triton": 1.0, "contextrast": 1.0, "reference": 20.0}.get(row.by, 7.0)
+                outcome = {
+                    "median_ms": work * slow,
+                    "iqr_ms": work / 50,
+                    "launches": 14,
+                    "syncs": 0,
+                    "peak_mib": 3.0 * slow,
+                }
+                if row.by == "kornia on edges":
+                    rows.append(replace(row, status="failed: RuntimeError: too slow"))
+                    continue
+                plan = {"plan_mb": 900 * work, "copy_gb_s": 4300.0} if row.by == "triton" else {}
+                rows.append(replace(row, **outcome, **plan))
+    rows.append(replace(rows[0], what="probe: reads", value=1.5, unit="x", expected="1.0", median_ms=None, iqr_ms=None))
+    return rows
+
+
+def report_into(root, rows=None):
+    """README.md and docs/ of the repository, and results, in a folder of their own."""
+    (root / "README.md").write_text((report.ROOT / "README.md").read_text())
+    for path in results.FOLDER.glob("*.csv"):
+        (root / "results").mkdir(exist_ok=True)
+        (root / "results" / path.name).write_text(path.read_text())
+    if rows is not None:
+        results.write(results.path_of(rows[0].device, root / "results"), rows)
+    return ["--root", str(root), "--results", str(root / "results")]
+
+
+def test_the_tables_and_plots_say_what_the_results_say(capsys):
+    assert report.main(["--check"]) == 0, capsys.readouterr().out
+
+
+def test_a_stale_page_a_stale_plot_and_a_plot_of_nothing_are_found(tmp_path, capsys):
+    where = report_into(tmp_path)
+    assert report.main([*where, "--check"]) == 1  # no page yet
+    assert report.main(where) == 0
+    assert report.main([*where, "--check"]) == 0
+    [csv_file] = (path for path in (tmp_path / "results").glob("*.csv") if "demo" not in path.name)
+    csv_file.write_text(csv_file.read_text().replace("0.541", "0.299"))
+    (tmp_path / "docs" / "performance" / "of_nothing.png").write_bytes(b"")
+    capsys.readouterr()
+    assert report.main([*where, "--check"]) == 1
+    found = {line.split()[0] for line in capsys.readouterr().out.splitlines()}
+    pictures = {"docs/performance/edge_distance.png", "docs/performance/of_nothing.png"}
+    assert found == {"README.md", "docs/performance.md"} | pictures
+    assert "0.541" in (tmp_path / "README.md").read_text()
+    assert report.main(where) == 0
+    assert report.main([*where, "--check"]) == 0
+    readme = (tmp_path / "README.md").read_text()
+    assert "| 0.299 ms | 6.28 ms (edt multi-label) | 21 |" in readme
+
+
+def test_a_report_of_every_kind_of_row(tmp_path):
+    rows = made_up_rows()
+    where = report_into(tmp_path, rows)
+    assert report.main(where) == 0
+    page, readme = (tmp_path / "docs" / "performance.md").read_text(), (tmp_path / "README.md").read_text()
+    assert page.count(report.NOT_YET) == 1 and "nan" not in page  # the host's cost is another program's
+    for picture in ("roofline", "scaling", "memory", "edge_distance"):
+        assert f"performance/{picture}.png" in page
+        assert report.drawn_from(tmp_path / "docs" / "performance" / f"{picture}.png")
+    [line] = [line for line in readme.splitlines() if line.startswith("| cityscapes, trained | bfloat16, nchw")]
+    fused, definition = (
+        next(row for row in rows if (row.what, row.by) == (report.BOTH, by) and row.mode == "eager")
+        for by in ("triton", "reference")
+    )
+    assert f"{fused.median_ms:.3g} ms" in line and f"| {definition.median_ms / fused.median_ms:.3g} |" in line
+    assert f"{fused.plan_mb / fused.median_ms / 43:.3g} %" in line
+    assert "failed: RuntimeError: too slow" in page
+    assert "Not measured" not in readme
+    assert "driver 580.1, torch 2.11.0, Triton 3.6.0, commit 0123456" in readme
+
+
+def test_no_figure_stands_outside_of_the_generated_parts():
+    """Times, rates and memory in the pages come from rows."""
+    figure = re.compile(r"\d(?:\.\d+)?\s*(?:ms|µs|us|[GTM]B/s|MiB|GiB|× faster|x faster|times faster)\b")
+    for path in (report.ROOT / "README.md", *sorted((report.ROOT / "docs").glob("*.md"))):
+        if path.name != "performance.md":
+            text = report.BLOCK.sub("", path.read_text())
+            assert not figure.findall(text), f"{path.name}: {figure.search(text)}"

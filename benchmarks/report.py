@@ -1,0 +1,568 @@
+"""Results to words: the tables of README.md, docs/performance.md and its plots, from results/*.csv alone.
+
+    python -m benchmarks.report            writes them
+    python -m benchmarks.report --check    ends with 1 if something is not what the results say
+
+In README.md the text between ``<!-- measured: NAME -->`` and ``<!-- end -->`` is generated, performance.md as a whole.
+A plot carries in its metadata what it was drawn from, so that it is compared without drawing it again.
+"""
+
+import argparse
+import hashlib
+import inspect
+import pathlib
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import astuple
+
+from benchmarks import results
+from benchmarks.results import IDENTITY, Row
+from contextrast_kernels.cases import CASES, LAYER_SETS, REGIMES
+
+ROOT = pathlib.Path(__file__).parents[1]
+BLOCK = re.compile(r"(<!-- measured: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+BOTH = "contextrast_loss forward+backward"
+OURS = ("contextrast native", "contextrast", "triton")
+NOT_YET = "Not measured yet."
+STRIDES = {"-".join(map(str, strides)) for strides in LAYER_SETS.values()}
+PAPER = {(case.batch, case.height, case.width, case.num_classes, case.channels) for case in CASES.values()}
+
+
+# ------------------------------------------------------------------------------------------------------------- the rows
+
+
+def latest(rows: Iterable[Row]) -> list[Row]:
+    """Of what was measured more than once, at other commits or versions, the last. Untimed rows are no measurements."""
+    found: dict[tuple, Row] = {}
+    for row in rows:
+        if row.status != "untimed":
+            found[tuple(getattr(row, name) for name in IDENTITY if name not in ("commit", "torch"))] = row
+    return list(found.values())
+
+
+def pick(rows: Iterable[Row], **equal) -> list[Row]:
+    """Timed rows that have these values."""
+    return [
+        row for row in rows if row.status == "ok" and all(getattr(row, name) == value for name, value in equal.items())
+    ]
+
+
+def grouped(rows: Iterable[Row], key: Callable[[Row], object]) -> dict:
+    groups: dict = {}
+    for row in rows:
+        groups.setdefault(key(row), []).append(row)
+    return groups
+
+
+def of_the_paper(row: Row) -> bool:
+    """A case with its own sizes."""
+    return (row.batch, row.height, row.width, row.classes, row.channels) in PAPER
+
+
+def on_a_curve(row: Row) -> bool:
+    """What is measured to see how cost grows."""
+    return not of_the_paper(row) or row.regime not in REGIMES or row.strides not in STRIDES
+
+
+def setting(row: Row) -> tuple:
+    """Rows of one setting are compared with each other."""
+    return (
+        *(row.case, row.regime, row.batch, row.height, row.width, row.classes, row.channels, row.strides),
+        *(row.dtype, row.layout, row.threads),
+    )
+
+
+# --------------------------------------------------------------------------------------------------------------- tables
+
+
+def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    lines = list(lines)
+    if not lines:
+        return NOT_YET
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *lines))
+
+
+def ms(row: Row | None, spread: bool = True) -> str:
+    if row is None:
+        return "–"
+    if row.median_ms is None:
+        return row.status
+    return f"{row.median_ms:.3g}" + (f" ± {row.iqr_ms:.2g}" if spread and row.iqr_ms else "") + " ms"
+
+
+def ratio(slow: Row | None, fast: Row | None) -> str:
+    if slow is None or fast is None or slow.median_ms is None or fast.median_ms is None:
+        return "–"
+    return f"{slow.median_ms / fast.median_ms:.3g}"
+
+
+def first(rows: Iterable[Row]) -> Row | None:
+    return next(iter(rows), None)
+
+
+def number(value: float | None, unit: str = "") -> str:
+    return "–" if value is None else f"{value:.3g}{unit}"
+
+
+def sources(rows: Sequence[Row]) -> str:
+    """Where a table's numbers are from."""
+    places = grouped(rows, lambda row: (row.device, row.driver, row.torch, row.triton, row.commit))
+    lines = []
+    for device, driver, torch, triton, commit in places:
+        versions = [f"driver {driver}" if driver else "", f"torch {torch}", f"Triton {triton}" if triton else ""]
+        lines.append(f"{device}, {', '.join(filter(None, versions))}, commit {commit}")
+    return "Measured on " + "; ".join(lines) + "." if lines else ""
+
+
+def with_sources(text: str, rows: Sequence[Row]) -> str:
+    return "\n\n".join(filter(None, (text, sources(rows))))
+
+
+def edge_distance_on_cpu(rows: Sequence[Row]) -> str:
+    """One map, one thread: ours, the fastest of the others whatever it computes, and the definition as it reads."""
+    rows = [row for row in pick(rows, what="edge_distance", threads=1, batch=1) if not row.driver]
+    lines = []
+    for regime, of_regime in grouped(rows, lambda row: row.regime).items():
+        ours = first(row for row in of_regime if row.by in OURS)
+        others = sorted((row for row in of_regime if row.by not in OURS), key=lambda row: row.median_ms)
+        fastest = first(others)
+        scipy = first(row for row in of_regime if row.by == "SciPy for each class")
+        if ours and fastest:
+            theirs = f"{ms(fastest, False)} ({fastest.by})"
+            lines.append((regime, ms(ours, False), theirs, ratio(fastest, ours), ms(scipy, False)))
+    head = ("predictions", "this library", "fastest peer", "times faster", "SciPy, class by class")
+    return with_sources(table(head, lines), rows)
+
+
+def described(row: Row) -> str:
+    """Case and regime, with the sizes where they are not the case's own."""
+    sizes = "" if of_the_paper(row) else f", {row.batch}×{row.height}×{row.width}, N {row.classes}, D {row.channels}"
+    return f"{row.case}{sizes}, {row.regime}"
+
+
+def loss_on_gpu(rows: Sequence[Row]) -> str:
+    """The fused loss beside its definition, plain and compiled: a line for each setting."""
+    rows = [row for row in rows if row.what == BOTH and row.driver]
+    lines = []
+    for of_setting in grouped(rows, lambda row: (row.device, setting(row))).values():
+        fused = first(pick(of_setting, by="triton", mode="graph")) or first(pick(of_setting, by="triton", mode="eager"))
+        eager = first(pick(of_setting, by="triton", mode="eager"))
+        definition = first(pick(of_setting, by="reference", mode="eager"))
+        compiled = sorted(
+            (row for row in pick(of_setting) if row.by.startswith("torch.compile")), key=lambda row: row.median_ms
+        )
+        failed = first(row for row in of_setting if row.by == "triton" and row.status.startswith("failed"))
+        if not fused and not failed:
+            continue
+        row = fused or failed
+        percent = row.percent_of_copy
+        lines.append(
+            (
+                described(row),
+                f"{row.dtype}, {row.layout}, {row.strides}",
+                ms(row),
+                ms(eager, False),
+                ratio(definition, fused),
+                ratio(first(compiled), fused),
+                f"{number(eager and eager.peak_mib)} / {number(definition and definition.peak_mib)}",
+                number(eager and eager.launches),
+                number(eager and eager.syncs),
+                number(percent, " %"),
+            )
+        )
+    head = (
+        *("case", "features", "CUDA graph", "eager", "× definition", "× torch.compile", "MiB: fused / definition"),
+        *("launches", "syncs", "of copy bandwidth"),
+    )
+    return with_sources(table(head, lines), [row for row in rows if row.status == "ok"])
+
+
+def everything(rows: Sequence[Row], chosen: Callable[[Row], bool]) -> str:
+    """A line for each row, within each setting the fastest first; failures and absences stay."""
+    rows = [row for row in rows if chosen(row)]
+    lines = []
+    for of_setting in grouped(rows, lambda row: (row.what, setting(row)[:-3])).values():
+        ours = first(row for row in sorted(pick(of_setting), key=lambda row: row.median_ms) if row.by in OURS)
+        for row in sorted(of_setting, key=lambda row: (row.median_ms is None, row.median_ms or 0.0)):
+            place = f"{row.case} {row.regime}".strip()
+            threads = f", {row.threads} threads" if row.threads else ""
+            relative = ratio(row, ours) if ours and row is not ours else "1"
+            counts = f"{number(row.launches)} / {number(row.syncs)}"
+            size = f"{row.batch}×{row.height}×{row.width}, N {row.classes}" if row.batch else ""
+            lines.append(
+                (
+                    *(
+                        row.what,
+                        f"{row.by}, {row.mode}{threads}",
+                        " ".join(filter(None, (place, size, row.dtype, row.layout))),
+                        ms(row),
+                    ),
+                    *(relative, counts, number(row.peak_mib), row.exact),
+                )
+            )
+    head = ("what", "by", "on", "time", "× ours", "launches / syncs", "MiB", "exact")
+    return with_sources(table(head, lines), [row for row in rows if row.status == "ok"])
+
+
+def steps(rows: Sequence[Row]) -> str:
+    """A training step without and with the loss."""
+    rows = [row for row in rows if row.what == "training step"]
+    lines = []
+    for (device, backbone, _), of_one in grouped(rows, lambda row: (row.device, row.by, setting(row))).items():
+        plain = first(pick(of_one, mode="cross-entropy"))
+        cells = []
+        for mode in ("with contextrast", "with the definition"):
+            row = first(pick(of_one, mode=mode))
+            share = f"{100 * (1 - plain.median_ms / row.median_ms):.1f} %" if plain and row else "–"
+            cells += [ms(row), share]
+        status = "" if plain else of_one[0].status
+        lines.append((backbone, f"{of_one[0].case}, {device}", ms(plain) if plain else status, *cells))
+    head = (
+        "network",
+        "on",
+        "cross-entropy alone",
+        "with the fused loss",
+        "its share",
+        "with the definition",
+        "its share",
+    )
+    return with_sources(table(head, lines), pick(rows))
+
+
+def values(rows: Sequence[Row], chosen: Callable[[Row], bool]) -> str:
+    """What is not a time."""
+    rows = [row for row in rows if chosen(row)]
+    lines = [
+        (
+            *(row.what, f"{row.by}, {row.mode}", row.status if row.value is None else f"{row.value:.3g} {row.unit}"),
+            *(ms(row) if row.median_ms is not None else "–", row.expected or "–", row.note),
+        )
+        for row in rows
+    ]
+    head = ("what", "by", "measured", "time", "expected", "note")
+    return with_sources(table(head, lines), [row for row in rows if row.status == "ok"])
+
+
+# ---------------------------------------------------------------------------------------------------------------- plots
+
+
+def plot_edge_distance(axes_of, rows: Sequence[Row]):
+    regimes = list(dict.fromkeys(row.regime for row in rows))
+    names = sorted({row.by for row in rows}, key=lambda name: min(row.median_ms for row in rows if row.by == name))
+    [axes] = axes_of(1, (8, 1.2 + 0.28 * len(names) * len(regimes) ** 0.5))
+    for j, name in enumerate(names):
+        times = [first(row for row in rows if row.by == name and row.regime == regime) for regime in regimes]
+        here = [(i, row) for i, row in enumerate(times) if row]
+        axes.plot(
+            [row.median_ms for _, row in here],
+            [i for i, _ in here],
+            "o" if name in OURS else "s",
+            markersize=9 if name in OURS else 6,
+            color=f"C{j}",
+            label=name,
+        )
+    axes.set_yticks(range(len(regimes)), regimes)
+    axes.invert_yaxis()
+    axes.set_xscale("log")
+    axes.set_xlabel("ms for one map, one thread")
+    axes.grid(axis="x", alpha=0.3)
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+
+
+def plain(*axes_of_one) -> None:
+    """Logarithmic axes with numbers that are read at a glance."""
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    for axis in axes_of_one:
+        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axis.set_minor_formatter(NullFormatter())
+
+
+def plot_roofline(axes_of, rows: Sequence[Row]):
+    [axes] = axes_of(1, (7.5, 5))
+    for j, (form, of_one) in enumerate(grouped(rows, lambda row: (row.device, row.layout, row.dtype)).items()):
+        marker = "o" if form[1] == "nchw" else "D"
+        axes.plot(
+            [r.plan_mb for r in of_one], [r.median_ms for r in of_one], marker, color=f"C{j}", label=", ".join(form)
+        )
+        for k, row in enumerate(of_one):
+            if form[1] == "nchw":
+                offset = (6, -3 - 7 * (k % 2))
+                axes.annotate(row.case, (row.plan_mb, row.median_ms), offset, textcoords="offset points", fontsize=7)
+    most = [min(r.plan_mb for r in rows) / 1.2, max(r.plan_mb for r in rows) * 1.4]
+    speed = max(row.copy_gb_s for row in rows)
+    axes.plot(most, [mb / speed for mb in most], "k-", linewidth=1, label=f"a copy: {speed:.0f} GB/s")
+    axes.plot(most, [2 * mb / speed for mb in most], "k:", linewidth=1, label="half of that")
+    axes.set(
+        xscale="log", yscale="log", xlabel="MB that must move, by plan", ylabel="ms, forward + backward, CUDA graph"
+    )
+    plain(axes.xaxis, axes.yaxis)
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(frameon=False, fontsize=8)
+
+
+def plot_memory(axes_of, rows: Sequence[Row]):
+    cases = list(dict.fromkeys(row.case for row in rows))
+    names = list(dict.fromkeys(row.by for row in rows))
+    [axes] = axes_of(1, (8, 4.2))
+    for j, name in enumerate(names):
+        peaks = [first(row for row in rows if row.by == name and row.case == case) for case in cases]
+        places = [i + 0.8 * (j + 0.5) / len(names) - 0.4 for i, _ in enumerate(cases)]
+        heights = [row.peak_mib if row else 0.0 for row in peaks]
+        bars = axes.bar(places, heights, 0.8 / len(names), label=name, color=f"C{j}")
+        axes.bar_label(bars, [f"{height:.3g}" if row else "" for height, row in zip(heights, peaks)], fontsize=7)
+    axes.set_xticks(range(len(cases)), cases)
+    axes.set_yscale("log")
+    plain(axes.yaxis)
+    axes.set_ylabel("MiB above inputs and results")
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(names), frameon=False, fontsize=8)
+
+
+CURVES = {
+    "megapixels": lambda row: row.batch * row.height * row.width / 1e6,
+    "classes": lambda row: row.classes,
+    "channels": lambda row: row.channels,
+    "layers": lambda row: len(row.strides.split("-")),
+    "% errors": lambda row: 10.0 if row.regime == "trained" else _percent(row.regime),
+}
+
+
+def _percent(regime: str) -> float | None:
+    return float(regime.removesuffix(" % errors")) if regime.endswith(" % errors") else None
+
+
+def plot_scaling(axes_of, rows: Sequence[Row]):
+    """Curves through the case of most rows, each over the rows that differ from it in one thing."""
+    base = next(row for row in rows if row.regime == "trained" and row.channels == 256 and row.strides == "4-8-16-32")
+    point = {name: value(base) for name, value in CURVES.items()}
+    limits = (min(row.median_ms for row in rows) / 1.5, max(row.median_ms for row in rows) * 1.5)
+    every = axes_of(len(CURVES), (3.2 * len(CURVES), 3.4))
+    for axes, (name, value) in zip(every, CURVES.items()):
+        shown = set()
+        for by, of_one in grouped(rows, lambda row: row.by).items():
+            line = [
+                (value(row), row.median_ms)
+                for row in of_one
+                if value(row) is not None
+                and all(of(row) == point[other] for other, of in CURVES.items() if other != name)
+            ]
+            axes.plot(*zip(*sorted(line)), "o-" if by in OURS else "s--", label=by)
+            shown |= {x for x, _ in line}
+        axes.set(xscale="log", yscale="log", xlabel=name, ylim=limits)
+        plain(axes.yaxis)
+        axes.set_xticks(sorted(shown), [f"{x:.3g}" for x in sorted(shown)], minor=False)
+        axes.set_xticks([], minor=True)
+        axes.grid(alpha=0.3)
+    every[0].set_ylabel("ms, forward + backward")
+    every[0].legend(frameon=False, fontsize=8)
+
+
+def plots(rows: Sequence[Row]) -> dict[str, tuple[Callable, list[Row]]]:
+    """Name → how it is drawn and from which rows; those without rows are left out."""
+    of_loss = [row for row in pick(rows, what=BOTH) if row.driver]
+    fused = [row for row in of_loss if row.by == "triton" and row.mode == "graph"]
+    paper = [row for row in of_loss if row.regime == "trained" and row.dtype == "bfloat16" and row.layout == "nchw"]
+    curves = [
+        row
+        for row in of_loss
+        if row.case == "cityscapes" and (row.dtype, row.layout) == ("bfloat16", "nchw")
+        and (row.by, row.mode) in (("triton", "graph"), ("reference", "eager"))
+        and (row.regime == "trained" or row.regime.endswith(" % errors"))
+    ]  # fmt: skip
+    found = {
+        "roofline": (
+            plot_roofline,
+            [row for row in fused if row.plan_mb and row.copy_gb_s and row.regime == "trained" and not on_a_curve(row)],
+        ),
+        "scaling": (plot_scaling, curves if len({setting(row) for row in curves}) > 3 else []),
+        "memory": (
+            plot_memory,
+            [
+                row
+                for row in paper
+                if row.mode == "eager" and row.peak_mib and row.strides == "4-8-16-32" and of_the_paper(row)
+            ],
+        ),
+        "edge_distance": (
+            plot_edge_distance,
+            [row for row in pick(rows, what="edge_distance", threads=1, batch=1) if not row.driver],
+        ),
+    }  # fmt: skip
+    return {name: (draw, of_plot) for name, (draw, of_plot) in found.items() if of_plot}
+
+
+def digest(draw: Callable, rows: Sequence[Row]) -> str:
+    """What a picture depends on: the rows and the code that draws them."""
+    text = inspect.getsource(draw) + "\n".join(map(str, map(astuple, rows)))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def render(path: pathlib.Path, draw: Callable, rows: Sequence[Row]) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figures = []
+
+    def axes_of(count: int, size: tuple[float, float]):
+        figure, axes = pyplot.subplots(1, count, figsize=size, squeeze=False)
+        figures.append(figure)
+        return list(axes[0])
+
+    draw(axes_of, rows)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    [figure] = figures
+    figure.savefig(path, dpi=120, bbox_inches="tight", metadata={"Description": digest(draw, rows)})
+    pyplot.close(figure)
+
+
+def drawn_from(path: pathlib.Path) -> str:
+    """The digest in a picture's metadata; "" where there is no picture."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            return image.info.get("Description", "")
+    except OSError:
+        return ""
+
+
+# ---------------------------------------------------------------------------------------------------------------- pages
+
+HOW_MEASURED = """\
+This page is generated by `python -m benchmarks.report` from `benchmarks/results/*.csv`, and CI fails where it says
+something else than they do. A row is held to the definition before it is timed: losses and gradients against float64 on
+the same inputs, integers with ==. Times are medians ± interquartile ranges; on a GPU by CUDA events, in turn on copies
+of the inputs that exceed the L2 cache. Memory is the most that torch holds during the call, above inputs and results.
+Where ours is slower, the row stays."""
+LOSS_ON_GPU = """\
+Forward and backward of all layers, negatives included. × is the other's time over that of the fused loss as a CUDA
+graph, or called where no graph was measured."""
+ON_CPU = """\
+One map of 512 × 1024 pixels with 19 classes, int64 in, squared distances out. Transforms "on edges" are given the edges
+and do not pay for finding them. `edt`'s multi-label transform measures to the nearest pixel outside, another distance,
+and kornia's is an approximation. At commit f869aed the maps were drawn from smooth random fields; later rows take
+theirs from `contextrast_kernels/cases.py`."""
+NOTHING_ON_GPU = """\
+Not measured yet. Nothing has run on a GPU so far: not the CUDA kernels of `csrc/`, which are compiled and run block by
+block in an emulator that holds them equal to the CPU code bit for bit, and not the fused Triton kernels of the loss,
+which are held to the definitions in Triton's interpreter and compiled ahead of time for sm_80, 90 and 100.
+`python -m contextrast_kernels bench --plan` lists what the fused loss would launch and move."""
+
+
+def performance(rows: Sequence[Row], drawn: Iterable[str]) -> str:
+    """docs/performance.md."""
+    drawn = set(drawn)
+
+    def picture(name: str, text: str) -> str:
+        return f"![{text}](performance/{name}.png)" if name in drawn else ""
+
+    def gpu(*names: str) -> Callable[[Row], bool]:
+        return lambda row: bool(row.driver) and row.what.startswith(names)
+
+    def cpu(*names: str) -> Callable[[Row], bool]:
+        return lambda row: not row.driver and row.what.startswith(names)
+
+    def beside_relatives(row: Row) -> bool:
+        form = (row.dtype, row.layout, row.mode, row.by)
+        return row.what == BOTH and of_the_paper(row) and form == ("float32", "nchw", "eager", "triton")
+
+    alone = ("contextrast_loss forward", "contextrast_loss backward")
+    relatives = [row for row in rows if gpu("relative's loss")(row) or (gpu(BOTH)(row) and beside_relatives(row))]
+    on_gpu = [
+        loss_on_gpu([row for row in rows if not on_a_curve(row)]),
+        picture("roofline", "Time of the fused loss over the bytes it has to move, beside a copy"),
+        picture("memory", "Memory of the fused loss and of its definition"),
+        "### As the work grows",
+        picture("scaling", "Time over pixels, classes, channels, layers and errors"),
+        loss_on_gpu([row for row in rows if on_a_curve(row)]),
+        "### Forward and backward alone",
+        everything(rows, lambda row: gpu(*alone)(row) and row.what in alone),
+        "### Its parts",
+        everything(rows, gpu("class_anchors", "pixel_anchor", "bane_negatives")),
+        "### The relatives' published code",
+        "Other losses on the same maps: what a step costs, not which is better.",
+        everything(relatives, bool),
+        "### In a training step",
+        steps(rows),
+        "### Distance transforms and selections",
+        everything(rows, gpu("edge_distance", "select_nearest")),
+    ]
+    sections = [
+        "# Performance",
+        HOW_MEASURED,
+        "## The loss on a GPU",
+        LOSS_ON_GPU,
+        *(on_gpu if any(row.driver for row in rows) else [NOTHING_ON_GPU]),
+        "## On a CPU",
+        ON_CPU,
+        edge_distance_on_cpu(rows),
+        picture("edge_distance", "Time of the edge distance of one map, by regime"),
+        "### All rows",
+        everything(rows, cpu("edge_distance", "select_nearest", "contextrast_loss", "relative's loss")),
+        "## The host's cost of a call",
+        values(rows, lambda row: row.what.startswith("host cost")),
+        "## Open questions, and what a device said",
+        values(rows, lambda row: row.what.startswith("probe")),
+    ]
+    return "\n\n".join(filter(None, sections)) + "\n"
+
+
+def blocks(rows: Sequence[Row]) -> dict[str, str]:
+    """The generated parts of README.md."""
+    paper = [
+        row
+        for row in rows
+        if of_the_paper(row) and row.regime == "trained" and row.strides == "4-8-16-32" and row.dtype == "bfloat16"
+    ]
+    on_gpu = any(row.driver for row in rows)
+    return {
+        "edge-distance-cpu": edge_distance_on_cpu(rows),
+        "loss-gpu": loss_on_gpu(paper) if on_gpu else NOTHING_ON_GPU,
+    }
+
+
+def filled(text: str, parts: dict[str, str]) -> str:
+    """A page with its blocks replaced. One that nobody generates is a KeyError."""
+    return BLOCK.sub(lambda match: f"{match[1]}{parts[match[2]]}\n{match[3]}", text)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; end with 1 if something is stale")
+    parser.add_argument("--results", type=pathlib.Path, default=results.FOLDER, metavar="FOLDER", help="the CSV files")
+    parser.add_argument("--root", type=pathlib.Path, default=ROOT, metavar="FOLDER", help="holds README.md and docs/")
+    options = parser.parse_args(arguments)
+    rows = latest(results.read_all(options.results))
+    drawings = plots(rows)
+    readme, page = options.root / "README.md", options.root / "docs" / "performance.md"
+    texts = {
+        readme: filled(readme.read_text(), blocks(rows)),
+        page: performance(rows, drawings),
+    }
+    pictures = {page.parent / "performance" / f"{name}.png": drawing for name, drawing in drawings.items()}
+    left_over = set((page.parent / "performance").glob("*.png")) - set(pictures)
+    stale = [path for path, text in texts.items() if not path.exists() or path.read_text() != text]
+    stale += [path for path, drawing in pictures.items() if drawn_from(path) != digest(*drawing)]
+    stale += sorted(left_over)
+    if options.check:
+        for path in stale:
+            print(f"{path.relative_to(options.root)} does not say what the results say: python -m benchmarks.report")
+        return 1 if stale else 0
+    for path in stale:
+        if path in texts:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(texts[path])
+        elif path in pictures:
+            render(path, *pictures[path])
+        else:
+            path.unlink()
+        print(path.relative_to(options.root))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
