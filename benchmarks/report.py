@@ -275,7 +275,7 @@ def plain(*axes_of_one) -> None:
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     for axis in axes_of_one:
-        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0)))
         axis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axis.set_minor_formatter(NullFormatter())
 
@@ -352,7 +352,7 @@ def plot_scaling(axes_of, rows: Sequence[Row]):
             shown |= {x for x, _ in line}
         axes.set(xscale="log", yscale="log", xlabel=name, ylim=limits)
         plain(axes.yaxis)
-        axes.set_xticks(sorted(shown), [f"{x:.3g}" for x in sorted(shown)], minor=False)
+        axes.set_xticks(sorted(shown), [f"{x:.3g}" for x in sorted(shown)], fontsize=7, minor=False)
         axes.set_xticks([], minor=True)
         axes.grid(alpha=0.3)
     every[0].set_ylabel("ms, forward + backward")

@@ -542,7 +542,12 @@ STEPS = {"cross-entropy": None, "with contextrast": "triton", "with the definiti
 def step_part(machine: Machine, names: Sequence[str]) -> Iterator[Job]:
     """A training step with cross-entropy alone, and with the loss added: autocast, SGD, channels_last."""
     for name in names[:1]:
-        case = replace(machine.sized(name), layout="channels_last", strides=())
+        base = machine.sized(name)
+        sides = {
+            "height": max(32, base.height // 32 * 32),
+            "width": max(32, base.width // 32 * 32),
+        }  # HRNet's condition
+        case = replace(base, layout="channels_last", strides=(), **sides)
         for backbone in BACKBONES:
             for step in STEPS:
                 row = replace(machine.row(case, what="training step", by=backbone, mode=step), channels=256)
