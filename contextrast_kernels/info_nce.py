@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from contextrast_kernels import checks
-from contextrast_kernels.backend import unchanged_by_autocast
+from contextrast_kernels.backend import MOST_CHANNELS, choose, on_device, unchanged_by_autocast
 from contextrast_kernels.embedding import compute_dtype
 
 POSITIVES = ("each", "supcon", "pooled")
@@ -73,6 +73,7 @@ def info_nce(
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, rank, size, range or device; the sentence names it.
+        RuntimeError: a backend was asked for that cannot run.
     """
     _check_rows("rows", rows, "row_labels", row_labels)
     itself = columns is None
@@ -92,31 +93,36 @@ def info_nce(
     checks.ignore_index(ignore_index)
     checks.choice("positives", positives, POSITIVES)
     checks.choice("reduction", reduction, REDUCTIONS)
-    if itself:
-        columns, column_labels = rows, row_labels
-    of_columns = "rows" if itself else "columns"
+    against = ("rows", rows) if itself else ("columns", columns)
     if row_negatives is not None:
         _check_integers("row_negatives", row_negatives, "rows", rows)
     if column_negatives is not None:
-        _check_integers("column_negatives", column_negatives, of_columns, columns)
+        _check_integers("column_negatives", column_negatives, *against)
     if base is not None:
-        _check_vector("base", base, "bool flags", lambda dtype: dtype == torch.bool, of_columns, columns)
+        _check_vector("base", base, "bool flags", lambda dtype: dtype == torch.bool, *against)
     if column_weights is not None:
-        _check_vector(
-            "column_weights", column_weights, "floating-point weights", checks.is_floating, of_columns, columns
-        )
+        _check_vector("column_weights", column_weights, "floating-point weights", checks.is_floating, *against)
+        column_weights = column_weights.detach()
     if row_negatives is not None or column_negatives is not None:
         row_negatives = row_labels if row_negatives is None else row_negatives
-        column_negatives = column_labels if column_negatives is None else column_negatives
-    vectors = (row_labels, column_labels, row_negatives, column_negatives, base, column_weights)
-    return _definition(rows, columns, *vectors, itself, temperature, ignore_index, positives, reduction)
+        if column_negatives is None:
+            column_negatives = row_labels if itself else column_labels
+    sets = (row_negatives, column_negatives, base, column_weights)
+    options = (float(temperature), ignore_index, positives, reduction)
+    backend = _choose(rows)
+    # Without a pair to look at there is nothing to launch.
+    if backend == "triton" and rows.numel() > 0 and against[1].numel() > 0:
+        return _info_nce(rows, row_labels, columns, column_labels, *sets, *options, backend)[0]
+    if itself:
+        columns, column_labels = rows, row_labels
+    return _definition(rows, row_labels, columns, column_labels, *sets, itself, *options)
 
 
 @unchanged_by_autocast
 def _definition(
     rows: Tensor,
-    columns: Tensor,
     row_labels: Tensor,
+    columns: Tensor,
     column_labels: Tensor,
     row_negatives: Tensor | None,
     column_negatives: Tensor | None,
@@ -176,6 +182,15 @@ def _definition(
     return of_row if reduction == "none" else of_row.sum() / valid_row.sum().clamp(min=1)
 
 
+def _choose(rows: Tensor) -> str:
+    unfit = (
+        ""
+        if rows.shape[1] <= MOST_CHANNELS
+        else f"its kernels take at most {MOST_CHANNELS} channels, got {rows.shape[1]}"
+    )
+    return choose(rows, ("triton",), unfit)
+
+
 def _check_rows(name: str, rows: Tensor, labels_name: str, labels: Tensor) -> None:
     checks.tensor(name, rows, "a floating-point matrix (R, D)")
     if not checks.is_floating(rows.dtype):
@@ -199,3 +214,92 @@ def _check_vector(name: str, value: Tensor, kind: str, fits, of: str, rows: Tens
             f"{name}: expected shape ({rows.shape[0]},), one for each of {of}, got {checks.describe(value)}"
         )
     checks.together(of, rows, name, value, batch=False)
+
+
+@torch.library.custom_op("contextrast::info_nce", mutates_args=())
+def _info_nce(
+    rows: Tensor,
+    row_labels: Tensor,
+    columns: Tensor | None,
+    column_labels: Tensor | None,
+    row_negatives: Tensor | None,
+    column_negatives: Tensor | None,
+    base: Tensor | None,
+    column_weights: Tensor | None,
+    temperature: float,
+    ignore_index: int,
+    positives: str,
+    reduction: str,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss; and what backward reads: the number of valid rows (nothing without a mean) and (4, R) numbers."""
+    from contextrast_kernels.kernels import info_nce
+
+    sets = (row_labels, column_labels, row_negatives, column_negatives, base, column_weights)
+    pairs = info_nce.pairs(*sets, temperature, ignore_index, positives)
+    with on_device(rows):
+        return info_nce.forward(rows, rows if columns is None else columns, pairs, reduction == "mean")
+
+
+@_info_nce.register_fake
+def _(rows, row_labels, columns, *options):
+    R, dtype = rows.shape[0], compute_dtype(rows.dtype)
+    loss, count = ((), ()) if options[-2] == "mean" else ((R,), (0,))
+    return tuple(rows.new_empty(shape, dtype=dtype) for shape in (loss, count, (4, R)))
+
+
+@torch.library.custom_op("contextrast::info_nce_backward", mutates_args=())
+def _info_nce_backward(
+    gradient: Tensor,
+    rows: Tensor,
+    row_labels: Tensor,
+    columns: Tensor | None,
+    column_labels: Tensor | None,
+    row_negatives: Tensor | None,
+    column_negatives: Tensor | None,
+    base: Tensor | None,
+    column_weights: Tensor | None,
+    count: Tensor,
+    kept: Tensor,
+    temperature: float,
+    ignore_index: int,
+    positives: str,
+    toward: str,
+    backend: str,
+) -> Tensor:
+    """dL/d of the rows, of the columns, or of rows that are their own columns: ``toward`` "rows", "columns", "both"."""
+    from contextrast_kernels.kernels import info_nce
+
+    sets = (row_labels, column_labels, row_negatives, column_negatives, base, column_weights)
+    pairs = info_nce.pairs(*sets, temperature, ignore_index, positives)
+    with on_device(rows):
+        return info_nce.backward(gradient, rows, rows if columns is None else columns, pairs, count, kept, toward)
+
+
+@_info_nce_backward.register_fake
+def _(gradient, rows, row_labels, columns, *options):
+    return torch.empty_like(columns if options[-2] == "columns" else rows)
+
+
+def _save_for_backward(ctx, inputs, output):
+    *tensors, ctx.temperature, ctx.ignore_index, ctx.positives, _, ctx.backend = inputs
+    ctx.save_for_backward(*tensors, *output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _backward(ctx, gradient, *_):
+    rows, row_labels, columns, *others = ctx.saved_tensors
+    options = (ctx.temperature, ctx.ignore_index, ctx.positives)
+
+    def toward(target: str) -> Tensor:
+        return _info_nce_backward(gradient, rows, row_labels, columns, *others, *options, target, ctx.backend)
+
+    drows = dcolumns = None
+    if ctx.needs_input_grad[0]:
+        drows = toward("both" if columns is None else "rows")
+    if ctx.needs_input_grad[2]:
+        dcolumns = toward("columns")
+    return drows, None, dcolumns, *([None] * 10)
+
+
+_info_nce.register_autograd(_backward, setup_context=_save_for_backward)
