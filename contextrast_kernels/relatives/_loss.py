@@ -68,7 +68,6 @@ class Rows:
     def __init__(self, sampler: str | Callable, default: Sampler):
         if not callable(sampler):
             checks.choice("sampler", sampler, SAMPLERS)
-            # The published least count belongs to the rule, so the rule decides it where it was not given.
             sampler = replace(default, kind=sampler)
         self.sampler, self.default = sampler, default
 

@@ -57,7 +57,8 @@ class PixelContrastLoss(SampledLoss):
         temperature: τ.
         sampler: "hard-easy" (the published quota), "bane", "common-count" or "uniform" (see ``Sampler``), or any
             callable of the same signature, of whose pixels as many as "hard-easy" could choose are taken.
-        max_samples, max_views: the sampler's.
+        max_samples, max_views, min_pixels: the sampler's. As published, a class with at most ``max_views`` pixels in an
+            image takes no part; for small images set ``min_pixels``.
         bank: a MemoryBank. Its entries take the place of the batch's pixels as columns; after each training forward
             the batch's region centres and pixels are written into it. Until the first write the loss is 0.
         bank_pixels: pixels of each (image, class) that are written.
@@ -85,6 +86,7 @@ class PixelContrastLoss(SampledLoss):
         sampler: str | Callable = "hard-easy",
         max_samples: int = 1024,
         max_views: int = 100,
+        min_pixels: int | None = None,
         bank: MemoryBank | None = None,
         bank_pixels: int = 10,
         mining: str = "none",
@@ -97,7 +99,7 @@ class PixelContrastLoss(SampledLoss):
         seed: int | Tensor = 0,
     ):
         super().__init__(num_classes, ignore_index, temperature, normalize, seed)
-        self.rows = Rows(sampler, Sampler("hard-easy", max_samples, max_views))
+        self.rows = Rows(sampler, Sampler("hard-easy", max_samples, max_views, min_pixels))
         if bank is not None:
             check_bank(bank, num_classes)
         checks.integer("bank_pixels", bank_pixels, low=0)
