@@ -501,6 +501,7 @@ TABLE = [
         "state",
         "sums",
     ),
+    ("no state", lambda: ck.metrics.ConfusionMatrix(4).load_state_dict(None), TypeError, "state", "None"),
     (
         "a state of other classes",
         lambda: ck.metrics.ConfusionMatrix(4).load_state_dict({"counts": torch.zeros(5, 6).long()}),

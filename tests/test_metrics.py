@@ -455,10 +455,7 @@ def test_merged_reset_saved_and_copied(name):
 @every_metric
 def test_nothing_seen_is_nan_not_zero(name):
     everything_ignored = arguments(name)
-    position = 0 if name == "nothing" else 1
-    everything_ignored = tuple(
-        torch.full_like(a, 255) if i == position else a for i, a in enumerate(everything_ignored)
-    )
+    everything_ignored = tuple(torch.full_like(a, 255) if i == 1 else a for i, a in enumerate(everything_ignored))
     no_images = images_of(arguments(name), slice(0, 0))
     for results in (evaluated(name), evaluated(name, no_images), evaluated(name, everything_ignored, no_images)):
         for key, value in results.items():
@@ -569,7 +566,12 @@ def test_an_update_never_waits_for_the_device(name):
         metric.compute()
 
 
-@pytest.mark.parametrize("name", METRICS)
+SLOW_TO_COMPILE = ("AnchorSimilarity", "BoundaryF1", "InstanceIoU")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW_TO_COMPILE else name for name in METRICS]
+)
 def test_an_update_compiles_into_one_graph(name):
     torch._dynamo.reset()
     batch = arguments(name)
@@ -591,6 +593,27 @@ def test_results_are_float64_scalars_and_vectors_under_names_that_do_not_clash()
             if name != "AnchorSimilarity":
                 assert value.shape == ((N,) if key.endswith("per_class") else (3,) if key.endswith("category") else ())
     assert len(set(names)) == len(names)
+
+
+@pytest.mark.gpu
+@every_metric
+def test_a_gpu_gives_the_same_without_waiting(name):
+    batch = arguments(name)
+    on_gpu = tuple([t.cuda() for t in a] if isinstance(a, list) else a.cuda() for a in batch)
+    metric = METRICS[name][0]()
+    metric.update(*on_gpu)  # the first compiles kernels and moves options
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        metric.update(*on_gpu)
+        results = metric.compute()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(value.is_cuda for value in results.values())
+    exact = name not in ("AlignmentUniformity", "AnchorSimilarity", "BoundaryF1")
+    expected = evaluated(name, batch, batch)
+    same({key: value.cpu() for key, value in results.items()}, expected, exact)
+    again = evaluated(name, on_gpu, on_gpu)
+    same(again, results)  # bit for bit
 
 
 # ------------------------------------------------------------------------------------------------------------- ranks

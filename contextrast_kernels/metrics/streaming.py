@@ -56,16 +56,18 @@ class Metric:
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Take over saved counts in place of one's own."""
-        if state and {name: value.dtype for name, value in state.items()} != {
-            name: dtype for name, (_, dtype) in self._layout.items()
-        }:
-            raise ValueError(f"state: expected {sorted(self._layout)}, as state_dict() gives them, got {sorted(state)}")
+        if not isinstance(state, dict):
+            raise TypeError(f"state: expected what state_dict() gives, got {checks.describe(state)}")
+        wanted = {name: dtype for name, (_, dtype) in self._layout.items()}
+        got = {name: getattr(value, "dtype", type(value)) for name, value in state.items()}
+        if got not in ({}, wanted):
+            raise ValueError(f"state: expected {wanted}, as state_dict() of {type(self).__name__} gives, got {got}")
         for name, value in state.items():
             shape, _ = self._layout[name]
             if len(shape) != value.ndim or any(n not in (None, m) for n, m in zip(shape, value.shape)):
-                wanted = str(shape).replace("None", "any")
+                sizes = str(shape).replace("None", "any")
                 raise ValueError(
-                    f"state: expected {name} of shape {wanted}, got {checks.describe(value)}; "
+                    f"state: expected {name} of shape {sizes}, got {checks.describe(value)}; "
                     "load what was saved with the same options"
                 )
         self._state = {name: value.clone() for name, value in state.items()}
