@@ -118,7 +118,7 @@ plan() {
       command=("${pytest[@]}" "${spread[@]}" tests --ignore tests/test_kernels.py --ignore tests/test_native_gpu.py)
       [[ -z $tiny ]] || command=("${pytest[@]}" tests/test_hashing.py) ;;
     bench/host) command=("$python" -m benchmarks.host --out "$results" ${tiny:+--rounds 1}) ;;
-    bench/probes) command=("$python" -m benchmarks.probes --out "$results" ${tiny:+--tiny}) ;;
+    bench/probes) command=("$python" -m benchmarks.probes --out "$results" ${tiny:+--tiny --only selection}) ;;
     bench/peers)
       [[ -n ${PEERS-} ]] || why="set PEERS to a folder with checkouts of the relatives: benchmarks/peers.py"
       command=("${bench[@]}" --peers "${PEERS-}") ;;
