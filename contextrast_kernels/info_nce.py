@@ -69,7 +69,7 @@ def info_nce(
         A scalar, or (R,) without reduction, where ignored rows have 0; float32, or float64 for float64 rows. A row
         without a positive adds 0 and stays in the mean, and so does a row without a negative, but for "supcon".
         Without a valid row the loss is 0, with a live graph. NaN or inf in a valid row gives it NaN, in a valid column
-        every row, as does a valid column's weight that is negative, infinite or NaN.
+        every valid row, as does a valid column's weight that is negative, infinite or NaN.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, rank, size, range or device; the sentence names it.
@@ -178,7 +178,7 @@ def _definition(
             term = torch.where(is_positive, w * (log_sum(is_positive | is_negative) - similarity), 0.0)
         of_row = term.sum(1) / torch.where(has_positive, (w * is_positive).sum(1), 1.0)
     # 0 · x and 0 · z carry a NaN or inf of a row or column that is in no term.
-    of_row = of_row + (0.0 * x).sum(1) + (0.0 * z).sum() + (0.0 * w).sum()
+    of_row = torch.where(valid_row, of_row + (0.0 * x).sum(1) + (0.0 * z).sum() + (0.0 * w).sum(), 0.0)
     return of_row if reduction == "none" else of_row.sum() / valid_row.sum().clamp(min=1)
 
 

@@ -298,6 +298,17 @@ def test_splitting_the_columns_changes_rounding_alone(rng, monkeypatch):
     assert not torch.equal(split[1], whole[1])
 
 
+def test_blocks_of_padding(rng):
+    """Blocks of ignored rows and of ignored columns, before, between and after valid ones."""
+    x, y = vectors(rng, 100, 8), labels(rng, 100)
+    y[:33], y[40:] = -1, -1
+    for positives in POSITIVES:
+        assert_like_the_definition(loss_of(y, positives=positives, reduction="none"), [x])
+    z, c = vectors(rng, 40, 8), labels(rng, 40)
+    assert_like_the_definition(loss_of(y, c), [x, z])
+    assert_like_the_definition(loss_of(c, y), [z, x])
+
+
 def test_columns_in_the_order_of_their_classes(rng):
     """Most tiles have no positive then, and are passed over."""
     x, z, y = vectors(rng, 4, 8), vectors(rng, 260, 8), torch.tensor([2, 2, 2, -1], device=DEVICE)

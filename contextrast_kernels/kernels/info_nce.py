@@ -445,6 +445,12 @@ def _sets(columns, row_label, row_name, label, name, bits, i, j, ITSELF: tl.cons
 
 
 @triton.jit
+def _stop(valid, start, span, end):
+    """Where a split of the streamed vectors ends: at once where no held vector is valid, as in padding."""
+    return tl.where(tl.max(valid.to(tl.int32), 0) > 0, tl.minimum(start + span, end), start)
+
+
+@triton.jit
 def _weighted(columns, value, weight):
     if columns.weights is not None:
         return value * weight
@@ -549,7 +555,7 @@ def _info_nce_log_sums(
     of_positives = tl.zeros((HELD,), tl.float64)
     mass = tl.zeros((HELD,), tl.float64)
     start = tl.program_id(1) * span
-    for first in range(start, tl.minimum(start + span, C), STREAM):
+    for first in range(start, _stop(valid, start, span, C), STREAM):
         j = first + tl.arange(0, STREAM)
         label, name, bits, weight, valid_column = _column_codes(columns, j, C, ignore_index, LABEL, ACC)
         # Ignored columns alone are passed over; but for the first tile, so that a broken row shows without a column.
@@ -621,7 +627,7 @@ def _info_nce_terms(
     loss = tl.zeros((HELD,), tl.float64)
     share = tl.zeros((HELD,), tl.float64)
     start = tl.program_id(1) * span
-    for first in range(start, tl.minimum(start + span, C), STREAM):
+    for first in range(start, _stop(valid, start, span, C), STREAM):
         j = first + tl.arange(0, STREAM)
         label, name, bits, weight, valid_column = _column_codes(columns, j, C, ignore_index, LABEL, ACC)
         positive, _ = _sets(
@@ -686,10 +692,9 @@ def _info_nce_rows(
         loss = _sum(terms, 1, splits, i, R, HELD, 3) / mass
         push = _sum(terms, 2, splits, i, R, HELD, 3) / mass
         pull = 1.0 / mass
-    # What is broken in a valid column shows in every row, what is broken in a row there.
-    broken = tl.where(log_sum != log_sum, float("nan"), 0.0)
+    # What is broken in a valid column shows in every valid row, what is broken in a row there.
+    broken = tl.where(valid & (log_sum != log_sum), float("nan"), 0.0)
     tl.store(losses + i, (tl.where(takes_part, loss, 0.0) + broken).to(losses.dtype.element_ty), mask=i < R)
-    broken = tl.where(valid, broken, 0.0)
     _keep(kept, 0, i, R, tl.where(takes_part, log_sum, 0.0))
     _keep(kept, 1, i, R, tl.where(takes_part, log_positives, 0.0))
     _keep(kept, 2, i, R, tl.where(takes_part, push, 0.0) + broken)
@@ -805,7 +810,7 @@ def _info_nce_bwd(
     d0 = tl.program_id(2) * CHANNELS
     gradients = zero_tiles(CHANNELS // K, HELD, K, ACC)
     start = tl.program_id(1) * span
-    for first in range(start, tl.minimum(start + span, m), STREAM):
+    for first in range(start, _stop(valid, start, span, m), STREAM):
         b = first + tl.arange(0, STREAM)
         if TOWARD != "columns":
             label, name, bits, weight, wanted = _column_codes(columns, b, m, ignore_index, LABEL, ACC)
