@@ -4,6 +4,7 @@ What they compute is tested in test_native.py and, kernel by kernel, in test_emu
 """
 
 import functools
+from dataclasses import replace
 
 import native_cases as cases
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from contextrast_kernels import native
+from contextrast_kernels.cases import CASES, REGIMES
 
 pytestmark = [
     pytest.mark.gpu,
@@ -73,6 +75,19 @@ def test_large_maps(rng, size):
         assert_same((f"selection {size}", "select_nearest", (classes, distance, 0.37, -1, cases.seed(6))))
 
 
+@pytest.mark.parametrize("regime", REGIMES)
+@pytest.mark.parametrize("name", CASES)
+def test_the_papers_settings(name, regime):
+    case = replace(CASES[name], regime=regime)
+    labels, predictions = case.label_maps()
+    N, sizes = case.num_classes, [side for size in case.sizes for side in size]
+    classes = native.error_map(predictions, labels, N, 255)
+    assert_same(("distances", "edge_distance", (classes, True)))
+    assert_same(
+        ("negatives", "bane_negatives", (predictions, labels, N, sizes, 0.5, "bane", "layer", 255, cases.seed(4)))
+    )
+
+
 def test_more_pixels_than_32_bits_address():
     if torch.cuda.get_device_properties(0).total_memory < 40e9:
         pytest.skip("needs 40 GB of device memory")
@@ -83,12 +98,11 @@ def test_more_pixels_than_32_bits_address():
 
 def on_the_gpu(rng, op):
     """Arguments of a call at a real size."""
-    labels, predictions = cases.scene(rng, 4, 19, 256, 512)
-    labels, predictions = labels.cuda(), predictions.cuda()
+    labels, predictions = (x.cuda() for x in replace(CASES["cityscapes"], batch=4).label_maps())
     if op == "error_map":
         return predictions, labels, 19, 255
     if op == "bane_negatives":
-        sizes = [64, 128, 32, 64, 16, 32, 8, 16]
+        sizes = [side for size in CASES["cityscapes"].sizes for side in size]
         return predictions, labels, 19, sizes, 0.5, "bane", "layer", 255, cases.seed(1).cuda()
     classes = native.error_map(predictions, labels, 19, 255)
     if op == "select_nearest":
