@@ -34,7 +34,7 @@ from benchmarks import peers, results
 from benchmarks.results import Row
 from contextrast_kernels import bane, cases, measure
 from contextrast_kernels.cases import CASES, Case, Inputs
-from contextrast_kernels.demo.scenes import VOID
+from contextrast_kernels.demo.scenes import VOID, CamVid, DataError
 from contextrast_kernels.demo.training import Network
 
 FORWARD, BACKWARD, BOTH = "forward", "backward", "forward+backward"
@@ -631,6 +631,20 @@ def measured(job: Job, machine: Machine, seconds: float) -> Row:
     return replace(job.row, status=status)
 
 
+def check(options: argparse.Namespace) -> None:
+    """What would fail every row is said before the first."""
+    for name in ("minutes", "row_seconds", "seconds"):
+        if not 0 <= getattr(options, name) <= 86400:
+            option = f"--{name.replace('_', '-')}"
+            raise ValueError(f"{option}: expected 0 to 86400, got {getattr(options, name)}")
+    if options.peers is not None and not options.peers.is_dir():
+        raise ValueError(f"--peers: expected a folder that holds checkouts, got {options.peers}")
+    if options.frames is not None:
+        CamVid(options.frames, 360, limit=1)
+    if options.out.exists() and not options.out.is_dir():
+        raise ValueError(f"--out: expected a folder, got the file {options.out}")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=pathlib.Path, required=True, metavar="FOLDER", help="where <device>.csv is kept")
@@ -644,10 +658,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--row-seconds", type=float, default=180.0, help="give a row up after this (default: 180)")
     parser.add_argument("--seconds", type=float, default=0.5, help="of repeats that a row times (default: 0.5)")
     options = parser.parse_args(arguments)
+    try:
+        check(options)
+    except (ValueError, DataError) as error:
+        parser.error(str(error))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     machine = Machine(device, tiny=options.tiny or device == "cpu", seconds=options.seconds, frames=options.frames)
     path = results.path_of(machine.environment["device"], options.out)
-    known = {} if options.again else {row.measured: row for row in results.read(path)}
+    try:
+        known = {} if options.again else {row.measured: row for row in results.read(path)}
+    except (results.SchemaError, OSError) as error:
+        parser.error(f"--out: {error}")
 
     ends = time.monotonic() + 60 * options.minutes
     failures = left = 0

@@ -186,7 +186,7 @@ def peak_mib(call: Callable[[], Any], device: torch.device) -> float:
         torch.cuda.synchronize(device)
         most = torch.cuda.max_memory_allocated(device) - before
     else:
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
             result = call()
         most = held = 0
         for event in profiler.profiler.kineto_results.events():
@@ -202,7 +202,7 @@ def launches(call: Callable[[], Any], device: torch.device) -> int | None:
         return None
     call()
     torch.cuda.synchronize(device)
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA], acc_events=True) as profiler:
         call()
         torch.cuda.synchronize(device)
     events = profiler.profiler.kineto_results.events()

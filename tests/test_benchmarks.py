@@ -167,6 +167,31 @@ def test_the_runner_goes_through_every_case(tmp_path):
     assert {row.case for row in rows_in(tmp_path)} == {f"{name} tiny" for name in cases.CASES}
 
 
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--peers", "/nowhere"], "--peers: expected a folder"),
+        (["--frames", "/nowhere"], "no folder /nowhere"),
+        (["--minutes", "nan"], "--minutes: expected 0 to 86400"),
+        (["--row-seconds", "-1"], "--row-seconds: expected 0 to 86400"),
+        (["--parts", "everything"], "invalid choice"),
+    ],
+)
+def test_bad_arguments_of_the_runner_are_one_sentence(tmp_path, capsys, arguments, sentence):
+    with pytest.raises(SystemExit, match="2"):
+        runs(tmp_path, *arguments)
+    assert sentence in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_results_of_another_schema_are_left_alone(tmp_path, capsys):
+    path = results.path_of(results.environment()["device"], tmp_path)
+    path.write_text("row,case\na,b\n")
+    with pytest.raises(SystemExit, match="2"):
+        runs(tmp_path)
+    assert "--out: " in capsys.readouterr().err and path.read_text() == "row,case\na,b\n"
+
+
 @cpu_only
 def test_a_row_that_differs_or_crashes_is_written_down_as_failed(tmp_path, monkeypatch, capsys):
     exact = ck.edge_distance
@@ -303,4 +328,4 @@ def test_no_figure_stands_outside_of_the_generated_parts():
     for path in (report.ROOT / "README.md", *sorted((report.ROOT / "docs").glob("*.md"))):
         if path.name != "performance.md":
             text = report.BLOCK.sub("", path.read_text())
-            assert not figure.findall(text), f"{path.name}: {figure.search(text)}"
+            assert not figure.findall(text), f"{path.name}: {figure.search(text)} comes from no row of results"
