@@ -19,8 +19,9 @@ Kept for the backward pass, for each row: Z (or A), Y, what pushes (G, or 1) and
 forms s anew and with it W = ∂L/∂s: dL/dx = W z / τ and dL/dz = Wᵀ x / τ in one sweep each, and of rows against
 themselves (W + Wᵀ) x / τ in one sweep for both.
 
-Floor: ``flops``. With D 256 in bfloat16 the products of two sweeps and the exponentials between them weigh about
-alike; few rows against many columns are bound by reading the columns, once a sweep.
+Floor, by arithmetic: 2 R C D operations for every product, of which "each" takes 6 with both gradients, the other
+forms 5, rows against themselves two fewer (``flops``); and one read of the columns for every sweep, which is what
+bounds few rows against many columns.
 """
 
 from typing import NamedTuple
@@ -34,7 +35,8 @@ from contextrast_kernels.kernels import _launch
 from contextrast_kernels.kernels._tiles import dot_features, plain, real, zero_tiles
 
 PROGRAMS = 264
-"""Two for each multiprocessor of the largest GPUs. A constant, so that no sum depends on the device."""
+"""Where the held vectors fill fewer, the streamed ones are split: two programs for each multiprocessor of an H100. A
+constant, so that no sum depends on the device."""
 
 
 class Matrix(NamedTuple):
@@ -187,7 +189,7 @@ def backward(
     mean = gradient.ndim == 0
     acc = _launch.accumulator(rows.dtype)
     out = torch.empty_like(held)
-    tiles = backward_tiles(rows.dtype, D, n)
+    tiles = backward_tiles(rows.dtype, D, n, toward)
     (blocks, splits), span = _split(n, streamed.shape[0], tiles)
     partial = torch.empty(splits, n, D, dtype=acc, device=held.device) if splits > 1 else None
     x, x_lies = _matrix(held, tiles["HELD"])
@@ -264,9 +266,10 @@ def forward_tiles(dtype: torch.dtype, D: int, held: int) -> dict:
     }
 
 
-def backward_tiles(dtype: torch.dtype, D: int, held: int) -> dict:
+def backward_tiles(dtype: torch.dtype, D: int, held: int, toward: str) -> dict:
     """A program sums CHANNELS channels of the gradient; more are shared out over programs, which form s again."""
-    tiles = forward_tiles(dtype, D, held)
+    # Slopes of both sides at once leave registers for half as many held vectors.
+    tiles = forward_tiles(dtype, D, min(held, 32) if toward == "both" else held)
     channels = {2: 256, 4: 128, 8: 64}[dtype.itemsize]
     return {**tiles, "STREAM": 32, "CHANNELS": min(channels, triton.cdiv(D, tiles["K"]) * tiles["K"]), "num_warps": 4}
 
