@@ -91,7 +91,7 @@ left() { # seconds of --minutes that are left, at most $1
 # What a step runs, as an array `command`, with the seconds it may take, or why it cannot be run here.
 plan() {
   local bench=("$python" -m benchmarks.run --out "$results" --parts "${1#*/}" ${tiny:+--tiny})
-  local pytest=("$python" -m pytest -rs) spread=()
+  local pytest=("$python" -m pytest -rs) spread=() kernels=(tests/test_kernels.py tests/test_*_kernel.py)
   # Compiling is most of the time of the kernels' tests.
   [[ -n $gpu ]] && "$python" -c 'import xdist' 2> /dev/null && spread=(-n 8)
   command=() limit=520 why=""
@@ -109,13 +109,15 @@ plan() {
     build/doctor) command=("$python" -m contextrast_kernels doctor) ;;
     test/native)
       [[ -n $gpu ]] || why="needs a GPU"
-      command=("${pytest[@]}" -m gpu tests --ignore tests/test_kernels.py) ;;
-    test/kernels) command=("${pytest[@]}" "${spread[@]}" tests/test_kernels.py ${tiny:+-k test_backward_runs_what_forward_ran}) ;;
+      command=("${pytest[@]}" -m gpu tests "${kernels[@]/#/--ignore=}") ;;
+    test/kernels)
+      command=("${pytest[@]}" "${spread[@]}" "${kernels[@]}")
+      [[ -z $tiny ]] || command=("${pytest[@]}" tests/test_kernels.py -k test_backward_runs_what_forward_ran) ;;
     test/slow)
       [[ -z $tiny ]] || why="needs a GPU; make test-all runs the long sweeps without one"
-      command=("${pytest[@]}" "${spread[@]}" -m slow tests/test_kernels.py tests/test_native_gpu.py) ;;
+      command=("${pytest[@]}" "${spread[@]}" -m slow "${kernels[@]}") ;;
     test/suite)
-      command=("${pytest[@]}" "${spread[@]}" tests --ignore tests/test_kernels.py --ignore tests/test_native_gpu.py)
+      command=("${pytest[@]}" "${spread[@]}" -m "not slow and not gpu" tests "${kernels[@]/#/--ignore=}")
       [[ -z $tiny ]] || command=("${pytest[@]}" tests/test_hashing.py) ;;
     bench/host) command=("$python" -m benchmarks.host --out "$results" ${tiny:+--rounds 1}) ;;
     bench/probes) command=("$python" -m benchmarks.probes --out "$results" ${tiny:+--tiny --only selection}) ;;

@@ -123,7 +123,7 @@ def test_with_a_gpu_nothing_is_small_or_left_out(with_gpu):
     assert done.returncode == 0, done.stdout + done.stderr
     assert set(states.values()) == {"ok"} and len(states) == 11
     called = with_gpu.calls.read_text()
-    assert "--tiny" not in called and "-m gpu tests --ignore tests/test_kernels.py" in called
+    assert "--tiny" not in called and "-m gpu tests --ignore=tests/test_kernels.py" in called
     assert "--parts peers --peers /peers" in called
     assert done.stdout.splitlines()[-1] == "nothing is left"
 

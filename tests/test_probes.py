@@ -20,6 +20,7 @@ from contextrast_kernels.kernels import contextrast
 
 ROOT = pathlib.Path(__file__).parent.parent
 CPU = torch.device("cpu")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SMALL = replace(cases.CASES["cityscapes"].tiny(), batch=1, height=16, width=32, strides=(4, 8))
 AOT = """
 import json, sys
@@ -68,7 +69,7 @@ def test_tiles_reach_the_kernels_they_are_meant_for(plan):
 
 def test_a_replaced_helper_is_called_and_the_product_stays_as_it_is():
     """Backwards through the blocks, the sums are the same to the last bit; without the features they are not."""
-    step = probes.loss_step(SMALL, CPU)
+    step = probes.loss_step(SMALL, DEVICE)
     expected = step()
     with probes.substituted(find("sweep order", "moments from the end")):
         assert all(torch.equal(a, b) for a, b in zip(step(), expected, strict=True))
