@@ -6,6 +6,7 @@ loss = criterion(tap.features(), labels, logits)
 tap.detach()                               # for export: the model is as it was
 """
 
+import copy
 import difflib
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -64,7 +65,8 @@ def attach(
             output that lists them, or else the siblings that lower the resolution one after another; of more than four
             the last of each stride.
         example_input: what the model is called with once, in evaluation mode and without gradients, to see shapes: a
-            tensor, a tuple of arguments, or a dict of keywords. None: one black image of 256 × 320 pixels.
+            tensor, a tuple of arguments, or a dict of keywords; one image is enough. None: a black one of 256 × 320
+            pixels, with the channels of the first convolution.
         dim: D of the projected features.
 
     Returns:
@@ -125,7 +127,7 @@ class FeatureTap(nn.Module):
         modules = dict(model.named_modules())
         self._handles = [model.register_forward_pre_hook(self._begin, with_kwargs=True)]
         for i, layer in enumerate(layers):
-            self._handles.append(modules[layer.module].register_forward_hook(partial(self._record, i)))
+            self._handles.append(modules[layer.module].register_forward_hook(_Recorder(self, i)))
         self._handles.append(model.register_forward_hook(self._end))
         model.add_module(_NAME, self)
         self.train(model.training)
@@ -216,7 +218,7 @@ class FeatureTap(nn.Module):
             self._why_empty = f"the last forward ran {mode}, where nothing is recorded"
         self._image = _image_size(args, kwargs)
 
-    def _record(self, i: int, module: nn.Module, args: tuple, output) -> None:
+    def _record(self, i: int, output) -> None:
         if not self._open:
             return
         layer = self.layers[i]
@@ -243,6 +245,23 @@ class FeatureTap(nn.Module):
     def __getstate__(self):
         # What was recorded belongs to one forward and cannot be copied or pickled.
         return {**self.__dict__, "_maps": None, "_open": False, "_why_empty": "this copy of the model has not run"}
+
+
+class _Recorder:
+    """The forward hook of one layer."""
+
+    def __init__(self, tap: FeatureTap | None, i: int):
+        self.tap = tap
+        self.i = i
+
+    def __call__(self, module: nn.Module, args: tuple, output) -> None:
+        if self.tap is not None:
+            self.tap._record(self.i, output)
+
+    def __deepcopy__(self, memo: dict) -> "_Recorder":
+        # A copy of the model has its own tap. A copy of a part, a teacher's encoder say, must not drag the model along.
+        whole = self.tap is not None and id(self.tap._model[0]) in memo
+        return _Recorder(copy.deepcopy(self.tap, memo) if whole else None, self.i)
 
 
 def _check_model(model) -> None:
@@ -288,7 +307,7 @@ def _tensors(output, path: tuple = ()) -> Iterator[tuple[tuple, Tensor]]:
 def _image_size(args: tuple, kwargs: dict) -> tuple[int, int] | None:
     """(H, W) of the first image among a forward's arguments."""
     for _, x in _tensors((args, kwargs)):
-        if x.ndim == 4 and x.is_floating_point():
+        if x.ndim == 4 and (x.is_floating_point() or x.dtype == torch.uint8):
             return tuple(x.shape[-2:])
     return None
 
@@ -362,7 +381,7 @@ def _watch(model: nn.Module, example, own_example: bool) -> list[_Event]:
     if image is None:
         volume = any(x.ndim == 5 for _, x in _tensors((args, kwargs)))
         raise ValueError(
-            "example_input: expected an image (B, C, H, W) of floats among the model's arguments, got "
+            "example_input: expected an image (B, C, H, W), of floats or uint8, among the model's arguments, got "
             + ("a volume; only 2-D features are supported" if volume else checks.describe(example))
         )
 
@@ -389,8 +408,9 @@ def _watch(model: nn.Module, example, own_example: bool) -> list[_Event]:
             model(*args, **kwargs)
     except Exception as error:
         what = f"one black image {tuple(example.shape)}" if own_example else checks.describe(example)
+        reason = " ".join(str(error).split())[:200]
         raise RuntimeError(
-            f"example_input: the model cannot run on {what} ({type(error).__name__}: {error}); "
+            f"example_input: the model cannot run on {what} ({type(error).__name__}: {reason}); "
             "pass an example_input that it accepts: a tensor, a tuple of arguments or a dict of keywords"
         ) from error
     finally:

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import io
 import pathlib
+import socket
 
 import pytest
 import torch
@@ -293,7 +294,8 @@ def test_the_example_is_a_tensor_a_tuple_or_keywords():
         def forward(self, pixel_values, flag, *, scale):
             return super().forward(pixel_values * scale)
 
-    for example in ((IMAGES, True), {"pixel_values": IMAGES, "flag": True}):
+    bytes_ = IMAGES.mul(255).to(torch.uint8)
+    for example in ((IMAGES, True), [IMAGES, True], {"pixel_values": bytes_, "flag": True}):
         model = Keywords()
         original = model.forward
         model.forward = lambda *a, f=original, **k: f(*a, scale=1.0, **k)
@@ -344,6 +346,17 @@ def test_a_deep_copy_has_a_tap_of_its_own():
     other.detach()
     assert not hasattr(ema.module, "contextrast_heads")
     assert step(model, tap) > 0
+
+
+def test_a_copy_of_a_part_is_only_that_part():
+    """A teacher's encoder: it drags neither the model nor the tap along, and records nothing."""
+    model, tap = attached(Wrapped(lambda x, maps: maps))
+    part = copy.deepcopy(model.encoder)
+    model(IMAGES)
+    part(torch.zeros_like(IMAGES))
+    expected = model.encoder.net.maps(IMAGES)[1]
+    torch.testing.assert_close(tap.features()[1], copy.deepcopy(tap.heads[1])(expected))
+    assert len(part._forward_hooks) == 4 and all(hook.tap is None for hook in part._forward_hooks.values())
 
 
 def test_an_attached_model_can_be_saved_whole():
@@ -496,6 +509,38 @@ def test_ddp_trains_when_a_batch_has_nothing_to_contrast(one_rank):
         ddp(IMAGES)
 
 
+def _train_on_a_rank(rank, port, outcome):
+    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    model, tap = attached()
+    ddp = nn.parallel.DistributedDataParallel(model)
+    optimizer = torch.optim.SGD(ddp.parameters(), lr=0.1)
+    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(rank))
+    for _ in range(3):
+        optimizer.zero_grad()
+        step(ddp, tap, images=images, labels=torch.full_like(LABELS, 255) if rank == 0 else LABELS)
+        optimizer.step()
+    outcome[rank] = [p.detach() for p in model.parameters()]
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_ranks_stay_equal_when_one_has_nothing_to_contrast():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with torch.multiprocessing.Manager() as manager:
+        outcome = manager.dict()
+        torch.multiprocessing.spawn(_train_on_a_rank, (port, outcome), nprocs=2)
+        first, second = outcome[0], outcome[1]
+    torch.manual_seed(0)
+    before = list(attached()[0].parameters())
+    for x, y, z in zip(first, second, before, strict=True):
+        assert torch.equal(x, y) and x.isfinite().all()
+        assert x.ndim == 1 or not torch.equal(x, z)
+
+
 def test_the_heads_belong_to_the_model():
     model, tap = attached()
     names = dict(model.named_parameters())
@@ -516,7 +561,7 @@ def test_the_heads_belong_to_the_model():
     assert model.state_dict().keys() == Net().state_dict().keys()
     with pytest.raises(RuntimeError, match="detached"):
         tap.features()
-    torch.jit.trace(model.eval(), IMAGES.double())
+    torch.export.export(model.eval(), (IMAGES.double(),))
     assert len(found(model, example_input=IMAGES.double())) == 4  # and may be attached again
 
 
