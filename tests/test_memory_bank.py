@@ -140,10 +140,20 @@ def test_evaluation_reads_the_bank_and_writes_nothing():
     assert loss.bank.counts.tolist() == before
 
 
-def test_backward_after_the_bank_moved_on():
+@pytest.mark.parametrize(("backend", "mining"), [("reference", "none"), ("reference", "semi-hard"), ("triton", "none")])
+def test_backward_after_the_bank_moved_on(backend, mining):
     """Gradient accumulation: two forwards, then one backward, is the sum of both gradients."""
+    if ck.available()[backend] != "ok":
+        pytest.skip(f"backend {backend}: {ck.available()[backend]}")
+    with ck.backend(backend):
+        assert_accumulates(mining)
+
+
+def assert_accumulates(mining):
     first, second = (leaves([batch(seed)[0]])[0] for seed in (1, 2))
     together, apart = criterion(), criterion()
+    for loss in (together, apart):
+        loss.mining = (0.5, 3, 3) if mining == "semi-hard" else None
     for loss in (together, apart):
         loss(*batch(0))
     (together(first, *batch(1)[1:]) + together(second, *batch(2)[1:])).backward()

@@ -8,6 +8,8 @@ import pytest
 import torch
 from inputs import leaves, logits_of, pyramid, scene
 from test_compile import Compilations, Dispatched
+from test_modules import _Crossings as Crossings
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import gradcheck
 
 import contextrast_kernels as ck
@@ -38,6 +40,11 @@ def filled_bank(seed=9, **options):
     return made
 
 
+def memory_of(options):
+    """The bank among the options, or one with something in it."""
+    return options.pop("bank", None) or filled_bank()
+
+
 # Every loss, with caps that suit maps of 9 x 12 pixels.
 LOSSES = {
     "pixel": lambda **o: ck.PixelContrastLoss(N, **{"max_views": 6, "max_samples": 60, **o}),
@@ -46,15 +53,15 @@ LOSSES = {
     "pixel, mining": lambda **o: ck.PixelContrastLoss(
         N, max_views=6, mining="semi-hard", hardest=0.5, mined_positives=2, mined_negatives=6, **o
     ),
-    "pixel, bank": lambda **o: ck.PixelContrastLoss(N, max_views=6, bank=filled_bank(), **o),
+    "pixel, bank": lambda **o: ck.PixelContrastLoss(N, max_views=6, bank=memory_of(o), **o),
     "pixel, bank, mining": lambda **o: ck.PixelContrastLoss(
-        N, max_views=6, bank=filled_bank(), mining="semi-hard", mined_negatives=3, **o
+        N, max_views=6, bank=memory_of(o), mining="semi-hard", mined_negatives=3, **o
     ),
     "multi-scale": lambda **o: ck.MultiScaleContrastLoss(
         N, **{"max_samples": 80, "max_views": 9, "min_pixels": 2, **o}
     ),
-    "region": lambda **o: ck.RegionContrastLoss(N, filled_bank(), **o),
-    "region, predictions": lambda **o: ck.RegionContrastLoss(N, filled_bank(), regions="predictions", **o),
+    "region": lambda **o: ck.RegionContrastLoss(N, memory_of(o), **o),
+    "region, predictions": lambda **o: ck.RegionContrastLoss(N, memory_of(o), regions="predictions", **o),
     "pne": lambda **o: ck.PNELoss(N, **{"set_size": 7, **o}),
     "pne, parity": lambda **o: ck.PNELoss(N, **{"set_size": 7, "parity": True, **o}),
 }
@@ -461,6 +468,21 @@ def test_the_host_never_waits_and_the_number_of_ops_does_not_grow(name):
     assert larger <= ops() or (name == "pixel, bane" and larger < 2 * ops())  # the reference's distance transform
 
 
+@pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="this torch knows no CUDA, not even for fake tensors")
+@pytest.mark.parametrize("name", LOSSES)
+def test_no_tensor_crosses_from_host_to_device(name):
+    """On fake CUDA tensors: seed and bank follow the first batch, and from then on nothing is copied."""
+    with FakeTensorMode():
+        loss = LOSSES[name](**({"bank": bank()} if "bank" in name or "region" in name else {}))
+        features = [torch.empty(2, D, *size, device="cuda", requires_grad=True) for size in SIZES]
+        labels = torch.zeros(2, 18, 24, dtype=torch.int64, device="cuda")
+        logits = torch.empty(2, N, 18, 24, device="cuda")
+        for step in range(3):
+            with Crossings() as crossings:
+                loss(features, labels, logits)
+            assert set(crossings.seen) <= {"aten._to_copy.default"} if step == 0 else not crossings.seen
+
+
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=() if name in ("pixel, bank", "pne") else pytest.mark.slow) for name in LOSSES]
 )
@@ -622,3 +644,55 @@ def test_one_clear_sentence(call, exception, argument, quoted):
     with pytest.raises(exception, match=rf"(?s)^{argument}: .*{quoted}") as raised:
         call()
     assert "\n" not in str(raised.value)
+
+
+# --------------------------------------------------------------------------------------------------------- the kernels
+
+
+def assert_kernels_agree(name, device="cpu", dtype=torch.float32, **options):
+    """Two steps on Triton's kernels and on the reference: value and gradient."""
+    layers, labels, logits = batch(dtype=dtype, **options)
+    results = []
+    for backend in ("reference", "triton"):
+        of, loss = leaves([x.to(device) for x in layers]), LOSSES[name]()
+        with ck.backend(backend):
+            for _ in range(2):
+                value = loss(of, labels.to(device), logits.to(device))
+            results.append((value.detach(), torch.autograd.grad(value, of[0])[0].double()))
+    (expected, want), (value, got) = results
+    torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-6)
+    # Gradients of half precision are rounded once in both, but not always to the same side.
+    assert (got - want).norm() <= max(1e-5, 2 * torch.finfo(dtype).eps * (dtype != torch.float32)) * want.norm()
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in ("pixel, bank", "pne") else pytest.mark.slow) for name in LOSSES]
+)
+def test_the_kernels_give_the_reference(name):
+    pytest.importorskip("triton")
+    assert_kernels_agree(name)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", LOSSES)
+def test_the_kernels_give_the_reference_on_a_gpu(name, dtype):
+    assert_kernels_agree(name, "cuda", dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_step_on_a_gpu_never_waits(name):
+    """Forward, backward and the writing of the bank, on the fused kernels, from the second step on."""
+    layers, labels, logits = batch(dtype=torch.float32)
+    of, loss = leaves([x.cuda() for x in layers]), LOSSES[name]()
+    labels, logits = labels.cuda(), logits.cuda()
+    with ck.backend("auto"):
+        loss(of, labels, logits).backward()
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            loss(of, labels, logits).backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert of[0].grad.isfinite().all()
