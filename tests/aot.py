@@ -3,13 +3,16 @@
 Runs in a process of its own, because Triton decides at import whether kernels are interpreted:
 
     python tests/aot.py --dtype bfloat16 --arch 90 --channels 256 --classes 19      a table
-    python tests/aot.py ... --json                                                   the same for
-    tests/test_resources.py
+    python tests/aot.py --matrix 0/12                                               a twelfth of every case there is
+    python tests/aot.py --matrix 0/12 --grant                                       the same, into tests/budgets.json
+    python tests/aot.py ... --json                                                  rows for tests/test_resources.py
+
+Blocks a multiprocessor holds follow from registers, shared memory and warps by arithmetic; nothing is run.
 """
 
 import argparse
-import collections
 import inspect
+import itertools
 import json
 import os
 import re
@@ -18,6 +21,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 os.environ.pop("TRITON_INTERPRET", None)
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -27,42 +31,160 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from contextrast_kernels.kernels import _launch, anchors, contextrast, pixel_anchor
+from contextrast_kernels.kernels import _launch, anchors, contextrast, info_nce, pixel_anchor
 
+BUDGETS = Path(__file__).with_name("budgets.json")
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 POINTERS = {
     torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.float64: "*fp64",
     torch.uint8: "*u8", torch.int16: "*i16", torch.int32: "*i32", torch.int64: "*i64", torch.bool: "*i1",
 }  # fmt: skip
+ARCHITECTURES = (80, 90, 100)
+SHARED_MEMORY = {80: 164, 90: 228, 100: 228}
+"""KiB of a multiprocessor."""
+DTYPES = ("bfloat16", "float16", "float32", "float64")
 
 
-OPS = ("class_anchors", "pixel_anchor_loss", "contextrast_loss", "contextrast_loss_dense")
-SIZES = [(128, 256), (64, 128), (32, 64), (16, 32)]
+# ---------------------------------------------------------------------------------------------------------- the cases
 
 
-def launches(op: str, dtype: torch.dtype, channels: int, classes: int, layout: str, normalize: bool = True):
-    """What an op launches, forward and backward, at a real size; tensors on the meta device, so nothing is
-    allocated."""
-    if op.startswith("contextrast_loss"):
-        dense = 0.3 if op.endswith("dense") else 0.0
-        return contextrast.plan(8, SIZES, channels, classes, dtype, layout=layout, base_rate=dense, normalize=normalize)
-    form = torch.channels_last if layout == "channels_last" else torch.contiguous_format
-    features = torch.empty(8, channels, *SIZES[0], dtype=dtype, device="meta").to(memory_format=form)
-    labels = torch.empty(8, 512, 1024, dtype=torch.int64, device="meta")
+class Case(NamedTuple):
+    """What an op is called with, as far as its compiled kernels depend on it."""
+
+    op: str
+    dtype: str = "bfloat16"
+    D: int = 256
+    N: int = 19
+    layout: str = "nchw"
+    sizes: str = "cityscapes"
+    negatives: str = "hard"
+    """hard: a given map (or BANE's); base: a given map, or drawn; both; all: every pixel of another class. Of info_nce:
+    its positives."""
+    normalize: bool = True
+    detach_anchors: bool = False
+    arch: int = 90
+
+
+OPS = ("class_anchors", "pixel_anchor_loss", "contextrast_loss", "info_nce")
+LAYOUTS = ("nchw", "channels_last", "slices", "mixed")
+SIZES = {
+    "cityscapes": (8, [(128, 256), (64, 128), (32, 64), (16, 32)]),
+    "ade20k": (12, [(128, 128), (64, 64), (32, 32), (16, 16)]),
+    # Rows of 120, 60, 30 and 15 pixels: most cannot be read 16 bytes at a time.
+    "camvid": (16, [(90, 120), (45, 60), (23, 30), (12, 15)]),
+    # One image past 2³¹ elements.
+    "wide": (1, [(4096, 4096)]),
+}
+ROWS_AND_COLUMNS = {"1024 x 20000": (1024, 20000), "24 x 190000": (24, 190000), "1024 x itself": (1024, None)}
+
+
+def matrix():
+    """Every kernel in every dtype on each architecture with few and with many channels; the paths of cityscapes and
+    ade20k in both layouts; and each option that changes what is compiled, its dtype and architecture taking turns."""
+    layouts = itertools.cycle(LAYOUTS[:2])
+    for dtype, D, arch in itertools.product(DTYPES, (256, 720), ARCHITECTURES):
+        case = Case("contextrast_loss", dtype, D, layout=next(layouts), arch=arch)
+        yield case
+        yield case._replace(negatives="all")
+    yield from paths()
+    for dtype, D, arch in itertools.product(DTYPES, (256, 720), ARCHITECTURES):
+        yield Case("info_nce", dtype, D, sizes="1024 x 20000", negatives="each", arch=arch)
+    options = [
+        Case("info_nce", sizes="24 x 190000", negatives="each"),
+        Case("info_nce", sizes="1024 x itself", negatives="pooled"),
+        Case("info_nce", sizes="1024 x itself", negatives="supcon", D=64),
+        Case("info_nce", sizes="1024 x 20000", negatives="supcon", D=512),
+        Case("info_nce", sizes="1024 x itself", negatives="each", D=1024),
+        Case("class_anchors"),
+        Case("class_anchors", normalize=False, layout="channels_last"),
+        Case("class_anchors", layout="slices", D=512),
+        Case("class_anchors", sizes="wide", layout="channels_last"),
+        Case("pixel_anchor_loss", layout="channels_last"),
+        Case("pixel_anchor_loss", negatives="base", D=64),
+        Case("pixel_anchor_loss", negatives="both", layout="channels_last", D=512),
+        Case("pixel_anchor_loss", negatives="all", normalize=False),
+        Case("pixel_anchor_loss", sizes="wide", negatives="both"),
+        Case("contextrast_loss", normalize=False, layout="channels_last", negatives="base"),
+        Case("contextrast_loss", normalize=False, D=512),
+        Case("contextrast_loss", sizes="camvid", N=11),
+        Case("contextrast_loss", sizes="camvid", N=11, negatives="base"),
+        Case("contextrast_loss", sizes="camvid", N=11, layout="channels_last", D=64),
+        Case("contextrast_loss", layout="mixed"),
+        Case("contextrast_loss", layout="slices"),
+        Case("contextrast_loss", layout="slices", negatives="all", D=64),
+        Case("contextrast_loss", sizes="wide"),
+        Case("contextrast_loss", N=1, D=8),
+        Case("contextrast_loss", N=256, layout="channels_last", negatives="all"),
+        Case("contextrast_loss", N=256),
+        Case("contextrast_loss", detach_anchors=True),
+        Case("contextrast_loss", detach_anchors=True, negatives="base", layout="channels_last"),
+        Case("contextrast_loss", D=1024, layout="channels_last"),
+        Case("contextrast_loss", D=1024, negatives="all"),
+        Case("contextrast_loss", D=512, negatives="all"),
+    ]
+    for i, case in enumerate(options):
+        yield case._replace(dtype=DTYPES[i % 4], arch=ARCHITECTURES[i % 3])
+
+
+def paths():
+    """What cityscapes and ade20k take."""
+    for arch, layout in itertools.product(ARCHITECTURES, LAYOUTS[:2]):
+        yield Case("contextrast_loss", layout=layout, arch=arch)
+        yield Case("contextrast_loss", N=150, sizes="ade20k", layout=layout, arch=arch)
+
+
+def feature_map(case: Case, i: int, batch: int, h: int, w: int) -> torch.Tensor:
+    """On the meta device: nothing is allocated."""
+
+    def empty(*shape):
+        return torch.empty(shape, dtype=getattr(torch, case.dtype), device="meta")
+
+    if case.layout == "slices":
+        return empty(batch, case.D, h, 2 * w)[..., ::2]
+    last = case.layout == "channels_last" or (case.layout == "mixed" and i % 2)
+    return empty(batch, case.D, h, w).to(memory_format=torch.channels_last if last else torch.contiguous_format)
+
+
+def launches(case: Case) -> list[_launch.Launch]:
+    """What an op launches, forward and backward."""
+    if case.op == "info_nce":
+        R, C = ROWS_AND_COLUMNS[case.sizes]
+        return info_nce.plan(R, C, case.D, getattr(torch, case.dtype), case.negatives)
+    batch, sizes = SIZES[case.sizes]
+    features = [feature_map(case, i, batch, h, w) for i, (h, w) in enumerate(sizes)]
+    x, (h, w) = features[0], sizes[0]
+
+    def empty(*shape, dtype=torch.int32):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    labels = empty(batch, 4 * h, 4 * w, dtype=torch.int64)
     with _launch.recording() as recorded:
-        if op == "class_anchors":
-            table, counts, y = anchors.forward(features, labels, classes, 255, normalize)
-            anchors.backward(table, features, counts, y, normalize)
+        if case.op == "class_anchors":
+            table, counts, y = anchors.forward(x, labels, case.N, 255, case.normalize)
+            anchors.backward(table, x, counts, y, case.normalize)
+        elif case.op == "pixel_anchor_loss":
+            rows = empty(case.N, case.D, dtype=_launch.accumulator(x.dtype))
+            negatives = empty(batch, h, w, dtype=torch.int64) if case.negatives in ("hard", "both") else None
+            base = empty(batch, h, w, dtype=torch.bool) if case.negatives in ("base", "both") else None
+            loss, _, y, terms = pixel_anchor.forward(x, labels, rows, negatives, base, 0.1, 255, case.normalize)
+            pixel_anchor.backward(loss, x, y, terms, 0.1, case.normalize)
         else:
-            rows = torch.empty(classes, channels, dtype=_launch.accumulator(dtype), device="meta")
-            loss, _, y, terms = pixel_anchor.forward(features, labels, rows, None, None, 0.1, 255, normalize)
-            pixel_anchor.backward(loss, features, y, terms, 0.1, normalize)
+            maps = [empty(batch, *size) for size in sizes]
+            rate = {"hard": 0.0, "base": 0.3, "all": 1.0}[case.negatives]
+            seed, weights = empty(1, dtype=torch.int64), (1.0,) * len(sizes)
+            outcome, y, terms = contextrast.forward(
+                features, labels, maps, seed, case.N, 255, weights, 0.1, 0.7, rate, case.normalize, False
+            )
+            pull = None if case.detach_anchors else outcome.pull
+            contextrast.backward(outcome.loss, features, y, terms, pull, 0.1, case.normalize)
     return recorded
 
 
+# ---------------------------------------------------------------------------------------------------------- compiling
+
+
 def describe(value):
-    """Signature of one argument: type, constant, and what Triton would find divisible by 16 (addresses; integers
-    are not specialised)."""
+    """Signature of one argument."""
     if isinstance(value, torch.Tensor):
         return POINTERS[value.dtype]
     if value is None:
@@ -81,7 +203,9 @@ def walk(value, path):
         yield path, value
 
 
-def compile_launch(launch: _launch.Launch, arch: int):
+def source_of(launch: _launch.Launch) -> tuple[dict, dict]:
+    """Signature, constants and attributes of a launch, and the compiler's options. Addresses that 16 divides are
+    known to; integers are not specialised."""
     names = list(inspect.signature(launch.kernel.fn).parameters)
     options = {name: value for name, value in launch.constants.items() if name not in names}
     signature, constants, attributes = {}, {}, {}
@@ -102,64 +226,124 @@ def compile_launch(launch: _launch.Launch, arch: int):
     missing = set(launch.arguments) - set(names)
     if missing:
         raise TypeError(f"{launch.kernel.fn.__name__} has no argument {missing}")
-    source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    return {"signature": signature, "constexprs": constants, "attrs": attributes}, options
+
+
+def blocks_of_a_multiprocessor(registers: int, shared: int, warps: int, arch: int) -> int:
+    """How many programs of a kernel it holds at once: 64 Ki registers, given out to a warp 256 at a time; shared
+    memory, of which each block costs 1 KiB more; 64 warps, 32 blocks."""
+    a_warp = -(-registers * 32 // 256) * 256
+    return min(65536 // (a_warp * warps), SHARED_MEMORY[arch] * 1024 // (shared + 1024), 64 // warps, 32)
 
 
 def resources(launch: _launch.Launch, arch: int) -> dict:
     start = time.perf_counter()
-    compiled = compile_launch(launch, arch)
-    seconds = time.perf_counter() - start
+    source, options = source_of(launch)
+    compiled = triton.compile(
+        ASTSource(fn=launch.kernel, **source), target=GPUTarget("cuda", arch, 32), options=options
+    )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        usage = subprocess.run(
-            [TOOLS / "cuobjdump", "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        usage, code = (
+            subprocess.run([TOOLS / "cuobjdump", flag, file.name], capture_output=True, text=True, check=True).stdout
+            for flag in ("--dump-resource-usage", "-sass")
         )
-        code = subprocess.run(
-            [TOOLS / "cuobjdump", "-sass", file.name], capture_output=True, text=True, check=True
-        ).stdout
-    found = {key: int(value) for key, value in re.findall(r"(REG|STACK):(\d+)", usage.stdout)}
-    instructions = re.findall(r"/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)", code)
+    found = {key: int(value) for key, value in re.findall(r"(REG|STACK):(\d+)", usage)}
+    instructions = re.findall(r"/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\w+\s+)?([A-Za-z0-9_.]+)", code)
+    products = [op for op in instructions if re.match(r"HMMA|HGMMA|DMMA|UTC\w*MMA", op)]
+    warps = options["num_warps"]
     return {
         "kernel": launch.kernel.fn.__name__,
         "registers": found["REG"],
         "stack": found["STACK"],
         "shared": compiled.metadata.shared,
+        "warps": warps,
+        "blocks": blocks_of_a_multiprocessor(found["REG"], compiled.metadata.shared, warps, arch),
         "instructions": len(instructions),
-        "mma": sum(op.startswith(("HMMA", "HGMMA", "DMMA", "UTCHMMA", "UTCQMMA", "UTC")) for op in instructions),
+        "products": len(products),
+        "kinds": sorted(set(products)),
         "wide_loads": sum(op.startswith("LDG") and ".128" in op for op in instructions),
-        "narrow_loads": sum(op.startswith("LDG") and (".U16" in op or ".U8" in op) for op in instructions),
-        "loads": dict(collections.Counter(op for op in instructions if op.startswith(("LDG", "STG")))),
-        "seconds": round(seconds, 2),
+        "two_byte_loads": sum(op.startswith("LDG") and ".U16" in op for op in instructions),
+        "wide_stores": sum(op.startswith("STG") and ".128" in op for op in instructions),
+        "seconds": round(time.perf_counter() - start, 2),
     }
+
+
+def compiled(cases):
+    """Rows of resources, one for each kernel that a case launches; what compiles alike is compiled once."""
+    known = {}
+    for case in cases:
+        for launch in launches(case):
+            source = (launch.kernel.fn.__name__, case.arch, *map(str, source_of(launch)))
+            if source not in known:
+                known[source] = resources(launch, case.arch)
+                group = {"aligned": launch.constants.get("ALIGN", 0) * getattr(torch, case.dtype).itemsize == 16}
+                yield case._asdict() | group | known[source]
+
+
+# ------------------------------------------------------------------------------------------------------------ budgets
+
+
+def version() -> str:
+    return ".".join(triton.__version__.split(".")[:2])
+
+
+def budget_key(row: dict) -> str:
+    """Budgets are granted by kernel, dtype and the number of channels that the tile table distinguishes."""
+    most = next(most for most in (256, 512, 1024) if row["D"] <= most)
+    return f"{row['kernel']} {row['dtype']} D {most}"
+
+
+def grant(rows: list[dict]) -> None:
+    """Raises tests/budgets.json to what the rows need. Remove this Triton's lines first to have them lowered."""
+    budgets = json.loads(BUDGETS.read_text())
+    column = budgets.setdefault(version(), {})
+    for row in rows:
+        budget = column.setdefault(budget_key(row), {"registers": 0, "stack": 0, "shared": 0})
+        for what in budget:
+            budget[what] = max(budget[what], row[what])
+    lines = []
+    for triton_version, column in sorted(budgets.items()):
+        entries = ",\n".join(f"    {json.dumps(key)}: {json.dumps(column[key])}" for key in sorted(column))
+        lines.append(f"  {json.dumps(triton_version)}: {{\n{entries}\n  }}")
+    BUDGETS.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--op", nargs="+", choices=OPS, default=OPS)
+    parser.add_argument("--op", nargs="+", choices=OPS, default=OPS[:3])
     parser.add_argument("--dtype", nargs="+", default=["bfloat16"])
-    parser.add_argument("--layout", nargs="+", default=["nchw", "channels_last"])
+    parser.add_argument("--layout", nargs="+", choices=LAYOUTS, default=["nchw", "channels_last"])
+    parser.add_argument("--sizes", nargs="+", choices=(*SIZES, *ROWS_AND_COLUMNS), default=["cityscapes"])
+    forms = ("hard", "base", "all", "both", "each", "pooled", "supcon")
+    parser.add_argument("--negatives", nargs="+", choices=forms, default=["hard", "all"])
     parser.add_argument("--channels", nargs="+", type=int, default=[256])
     parser.add_argument("--classes", nargs="+", type=int, default=[19])
     parser.add_argument("--arch", nargs="+", type=int, default=[90])
-    parser.add_argument("--kernel", nargs="+", help="only these")
+    parser.add_argument("--matrix", metavar="i/n", help="part i of n of all cases, instead of the above")
+    parser.add_argument("--kernel", nargs="+", help="print only these")
+    parser.add_argument("--grant", action="store_true", help="raise tests/budgets.json to what is found")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
+    if options.matrix:
+        part, parts = map(int, options.matrix.split("/"))
+        # Cases that share kernels stay in one part.
+        whole = sorted(set(matrix()), key=lambda case: (case.dtype, case.D, case.arch, case))
+        cases = whole[len(whole) * part // parts : len(whole) * (part + 1) // parts]
+    else:
+        axes = (options.op, options.dtype, options.channels, options.classes, options.layout, options.sizes)
+        cases = [
+            Case(*axis, negatives=negatives, arch=arch)
+            for *axis, negatives, arch in itertools.product(*axes, options.negatives, options.arch)
+        ]
     rows = []
-    for op in options.op:
-        for dtype in options.dtype:
-            for layout in options.layout:
-                for D in options.channels:
-                    for N in options.classes:
-                        for launch in launches(op, getattr(torch, dtype), D, N, layout):
-                            if options.kernel and launch.kernel.fn.__name__ not in options.kernel:
-                                continue
-                            for arch in options.arch:
-                                case = {"op": op, "dtype": dtype, "layout": layout, "D": D, "N": N, "arch": arch}
-                                rows.append(case | resources(launch, arch))
-                                if not options.json:
-                                    print("  ".join(f"{key} {value}" for key, value in rows[-1].items()), flush=True)
+    for row in compiled(cases):
+        rows.append(row | {"budget": budget_key(row)})
+        if not options.json and (not options.kernel or row["kernel"] in options.kernel):
+            print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
+    if options.grant:
+        grant(rows)
     if options.json:
         json.dump(rows, sys.stdout)
 

@@ -5,6 +5,9 @@ from collections import Counter
 
 import torch
 
+# Without it PyTorch refuses, or warns of, every matrix product while deterministic algorithms are asked for.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
 # Triton reads this when a kernel's module is imported, so it is decided before any test is collected.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -19,10 +19,8 @@ from triton import language as tl
 
 from contextrast_kernels.kernels import _launch
 from contextrast_kernels.kernels._sums import Sums
+from contextrast_kernels.kernels._tile_table import PIXELS
 from contextrast_kernels.kernels._tiles import layer_of, pick, pick_pointer, plain
-
-PIXELS = 1024
-"""Pixels of a program."""
 
 
 class Codes(NamedTuple):

@@ -21,6 +21,7 @@ from torch import Tensor
 from triton import language as tl
 
 from contextrast_kernels.kernels import _launch
+from contextrast_kernels.kernels._tile_table import tiles
 from contextrast_kernels.kernels._tiles import (
     anchor_products,
     block_of,
@@ -73,24 +74,19 @@ def feature_gradients(
     D = features[0].shape[1]
     acc = _launch.accumulator(features[0].dtype)
     arguments = {"y": y, "pull": pull, "gradient": gradient, "temperature": _launch.bits(temperature), "N": num_classes}
-    constants = {"NORMALIZE": normalize, "ACC": _launch.triton_type(acc), "CHUNK": _launch.chunk(D)}
+    constants = {"NORMALIZE": normalize, "ACC": _launch.triton_type(acc)}
     constants["PULL_PITCH"] = 1 if pull is None else pull.shape[2] // D
     if terms is None or terms.base is None:
         arguments |= terms._asdict() if terms is not None else dict.fromkeys(Terms._fields)
         arguments.pop("base")
-        _launch.sweep(_features_bwd, features, arguments, {**constants, **gradient_tiles(features[0].dtype)}, out=out)
+        constants |= tiles("_features_bwd", features[0].dtype, D)
+        _launch.sweep(_features_bwd, features, arguments, constants, out=out)
     else:
         arguments |= terms._asdict()
         arguments.pop("similarity")
-        K = _launch.columns(D, D)["K"]
-        tiles = {"ROWS": 4, "P": 32 if D <= 256 else 16, "K": K, "CLASSES": 16, "num_warps": 4 if D <= 512 else 8}
-        _launch.sweep(_features_bwd_dense, features, arguments, {**constants, **tiles}, out=out)
+        constants |= tiles("_features_bwd_dense", features[0].dtype, D, "K", "COLUMNS", "CLASSES")
+        _launch.sweep(_features_bwd_dense, features, arguments, constants, out=out)
     return out
-
-
-def gradient_tiles(dtype: torch.dtype) -> dict:
-    """Chosen by registers and spills as compiled (tests/budgets.json), not yet by time."""
-    return {"ROWS": 8, "P": 64 if dtype in (torch.float16, torch.bfloat16) else 32}
 
 
 @triton.jit(do_not_specialize=["temperature", "N"])
@@ -241,6 +237,7 @@ def _features_bwd_dense(
     P: tl.constexpr,
     CHUNK: tl.constexpr,
     K: tl.constexpr,
+    COLUMNS: tl.constexpr,
     CLASSES: tl.constexpr,
     PULL_PITCH: tl.constexpr,
     NORMALIZE: tl.constexpr,
@@ -254,7 +251,8 @@ def _features_bwd_dense(
     """dx of one block where a pixel may be a negative of every class but its own: u = Σ_n C_n â_n + T_y, with all
     classes' weights C (CLASSES, P) formed and used a few classes at a time. N x pixels are nowhere stored.
 
-    Moves: the features once (from cache once more for every CLASSES classes), dx once.
+    Moves: the features once, dx once. A row is read for its norms, and from cache for every CLASSES classes and to
+    be written.
     """
     program = tl.program_id(0)
     layer = layer_of(program, geometry.block)
@@ -280,18 +278,20 @@ def _features_bwd_dense(
         negative = tl.load(e + pixel, mask=live, other=32767).to(tl.int32)
         is_base = tl.load(base + pixel, mask=live, other=0) != 0
         valid = label < N
+        sizes = tl.zeros((CHUNK, P), ACC)
         to_pull = tl.zeros((CHUNK, P), ACC)
-        if pull is not None and NORMALIZE:
-            for k in tl.range(0, D, CHUNK, loop_unroll_factor=8):
-                tile = channels(row, c * sW, live, k, sD, D, CHUNK).to(ACC)
+        for k in tl.range(0, D, CHUNK, loop_unroll_factor=8):
+            tile = channels(row, c * sW, live, k, sD, D, CHUNK).to(ACC)
+            sizes += size_term(tile, NORMALIZE)
+            if pull is not None and NORMALIZE:
                 to_pull += tile * table_rows(pull, label * PULL_PITCH, valid, k, D, CHUNK)
+        norm = inverse_norm(tl.sum(sizes, 0), NORMALIZE)
         along = tl.sum(to_pull, 0)
-        norm = tl.zeros((P,), ACC)
-        gradients = zero_tiles((D + K - 1) // K, K, P, ACC)
+        gradients = zero_tiles((D + COLUMNS - 1) // COLUMNS, COLUMNS, P, ACC)
         for n0 in range(0, N, CLASSES):
             n = n0 + tl.arange(0, CLASSES)
             classes = tl.where(n < N, n, -1)
-            products, norm, _ = anchor_products(row, c * sW, live, sD, table, classes, D, P, CHUNK, K, NORMALIZE, ACC)
+            products = anchor_products(row, c * sW, live, sD, table, classes, D, P, K, ACC)
             own = (classes[:, None] == label[None, :]) & valid[None, :]
             against = is_negative(classes, label, negative, is_base)
             log_sum = tl.load(Z + number * N + classes, mask=classes >= 0, other=0.0)[:, None]
@@ -301,8 +301,8 @@ def _features_bwd_dense(
             weights = tl.where(own, pulled, 0.0) + tl.where(against, pushed, 0.0)
             along += tl.sum(tl.where(own | against, weights * products, 0.0), 0)
             grown = ()
-            for i in tl.static_range((D + K - 1) // K):
-                rows = tl.trans(class_rows(table, classes, i * K, D, K))
+            for i in tl.static_range((D + COLUMNS - 1) // COLUMNS):
+                rows = tl.trans(class_rows(table, classes, i * COLUMNS, D, COLUMNS))
                 if tl.float64 == ACC:
                     grown = grown + (tl.dot(rows, weights, gradients[i], input_precision="ieee", out_dtype=ACC),)  # noqa: RUF005
                 else:
@@ -311,14 +311,14 @@ def _features_bwd_dense(
         outer = tl.where(valid, norm * g, 0.0)
         inner = along * norm * norm
         out_row = out_image + tl.cast(r, tl.int64) * oH
-        for i in tl.static_range((D + K - 1) // K):
-            tile = channels(row, c * sW, live, i * K, sD, D, K)
+        for i in tl.static_range((D + COLUMNS - 1) // COLUMNS):
+            tile = channels(row, c * sW, live, i * COLUMNS, sD, D, COLUMNS)
             u = gradients[i]
             if pull is not None:
-                u += table_rows(pull, label * PULL_PITCH, valid, i * K, D, K)
+                u += table_rows(pull, label * PULL_PITCH, valid, i * COLUMNS, D, COLUMNS)
             if NORMALIZE:
                 u -= inner[None, :] * tile.to(ACC)
             u = tl.where(valid[None, :], u * outer[None, :], 0.0)
-            d = i * K + tl.arange(0, K)
+            d = i * COLUMNS + tl.arange(0, COLUMNS)
             here = out_row + (d[:, None] * oD + (c * oW)[None, :])
             tl.store(here, u.to(tile.dtype), mask=live[None, :] & (d < D)[:, None])

@@ -16,6 +16,8 @@ import triton
 from torch import Tensor
 from triton import language as tl
 
+from contextrast_kernels.kernels._tile_table import NARROW
+
 
 class Geometry(NamedTuple):
     """Where each layer of a launch lies; every field is a tuple over the layers, made by ``odd``."""
@@ -204,19 +206,6 @@ def pixels(*features: Tensor) -> int:
     return max(x.shape[0] * x.shape[2] * x.shape[3] for x in features)
 
 
-def columns(D: int, most: int) -> dict:
-    """A program sums COLUMNS channels, K at a time; more channels are shared out over programs."""
-    K = min(64, max(16, triton.next_power_of_2(D)))
-    chunks = triton.cdiv(D, K)
-    parts = triton.cdiv(chunks * K, most)
-    return {"K": K, "COLUMNS": triton.cdiv(chunks, parts) * K}
-
-
-def chunk(D: int) -> int:
-    """Channels taken at a time where nothing but arithmetic asks for them."""
-    return min(16, triton.next_power_of_2(D))
-
-
 def blocks_of_layers(features: Sequence[Tensor], tiles: dict) -> list[int]:
     """Blocks of each layer in a sweep with these tiles."""
     P = segment(features, tiles["P"])
@@ -258,7 +247,8 @@ def sweep(
     for group in groups(features, out) if out is not None else groups(features):
         picked = [features[i] for i in group.layers]
         lies = group.layouts[0]
-        P = segment(features, tiles["P"])
+        readable = lies.align * picked[0].element_size() == 16
+        P = segment(features, tiles["P"] if readable else min(tiles["P"], NARROW))
         width_unit = lies.align if lies.unit == "w" else 1
         blocks_geometry, blocks = geometry(features, group.layers, tiles["ROWS"], P, width_unit)
         constants = {

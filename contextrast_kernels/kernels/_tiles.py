@@ -181,31 +181,34 @@ def dot_features(a, x, acc):
 
 
 @triton.jit
-def anchor_products(
+def summed_size(
     row,
     pixel,
     live,
     sD,
-    table,
-    classes,
     D: tl.constexpr,
     P: tl.constexpr,
     CHUNK: tl.constexpr,
-    K: tl.constexpr,
     NORMALIZE: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """⟨x, â⟩ of a row of pixels and some classes (classes, P), r = 1/‖x‖ and the summed ``size_term`` (P,). s = ⟨x,
-    â⟩ r / τ. The first read, for the sizes, has many loads in flight; the second is from cache."""
+    """The summed ``size_term`` of a row of pixels (P,): its first read, with many loads in flight."""
     sizes = tl.zeros((CHUNK, P), ACC)
     for k in tl.range(0, D, CHUNK, loop_unroll_factor=8):
         sizes += size_term(channels(row, pixel, live, k, sD, D, CHUNK).to(ACC), NORMALIZE)
-    size = tl.sum(sizes, 0)
+    return tl.sum(sizes, 0)
+
+
+@triton.jit
+def anchor_products(
+    row, pixel, live, sD, table, classes, D: tl.constexpr, P: tl.constexpr, K: tl.constexpr, ACC: tl.constexpr
+):
+    """⟨x, â⟩ of a row of pixels and some classes (classes, P); the row comes from cache. s = ⟨x, â⟩ r / τ."""
     products = tl.zeros((classes.shape[0], P), ACC)
     for k in range(0, D, K):
         tile = channels(row, pixel, live, k, sD, D, K)
         products = dot_features(class_rows(table, classes, k, D, K), tile, products)
-    return products, inverse_norm(size, NORMALIZE), size
+    return products
 
 
 @triton.jit
@@ -221,12 +224,12 @@ def is_negative(classes, label, negative, is_base):
 
 @triton.jit
 def block_classes(
-    codes, r0, h, c, w, rank0, N, ROWS: tl.constexpr, P: tl.constexpr, BINS: tl.constexpr, SLOTS: tl.constexpr
+    codes, r0, h, c, w, rank0, N, ROWS: tl.constexpr, P: tl.constexpr, BINS: tl.constexpr, CLASSES: tl.constexpr
 ):
-    """Of the classes in a block, ascending, those of rank rank0 .. rank0+SLOTS-1 (-1: no more), and how many there
+    """Of the classes in a block, ascending, those of rank rank0 .. rank0+CLASSES-1 (-1: no more), and how many there
     are in all.
 
-    A block of a real label map holds a handful of classes: sums over them need SLOTS rows, not N. One with more takes
+    A block of a real label map holds a handful of classes: sums over them need CLASSES rows, not N. One with more takes
     further rounds.
     """
     r = r0 + tl.arange(0, ROWS)
@@ -236,7 +239,7 @@ def block_classes(
     n = tl.arange(0, BINS)
     present = (tl.histogram(code, BINS, mask=code < N) > 0).to(tl.int32)
     rank = tl.cumsum(present, 0) - 1 - rank0
-    slot = tl.arange(0, SLOTS)
+    slot = tl.arange(0, CLASSES)
     of_slot = (present > 0)[None, :] & (rank[None, :] == slot[:, None])
     return tl.max(tl.where(of_slot, n[None, :], -1), 1), tl.sum(present, 0)
 
@@ -288,6 +291,14 @@ def zero_tiles(COUNT: tl.constexpr, M: tl.constexpr, K: tl.constexpr, DTYPE: tl.
     for _ in tl.static_range(COUNT):
         tiles = tiles + (tl.zeros((M, K), DTYPE),)  # noqa: RUF005 - tuples grow by + in Triton
     return tiles
+
+
+@triton.jit
+def filled(COUNT: tl.constexpr, M: tl.constexpr, VALUE: tl.constexpr, DTYPE: tl.constexpr):
+    vectors = ()
+    for _ in tl.static_range(COUNT):
+        vectors = vectors + (tl.full((M,), VALUE, DTYPE),)  # noqa: RUF005
+    return vectors
 
 
 @triton.jit

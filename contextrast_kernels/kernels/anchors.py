@@ -17,6 +17,7 @@ from contextrast_kernels.kernels import _launch
 from contextrast_kernels.kernels._codes import Codes, codes
 from contextrast_kernels.kernels._gradient import feature_gradients
 from contextrast_kernels.kernels._sums import Sums, zeros
+from contextrast_kernels.kernels._tile_table import tiles
 from contextrast_kernels.kernels._tiles import (
     LARGEST_REACH,
     add_fixed,
@@ -62,20 +63,9 @@ def backward(gradient: Tensor, features: Tensor, counts: Tensor, y: Tensor, norm
 
 def largest_features(features: Sequence[Tensor], code: Codes, sums: Sums) -> None:
     """``sums.reach``: the largest finite |x| of each layer's valid pixels, by which unnormalised sums are scaled."""
+    x = features[0]
     arguments = {"codes": code.y, "reach": sums.reach, "N": sums.counts.shape[1]}
-    tiles = {"ROWS": 8, "P": 64, "CHUNK": _launch.chunk(features[0].shape[1])}
-    _launch.sweep(_largest_features, features, arguments, tiles)
-
-
-def sums_tiles(dtype: torch.dtype, D: int) -> dict:
-    """Chosen by registers and spills as compiled (tests/budgets.json), not yet by time."""
-    two_bytes = dtype in (torch.float16, torch.bfloat16)
-    return {
-        "ROWS": 8,
-        "P": 64 if two_bytes and D <= 512 else 32,
-        "CHUNK": _launch.chunk(D),
-        **_launch.columns(D, 256 if dtype == torch.float64 else 512),
-    }
+    _launch.sweep(_largest_features, features, arguments, tiles("_largest_features", x.dtype, x.shape[1]))
 
 
 def class_sums(features: Sequence[Tensor], code: Codes, sums: Sums, headroom: int) -> None:
@@ -84,7 +74,7 @@ def class_sums(features: Sequence[Tensor], code: Codes, sums: Sums, headroom: in
     headroom: ``_launch.headroom`` of all the pixels (of all ranks) that the sums will hold."""
     x = features[0]
     D = x.shape[1]
-    tiles = sums_tiles(x.dtype, D)
+    taken = tiles("_class_anchors_fwd", x.dtype, D, "K", "COLUMNS", "CLASSES")
     _launch.sweep(
         _class_anchors_fwd,
         features,
@@ -97,13 +87,12 @@ def class_sums(features: Sequence[Tensor], code: Codes, sums: Sums, headroom: in
             "N": sums.counts.shape[1],
         },
         {
-            **tiles,
-            "SLOTS": 16,
+            **taken,
             "BINS": triton.next_power_of_2(sums.counts.shape[1]),
             "NORMALIZE": sums.reach is None,
             "ACC": _launch.triton_type(_launch.accumulator(x.dtype)),
         },
-        parts=triton.cdiv(D, tiles["COLUMNS"]),
+        parts=triton.cdiv(D, taken["COLUMNS"]),
     )
 
 
@@ -160,7 +149,7 @@ def _class_anchors_fwd(
     CHUNK: tl.constexpr,
     K: tl.constexpr,
     COLUMNS: tl.constexpr,
-    SLOTS: tl.constexpr,
+    CLASSES: tl.constexpr,
     BINS: tl.constexpr,
     NORMALIZE: tl.constexpr,
     UNIT: tl.constexpr,
@@ -188,8 +177,8 @@ def _class_anchors_fwd(
     rank0 = 0
     classes = 1
     while rank0 < classes:
-        slots, classes = block_classes(codes, r0, h, c, w, rank0, N, ROWS, P, BINS, SLOTS)
-        totals = zero_tiles(COLUMNS // K, SLOTS, K, ACC)
+        slots, classes = block_classes(codes, r0, h, c, w, rank0, N, ROWS, P, BINS, CLASSES)
+        totals = zero_tiles(COLUMNS // K, CLASSES, K, ACC)
         for r in range(r0, tl.minimum(r0 + ROWS, h)):
             row = image + tl.cast(r, tl.int64) * sH
             y = tl.load(codes + (r * w + c), mask=live, other=BINS).to(tl.int32)
@@ -221,7 +210,7 @@ def _class_anchors_fwd(
             d = d0 + k * K + tl.arange(0, K)
             here = sums + (number * N + slots[:, None]) * D + d[None, :]
             add_fixed(here, totals[k], scale, (slots >= 0)[:, None] & (d < D)[None, :])
-        rank0 += SLOTS
+        rank0 += CLASSES
 
 
 @triton.jit(do_not_specialize=["N"])

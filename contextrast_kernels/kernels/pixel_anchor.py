@@ -22,9 +22,10 @@ from torch import Tensor
 from triton import language as tl
 
 from contextrast_kernels.kernels import _launch
-from contextrast_kernels.kernels._codes import PIXELS, Codes, codes
+from contextrast_kernels.kernels._codes import Codes, codes
 from contextrast_kernels.kernels._gradient import Terms, feature_gradients
 from contextrast_kernels.kernels._sums import Sums, zeros
+from contextrast_kernels.kernels._tile_table import PIXELS, RUN, tiles
 from contextrast_kernels.kernels._tiles import (
     PUSHED_BITS,
     add_fixed,
@@ -34,6 +35,7 @@ from contextrast_kernels.kernels._tiles import (
     channels,
     dot_features,
     exponent_above,
+    filled,
     from_order,
     image_codes,
     image_features,
@@ -52,13 +54,11 @@ from contextrast_kernels.kernels._tiles import (
     sigmoid,
     size_term,
     softplus,
+    summed_size,
     table_rows,
     zero_tiles,
 )
 from contextrast_kernels.kernels.anchors import largest_features
-
-CLASSES = 16
-"""Classes that a program holds at a time."""
 
 
 class Outcome(NamedTuple):
@@ -165,6 +165,7 @@ def log_sums(
     one). With base pixels everything is read, and no similarity is kept.
     """
     L, N, D = table.shape
+    dtype = features[0].dtype
     shared = {"e": code.e, "table": table, "temperature": _launch.bits(temperature), "N": N}
     constants = {"NORMALIZE": normalize, "ACC": _launch.triton_type(table.dtype)}
     Z = torch.empty(L, N, dtype=table.dtype, device=table.device)
@@ -174,7 +175,7 @@ def log_sums(
             _hard_similarities,
             features,
             {**shared, "similarity": similarity, "largest": sums.largest},
-            {"ROWS": 8, "P": 32 if table.dtype == torch.float64 else 64, "CHUNK": _launch.chunk(D), **constants},
+            {**tiles("_hard_similarities", dtype, D), **constants},
         )
         runs, blocks = _launch.flat_geometry(features, PIXELS)
         headroom = _launch.headroom(_launch.pixels(*features))
@@ -188,10 +189,10 @@ def log_sums(
         )
         _launch.launch(_hard_log_sums, (L,), {**both, "Z": Z}, {"BINS": triton.next_power_of_2(N)})
         return Z, similarity
-    tiles = {"ROWS": 8, "P": 64 if table.dtype == torch.float32 else 32, "CLASSES": CLASSES}
-    # s is added up in the same order as in the next sweep: exp(s - Z) is exactly 1 where one negative is all of Z.
-    tiles |= {"CHUNK": _launch.chunk(D), "K": _launch.columns(D, D)["K"]}
-    blocks = _launch.blocks_of_layers(features, tiles)
+    taken = tiles("_dense_similarities", dtype, D, "K", "CLASSES")
+    at_once = min(taken["CLASSES"], max(16, triton.next_power_of_2(N)))
+    taken = {**taken, "CLASSES": at_once, "ROUNDS": triton.cdiv(N, at_once)}
+    blocks = _launch.blocks_of_layers(features, taken)
     first = [sum(blocks[:i]) for i in range(L)]
     partial = torch.empty(2, sum(blocks), N, dtype=table.dtype, device=table.device)
     _launch.sweep(
@@ -205,7 +206,7 @@ def log_sums(
             "partial_start": _launch.odd(first),
             "partials": sum(blocks),
         },
-        {**tiles, **constants},
+        {**taken, **constants},
     )
     _launch.launch(
         _dense_log_sums,
@@ -218,7 +219,7 @@ def log_sums(
             "Z": Z,
             "N": N,
         },
-        {"RUN": 256},
+        {"RUN": RUN},
         reads=_launch.nbytes(partial),
     )
     return Z, None
@@ -235,7 +236,7 @@ def moments(
 ) -> None:
     """``sums.vectors``, ``pushed`` and ``terms``: what the loss and dL/dâ are made of. One read of the features."""
     N, D = table.shape[1:]
-    tiles = moments_tiles(D)
+    taken = tiles("_pixel_anchor_fwd", features[0].dtype, D, "K", "COLUMNS", "CLASSES")
     _launch.sweep(
         _pixel_anchor_fwd,
         features,
@@ -243,19 +244,13 @@ def moments(
         | {"vectors": sums.vectors, "pushed_vectors": sums.pushed, "counts": sums.counts, "terms": sums.terms}
         | {**scales.arguments(), "N": N},
         {
-            **tiles,
-            "SLOTS": CLASSES,
+            **taken,
             "BINS": triton.next_power_of_2(N),
             "NORMALIZE": scales.reach is None,
             "ACC": _launch.triton_type(table.dtype),
         },
-        parts=triton.cdiv(D, tiles["COLUMNS"]),
+        parts=triton.cdiv(D, taken["COLUMNS"]),
     )
-
-
-def moments_tiles(D: int) -> dict:
-    """Chosen by registers and spills as compiled (tests/budgets.json), not yet by time."""
-    return {"ROWS": 8, "P": 32, "CHUNK": _launch.chunk(D), **_launch.columns(D, 256)}
 
 
 def finish(
@@ -423,6 +418,7 @@ def _dense_similarities(
     CHUNK: tl.constexpr,
     K: tl.constexpr,
     CLASSES: tl.constexpr,
+    ROUNDS: tl.constexpr,
     NORMALIZE: tl.constexpr,
     UNIT: tl.constexpr,
     ALIGN: tl.constexpr,
@@ -432,7 +428,7 @@ def _dense_similarities(
     """The log-sum-exp of one block's negatives of every class, as a largest value and a sum relative to it (online,
     CLASSES classes at a time): (2, blocks, N) numbers are written, never N x pixels.
 
-    Moves: the features once, from cache once more for every CLASSES classes.
+    Moves: the features once. A row of the block is read for its norms, and from cache in each of ROUNDS rounds.
     """
     program = tl.program_id(0)
     layer = layer_of(program, geometry.block)
@@ -445,27 +441,34 @@ def _dense_similarities(
     c = c0 + tl.arange(0, P)
     live = c < w
     here = (pick(partial_start, number) + program - pick(geometry.block, layer)).to(tl.int64) * N
-    for n0 in range(0, N, CLASSES):
-        n = n0 + tl.arange(0, CLASSES)
-        classes = tl.where(n < N, n, -1)
-        largest = tl.full((CLASSES,), -float("inf"), ACC)
-        total = tl.zeros((CLASSES,), ACC)
-        for r in range(r0, tl.minimum(r0 + ROWS, h)):
-            row = image + tl.cast(r, tl.int64) * sH
-            pixel = codes + (r * w + c)
-            label = tl.load(y + pixel, mask=live, other=32767).to(tl.int32)
-            negative = tl.load(e + pixel, mask=live, other=32767).to(tl.int32)
-            is_base = tl.load(base + pixel, mask=live, other=0) != 0
-            products, norm, _ = anchor_products(row, c * sW, live, sD, table, classes, D, P, CHUNK, K, NORMALIZE, ACC)
-            s = products * (norm * inverse_temperature)[None, :]
-            against = is_negative(classes, label, negative, is_base)
-            s = tl.where(against, s, -float("inf"))
-            grown = tl.maximum(largest, tl.max(s, 1))
+    largest = filled(ROUNDS, CLASSES, -float("inf"), ACC)
+    total = filled(ROUNDS, CLASSES, 0.0, ACC)
+    for r in range(r0, tl.minimum(r0 + ROWS, h)):
+        row = image + tl.cast(r, tl.int64) * sH
+        pixel = codes + (r * w + c)
+        label = tl.load(y + pixel, mask=live, other=32767).to(tl.int32)
+        negative = tl.load(e + pixel, mask=live, other=32767).to(tl.int32)
+        is_base = tl.load(base + pixel, mask=live, other=0) != 0
+        norm = inverse_norm(summed_size(row, c * sW, live, sD, D, P, CHUNK, NORMALIZE, ACC), NORMALIZE)
+        more_largest = ()
+        more_total = ()
+        for i in tl.static_range(ROUNDS):
+            n = i * CLASSES + tl.arange(0, CLASSES)
+            classes = tl.where(n < N, n, -1)
+            s = anchor_products(row, c * sW, live, sD, table, classes, D, P, K, ACC)
+            s = s * (norm * inverse_temperature)[None, :]
+            s = tl.where(is_negative(classes, label, negative, is_base), s, -float("inf"))
+            grown = tl.maximum(largest[i], tl.max(s, 1))
             shift = tl.where(grown == -float("inf"), 0.0, grown)
-            total = total * tl.exp(largest - shift) + tl.sum(tl.exp(s - shift[:, None]), 1)
-            largest = grown
-        tl.store(partial + here + n, largest, mask=n < N)
-        tl.store(partial + tl.cast(partials, tl.int64) * N + here + n, total, mask=n < N)
+            added = tl.sum(tl.exp(s - shift[:, None]), 1)
+            more_largest = more_largest + (grown,)  # noqa: RUF005
+            more_total = more_total + (total[i] * tl.exp(largest[i] - shift) + added,)  # noqa: RUF005
+        largest = more_largest
+        total = more_total
+    for i in tl.static_range(ROUNDS):
+        n = i * CLASSES + tl.arange(0, CLASSES)
+        tl.store(partial + here + n, largest[i], mask=n < N)
+        tl.store(partial + tl.cast(partials, tl.int64) * N + here + n, total[i], mask=n < N)
 
 
 @triton.jit(do_not_specialize=["partials", "N"])
@@ -531,7 +534,7 @@ def _pixel_anchor_fwd(
     CHUNK: tl.constexpr,
     K: tl.constexpr,
     COLUMNS: tl.constexpr,
-    SLOTS: tl.constexpr,
+    CLASSES: tl.constexpr,
     BINS: tl.constexpr,
     NORMALIZE: tl.constexpr,
     UNIT: tl.constexpr,
@@ -539,7 +542,7 @@ def _pixel_anchor_fwd(
     WIDE: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """Over one block: A⁺, A⁻ (COLUMNS of the channels), Σ softplus(Z - s) and Σ σ of the classes found there, SLOTS
+    """Over one block: A⁺, A⁻ (COLUMNS of the channels), Σ softplus(Z - s) and Σ σ of the classes found there, CLASSES
     at a time; with ``base`` of all classes.
 
     A row of the block is read from memory for its norms, and from cache for two products on the tensor cores: the
@@ -567,18 +570,18 @@ def _pixel_anchor_fwd(
     rounds = 1
     while rank0 < rounds:
         if base is None:
-            labels, label_count = block_classes(y + codes, r0, h, c, w, rank0, N, ROWS, P, BINS, SLOTS)
-            others, other_count = block_classes(e + codes, r0, h, c, w, rank0, N, ROWS, P, BINS, SLOTS)
+            labels, label_count = block_classes(y + codes, r0, h, c, w, rank0, N, ROWS, P, BINS, CLASSES)
+            others, other_count = block_classes(e + codes, r0, h, c, w, rank0, N, ROWS, P, BINS, CLASSES)
             rounds = tl.maximum(label_count, other_count)
         else:
-            labels = rank0 + tl.arange(0, SLOTS)
+            labels = rank0 + tl.arange(0, CLASSES)
             labels = tl.where(labels < N, labels, -1)
             others = labels
             rounds = N
-        pulled = zero_tiles(COLUMNS // K, SLOTS, K, ACC)
-        pushed = zero_tiles(COLUMNS // K, SLOTS, K, ACC)
-        losses = tl.zeros((SLOTS,), ACC)
-        shares = tl.zeros((SLOTS,), ACC)
+        pulled = zero_tiles(COLUMNS // K, CLASSES, K, ACC)
+        pushed = zero_tiles(COLUMNS // K, CLASSES, K, ACC)
+        losses = tl.zeros((CLASSES,), ACC)
+        shares = tl.zeros((CLASSES,), ACC)
         for r in range(r0, tl.minimum(r0 + ROWS, h)):
             row = image + tl.cast(r, tl.int64) * sH
             pixel = codes + (r * w + c)
@@ -587,7 +590,9 @@ def _pixel_anchor_fwd(
 
             # 1. Norms, and products with the anchors of the label classes. A vector that is not finite is taken out
             # and its class marked: 0 · NaN would reach every class.
-            products, norm, size = anchor_products(row, c * sW, live, sD, table, labels, D, P, CHUNK, K, NORMALIZE, ACC)
+            size = summed_size(row, c * sW, live, sD, D, P, CHUNK, NORMALIZE, ACC)
+            norm = inverse_norm(size, NORMALIZE)
+            products = anchor_products(row, c * sW, live, sD, table, labels, D, P, K, ACC)
             sound = is_finite(size)
             some_broken = tl.min(sound.to(tl.int32), 0) == 0
             if some_broken:
@@ -648,9 +653,9 @@ def _pixel_anchor_fwd(
             known = known & (tl.abs(losses) < float("inf"))
             add_fixed(terms + labels, losses, scale_of_terms, used & known)
             add_fixed(terms + N + labels, shares, power_of_two(headroom), used & known)
-            mark = tl.full((SLOTS,), 1, tl.int64)
+            mark = tl.full((CLASSES,), 1, tl.int64)
             tl.atomic_max(terms + 2 * N + labels, mark, mask=used & (known == 0), sem="relaxed")
-        rank0 += SLOTS
+        rank0 += CLASSES
 
 
 @triton.jit

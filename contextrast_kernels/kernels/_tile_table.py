@@ -1,0 +1,121 @@
+"""How much of a sweep a program takes at a time: every such choice, in one table.
+
+Chosen by what the compiler says, not yet by time: a GPU replaces a row's reason with the measurement that chose it.
+A reason gives, over both layouts at D 256 unless said, registers a thread, stack in bytes a thread (where registers
+are spilled to) and shared memory on sm_90, and the blocks that a multiprocessor holds of them, calculated.
+``python tests/aot.py`` prints these; tests/budgets.json holds them for sm_80, 90 and 100, which compile so much alike
+that no architecture has rows of its own.
+"""
+
+import functools
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import NamedTuple
+
+import torch
+
+PIXELS = 1024
+"""Pixels of a program that reads label codes alone: 8 a thread."""
+RUN = 256
+"""Partial sums that a program adds up at a time: 2 a thread."""
+NARROW = 32
+"""The most pixels of a row where rows cannot be read 16 bytes at a time, as with camvid's of 60, 30 and 15: with 64
+``_class_anchors_fwd`` spills 592 B and ``_features_bwd`` 112 B on sm_90 (bfloat16, D 256), with 32 neither any."""
+
+
+class Tiles(NamedTuple):
+    """What a program takes at a time. A block is ``ROWS`` rows of ``P`` pixels."""
+
+    P: int
+    K: int = 64
+    """Channels of a product on the tensor cores."""
+    COLUMNS: int = 0
+    """Channels whose sums a program holds in registers; more are shared out over programs."""
+    CLASSES: int = 16
+    """Classes of a product: 16 is the least that a tensor core takes."""
+    num_warps: int = 4
+    ROWS: int = 8
+    """A block of 8 x 64 real labels holds 3.0 classes on average and 10 at most (stride 4): 16 serve it in one
+    round, and its sums go out once for 8 rows."""
+    CHUNK: int = 16
+    """Channels taken at a time where nothing but arithmetic asks for them: 16 bytes a thread and load."""
+
+
+class Row(NamedTuple):
+    bytes: tuple[int, ...]
+    """Of the element types that the row is for."""
+    D: int
+    """The most channels that the row is for."""
+    tiles: Tiles
+
+
+TABLE = {
+    "_class_anchors_fwd": (
+        # 176-233 registers, no stack, 12 KiB: 2 blocks. A row of 64 two-byte pixels is one cache line.
+        Row((2,), 512, Tiles(P=64, COLUMNS=512)),
+        # D 720: 224-236 registers, no stack, 8 KiB: 2 blocks; P 64 spills 48 B.
+        Row((2,), 1024, Tiles(P=32, COLUMNS=512)),
+        # 181-234 registers, no stack, 20 KiB: 2 blocks.
+        Row((4,), 1024, Tiles(P=32, COLUMNS=512)),
+        # 186 registers, no stack, 6 KiB: 2 blocks; P 32 spills 48 B.
+        Row((8,), 1024, Tiles(P=16, K=32, COLUMNS=256)),
+    ),
+    "_largest_features": (Row((2, 4, 8), 1024, Tiles(P=64)),),
+    "_hard_similarities": (
+        # 80-168 registers, no stack, 4 KiB: 3 to 6 blocks.
+        Row((2, 4), 1024, Tiles(P=64)),
+        Row((8,), 1024, Tiles(P=32)),
+    ),
+    "_dense_similarities": (
+        # 32 classes a round take, for N 150 and a row of the block, 7.0 thousand instructions a warp where 16 classes
+        # in an outer loop took 17 thousand; 232-241 registers, no stack, 6 KiB: 2 blocks. 64 classes would take 4.9
+        # thousand, but on Hopper by other instructions than the sweeps that follow: see ``DENSE``.
+        Row((2, 4), 1024, Tiles(P=32, K=32, CLASSES=32)),
+        Row((8,), 1024, Tiles(P=16, K=32, CLASSES=32)),
+    ),
+    "_pixel_anchor_fwd": (
+        # bfloat16: 253-255 registers, 0-120 B of stack, 4 KiB: 2 blocks. 32 classes at a time take 30 % more
+        # instructions, since the weights are formed for every class. float32, float16 with all 256 columns: 4 KiB
+        # more and up to 0.4 KB of stack; 128 columns would hardly spill, but do a third more work.
+        Row((2, 4), 1024, Tiles(P=32, K=32, COLUMNS=256)),
+        # 255 registers, 0-8 B of stack, 8 KiB: 2 blocks; P 32 with all columns spilled 1.9 KB.
+        Row((8,), 1024, Tiles(P=16, K=32, COLUMNS=128)),
+    ),
+    "_features_bwd": (
+        # 103-253 registers, no stack, 4 KiB: 2 to 4 blocks.
+        Row((2,), 1024, Tiles(P=64)),
+        Row((4,), 1024, Tiles(P=32)),
+        # 56-128 registers, no stack, 2 KiB: 4 to 9 blocks; P 32 spills 56 B.
+        Row((8,), 1024, Tiles(P=16)),
+    ),
+    "_features_bwd_dense": (
+        # The row's gradient, P x D, lies in registers. 234-249 registers, no stack, 8 KiB: 2 blocks. 32 classes at a
+        # time spill 232 B, with 8 warps 88 B, where they take 70 % more instructions.
+        Row((2, 4), 256, Tiles(P=32, K=32, COLUMNS=64, ROWS=4)),
+        Row((2, 4), 512, Tiles(P=16, K=32, COLUMNS=64, ROWS=4)),
+        # D 720: two-byte 240-255 registers and 0-16 B of stack, float32 120-160 B; 4 warps spill 288 B.
+        Row((2, 4), 1024, Tiles(P=16, K=32, COLUMNS=64, ROWS=4, num_warps=8)),
+        # 226-236 registers, no stack, 16 KiB: 1 block of 8 warps; 4 warps spill 104 B, P 32 spilled 3.2 KB.
+        Row((8,), 1024, Tiles(P=16, K=32, COLUMNS=64, ROWS=4, num_warps=8)),
+    ),
+}
+
+DENSE = ("_dense_similarities", "_pixel_anchor_fwd", "_features_bwd_dense")
+"""These take K alike, and fewer classes than the 64 at which Hopper multiplies by other instructions, so that each
+adds up the same s to the last bit: exp(s - Z) is exactly 1 where one negative is all of Z, however large s is."""
+
+
+def power_of_two(n: int) -> int:
+    """The smallest that is at least n."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+@functools.cache
+def tiles(kernel: str, dtype: torch.dtype, D: int, *names: str) -> Mapping[str, int]:
+    """The named constants of a kernel's row, shrunk to what D needs; ROWS, P, CHUNK and num_warps always."""
+    row = next(row.tiles for row in TABLE[kernel] if dtype.itemsize in row.bytes and row.D >= D)
+    K = min(row.K, max(16, power_of_two(D)))
+    chunks = -(-D // K)
+    parts = -(-chunks * K // row.COLUMNS) if row.COLUMNS else 1
+    shrunk = row._replace(K=K, COLUMNS=-(-chunks // parts) * K, CHUNK=min(row.CHUNK, power_of_two(D)))
+    return MappingProxyType({name: getattr(shrunk, name) for name in ("ROWS", "P", "CHUNK", "num_warps", *names)})
