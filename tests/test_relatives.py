@@ -208,8 +208,10 @@ def test_region_contrast_equals_the_loops(regions, normalize):
 @pytest.mark.parametrize("parity", [False, True])
 @pytest.mark.parametrize(("set_size", "max_hard"), [(7, 199), (40, 199), (3, 6)])
 def test_pne_equals_the_loops(parity, set_size, max_hard):
-    """Sets smaller and larger than S, pairs that the gate leaves out, and a class without right pixels."""
+    """Sets smaller and larger than S, pairs that the gate leaves out, a class without right pixels, and one that is
+    predicted in an image without it."""
     (x, *_), labels, logits = batch(seed=2, wrong=0.4)
+    labels[1, labels[1] == 3] = 0
     labels[0, logits[0].argmax(0) == 2] = 1
     loss = ck.PNELoss(N, set_size=set_size, max_hard=max_hard, temperature=0.8, parity=parity, seed=6)
     y, _ = at_layer(labels, logits, SIZES[0])
@@ -258,12 +260,15 @@ def test_gradient(name):
 
 
 def test_parity_holds_the_norms_of_hard_pixels_constant():
-    """Without parity PNE's gradient is orthogonal to the features, as a cosine's is; with it, it is not."""
+    """Without parity PNE's gradient is orthogonal to the features, as a cosine's is; with it, it is not. Right pixels
+    get none in either case."""
     (x, *_), labels, logits = batch(wrong=0.4)
+    y, p = (torch.from_numpy(a) for a in at_layer(labels, logits, SIZES[0]))
     radial = []
     for parity in (False, True):
         [of] = leaves([x])
         ck.PNELoss(N, set_size=7, parity=parity)(of, labels, logits).backward()
+        assert not of.grad.movedim(1, -1)[y == p].any()
         radial.append(((of.grad * x).sum(1).abs().max() / of.grad.norm()).item())
     assert radial[0] < 1e-12
     assert radial[1] > 1e-3
