@@ -144,7 +144,7 @@ def empty_codes(features: list[Tensor], num_classes: int, dtype: torch.dtype | N
     """A map with one number a pixel, layer after layer, as the Triton kernels keep it for the backward pass: label
     codes unless a dtype is given."""
     pixels = sum(x.shape[0] * x.shape[2] * x.shape[3] for x in features)
-    return features[0].new_empty(pixels, dtype=dtype or (torch.uint8 if num_classes <= 255 else torch.int16))
+    return features[0].new_empty(pixels, dtype=dtype or native.code_dtype(num_classes))
 
 
 def on_device(tensor: Tensor):

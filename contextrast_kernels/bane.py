@@ -211,15 +211,10 @@ def layer_negatives(
 ) -> tuple[list[Tensor], Tensor]:
     """Each layer's chosen negatives, int32 (B, h, w) with -1 for none, and number of errors, int64 (layers,)."""
     if choose(labels, ("native",)) == "native":
-        if negatives == "none":
-            negatives, ratio = "semi-hard", 0.0  # none of the errors, but their number
         limit = -1 if num_classes is None else num_classes
-        flat_sizes = [side for size in sizes for side in size]
-        of_seed = seed_tensor(seed, labels.device)
-        chosen, counts = native.bane_negatives(
-            predictions, labels, limit, flat_sizes, ratio, negatives, distance_at, ignore_index, of_seed
+        return native.bane_negatives(
+            *_native_arguments(predictions, labels, sizes, limit, ratio, negatives, distance_at, ignore_index, seed)
         )
-        return chosen, counts.sum(1)
     if distance_at == "full":
         # Predictions meet the labels at the labels' size; one distance map is then sampled to every layer.
         full_errors = _error_map(predictions, labels, num_classes, ignore_index, *labels.shape[-2:])
@@ -240,6 +235,36 @@ def layer_negatives(
         layers.append(chosen)
         counts.append((errors >= 0).sum())
     return layers, torch.stack(counts)
+
+
+def negative_codes(
+    predictions: Tensor,
+    labels: Tensor,
+    sizes: list[tuple[int, int]],
+    num_classes: int,
+    ratio: float,
+    negatives: str,
+    distance_at: str,
+    ignore_index: int,
+    seed: int | Tensor,
+) -> tuple[Tensor, Tensor]:
+    """``layer_negatives`` as the fused loss reads them: all layers end to end in one or two bytes a pixel
+    (``native.code_dtype``), whose largest number is none."""
+    selection = (predictions, labels, sizes, num_classes, ratio, negatives, distance_at, ignore_index, seed)
+    if choose(labels, ("native",)) == "native":
+        return native.bane_codes(*_native_arguments(*selection))
+    layers, errors = layer_negatives(*selection)
+    dtype = native.code_dtype(num_classes)
+    chosen = torch.cat([layer.flatten() for layer in layers])
+    return torch.where(chosen >= 0, chosen, torch.iinfo(dtype).max).to(dtype), errors
+
+
+def _native_arguments(predictions, labels, sizes, num_classes, ratio, negatives, distance_at, ignore_index, seed):
+    if negatives == "none":
+        negatives, ratio = "semi-hard", 0.0  # none of the errors, but their number
+    sides = [side for size in sizes for side in size]
+    seed = seed_tensor(seed, labels.device)
+    return predictions, labels, num_classes, sides, ratio, negatives, distance_at, ignore_index, seed
 
 
 def _check_maps(predictions, labels, num_classes, ignore_index) -> tuple[Tensor, Tensor, int | None]:

@@ -183,7 +183,8 @@ def total_loss(
     labels, predictions = check_inputs(features, labels, predictions, options)
     checks.seed(seed, labels.device)
     sizes = [tuple(x.shape[-2:]) for x in features]
-    hard, errors = bane.layer_negatives(
+    seed = seed_tensor(seed, labels.device)
+    selection = (
         predictions.detach(),
         labels,
         sizes,
@@ -196,8 +197,10 @@ def total_loss(
     )
     backend = choose_kernels(features[0], options.num_classes)
     if backend == "triton" and options.base_sampler is None:
-        loss, report = _fused_loss(features, labels, hard, options, seed, backend)
+        codes, errors = bane.negative_codes(*selection)
+        loss, report = _fused_loss(features, labels, codes, options, seed, backend)
     else:
+        hard, errors = bane.layer_negatives(*selection)
         loss, report = _composed_loss(features, labels, predictions.detach(), hard, options, seed)
     return loss, {**report, "errors": errors}
 
@@ -208,7 +211,7 @@ def _composed_loss(
     predictions: Tensor,
     hard: list[Tensor],
     options: Options,
-    seed: int | Tensor,
+    seed: Tensor,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The definition, from the hard negatives on; each part on the backend that it chooses."""
     # Widened once, so that a half-precision gradient is summed in float32 and rounded once.
@@ -269,19 +272,14 @@ def _composed_loss(
 
 
 def _fused_loss(
-    features: Sequence[Tensor],
-    labels: Tensor,
-    hard: list[Tensor],
-    options: Options,
-    seed: int | Tensor,
-    backend: str,
+    features: Sequence[Tensor], labels: Tensor, hard: Tensor, options: Options, seed: Tensor, backend: str
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The fused kernels, from the hard negatives on."""
+    """The fused kernels, from the codes of the hard negatives on."""
     loss, losses, report, *_ = _contextrast_loss(
         list(features),
         labels,
         hard,
-        seed_tensor(seed, features[0].device),
+        seed,
         options.num_classes,
         options.ignore_index,
         [float(weight) for weight in options.layer_weights],
@@ -301,7 +299,7 @@ def _fused_loss(
 def _contextrast_loss(
     features: list[Tensor],
     labels: Tensor,
-    negatives: list[Tensor],
+    e: Tensor,
     seed: Tensor,
     num_classes: int,
     ignore_index: int,
@@ -313,16 +311,16 @@ def _contextrast_loss(
     normalize_anchors: bool,
     detach_anchors: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The loss, L_i of every layer, the report (3, layers): classes, positives, negatives; and what backward
-    reads: codes y and e, base pixels or the similarity of hard negatives, â, Z, coefficients, T."""
+    reads: codes y, base pixels or the similarity of hard negatives, â, Z, coefficients, T."""
     from contextrast_kernels.kernels import contextrast
 
     with on_device(features[0]):
         outcome, y, terms = contextrast.forward(
             features,
             labels,
-            negatives,
+            e,
             seed,
             num_classes,
             ignore_index,
@@ -334,18 +332,18 @@ def _contextrast_loss(
             normalize_anchors,
         )
     per_pixel = terms.similarity if terms.base is None else terms.base
-    saved = (y, terms.e, per_pixel, terms.table, terms.Z, outcome.coefficients, outcome.pull)
+    saved = (y, per_pixel, terms.table, terms.Z, outcome.coefficients, outcome.pull)
     return outcome.loss, outcome.losses, outcome.report, *saved
 
 
 @_contextrast_loss.register_fake
-def _(features, labels, negatives, seed, num_classes, *options):
+def _(features, labels, e, seed, num_classes, *options):
     base_rate = options[4]
     first, L, N = features[0], len(features), num_classes
     D, dtype = first.shape[1], compute_dtype(first.dtype)
     row = D * torch.int64.itemsize // dtype.itemsize  # T lies where int64 sums were
     floats = [first.new_empty(shape, dtype=dtype) for shape in ((), (L,), (L, N, D), (L, N), (L, 2, N), (L, N, row))]
-    codes = [empty_codes(features, N, kind) for kind in (None, None, torch.uint8 if base_rate > 0 else dtype)]
+    codes = [empty_codes(features, N, kind) for kind in (None, torch.uint8 if base_rate > 0 else dtype)]
     return *floats[:2], first.new_empty((3, L), dtype=torch.int64), *codes, *floats[2:]
 
 
@@ -353,8 +351,8 @@ def _(features, labels, negatives, seed, num_classes, *options):
 def _contextrast_loss_backward(
     gradient: Tensor,
     features: list[Tensor],
-    y: Tensor,
     e: Tensor,
+    y: Tensor,
     per_pixel: Tensor,
     table: Tensor,
     Z: Tensor,
@@ -384,7 +382,7 @@ def _save_for_backward(ctx, inputs, output):
     features = inputs[0]
     ctx.temperature, ctx.normalize, ctx.detach_anchors, ctx.backend = inputs[7], inputs[10], inputs[12], inputs[13]
     ctx.layers = len(features)
-    ctx.save_for_backward(*features, *output[3:])
+    ctx.save_for_backward(*features, inputs[2], *output[3:])
     ctx.mark_non_differentiable(*output[1:])
 
 
@@ -393,7 +391,7 @@ def _backward(ctx, gradient, *_):
     dx = _contextrast_loss_backward(
         gradient, list(features), *saved, ctx.temperature, ctx.normalize, ctx.detach_anchors, ctx.backend
     )
-    return dx, None, [None] * ctx.layers, *(None,) * 11
+    return dx, *(None,) * 13
 
 
 _contextrast_loss.register_autograd(_backward, setup_context=_save_for_backward)

@@ -8,6 +8,7 @@ callers, in bane.py. None is differentiable.
 import contextlib
 import ctypes
 import functools
+import math
 import pathlib
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 _PATH = pathlib.Path(__file__).with_name("_native.so")
 _ERROR_SIZE = 256
+_INTERFACE = 2
 _TYPES = (
     torch.uint8,
     torch.int8,
@@ -50,14 +52,9 @@ class _Map(ctypes.Structure):
 
 
 class _Layer(ctypes.Structure):
-    """ContextrastLayer: a size, and where its results go."""
+    """ContextrastLayer: a size, and where its negatives go."""
 
-    _fields_ = (
-        ("height", ctypes.c_int64),
-        ("width", ctypes.c_int64),
-        ("negatives", ctypes.c_void_p),
-        ("errors", ctypes.c_void_p),
-    )
+    _fields_ = (("height", ctypes.c_int64), ("width", ctypes.c_int64), ("negatives", ctypes.c_void_p))
 
 
 _MAP, _LAYERS = ctypes.POINTER(_Map), ctypes.POINTER(_Layer)
@@ -68,12 +65,15 @@ _ARGUMENTS = {
     "edge_distance": (_MAP, _INT, _POINTER, _POINTER),
     "distance_transform": (_MAP, _INT, _POINTER, _POINTER),
     "select_nearest": (_MAP, _MAP, _DOUBLE, _INT64, _POINTER, _POINTER, _POINTER),
-    "bane_negatives": (_MAP, _MAP, _INT64, _INT64, _LAYERS, _INT, _DOUBLE, _INT, _INT, _POINTER, _POINTER),
+    "bane_negatives": (
+        *(_MAP, _MAP, _INT64, _INT64, _LAYERS, _INT, _INT, _POINTER),
+        *(_DOUBLE, _INT, _INT, _POINTER, _POINTER),
+    ),
 }
 _SCRATCH_ARGUMENTS = {
     "edge_distance": (_INT64, _INT64, _INT64),
     "select_nearest": (_INT64, _INT64, _INT64, _INT64),
-    "bane_negatives": (_MAP, _INT64, _LAYERS, _INT, _INT),
+    "bane_negatives": (_MAP, _INT64, _LAYERS, _INT, _INT, _INT),
 }
 
 
@@ -87,6 +87,11 @@ def _library() -> ctypes.CDLL | str:
         )
     try:
         library = ctypes.CDLL(str(_PATH))
+        if not hasattr(library, "contextrast_interface") or library.contextrast_interface() != _INTERFACE:
+            return (
+                f"the native library {_PATH.name} was built from another version of csrc/: "
+                "reinstall contextrast_kernels with CONTEXTRAST_NATIVE=1"
+            )
         for device in "cpu", "cuda":
             if not hasattr(library, f"contextrast_error_map_{device}"):
                 continue  # built without nvcc
@@ -152,15 +157,28 @@ def _call(name: str, device: torch.device, arguments: tuple, scratch: tuple = ()
         raise (ValueError if code == 1 else RuntimeError)(f"{name}: {text.value.decode(errors='replace')}")
 
 
+def _device(**tensors: Tensor) -> torch.device:
+    """The device of all of them. A pointer to another one's memory would be read as if it were here."""
+    (first, tensor), *others = tensors.items()
+    for name, other in others:
+        if other.device != tensor.device:
+            raise ValueError(
+                f"{name}: expected a tensor on {tensor.device}, where {first} is, got one on {other.device}; "
+                "move it there"
+            )
+    return tensor.device
+
+
 @torch.library.custom_op("contextrast::error_map", mutates_args=())
 def error_map(predictions: Tensor, labels: Tensor, num_classes: int, ignore_index: int) -> Tensor:
     """predictions (B, H', W') integers or (B, N, H', W') floats, labels (B, H, W) → int32 (B, H, W), -1 = no error.
 
     num_classes -1: the channels of the logits, or every value >= 0.
     """
-    errors = torch.empty(labels.shape, dtype=torch.int32, device=labels.device)
+    device = _device(labels=labels, predictions=predictions)
+    errors = torch.empty(labels.shape, dtype=torch.int32, device=device)
     arguments = (_Map(predictions), _Map(labels), num_classes, ignore_index, errors.data_ptr())
-    _call("error_map", labels.device, arguments)
+    _call("error_map", device, arguments)
     return errors
 
 
@@ -201,15 +219,66 @@ def select_nearest(classes: Tensor, distance_sq: Tensor, ratio: float, num_class
 
     num_classes -1: every value >= 0.
     """
-    selected = torch.empty(classes.shape, dtype=torch.bool, device=classes.device)
+    device = _device(classes=classes, distance_sq=distance_sq, seed=seed)
+    selected = torch.empty(classes.shape, dtype=torch.bool, device=device)
     arguments = (_Map(classes), _Map(distance_sq), ratio, num_classes, seed.data_ptr(), selected.data_ptr())
-    _call("select_nearest", classes.device, arguments, ("select_nearest", *classes.shape, num_classes))
+    _call("select_nearest", device, arguments, ("select_nearest", *classes.shape, num_classes))
     return selected
 
 
 @select_nearest.register_fake
 def _(classes, distance_sq, ratio, num_classes, seed):
     return torch.empty(classes.shape, dtype=torch.bool, device=classes.device)
+
+
+def _bane_negatives(
+    predictions: Tensor,
+    labels: Tensor,
+    num_classes: int,
+    layers: list[Tensor],
+    errors: Tensor,
+    ratio: float,
+    negatives: str,
+    distance_at: str,
+    ignore_index: int,
+    seed: Tensor,
+) -> None:
+    """Writes layers, (B, h, w) each, and errors (layers,)."""
+    device = _device(labels=labels, predictions=predictions, seed=seed)
+    descriptors = (_Layer * len(layers))(*((*layer.shape[1:], layer.data_ptr()) for layer in layers))
+    labels_map, at = _Map(labels), _DISTANCE_AT.index(distance_at)
+    described = (descriptors, len(layers), _TYPE_CODES[layers[0].dtype] if layers else _TYPE_CODES[torch.int32])
+    which = (errors.data_ptr(), ratio, _NEGATIVES.index(negatives), at, seed.data_ptr())
+    _call(
+        "bane_negatives",
+        device,
+        (_Map(predictions), labels_map, num_classes, ignore_index, *described, *which),
+        ("bane_negatives", labels_map, num_classes, *described, at),
+    )
+
+
+def _pairs(sizes: list[int]) -> list[tuple[int, int]]:
+    return list(zip(sizes[::2], sizes[1::2], strict=True))
+
+
+def _empty_layers(labels: Tensor, sizes: list[int]) -> list[Tensor]:
+    return [labels.new_empty(labels.shape[0], h, w, dtype=torch.int32) for h, w in _pairs(sizes)]
+
+
+def code_dtype(num_classes: int) -> torch.dtype:
+    """Of label codes: classes in one or two bytes, the largest number being none of them."""
+    return torch.uint8 if num_classes <= 255 else torch.int16
+
+
+def _empty_codes(labels: Tensor, num_classes: int, sizes: list[int]) -> Tensor:
+    pixels = labels.shape[0] * sum(h * w for h, w in _pairs(sizes))
+    return labels.new_empty(pixels, dtype=code_dtype(num_classes))
+
+
+def _empty_errors(labels: Tensor, sizes: list[int]) -> Tensor:
+    # The library leaves the count of a layer without pixels alone.
+    allocate = labels.new_zeros if 0 in (labels.shape[0], *sizes) else labels.new_empty
+    return allocate(len(sizes) // 2, dtype=torch.int64)
 
 
 @torch.library.custom_op("contextrast::bane_negatives", mutates_args=())
@@ -225,33 +294,43 @@ def bane_negatives(
     seed: Tensor,
 ) -> tuple[list[Tensor], Tensor]:
     """Errors, distances and selection of several layers; sizes h_0, w_0, h_1, w_1, … → int32 (B, h_i, w_i), -1 = none,
-    and the number of error pixels in each image, int32 (layers, B).
+    and the number of error pixels in each layer, int64 (layers,).
 
     num_classes as in ``error_map``; negatives "bane" or "semi-hard"; distance_at "layer" or "full"; seed int64 of one
     element on the same device.
     """
-    layers, errors = _layer_outputs(labels, sizes)
-    rows = zip(layers, errors.unbind(), strict=True)
-    descriptors = (_Layer * len(layers))(*((*to.shape[1:], to.data_ptr(), of.data_ptr()) for to, of in rows))
-    labels_map, at = _Map(labels), _DISTANCE_AT.index(distance_at)
-    which = (ratio, _NEGATIVES.index(negatives), at, seed.data_ptr())
-    _call(
-        "bane_negatives",
-        labels.device,
-        (_Map(predictions), labels_map, num_classes, ignore_index, descriptors, len(layers), *which),
-        ("bane_negatives", labels_map, num_classes, descriptors, len(layers), at),
-    )
+    layers, errors = _empty_layers(labels, sizes), _empty_errors(labels, sizes)
+    _bane_negatives(predictions, labels, num_classes, layers, errors, ratio, negatives, distance_at, ignore_index, seed)
     return layers, errors
 
 
-def _layer_outputs(labels: Tensor, sizes: list[int]) -> tuple[list[Tensor], Tensor]:
-    batch, int32 = labels.shape[0], {"dtype": torch.int32, "device": labels.device}
-    layers = [torch.empty(batch, h, w, **int32) for h, w in zip(sizes[::2], sizes[1::2], strict=True)]
-    # The library leaves the count of a layer without pixels alone.
-    allocate = torch.zeros if 0 in sizes else torch.empty
-    return layers, allocate(len(layers), batch, **int32)
-
-
 @bane_negatives.register_fake
-def _(predictions, labels, num_classes, sizes, ratio, negatives, distance_at, ignore_index, seed):
-    return _layer_outputs(labels, sizes)
+def _(predictions, labels, num_classes, sizes, *_):
+    return _empty_layers(labels, sizes), _empty_errors(labels, sizes)
+
+
+@torch.library.custom_op("contextrast::bane_codes", mutates_args=())
+def bane_codes(
+    predictions: Tensor,
+    labels: Tensor,
+    num_classes: int,
+    sizes: list[int],
+    ratio: float,
+    negatives: str,
+    distance_at: str,
+    ignore_index: int,
+    seed: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """``bane_negatives`` as the fused loss reads it: label codes (``code_dtype``) of all layers end to end.
+    num_classes is N."""
+    codes, errors = _empty_codes(labels, num_classes, sizes), _empty_errors(labels, sizes)
+    shapes = [(labels.shape[0], h, w) for h, w in _pairs(sizes)]
+    pieces = codes.split([math.prod(shape) for shape in shapes])
+    layers = [piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)]
+    _bane_negatives(predictions, labels, num_classes, layers, errors, ratio, negatives, distance_at, ignore_index, seed)
+    return codes, errors
+
+
+@bane_codes.register_fake
+def _(predictions, labels, num_classes, sizes, *_):
+    return _empty_codes(labels, num_classes, sizes), _empty_errors(labels, sizes)

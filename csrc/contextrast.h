@@ -22,6 +22,7 @@
 #define CONTEXTRAST_API __attribute__((visibility("default")))
 #endif
 
+#define CONTEXTRAST_INTERFACE 2  // of this file: one more whenever a function here changes its arguments or results
 #define CONTEXTRAST_MAX_SIDE 16384  // squared distances, and what the row search adds to them, stay below 2^31
 #define CONTEXTRAST_MAX_LAYERS 16
 #define CONTEXTRAST_ERROR_SIZE 256
@@ -52,6 +53,9 @@ typedef enum ContextrastDistanceAt { CONTEXTRAST_AT_LAYER, CONTEXTRAST_AT_FULL }
 // The k errors nearest to their edge, or k errors drawn by hash alone.
 typedef enum ContextrastNegatives { CONTEXTRAST_BANE, CONTEXTRAST_SEMI_HARD } ContextrastNegatives;
 
+// CONTEXTRAST_INTERFACE as the library was built with, for callers that may find an older or newer one.
+CONTEXTRAST_API int contextrast_interface(void);
+
 // Integer maps (B, H, W), with channels = 0; or logits (B, channels, H, W) of a floating type, standing for the map of
 // their arg-max over the channels (ties: the lowest; NaN counts as the largest, as in torch.argmax). Element (b, n, r,
 // c) lies b*stride_batch + n*stride_channel + r*stride_row + c*stride_column elements behind data.
@@ -62,11 +66,10 @@ typedef struct ContextrastMap {
   int32_t type;  // ContextrastType
 } ContextrastMap;
 
-// One layer of bane_negatives: its size, and its outputs: negatives (B, height, width) and the number of error pixels in
-// each image, errors (B), which is left alone where the layer has no pixels.
+// One layer of bane_negatives: its size, and where its negatives (B, height, width) go.
 typedef struct ContextrastLayer {
   int64_t height, width;
-  int32_t *negatives, *errors;
+  void *negatives;
 } ContextrastLayer;
 
 // Eq. 6. errors (B, H, W), sized as the labels: the predicted class where the pixel is valid and the prediction,
@@ -116,24 +119,27 @@ CONTEXTRAST_API int contextrast_select_nearest_cuda(const ContextrastMap *classe
 // Eqs. 6 and 7 and the selection, for several layers at once. Row r of a layer of h rows samples row (r*H)/h of a map
 // of H, columns likewise. distance_at = CONTEXTRAST_AT_LAYER: labels and predictions are each sampled from their own
 // size to the layer, where errors and distances are computed. CONTEXTRAST_AT_FULL: both are computed at the labels'
-// size and sampled. Each layer's negatives: the error class of the selected pixels, else -1. Of labels, the scratch
-// functions read the sizes alone.
+// size and sampled. Each layer's negatives: the error class of the selected pixels; all others have none, which is -1 in
+// CONTEXTRAST_INT32, and the largest number in CONTEXTRAST_UINT8 and CONTEXTRAST_INT16, of which all classes must be
+// smaller. errors (num_layers): the number of error pixels in each layer, left alone where the layer has no pixels. Of
+// labels, the scratch functions read the sizes alone.
 CONTEXTRAST_API int64_t contextrast_bane_negatives_scratch_cpu(const ContextrastMap *labels, int64_t num_classes,
                                                                const ContextrastLayer *layers, int num_layers,
-                                                               int distance_at, int threads);
+                                                               int type, int distance_at, int threads);
 CONTEXTRAST_API int64_t contextrast_bane_negatives_scratch_cuda(const ContextrastMap *labels, int64_t num_classes,
                                                                 const ContextrastLayer *layers, int num_layers,
-                                                                int distance_at);
+                                                                int type, int distance_at);
 CONTEXTRAST_API int contextrast_bane_negatives_cpu(const ContextrastMap *predictions, const ContextrastMap *labels,
                                                    int64_t num_classes, int64_t ignore_index,
-                                                   const ContextrastLayer *layers, int num_layers, double ratio,
-                                                   int negatives, int distance_at, const int64_t *seed, void *scratch,
-                                                   int threads, char *error);
+                                                   const ContextrastLayer *layers, int num_layers, int type,
+                                                   int64_t *errors, double ratio, int negatives, int distance_at,
+                                                   const int64_t *seed, void *scratch, int threads, char *error);
 CONTEXTRAST_API int contextrast_bane_negatives_cuda(const ContextrastMap *predictions, const ContextrastMap *labels,
                                                     int64_t num_classes, int64_t ignore_index,
-                                                    const ContextrastLayer *layers, int num_layers, double ratio,
-                                                    int negatives, int distance_at, const int64_t *seed, void *scratch,
-                                                    int device, void *stream, char *error);
+                                                    const ContextrastLayer *layers, int num_layers, int type,
+                                                    int64_t *errors, double ratio, int negatives, int distance_at,
+                                                    const int64_t *seed, void *scratch, int device, void *stream,
+                                                    char *error);
 
 // CONTEXTRAST_OK if the kernels in this library can run on the device, else why not. Only in a library with CUDA code.
 CONTEXTRAST_API int contextrast_cuda_status(int device, char *error);

@@ -8,6 +8,7 @@
 #include <type_traits>
 
 #include "edt.cuh"
+#include "errors.h"
 #include "lines.h"
 
 namespace contextrast {
@@ -92,9 +93,11 @@ __global__ void __launch_bounds__(BLOCK) mark(const __grid_constant__ PlanesWork
       Value left = __shfl_up_sync(ALL_LANES, here, 1), right = __shfl_down_sync(ALL_LANES, here, 1);
       if (lane == 0) left = outside[i];
       if (lane == WARP - 1) right = outside[i];
-      const bool seed = zeros ? here == Value(0) : is_edge(here, up, below[i], left, right);
+      const bool is_code_of_none = sizeof(T) < sizeof(int64_t) && here == plane.none;
+      const bool is_wanted = zeros || (here >= Value(0) && !is_code_of_none);
+      const bool seed = zeros ? here == Value(0) : is_wanted && is_edge(here, up, below[i], left, right);
       seeds |= static_cast<uint32_t>(seed) << (start + i);
-      wanted |= static_cast<uint32_t>(zeros || here >= Value(0)) << (start + i);
+      wanted |= static_cast<uint32_t>(is_wanted) << (start + i);
       up = here;
       here = below[i];
     }
@@ -272,6 +275,7 @@ int transform(const char *name, const ContextrastMap &map, bool zeros, int squar
   OneMap one(scratch, map.batch, map.height, map.width);
   Plane &plane = one.planes.plane[0];
   plane.map = map.data;
+  plane.none = none_of(CONTEXTRAST_INT32);
   plane.stride_batch = map.stride_batch;
   plane.stride_row = map.stride_row;
   plane.stride_column = map.stride_column;

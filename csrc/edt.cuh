@@ -17,6 +17,7 @@ struct Plane {
   const void *map;
   int64_t stride_batch, stride_row, stride_column;
   int32_t height, width;
+  int32_t none;       // of the map's values, outside of every class, as all negative ones are
   void *distance;     // (B, height, width)
   uint32_t *tickets;  // (B, strips of 32 columns): zero before
   uint32_t *seeds;    // (B, bands of 32 rows, width): a word has the bits of the 32 rows of a band in one column

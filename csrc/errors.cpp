@@ -120,6 +120,8 @@ void errors_at(const ContextrastMap &predictions, const ContextrastMap &labels, 
 
 }  // namespace contextrast
 
+extern "C" int contextrast_interface(void) { return CONTEXTRAST_INTERFACE; }
+
 extern "C" int contextrast_error_map_cpu(const ContextrastMap *predictions, const ContextrastMap *labels,
                                          int64_t num_classes, int64_t ignore_index, int32_t *errors, int threads,
                                          char *error) {

@@ -18,6 +18,11 @@ CONTEXTRAST_HD uint64_t class_limit(int64_t num_classes, int64_t channels) {
 constexpr int32_t NO_CLASS = -1;
 constexpr int32_t LARGE_CLASS = -2;  // a label that is a class beyond int32, which no prediction can equal
 
+// What NO_CLASS is called in negatives of a type.
+CONTEXTRAST_HD constexpr int32_t none_of(int32_t type) {
+  return type == CONTEXTRAST_UINT8 ? UINT8_MAX : type == CONTEXTRAST_INT16 ? INT16_MAX : NO_CLASS;
+}
+
 // Values come in as int64, so that ignore_index -100 never meets a uint8 156.
 CONTEXTRAST_HD int32_t prediction_of(int64_t value, uint64_t limit) {
   return static_cast<uint64_t>(value) < limit && value <= INT32_MAX ? static_cast<int32_t>(value) : NO_CLASS;

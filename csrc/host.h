@@ -13,7 +13,7 @@
 #include <sanitizer/asan_interface.h>
 #endif
 
-#include "contextrast.h"
+#include "errors.h"
 
 // Where the compiler and the loader can choose between versions of a function at load time, the loops over pixels exist
 // for the x86-64 levels 4 (AVX-512), 3 (AVX2) and the baseline; what they inline is compiled with them. CMakeLists.txt
@@ -84,9 +84,17 @@ inline int check_selection(const ContextrastMap &classes, const ContextrastMap &
 }
 
 // The layers of one call
-inline int check_layers(const ContextrastMap &labels, const ContextrastLayer *layers, int num_layers, char *error) {
+inline int check_layers(const ContextrastMap &labels, int64_t num_classes, const ContextrastLayer *layers,
+                        int num_layers, int type, char *error) {
   if (num_layers < 0 || num_layers > CONTEXTRAST_MAX_LAYERS)
     return refuse(error, "at most %d layers are supported, got %d", CONTEXTRAST_MAX_LAYERS, num_layers);
+  if (type != CONTEXTRAST_INT32) {
+    if (type != CONTEXTRAST_UINT8 && type != CONTEXTRAST_INT16)
+      return refuse(error, "negatives must be of uint8, int16 or int32, got type %d", type);
+    if (num_classes < 0 || num_classes > none_of(type))
+      return refuse(error, "negatives of type %d hold 0 to %d classes, got %lld", type, none_of(type),
+                    static_cast<long long>(num_classes));
+  }
   for (int i = 0; i < num_layers; ++i) {
     if (const int code = check_sides("a layer", layers[i].height, layers[i].width, error)) return code;
     if (labels.batch > 0 && layers[i].height * layers[i].width > 0 && labels.height * labels.width == 0)

@@ -3,6 +3,7 @@
 #include <string.h>
 
 #include <algorithm>
+#include <limits>
 
 #include "errors.h"
 #include "host.h"
@@ -127,6 +128,13 @@ void sample_map(const int32_t *map, int64_t batch, int64_t height, int64_t width
   share(threads_for(threads, batch * h * w), rows);
 }
 
+// to[i] = from[i], for pixels of one image.
+template <class T>
+CONTEXTRAST_CLONES void narrow(const int32_t *from, int64_t start, int64_t pixels, T *to) {
+  constexpr T none = std::numeric_limits<T>::max();
+  for (int64_t i = start; i < start + pixels; ++i) to[i] = from[i] == NO_CLASS ? none : static_cast<T>(from[i]);
+}
+
 }  // namespace
 }  // namespace contextrast
 
@@ -167,9 +175,10 @@ int contextrast_select_nearest_cpu(const ContextrastMap *classes, const Contextr
 }
 
 // Scratch: with AT_FULL errors and distances at the labels' size; then, for one layer after the other in the same
-// memory, its distances and either what edge_distance or what the selection needs.
+// memory, its errors where they cannot lie in the result, its distances, and either what edge_distance or what the
+// selection needs.
 int64_t contextrast_bane_negatives_scratch_cpu(const ContextrastMap *labels, int64_t, const ContextrastLayer *layers,
-                                               int num_layers, int distance_at, int threads) {
+                                               int num_layers, int type, int distance_at, int threads) {
   const int64_t batch = labels->batch, pixels = batch * labels->height * labels->width;
   const bool full = distance_at == CONTEXTRAST_AT_FULL;
   Scratch memory(nullptr);
@@ -178,6 +187,7 @@ int64_t contextrast_bane_negatives_scratch_cpu(const ContextrastMap *labels, int
   for (int i = 0; i < num_layers; ++i) {
     const int64_t h = layers[i].height, w = layers[i].width;
     Scratch own(nullptr);
+    if (type != CONTEXTRAST_INT32) own.take<int32_t>(batch * h * w);
     own.take<int32_t>(batch * h * w);
     const int64_t distances = full ? 0 : contextrast_edge_distance_scratch_cpu(batch, h, w, threads);
     most = greater(most, own.used() + greater(distances, group_bytes(h * w) * workers(batch, h * w, threads)));
@@ -186,18 +196,18 @@ int64_t contextrast_bane_negatives_scratch_cpu(const ContextrastMap *labels, int
 }
 
 int contextrast_bane_negatives_cpu(const ContextrastMap *predictions, const ContextrastMap *labels, int64_t num_classes,
-                                   int64_t ignore_index, const ContextrastLayer *layers, int num_layers, double ratio,
-                                   int negatives, int distance_at, const int64_t *seed, void *scratch, int threads,
-                                   char *error) {
+                                   int64_t ignore_index, const ContextrastLayer *layers, int num_layers, int type,
+                                   int64_t *errors, double ratio, int negatives, int distance_at, const int64_t *seed,
+                                   void *scratch, int threads, char *error) {
   if (const int code = check_pair(*predictions, *labels, error)) return code;
-  if (const int code = check_layers(*labels, layers, num_layers, error)) return code;
+  if (const int code = check_layers(*labels, num_classes, layers, num_layers, type, error)) return code;
   const int64_t batch = labels->batch, height = labels->height, width = labels->width;
   if (batch <= 0 || height * width == 0) return CONTEXTRAST_OK;
 
   const bool full = distance_at == CONTEXTRAST_AT_FULL, bane = negatives == CONTEXTRAST_BANE;
-  const auto distances_of = [&](const int32_t *errors, int64_t h, int64_t w, int32_t *distance_sq,
+  const auto distances_of = [&](const int32_t *classes, int64_t h, int64_t w, int32_t *distance_sq,
                                 const Scratch &spare) {
-    const ContextrastMap map{errors, batch, 0, h, w, h * w, 0, w, 1, CONTEXTRAST_INT32};
+    const ContextrastMap map{classes, batch, 0, h, w, h * w, 0, w, 1, CONTEXTRAST_INT32};
     return contextrast_edge_distance_cpu(&map, 1, distance_sq, spare.rest(), threads, error);
   };
   Scratch memory(scratch);
@@ -213,23 +223,36 @@ int contextrast_bane_negatives_cpu(const ContextrastMap *predictions, const Cont
     const int64_t h = layers[i].height, w = layers[i].width, pixels = h * w;
     if (pixels == 0) continue;
     Scratch own(memory.rest());
-    int32_t *const errors = layers[i].negatives, *const distances = own.take<int32_t>(batch * pixels);
+    const bool in_place = type == CONTEXTRAST_INT32;
+    int32_t *const classes =
+        in_place ? static_cast<int32_t *>(layers[i].negatives) : own.take<int32_t>(batch * pixels);
+    int32_t *const distances = own.take<int32_t>(batch * pixels);
     if (full) {
-      sample_map(full_errors, batch, height, width, h, w, errors, threads);
+      sample_map(full_errors, batch, height, width, h, w, classes, threads);
       if (bane) sample_map(full_distances, batch, height, width, h, w, distances, threads);
     } else {
-      errors_at(*predictions, *labels, num_classes, ignore_index, h, w, errors, threads);
-      if (bane) distances_of(errors, h, w, distances, own);
+      errors_at(*predictions, *labels, num_classes, ignore_index, h, w, classes, threads);
+      if (bane) distances_of(classes, h, w, distances, own);
     }
+    std::atomic<int64_t> count{0};
     for_images(batch, pixels, threads, own.rest(), [&](int64_t b, const Groups &groups) {
       const int64_t start = b * pixels;
-      const Image<int32_t> image{
-          errors + start, w, 1, bane ? distances + start : nullptr, w, 1, static_cast<int>(h), static_cast<int>(w), -1};
-      const int64_t count = select(image, ratio, key, groups, [&](uint32_t pixel, bool selected) {
-        if (!selected) errors[start + pixel] = -1;
+      const Image<int32_t> image{classes + start,
+                                 w,
+                                 1,
+                                 bane ? distances + start : nullptr,
+                                 w,
+                                 1,
+                                 static_cast<int>(h),
+                                 static_cast<int>(w),
+                                 -1};
+      count += select(image, ratio, key, groups, [&](uint32_t pixel, bool selected) {
+        if (!selected) classes[start + pixel] = NO_CLASS;
       });
-      layers[i].errors[b] = static_cast<int32_t>(count);
+      if (type == CONTEXTRAST_UINT8) narrow(classes, start, pixels, static_cast<uint8_t *>(layers[i].negatives));
+      if (type == CONTEXTRAST_INT16) narrow(classes, start, pixels, static_cast<int16_t *>(layers[i].negatives));
     });
+    errors[i] = count;
   }
   return CONTEXTRAST_OK;
 }

@@ -23,8 +23,9 @@ struct Segment {
 // class in a hash table with linear probing.
 struct Layer {
   int32_t height, width;
-  int32_t *classes;      // (B, height, width): the class, or the slot if `selected` is asked for; NO_CLASS for none
-  int32_t *num_classified;  // (B): a result: the pixels that belong to a class; or null
+  int32_t type;           // of classes, as the negatives of bane_negatives have them
+  void *classes;          // (B, height, width): the class, or the slot if `selected` is asked for; or none
+  int64_t *errors;        // one number, a result: the pixels that belong to a class; or null
   int32_t *distance_sq;  // likewise, or null: all equal
   uint8_t *selected;     // likewise: the result; or null: the result is left in classes
 
@@ -34,8 +35,25 @@ struct Layer {
   uint32_t *sizes;        // (B, slots): pixels; after the layout, where the segment's next pixel goes
   uint32_t *num_present;  // (B)
   uint32_t *tickets;      // (B)
+  unsigned long long *num_classified;  // one number
   Segment *present;       // (B, most_present()): the segments that have pixels
   uint32_t *pixels;       // (B, height * width)
+
+  __device__ int32_t class_at(int64_t pixel) const {
+    const int32_t n = type == CONTEXTRAST_UINT8   ? static_cast<const uint8_t *>(classes)[pixel]
+                      : type == CONTEXTRAST_INT16 ? static_cast<const int16_t *>(classes)[pixel]
+                                                  : static_cast<const int32_t *>(classes)[pixel];
+    return n == none_of(type) ? NO_CLASS : n;
+  }
+  __device__ void set_class(int64_t pixel, int32_t n) const {
+    if (n == NO_CLASS) n = none_of(type);
+    if (type == CONTEXTRAST_UINT8)
+      static_cast<uint8_t *>(classes)[pixel] = static_cast<uint8_t>(n);
+    else if (type == CONTEXTRAST_INT16)
+      static_cast<int16_t *>(classes)[pixel] = static_cast<int16_t>(n);
+    else
+      static_cast<int32_t *>(classes)[pixel] = n;
+  }
 
   __host__ __device__ int num_pixels() const { return height * width; }
   __host__ __device__ int most_present() const { return lesser(slots, num_pixels()); }
@@ -119,9 +137,8 @@ __device__ void lay_out(const Layer &layer, int image) {
     present[i] = {start, size};
     sizes[slot] = start;
   }
-  if (!layer.num_classified) return;
   __syncthreads();
-  if (threadIdx.x == 0) layer.num_classified[image] = static_cast<int32_t>(shared.filled);
+  if (threadIdx.x == 0) atomicAdd(layer.num_classified, static_cast<unsigned long long>(shared.filled));
 }
 
 __device__ int64_t value_at(const ContextrastMap &map, int64_t offset) {
@@ -188,7 +205,7 @@ __global__ void __launch_bounds__(BLOCK)
     else if (target != NO_CLASS)
       errors[i] = error_class(
           target, prediction_of(argmax_at(source.predictions, at, static_cast<Bits>(source.infinity)), source.limit));
-    layer.classes[static_cast<int64_t>(spot.image) * layer.num_pixels() + pixel] = errors[i];
+    layer.set_class(static_cast<int64_t>(spot.image) * layer.num_pixels() + pixel, errors[i]);
   }
   if (!layer.sizes) return;
 #pragma unroll
@@ -227,7 +244,7 @@ __global__ void __launch_bounds__(BLOCK)
     const int pixel = spot.first + i * BLOCK + static_cast<int>(threadIdx.x);
     const int32_t slot = count_pixels(layer, spot.image, classes[i]);
     if (pixel < layer.num_pixels())
-      layer.classes[start + pixel] = layer.selected ? slot : static_cast<int32_t>(classes[i]);
+      layer.set_class(start + pixel, layer.selected ? slot : static_cast<int32_t>(classes[i]));
   }
   if (is_last_block(layer.tickets + spot.image, static_cast<uint32_t>(spot.blocks))) lay_out(layer, spot.image);
 }
@@ -239,7 +256,7 @@ __global__ void __launch_bounds__(BLOCK) place(const __grid_constant__ LayersWor
   const Layer &layer = spot.layer;
   const int64_t start = static_cast<int64_t>(spot.image) * layer.num_pixels();
   const int pixel = spot.first + static_cast<int>(threadIdx.x), lane = threadIdx.x % WARP;
-  const int32_t n = pixel < layer.num_pixels() ? layer.classes[start + pixel] : NO_CLASS;
+  const int32_t n = pixel < layer.num_pixels() ? layer.class_at(start + pixel) : NO_CLASS;
   const unsigned peers = __match_any_sync(ALL_LANES, n);
   const int leader = trailing_zeros(peers);
   uint32_t first = 0;
@@ -417,6 +434,7 @@ __global__ void __launch_bounds__(CHOOSERS, 3)
   const int64_t start = static_cast<int64_t>(image) * layer.num_pixels();
   const Segment *const present = layer.present + static_cast<int64_t>(image) * layer.most_present();
   const uint32_t count = layer.num_present[image];
+  if (layer.errors && mine.block == 0 && threadIdx.x == 0) *layer.errors = static_cast<int64_t>(*layer.num_classified);
   for (uint32_t i = mine.block % blocks; i < count; i += blocks) {
     Chooser chooser{block_shared<ChooseShared>(), layer, start, present[i], hash_key(*seed, TIES), {}};
     const uint32_t size = chooser.segment.size, selected = static_cast<uint32_t>(quota(ratio, size));
@@ -430,7 +448,7 @@ __global__ void __launch_bounds__(CHOOSERS, 3)
       const bool is_selected = selected > 0 && rank <= threshold;
       const int64_t at = start + chooser.pixel(entry);
       if (layer.selected && is_selected) layer.selected[at] = 1;
-      if (!layer.selected && !is_selected) layer.classes[at] = NO_CLASS;
+      if (!layer.selected && !is_selected) layer.set_class(at, NO_CLASS);
     });
     __syncthreads();
   }
@@ -455,6 +473,7 @@ void Layer::take_zeroed(Scratch &scratch, int64_t batch) {
   sizes = scratch.take<uint32_t>(batch * slots);
   num_present = scratch.take<uint32_t>(batch);
   tickets = scratch.take<uint32_t>(batch);
+  num_classified = scratch.take<unsigned long long>(1);
 }
 
 void Layer::take_lists(Scratch &scratch, int64_t batch) {
@@ -471,6 +490,7 @@ struct SelectMemory {
     layers.batch = static_cast<int32_t>(batch);
     layers.count = 1;
     Layer &layer = layers.layer[0] = {};
+    layer.type = CONTEXTRAST_INT32;
     layer.shape(height, width, num_classes);
     layer.take_zeroed(scratch, batch);
     zeroed = scratch.used();
@@ -485,10 +505,11 @@ struct SelectMemory {
 struct BaneMemory {
   Layers layers, full;
   Planes planes;
+  int32_t type;  // of the planes' maps
   int64_t zeroed;
 
   BaneMemory(Scratch &scratch, const ContextrastMap &labels, int64_t num_classes, const ContextrastLayer *list,
-             int num_layers, int distance_at) {
+             int num_layers, int32_t negatives_type, int64_t *errors, int distance_at) {
     const int64_t batch = labels.batch;
     layers.batch = full.batch = planes.batch = static_cast<int32_t>(batch);
     for (int i = 0; i < num_layers; ++i) {
@@ -496,12 +517,15 @@ struct BaneMemory {
       Layer &layer = layers.layer[layers.count++] = {};
       layer.shape(list[i].height, list[i].width, num_classes);
       layer.take_zeroed(scratch, batch);
+      layer.type = negatives_type;
       layer.classes = list[i].negatives;
-      layer.num_classified = list[i].errors;
+      layer.errors = errors ? errors + i : nullptr;
     }
+    type = distance_at == CONTEXTRAST_AT_FULL ? CONTEXTRAST_INT32 : negatives_type;
     if (distance_at == CONTEXTRAST_AT_FULL) {
       full.count = 1;
       full.layer[0] = {};
+      full.layer[0].type = type;
       full.layer[0].height = static_cast<int32_t>(labels.height);
       full.layer[0].width = static_cast<int32_t>(labels.width);
       add_plane(full.layer[0], scratch);
@@ -533,6 +557,7 @@ struct BaneMemory {
   }
   static void connect(const Layer &layer, Plane &plane) {
     plane.map = layer.classes;
+    plane.none = none_of(layer.type);
     plane.stride_batch = layer.num_pixels();
     plane.stride_row = layer.width;
     plane.stride_column = 1;
@@ -586,7 +611,7 @@ cudaError_t enqueue_selection(const Layers &layers, double ratio, const int64_t 
   return launch(choose, parameters.blocks.total(), CHOOSERS, 0, stream, parameters, ratio, seed);
 }
 
-ContextrastMap dense_map(const int32_t *data, const Layers &layers) {
+ContextrastMap dense_map(const void *data, const Layers &layers) {
   const Layer &layer = layers.layer[0];
   return {data, layers.batch, 0, layer.height, layer.width, layer.num_pixels(), 0, layer.width, 1, CONTEXTRAST_INT32};
 }
@@ -598,7 +623,7 @@ cudaError_t enqueue_negatives(BaneMemory &memory, const ContextrastMap &predicti
   const Layers &found_at = full ? memory.full : memory.layers;
   cudaError_t status = enqueue_errors(found_at, predictions, labels, num_classes, ignore_index, stream);
   if (status == cudaSuccess && bane)
-    status = enqueue_distances(memory.planes, CONTEXTRAST_INT32, false, true, device, stream);
+    status = enqueue_distances(memory.planes, memory.type, false, true, device, stream);
   if (!bane)
     for (int i = 0; i < memory.layers.count; ++i) memory.layers.layer[i].distance_sq = nullptr;
   if (status == cudaSuccess && full) {
@@ -629,6 +654,7 @@ int contextrast_error_map_cuda(const ContextrastMap *predictions, const Contextr
   layers.layer[0] = {};
   layers.layer[0].height = static_cast<int32_t>(labels->height);
   layers.layer[0].width = static_cast<int32_t>(labels->width);
+  layers.layer[0].type = CONTEXTRAST_INT32;
   layers.layer[0].classes = errors;
 
   const OnDevice current(device);
@@ -667,24 +693,26 @@ int contextrast_select_nearest_cuda(const ContextrastMap *classes, const Context
 }
 
 int64_t contextrast_bane_negatives_scratch_cuda(const ContextrastMap *labels, int64_t num_classes,
-                                                const ContextrastLayer *layers, int num_layers, int distance_at) {
+                                                const ContextrastLayer *layers, int num_layers, int type,
+                                                int distance_at) {
   char error[CONTEXTRAST_ERROR_SIZE];
-  if (check_sides("labels", labels->height, labels->width, error) || check_layers(*labels, layers, num_layers, error))
+  if (check_sides("labels", labels->height, labels->width, error) || check_layers(*labels, num_classes, layers, num_layers, type, error))
     return 0;
   Scratch scratch(nullptr);
-  BaneMemory(scratch, *labels, num_classes, layers, num_layers, distance_at);
+  BaneMemory(scratch, *labels, num_classes, layers, num_layers, type, nullptr, distance_at);
   return scratch.used();
 }
 
 int contextrast_bane_negatives_cuda(const ContextrastMap *predictions, const ContextrastMap *labels,
                                     int64_t num_classes, int64_t ignore_index, const ContextrastLayer *layers,
-                                    int num_layers, double ratio, int negatives, int distance_at, const int64_t *seed,
-                                    void *scratch, int device, void *stream, char *error) {
+                                    int num_layers, int type, int64_t *errors, double ratio, int negatives,
+                                    int distance_at, const int64_t *seed, void *scratch, int device, void *stream,
+                                    char *error) {
   if (const int code = check_pair(*predictions, *labels, error)) return code;
-  if (const int code = check_layers(*labels, layers, num_layers, error)) return code;
+  if (const int code = check_layers(*labels, num_classes, layers, num_layers, type, error)) return code;
   if (labels->batch <= 0 || labels->height * labels->width == 0) return CONTEXTRAST_OK;
   Scratch pieces(scratch);
-  BaneMemory memory(pieces, *labels, num_classes, layers, num_layers, distance_at);
+  BaneMemory memory(pieces, *labels, num_classes, layers, num_layers, type, errors, distance_at);
   if (memory.layers.count == 0) return CONTEXTRAST_OK;
 
   const OnDevice current(device);

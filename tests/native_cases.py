@@ -22,6 +22,8 @@ def call(op, arguments):
     if op == "bane_negatives":
         layers, errors = result
         return [*layers, errors]
+    if op == "bane_codes":
+        return list(result)
     return [result]
 
 
@@ -142,6 +144,10 @@ def negatives(rng):
             for num_classes in (-1, 7, 3000):
                 yield f"{num_classes} classes, {which}, {at}", "bane_negatives", (
                     predictions, labels.to(torch.int16), num_classes, sizes, 0.5, which, at, 255, seed(-9),
+                )  # fmt: skip
+            for num_classes in (19, 255, 3000):
+                yield f"codes of {num_classes} classes, {which}, {at}", "bane_codes", (
+                    predictions + num_classes - 19, labels, num_classes, sizes, 0.5, which, at, 255, seed(-9),
                 )  # fmt: skip
         rest = (0.5, "bane", at, 255, seed())
         yield f"no image, {at}", "bane_negatives", (predictions[:0], labels[:0], 19, sizes, *rest)

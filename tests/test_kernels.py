@@ -555,14 +555,15 @@ def test_opcheck(rng):
             (torch.ones_like(loss).detach(), detached, *saved, 0.1, True, "triton"),
         )
 
-    maps = [negatives.int(), torch.zeros(1, 2, 2, dtype=torch.int32, device=DEVICE)]
+    chosen = [torch.where((negatives >= 0) & (negatives < 3), negatives, 255), torch.zeros(1, 2, 2, device=DEVICE)]
+    e = torch.cat([x.flatten().to(torch.uint8) for x in chosen])
     seed = torch.zeros((), dtype=torch.int64, device=DEVICE)
     for base_rate in (0.0, 0.5):
         options = (3, 255, [1.0, 0.5], 0.1, 0.7, base_rate, True, False, False, "triton")
-        arguments = ([x, top], labels, maps, seed, *options)
+        arguments = ([x, top], labels, e, seed, *options)
         opcheck(contextrast._contextrast_loss, arguments)
         loss, _, _, *saved = contextrast._contextrast_loss(*arguments)
-        backward = (torch.ones_like(loss).detach(), [detached, top.detach()], *saved, 0.1, True, False, "triton")
+        backward = (torch.ones_like(loss).detach(), [detached, top.detach()], e, *saved, 0.1, True, False, "triton")
         opcheck(contextrast._contextrast_loss_backward, backward)
 
 

@@ -156,6 +156,23 @@ def test_density_sweep(rng):
         check_against_scipy([random, np.minimum(random, 0)])
 
 
+def test_tensors_on_two_devices_are_refused_before_anything_reads_them():
+    """The ops are called by the package with checked tensors; a direct call with a mixed pair gets a sentence too."""
+    here, there = torch.zeros(1, 4, 4, dtype=torch.int64), torch.zeros(1, 4, 4, dtype=torch.int64, device="meta")
+    assert native._device(labels=here, predictions=here) == here.device
+    for op, arguments, name in (
+        (native.error_map, (there, here, 4, 255), "predictions"),
+        (native.select_nearest, (here, there.int(), 0.5, 4, seed(0)), "distance_sq"),
+        (native.select_nearest, (here, here.int(), 0.5, 4, seed(0).to("meta")), "seed"),
+        (native.bane_negatives, (there, here, 4, [2, 2], 0.5, "bane", "layer", 255, seed(0)), "predictions"),
+        (native.bane_codes, (here, here, 4, [2, 2], 0.5, "bane", "layer", 255, seed(0).to("meta")), "seed"),
+    ):
+        with pytest.raises(
+            ValueError, match=f"{name}: expected a tensor on cpu, where .* is, got one on meta; move it"
+        ):
+            op._init_fn(*arguments)  # the CPU's and CUDA's part of the op: with a meta tensor the dispatcher stays out
+
+
 @settings(max_examples=150, deadline=None)
 @given(
     arrays.arrays(
@@ -407,10 +424,10 @@ def test_layers_in_one_call_equal_the_parts_one_by_one(rng, distance_at, negativ
     sizes = [(66, 91), (17, 23), (9, 12), (3, 3), (1, 1), (132, 100)]
     flat = [side for size in sizes for side in size]
     layers, counts = native.bane_negatives(given, labels, 5, flat, 0.3, negatives, distance_at, 255, seed(11))
-    assert counts.dtype == torch.int32
+    assert counts.dtype == torch.int64
     assert len(layers) == len(sizes)
     full_errors = native.error_map(predictions, labels, 5, 255)
-    for size, layer, errors_of_images in zip(sizes, layers, counts, strict=True):
+    for size, layer, errors_of_layer in zip(sizes, layers, counts, strict=True):
         if distance_at == "full":
             errors, squared = sampled(full_errors, *size), sampled(distance_sq(full_errors), *size)
         else:
@@ -419,8 +436,25 @@ def test_layers_in_one_call_equal_the_parts_one_by_one(rng, distance_at, negativ
         squared = torch.zeros_like(squared) if negatives == "semi-hard" else squared
         chosen = native.select_nearest(errors, squared, 0.3, -1, seed(11))
         assert torch.equal(layer, torch.where(chosen, errors, -1)), size
-        assert torch.equal(errors_of_images, (errors >= 0).flatten(1).sum(1)), size
+        assert errors_of_layer == (errors >= 0).sum(), size
     assert (layers[0] >= 0).any()
+
+
+@pytest.mark.parametrize("num_classes", [5, 127, 129, 255, 256, 300])
+@pytest.mark.parametrize("distance_at", ["layer", "full"])
+def test_codes_are_the_same_negatives_in_one_or_two_bytes(rng, num_classes, distance_at):
+    """Classes beyond int8, beside the largest number, which is none."""
+    labels, predictions = scene(rng, B=3, N=5, H=66, W=91)
+    predictions = predictions + num_classes - 5  # the largest class among them
+    sizes = [66, 91, 17, 23, 3, 3, 1, 1, 0, 4]
+    arguments = (predictions, labels, num_classes, sizes, 0.3, "bane", distance_at, 255, seed(11))
+    layers, counts = native.bane_negatives(*arguments)
+    codes, counts_again = native.bane_codes(*arguments)
+    assert codes.dtype == (torch.uint8 if num_classes <= 255 else torch.int16)
+    flat = torch.cat([layer.flatten() for layer in layers])
+    assert torch.equal(torch.where(flat < 0, torch.iinfo(codes.dtype).max, flat), codes.int())
+    assert torch.equal(counts, counts_again)
+    assert flat.max() == num_classes - 1
 
 
 # ---------------------------------------------------------------------------------------------- empties, fuzz, refusals
@@ -439,12 +473,12 @@ def test_nothing_in_nothing_out():
             assert result.shape == shape
     batch = torch.zeros(0, 5, 7, dtype=torch.int64)
     layers, counts = native.bane_negatives(batch, batch, 4, [5, 7, 2, 3], 0.5, "bane", "full", 255, seed(0))
-    assert [layer.shape for layer in layers] == [(0, 5, 7), (0, 2, 3)] and counts.shape == (2, 0)
+    assert [layer.shape for layer in layers] == [(0, 5, 7), (0, 2, 3)] and counts.tolist() == [0, 0]
     image = torch.zeros(2, 5, 7, dtype=torch.int64)
     layers, counts = native.bane_negatives(image, image, 4, [], 0.5, "bane", "layer", 255, seed(0))
-    assert layers == [] and counts.shape == (0, 2)
+    assert layers == [] and counts.shape == (0,)
     layers, counts = native.bane_negatives(image, image + 1, 4, [0, 3], 0.5, "bane", "layer", 255, seed(0))
-    assert layers[0].shape == (2, 0, 3) and counts.tolist() == [[0, 0]]
+    assert layers[0].shape == (2, 0, 3) and counts.tolist() == [0]
 
 
 @settings(max_examples=150, deadline=None)

@@ -1,7 +1,7 @@
 """Label codes: what every sweep must know of a pixel, in one or two bytes, for all layers in one launch.
 
-    y     the class of the pixel, >= N where it takes no part
-    e     the class whose anchor it is a hard negative of, >= N for none
+    y     the class of the pixel; the largest number of its type where it takes no part
+    e     the class whose anchor it is a hard negative of; the largest number for none
     base  1 where it is a negative of every class but its own
 
 Labels keep their own resolution and dtype in memory and are sampled here once, with exact integers, instead of in
@@ -21,6 +21,7 @@ from contextrast_kernels.kernels import _launch
 from contextrast_kernels.kernels._sums import Sums
 from contextrast_kernels.kernels._tile_table import PIXELS
 from contextrast_kernels.kernels._tiles import layer_of, pick, pick_pointer, plain
+from contextrast_kernels.native import code_dtype
 
 
 class Codes(NamedTuple):
@@ -38,21 +39,22 @@ def codes(
     ignore_index: int,
     sums: Sums,
     negatives: Sequence[Tensor] | None = None,
+    hard: Tensor | None = None,
     base: Sequence[Tensor] | None = None,
     base_rate: float = 0.0,
     seed: Tensor | None = None,
 ) -> Codes:
     """The codes; their numbers are added to ``sums``.
 
-    negatives, base: integer maps (B, h, w) of each layer, as the public functions take them. base_rate:
-    the share of pixels to draw as base (1: all, and no seed is needed).
+    negatives, base: integer maps (B, h, w) of each layer, as the public functions take them. hard, in the place of
+    negatives: e, of which all pixels are valid. base_rate: the share of pixels to draw as base (1: all, and no seed is
+    needed).
     """
     device = features[0].device
     dense = base is not None or base_rate > 0
-    code_type = torch.uint8 if num_classes <= 255 else torch.int16
     pixels = _launch.pixel_starts(features)[-1]
-    y = torch.empty(pixels, dtype=code_type, device=device)
-    e = torch.empty(pixels, dtype=code_type, device=device)
+    y = torch.empty(pixels, dtype=code_dtype(num_classes), device=device)
+    e = torch.empty_like(y) if hard is None else hard
     base_map = torch.empty(pixels, dtype=torch.uint8, device=device) if dense else None
 
     batch = features[0].shape[0]
@@ -87,16 +89,17 @@ def codes(
         },
         {
             "DRAW": base is None and 0 < base_rate < 1,
-            "NONE": 255 if num_classes <= 255 else 256,
+            "NONE": torch.iinfo(y.dtype).max,
+            "GIVEN": hard is not None,
             "BINS": triton.next_power_of_2(num_classes),
             "PIXELS": PIXELS,
         },
-        reads=_launch.nbytes(*(m for maps in given.values() if maps for m in maps))
+        reads=_launch.nbytes(*(m for maps in given.values() if maps for m in maps), *([e] if hard is not None else []))
         + sum(
             batch * min(x.shape[2], labels.shape[1]) * min(x.shape[3] * 32, labels.shape[2] * labels.element_size())
             for x in features
         ),
-        writes=_launch.nbytes(y, e, *([base_map] if dense else [])),
+        writes=_launch.nbytes(y, *([e] if hard is None else []), *([base_map] if dense else [])),
     )
     return Codes(y, e, base_map)
 
@@ -138,6 +141,7 @@ def _label_codes(
     ignore_index,
     threshold,
     DRAW: tl.constexpr,
+    GIVEN: tl.constexpr,
     NONE: tl.constexpr,
     BINS: tl.constexpr,
     PIXELS: tl.constexpr,
@@ -170,7 +174,9 @@ def _label_codes(
     tl.atomic_add(counts + number * N + n, seen.to(tl.int64), mask=seen > 0, sem="relaxed")
 
     # 2. Negatives; an ignored pixel is none, whatever a given map says.
-    if negatives is not None:
+    if GIVEN:
+        hard = live & (tl.load(e + here, mask=live, other=NONE).to(tl.int32) < N)
+    elif negatives is not None:
         negative = tl.load(pick_pointer(negatives, layer) + pixel, mask=live, other=-1).to(tl.int64)
         hard = valid & (negative >= 0) & (negative < N)
         tl.store(e + here, tl.where(hard, negative, NONE).to(e.dtype.element_ty), mask=live)

@@ -21,12 +21,13 @@ from contextrast_kernels.kernels._gradient import Terms, feature_gradients
 from contextrast_kernels.kernels._sums import zeros
 from contextrast_kernels.kernels.anchors import anchor_tables, class_sums, largest_features
 from contextrast_kernels.kernels.pixel_anchor import Outcome, Scales, finish, log_sums, moments
+from contextrast_kernels.native import code_dtype
 
 
 def forward(
     features: Sequence[Tensor],
     labels: Tensor,
-    negatives: Sequence[Tensor],
+    e: Tensor,
     seed: Tensor,
     num_classes: int,
     ignore_index: int,
@@ -39,13 +40,12 @@ def forward(
 ) -> tuple[Outcome, Tensor, Terms]:
     """The loss and what ``backward`` needs: label codes and terms.
 
-    negatives: integer maps (B, h, w) of every layer, the class or a negative number; seed: int64, of the
-    base pixels.
+    e: codes of the hard negatives of all layers; seed: int64, of the base pixels.
     """
     dtype, headroom = _launch.accumulator(features[0].dtype), _launch.headroom(_launch.pixels(*features))
     # 16 bits of a gradient are worth no more than the shared words hold.
     sums = zeros(features, num_classes, normalize, pushed=features[0].element_size() > 2)
-    code = codes(features, labels, num_classes, ignore_index, sums, negatives, base_rate=base_rate, seed=seed)
+    code = codes(features, labels, num_classes, ignore_index, sums, hard=e, base_rate=base_rate, seed=seed)
     if not normalize:
         largest_features(features, code, sums)
     class_sums(features, code, sums, headroom)
@@ -109,13 +109,13 @@ def plan(
 
     form = torch.channels_last if layout == "channels_last" else torch.contiguous_format
     features = [empty(batch, channels, h, w).to(memory_format=form) for h, w in sizes]
-    maps = [empty(batch, h, w, dtype=torch.int32) for h, w in sizes]
+    e = empty(sum(batch * h * w for h, w in sizes), dtype=code_dtype(num_classes))
     labels = empty(batch, 4 * sizes[0][0], 4 * sizes[0][1], dtype=torch.int64)
     weights = (1.0,) * len(sizes)
     scalar = empty(1, dtype=torch.int64)
     with _launch.recording() as launches:
         outcome, y, terms = forward(
-            features, labels, maps, scalar, num_classes, 255, weights, 0.1, 0.7, base_rate, normalize, False
+            features, labels, e, scalar, num_classes, 255, weights, 0.1, 0.7, base_rate, normalize, False
         )
         backward(outcome.loss, features, y, terms, outcome.pull, 0.1, normalize)
     return launches
