@@ -144,6 +144,7 @@ def _(gradient, features, counts, codes, normalize, backend):
 
 
 def _save_for_backward(ctx, inputs, output):
+    ctx.set_materialize_grads(False)  # else every output that has no gradient gets one of zeros, at its full size
     features, _, _, _, ctx.normalize, ctx.backend = inputs
     _, counts, codes = output
     ctx.save_for_backward(features, counts, codes)
@@ -151,6 +152,8 @@ def _save_for_backward(ctx, inputs, output):
 
 
 def _backward(ctx, gradient, *_):
+    if gradient is None:
+        return (None,) * 6
     dx = _class_anchors_backward(gradient, *ctx.saved_tensors, ctx.normalize, ctx.backend)
     return dx, None, None, None, None, None
 

@@ -58,10 +58,10 @@ def main(arguments: list[str]) -> int:
         if not case.channels <= 1024:
             parser.error(f"--channels: expected 1 to 1024, which the kernels take, got {case.channels}")
         try:
-            from contextrast_kernels.kernels import contextrast
+            from contextrast_kernels.kernels import step
         except ImportError as error:
             parser.error(f"the plan is read off the Triton kernels, which need Triton ({error})")
-        print_plan(case, options.base_rate, contextrast.plan)
+        print_plan(case, options.base_rate, step.training_step)
         return 0
     try:
         return compare(case, options.base_rate, options.frames, options.seconds)
@@ -186,24 +186,32 @@ def _ms(timing: measure.Timing) -> str:
 # ---------------------------------------------------------------------------------------------------------- calculated
 
 
-def print_plan(case: Case, base_rate: float, plan) -> None:
-    launches = plan(
+def print_plan(case: Case, base_rate: float, training_step) -> None:
+    step = training_step(
         case.batch, case.sizes, case.channels, case.num_classes, case.dtype, layout=case.layout, base_rate=base_rate
     )
     features = case.feature_bytes
     print(
         f"{case}, base rate {base_rate:g}; features {features / 1e6:.1f} MB.\n"
-        "Bytes that each launch moves at least once, by its grid and tiles; nothing was run.\n"
+        "All that a training step puts on the device, and the bytes that each kernel of the loss moves at least once,\n"
+        "by its grid and tiles; nothing was run.\n"
     )
     print(f"{'kernel':<28}{'programs':>10}{'reads MB':>11}{'writes MB':>11}{'x features':>12}")
-    for launch in launches:
-        programs = 1
-        for axis in launch.grid:
-            programs *= axis
-        reads, writes, moved = launch.reads / 1e6, launch.writes / 1e6, (launch.reads + launch.writes) / features
-        print(f"{launch.kernel.__name__:<28}{programs:>10}{reads:>11.2f}{writes:>11.2f}{moved:>12.3f}")
-    total = sum(launch.reads + launch.writes for launch in launches)
+    for row in step.rows:
+        if row.programs is None:
+            print(row.name)
+        else:
+            reads, writes, moved = row.reads / 1e6, row.writes / 1e6, (row.reads + row.writes) / features
+            print(f"{row.name:<28}{row.programs:>10}{reads:>11.2f}{writes:>11.2f}{moved:>12.3f}")
+    total = sum(row.reads + row.writes for row in step.rows)
     print(
-        f"\n{len(launches)} launches, {total / 1e6:.1f} MB: {total / (4 * features):.2f} x the floor of 4 x features "
-        "(three reads, one write).\nBeside these come fills of the sums with zero, and the launches of the negatives."
+        f"\n{len(step.rows)} launches, {total / 1e6:.1f} MB: {total / (4 * features):.2f} x the floor of 4 x features "
+        "(three reads, one write)."
     )
+    if step.peak is None:
+        print("Peak memory: unknown, since the native library was built without CUDA.")
+    else:
+        print(
+            f"Peak memory above inputs and gradients, calculated: {step.peak / 2**20:.2f} MiB, "
+            f"{100 * step.peak / features:.2f} % of the features."
+        )

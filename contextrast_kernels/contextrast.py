@@ -379,6 +379,7 @@ def _(gradient, features, *_):
 
 
 def _save_for_backward(ctx, inputs, output):
+    ctx.set_materialize_grads(False)  # else every output that has no gradient gets one of zeros, at its full size
     features = inputs[0]
     ctx.temperature, ctx.normalize, ctx.detach_anchors, ctx.backend = inputs[7], inputs[10], inputs[12], inputs[13]
     ctx.layers = len(features)
@@ -387,6 +388,8 @@ def _save_for_backward(ctx, inputs, output):
 
 
 def _backward(ctx, gradient, *_):
+    if gradient is None:
+        return [None] * ctx.layers, *(None,) * 13
     features, saved = ctx.saved_tensors[: ctx.layers], ctx.saved_tensors[ctx.layers :]
     dx = _contextrast_loss_backward(
         gradient, list(features), *saved, ctx.temperature, ctx.normalize, ctx.detach_anchors, ctx.backend

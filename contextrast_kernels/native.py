@@ -10,6 +10,7 @@ import ctypes
 import functools
 import math
 import pathlib
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -29,6 +30,9 @@ _TYPES = (
     torch.float64,
 )
 _TYPE_CODES = {dtype: code for code, dtype in enumerate(_TYPES)} | {torch.bool: _TYPES.index(torch.uint8)}
+BANE_ENQUEUES = ("memset", "find_errors", "mark", "solve", "place", "choose")
+"""What one CUDA call of bane_negatives or bane_codes puts on the stream, with "bane" at "layer"."""
+
 _NEGATIVES = ("bane", "semi-hard")
 _DISTANCE_AT = ("layer", "full")
 
@@ -329,6 +333,17 @@ def bane_codes(
     layers = [piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)]
     _bane_negatives(predictions, labels, num_classes, layers, errors, ratio, negatives, distance_at, ignore_index, seed)
     return codes, errors
+
+
+def bane_scratch(labels: Tensor, num_classes: int, sizes: Sequence[tuple[int, int]]) -> int | None:
+    """Bytes of scratch of ``bane_codes`` on CUDA, at "layer"; labels may be on the meta device. None where the library
+    has no CUDA code."""
+    function = getattr(_library(), "contextrast_bane_negatives_scratch_cuda", None)
+    if function is None:
+        return None
+    layers = (_Layer * len(sizes))(*((h, w, None) for h, w in sizes))
+    type_code, at = _TYPE_CODES[code_dtype(num_classes)], _DISTANCE_AT.index("layer")
+    return function(_Map(labels), num_classes, layers, len(sizes), type_code, at)
 
 
 @bane_codes.register_fake

@@ -192,6 +192,7 @@ def _(gradient, features, *_):
 
 
 def _save_for_backward(ctx, inputs, output):
+    ctx.set_materialize_grads(False)  # else every output that has no gradient gets one of zeros, at its full size
     features, _, anchors, _, _, ctx.temperature, _, ctx.normalize, ctx.backend = inputs
     ctx.save_for_backward(features, *output[1:])
     ctx.mark_non_differentiable(*output[1:])
@@ -199,6 +200,8 @@ def _save_for_backward(ctx, inputs, output):
 
 
 def _backward(ctx, gradient, *_):
+    if gradient is None:
+        return (None,) * 9
     features, pull, *saved = ctx.saved_tensors
     dx = danchors = None
     if ctx.needs_input_grad[0]:

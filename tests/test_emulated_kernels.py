@@ -207,7 +207,10 @@ def test_the_number_of_launches_does_not_grow_with_layers(machine, rng):
             ("bane", "layer", 5), ("semi-hard", "layer", 3), ("bane", "full", 6), ("semi-hard", "full", 4),
         ):  # fmt: skip
             arguments = (labels, labels, 3, sizes, 0.5, which, at, 255, cases.seed())
-            assert machine.launches("bane_negatives", arguments) == expected
+            for op in "bane_negatives", "bane_codes":
+                assert machine.launches(op, arguments) == expected
+    memsets, kernels = (sum((name == "memset") == is_memset for name in native.BANE_ENQUEUES) for is_memset in (1, 0))
+    assert (memsets, kernels) == (1, 5)
 
 
 def test_refusals_are_those_of_the_cpu(machine):

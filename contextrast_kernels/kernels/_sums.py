@@ -47,11 +47,17 @@ def zeros(features: Sequence[Tensor], num_classes: int, normalize: bool, *, push
         terms=(L, 3, N),
         reach=(0,) if normalize else (L,),
     )
-    sizes = [math.prod(shape) for shape in shapes]
-    even = [n + n % 2 for n in sizes]  # so that 16 divides every address
-    words = torch.zeros(sum(even), dtype=torch.int64, device=features[0].device)
-    sums = Sums(*(piece[:n].view(shape) for piece, n, shape in zip(words.split(even), sizes, shapes, strict=True)))
+    starts = [0]
+    for shape in shapes:
+        starts.append(starts[-1] + math.prod(shape) + math.prod(shape) % 2)  # so that 16 divides every address
+    words = torch.zeros(starts[-1], dtype=torch.int64, device=features[0].device)
+    sums = Sums(*(words.as_strided(shape, dense(shape), start) for shape, start in zip(shapes, starts)))
     dtype = _launch.accumulator(features[0].dtype)
     return sums._replace(
         pushed=sums.pushed if pushed else None, reach=None if normalize else sums.reach.view(dtype)[:L]
     )
+
+
+def dense(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides of a contiguous tensor."""
+    return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))

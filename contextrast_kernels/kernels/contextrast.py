@@ -104,18 +104,31 @@ def plan(
     sizes: (h, w) of every layer; layout: "nchw" or "channels_last".
     """
 
-    def empty(*shape, dtype=dtype):
-        return torch.empty(*shape, dtype=dtype, device="meta")
-
-    form = torch.channels_last if layout == "channels_last" else torch.contiguous_format
-    features = [empty(batch, channels, h, w).to(memory_format=form) for h, w in sizes]
-    e = empty(sum(batch * h * w for h, w in sizes), dtype=code_dtype(num_classes))
-    labels = empty(batch, 4 * sizes[0][0], 4 * sizes[0][1], dtype=torch.int64)
+    features, labels, e, seed = meta_inputs(batch, sizes, channels, num_classes, dtype, layout)
     weights = (1.0,) * len(sizes)
-    scalar = empty(1, dtype=torch.int64)
     with _launch.recording() as launches:
         outcome, y, terms = forward(
-            features, labels, e, scalar, num_classes, 255, weights, 0.1, 0.7, base_rate, normalize, False
+            features, labels, e, seed, num_classes, 255, weights, 0.1, 0.7, base_rate, normalize, False
         )
         backward(outcome.loss, features, y, terms, outcome.pull, 0.1, normalize)
     return launches
+
+
+def meta_inputs(
+    batch: int,
+    sizes: Sequence[tuple[int, int]],
+    channels: int,
+    num_classes: int,
+    dtype: torch.dtype,
+    layout: str,
+) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
+    """Features, labels, codes of hard negatives and seed as tensors without memory."""
+
+    def empty(*shape, dtype):
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    form = torch.channels_last if layout == "channels_last" else torch.contiguous_format
+    features = [empty(batch, channels, h, w, dtype=dtype).to(memory_format=form) for h, w in sizes]
+    labels = empty(batch, 4 * sizes[0][0], 4 * sizes[0][1], dtype=torch.int64)
+    e = empty(sum(batch * h * w for h, w in sizes), dtype=code_dtype(num_classes))
+    return features, labels, e, empty(1, dtype=torch.int64)
