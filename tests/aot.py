@@ -32,6 +32,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from contextrast_kernels.kernels import _launch, anchors, contextrast, info_nce, pixel_anchor
+from contextrast_kernels.native import code_dtype
 
 BUDGETS = Path(__file__).with_name("budgets.json")
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
@@ -169,11 +170,11 @@ def launches(case: Case) -> list[_launch.Launch]:
             loss, _, y, terms = pixel_anchor.forward(x, labels, rows, negatives, base, 0.1, 255, case.normalize)
             pixel_anchor.backward(loss, x, y, terms, 0.1, case.normalize)
         else:
-            maps = [empty(batch, *size) for size in sizes]
+            e = empty(sum(batch * h * w for h, w in sizes), dtype=code_dtype(case.N))
             rate = {"hard": 0.0, "base": 0.3, "all": 1.0}[case.negatives]
             seed, weights = empty(1, dtype=torch.int64), (1.0,) * len(sizes)
             outcome, y, terms = contextrast.forward(
-                features, labels, maps, seed, case.N, 255, weights, 0.1, 0.7, rate, case.normalize, False
+                features, labels, e, seed, case.N, 255, weights, 0.1, 0.7, rate, case.normalize, False
             )
             pull = None if case.detach_anchors else outcome.pull
             contextrast.backward(outcome.loss, features, y, terms, pull, 0.1, case.normalize)
