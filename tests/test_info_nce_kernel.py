@@ -273,6 +273,22 @@ def test_large_similarities_neither_overflow_nor_vanish(rng, positives, dtype):
     assert_like_the_definition(lambda x, z: loss(x, z) / 2**60, [x, z])
 
 
+@pytest.mark.parametrize("positives", POSITIVES)
+def test_a_share_is_at_most_one_however_s_is_rounded(positives):
+    """Backward forms s anew. Where it comes out above Z, as with huge similarities another order of summation may make
+    it, a single exponential stays all of its sum: as if Z and Y had been 3 smaller."""
+    x, z = torch.tensor([[1.0]], device=DEVICE), torch.tensor([[0.0], [1.0]], device=DEVICE)
+    tensors = (x, torch.tensor([0], device=DEVICE), z, torch.tensor([0, 1], device=DEVICE), None, None, None, None)
+    loss, count, kept = _info_nce(*tensors, 0.01, -1, positives, "mean", "triton")
+    lower = kept.clone()
+    lower[:2] -= 3
+    for toward in ("rows", "columns"):
+        options = (0.01, -1, positives, toward, "triton")
+        expected, gradient = (_info_nce_backward(loss, *tensors, count, of_row, *options) for of_row in (kept, lower))
+        assert expected.any()
+        assert torch.equal(gradient, expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_well_separated_classes_keep_their_small_losses(dtype):
     y = torch.tensor([0, 1] * 4, device=DEVICE)
