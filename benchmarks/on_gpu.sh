@@ -40,7 +40,7 @@ cd "$(dirname "$0")/.."
 STEPS=(
   build/native build/doctor
   test/native test/kernels
-  bench/host bench/loss bench/parts bench/edt bench/peers bench/reference bench/compiled bench/step bench/scaling
+  bench/host bench/loss bench/parts bench/edt bench/peers bench/compiled bench/step bench/scaling
   bench/probes
   sanitize/memcheck sanitize/racecheck sanitize/initcheck sanitize/synccheck
   test/suite test/slow

@@ -10,7 +10,7 @@ import tarfile
 
 import pytest
 
-from benchmarks import results
+from benchmarks import results, run
 
 ROOT = pathlib.Path(__file__).parent.parent
 SCRIPT = ROOT / "benchmarks" / "on_gpu.sh"
@@ -161,6 +161,8 @@ def test_help_names_every_step_and_dry_runs_none(without_gpu):
     done, _ = without_gpu.run("--dry", "all")
     steps = [line.split()[0] for line in done.stdout.splitlines() if "/" in line.split()[0]]
     assert steps[0] == "build/native" and "train/camvid" in steps and len(set(steps)) == len(steps)
+    of_the_runner = set(steps) - {"bench/host", "bench/probes"}
+    assert {step.removeprefix("bench/") for step in of_the_runner if step.startswith("bench/")} == set(run.PARTS)
     assert not (without_gpu.keep / "summary.txt").exists()
 
 
