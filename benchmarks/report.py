@@ -65,12 +65,23 @@ def on_a_curve(row: Row) -> bool:
     return not of_the_paper(row) or row.regime not in REGIMES or row.strides not in STRIDES
 
 
+def place(row: Row) -> tuple:
+    """Times from two devices, versions or commits make no ratio."""
+    return row.device, row.torch, row.commit
+
+
+def sizes(row: Row) -> tuple:
+    return row.case, row.regime, row.batch, row.height, row.width, row.classes, row.channels, row.strides
+
+
 def setting(row: Row) -> tuple:
     """Rows of one setting are compared with each other."""
-    return (
-        *(row.case, row.regime, row.batch, row.height, row.width, row.classes, row.channels, row.strides),
-        *(row.dtype, row.layout, row.threads),
-    )
+    return *sizes(row), row.dtype, row.layout, row.threads, *place(row)
+
+
+def of_one_device(rows: Sequence[Row]) -> list[Row]:
+    """Of the device with most rows, which is what one picture shows."""
+    return max(grouped(rows, lambda row: row.device).values(), key=len, default=[])
 
 
 # --------------------------------------------------------------------------------------------------------------- tables
@@ -122,15 +133,17 @@ def with_sources(text: str, rows: Sequence[Row]) -> str:
 def edge_distance_on_cpu(rows: Sequence[Row]) -> str:
     """One map, one thread: ours, the fastest of the others whatever it computes, and the definition as it reads."""
     rows = [row for row in pick(rows, what="edge_distance", threads=1, batch=1) if not row.driver]
+    devices = {row.device for row in rows}
     lines = []
-    for regime, of_regime in grouped(rows, lambda row: row.regime).items():
+    for (regime, device, *_), of_regime in grouped(rows, lambda row: (row.regime, *place(row))).items():
         ours = first(row for row in of_regime if row.by in OURS)
         others = sorted((row for row in of_regime if row.by not in OURS), key=lambda row: row.median_ms)
         fastest = first(others)
         scipy = first(row for row in of_regime if row.by == "SciPy for each class")
         if ours and fastest:
             theirs = f"{ms(fastest, False)} ({fastest.by})"
-            lines.append((regime, ms(ours, False), theirs, ratio(fastest, ours), ms(scipy, False)))
+            on = f"{regime}, {device}" if len(devices) > 1 else regime
+            lines.append((on, ms(ours, False), theirs, ratio(fastest, ours), ms(scipy, False)))
     head = ("predictions", "this library", "fastest peer", "times faster", "SciPy, class by class")
     return with_sources(table(head, lines), rows)
 
@@ -145,7 +158,7 @@ def loss_on_gpu(rows: Sequence[Row]) -> str:
     """The fused loss beside its definition, plain and compiled: a line for each setting."""
     rows = [row for row in rows if row.what == BOTH and row.driver]
     lines = []
-    for of_setting in grouped(rows, lambda row: (row.device, setting(row))).values():
+    for of_setting in grouped(rows, setting).values():
         fused = first(pick(of_setting, by="triton", mode="graph")) or first(pick(of_setting, by="triton", mode="eager"))
         eager = first(pick(of_setting, by="triton", mode="eager"))
         definition = first(pick(of_setting, by="reference", mode="eager"))
@@ -179,15 +192,21 @@ def loss_on_gpu(rows: Sequence[Row]) -> str:
 
 
 def everything(rows: Sequence[Row], chosen: Callable[[Row], bool]) -> str:
-    """A line for each row, within each setting the fastest first; failures and absences stay."""
+    """A line for each row, within each setting the fastest first; failures and absences stay. A relative's loss stands
+    beside ours, which on a CPU is the definition."""
     rows = [row for row in rows if chosen(row)]
     lines = []
-    for of_setting in grouped(rows, lambda row: (row.what, setting(row)[:-3])).values():
-        ours = first(row for row in sorted(pick(of_setting), key=lambda row: row.median_ms) if row.by in OURS)
+
+    def compared(row: Row) -> tuple:
+        return row.what.replace("relative's loss", "contextrast_loss"), *sizes(row), *place(row)
+
+    for of_setting in grouped(rows, compared).values():
+        timed = sorted(pick(of_setting), key=lambda row: row.median_ms)
+        ours = first(row for row in timed if row.by in OURS)
+        ours = ours or first(row for row in timed if row.by == "reference" and not row.driver)
         for row in sorted(of_setting, key=lambda row: (row.median_ms is None, row.median_ms or 0.0)):
-            place = f"{row.case} {row.regime}".strip()
+            name = f"{row.case} {row.regime}".strip()
             threads = f", {row.threads} threads" if row.threads else ""
-            relative = ratio(row, ours) if ours and row is not ours else "1"
             counts = f"{number(row.launches)} / {number(row.syncs)}"
             size = f"{row.batch}×{row.height}×{row.width}, N {row.classes}" if row.batch else ""
             lines.append(
@@ -195,10 +214,10 @@ def everything(rows: Sequence[Row], chosen: Callable[[Row], bool]) -> str:
                     *(
                         row.what,
                         f"{row.by}, {row.mode}{threads}",
-                        " ".join(filter(None, (place, size, row.dtype, row.layout))),
+                        " ".join(filter(None, (name, size, row.dtype, row.layout))),
                         ms(row),
                     ),
-                    *(relative, counts, number(row.peak_mib), row.exact),
+                    *(ratio(row, ours), counts, number(row.peak_mib), row.exact),
                 )
             )
     head = ("what", "by", "on", "time", "× ours", "launches / syncs", "MiB", "exact")
@@ -209,7 +228,7 @@ def steps(rows: Sequence[Row]) -> str:
     """A training step without and with the loss."""
     rows = [row for row in rows if row.what == "training step"]
     lines = []
-    for (device, backbone, _), of_one in grouped(rows, lambda row: (row.device, row.by, setting(row))).items():
+    for (device, backbone, *_), of_one in grouped(rows, lambda row: (row.device, row.by, *setting(row))).items():
         plain = first(pick(of_one, mode="cross-entropy"))
         cells = []
         for mode in ("with contextrast", "with the definition"):
@@ -333,9 +352,13 @@ def _percent(regime: str) -> float | None:
     return float(regime.removesuffix(" % errors")) if regime.endswith(" % errors") else None
 
 
+def base_of_curves(row: Row) -> bool:
+    return of_the_paper(row) and row.regime == "trained" and row.strides == "4-8-16-32"
+
+
 def plot_scaling(axes_of, rows: Sequence[Row]):
-    """Curves through the case of most rows, each over the rows that differ from it in one thing."""
-    base = next(row for row in rows if row.regime == "trained" and row.channels == 256 and row.strides == "4-8-16-32")
+    """Curves through the case itself, each over the rows that differ from it in one thing."""
+    base = next(filter(base_of_curves, rows))
     point = {name: value(base) for name, value in CURVES.items()}
     limits = (min(row.median_ms for row in rows) / 1.5, max(row.median_ms for row in rows) * 1.5)
     every = axes_of(len(CURVES), (3.2 * len(CURVES), 3.4))
@@ -363,20 +386,24 @@ def plots(rows: Sequence[Row]) -> dict[str, tuple[Callable, list[Row]]]:
     """Name → how it is drawn and from which rows; those without rows are left out."""
     of_loss = [row for row in pick(rows, what=BOTH) if row.driver]
     fused = [row for row in of_loss if row.by == "triton" and row.mode == "graph"]
-    paper = [row for row in of_loss if row.regime == "trained" and row.dtype == "bfloat16" and row.layout == "nchw"]
+    of_one = of_one_device(of_loss)
+    paper = [row for row in of_one if row.regime == "trained" and row.dtype == "bfloat16" and row.layout == "nchw"]
     curves = [
         row
-        for row in of_loss
+        for row in of_one
         if row.case == "cityscapes" and (row.dtype, row.layout) == ("bfloat16", "nchw")
         and (row.by, row.mode) in (("triton", "graph"), ("reference", "eager"))
-        and (row.regime == "trained" or row.regime.endswith(" % errors"))
+        and (row.regime == "trained" or row.regime.endswith(" % errors")) and "4-8-16-32".startswith(row.strides)
     ]  # fmt: skip
     found = {
         "roofline": (
             plot_roofline,
             [row for row in fused if row.plan_mb and row.copy_gb_s and row.regime == "trained" and not on_a_curve(row)],
         ),
-        "scaling": (plot_scaling, curves if len({setting(row) for row in curves}) > 3 else []),
+        "scaling": (
+            plot_scaling,
+            curves if len({sizes(row) for row in curves}) > 3 and any(map(base_of_curves, curves)) else [],
+        ),
         "memory": (
             plot_memory,
             [
@@ -387,7 +414,7 @@ def plots(rows: Sequence[Row]) -> dict[str, tuple[Callable, list[Row]]]:
         ),
         "edge_distance": (
             plot_edge_distance,
-            [row for row in pick(rows, what="edge_distance", threads=1, batch=1) if not row.driver],
+            of_one_device([row for row in pick(rows, what="edge_distance", threads=1, batch=1) if not row.driver]),
         ),
     }  # fmt: skip
     return {name: (draw, of_plot) for name, (draw, of_plot) in found.items() if of_plot}

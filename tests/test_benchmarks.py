@@ -324,6 +324,54 @@ def test_a_report_of_every_kind_of_row(tmp_path):
     assert "driver 580.1, torch 2.11.0, Triton 3.6.0, commit 0123456" in readme
 
 
+def columns_of(page, what, by):
+    """Cells of the lines of a table that have this in their first two columns."""
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("| ")]
+    return [cells for cells in lines if cells[0] == what and cells[1].startswith(by)]
+
+
+def test_a_ratio_is_of_one_device_and_one_commit(tmp_path):
+    """Another CPU, and ours measured again at a later commit, change no line of the first."""
+    where = report_into(tmp_path)
+    [path] = (path for path in (tmp_path / "results").glob("*.csv") if path.name not in results.OTHER_SCHEMA)
+    here = results.read(path)
+    there = [replace(row, device="Another CPU", median_ms=row.median_ms / 1000) for row in here]
+    results.write(results.path_of("Another CPU", tmp_path / "results"), there)
+    later = next(row for row in here if row.by in report.OURS and row.threads == 1)
+    results.record(path, replace(later, commit="fedcba9", median_ms=later.median_ms / 10))
+    assert report.main(where) == 0
+    readme = (tmp_path / "README.md").read_text()
+    assert "| noise, AMD EPYC | 0.398 ms | 5.66 ms (OpenCV precise on edges) | 14.2 |" in readme
+    assert "| noise, Another CPU | 0.000398 ms | 0.00566 ms (OpenCV precise on edges) | 14.2 |" in readme
+    assert later.regime not in [line.split(",")[0].removeprefix("| ") for line in readme.splitlines() if "EPYC" in line]
+
+
+def test_a_relative_is_a_multiple_of_ours_and_nothing_is_one_of_itself(tmp_path):
+    rows = made_up_rows()
+    where = report_into(tmp_path, rows)
+    assert report.main(where) == 0
+    page = (tmp_path / "docs" / "performance.md").read_text()
+    relatives = columns_of(page, f"relative's loss {run.BOTH}", "PNE_Loss")
+    assert len(relatives) == len(cases.CASES) and {cells[4] for cells in relatives} == {"7"}
+    results.write(
+        results.path_of(rows[0].device, tmp_path / "results"), [row for row in rows if row.what.startswith("relative")]
+    )
+    assert report.main(where) == 0
+    page = (tmp_path / "docs" / "performance.md").read_text()
+    assert {cells[4] for cells in columns_of(page, f"relative's loss {run.BOTH}", "PNE_Loss")} == {"–"}
+
+
+def test_the_curves_go_through_their_case_alone():
+    rows = made_up_rows()
+    _, curves = report.plots(rows)["scaling"]
+    assert {row.strides for row in curves} == {"4", "4-8", "4-8-16", "4-8-16-32"}
+    for name, value in report.CURVES.items():
+        at_base = [row for row in curves if row.by == "triton" and report.base_of_curves(row)]
+        assert len(at_base) == 1 and value(at_base[0]) is not None, name
+    without = [row for row in rows if not report.base_of_curves(row)]
+    assert "scaling" not in report.plots(without)
+
+
 def test_no_figure_stands_outside_of_the_generated_parts():
     """Times, rates and memory in the pages come from rows."""
     figure = re.compile(r"\d(?:\.\d+)?\s*(?:ms|µs|us|[GTM]B/s|MiB|GiB|× faster|x faster|times faster)\b")
