@@ -19,7 +19,7 @@ from triton import language as tl
 
 from contextrast_kernels.kernels import _launch
 from contextrast_kernels.kernels._sums import Sums
-from contextrast_kernels.kernels._tile_table import PIXELS
+from contextrast_kernels.kernels._tile_table import PIXELS, next_power_of_2
 from contextrast_kernels.kernels._tiles import layer_of, pick, pick_pointer, plain
 from contextrast_kernels.native import code_dtype
 
@@ -52,13 +52,14 @@ def codes(
     """
     device = features[0].device
     dense = base is not None or base_rate > 0
-    pixels = _launch.pixel_starts(features)[-1]
+    shapes = _launch.shapes(features)
+    pixels = _launch.pixel_starts(shapes)[-1]
     y = torch.empty(pixels, dtype=code_dtype(num_classes), device=device)
     e = torch.empty_like(y) if hard is None else hard
     base_map = torch.empty(pixels, dtype=torch.uint8, device=device) if dense else None
 
     batch = features[0].shape[0]
-    pixel_runs, blocks = _launch.flat_geometry(features, PIXELS)
+    pixel_runs, blocks = _launch.flat_geometry(shapes, PIXELS)
     given = {
         name: None if maps is None else tuple(maps[i].contiguous() for i, x in enumerate(features) if x.numel())
         for name, maps in (("negatives", negatives), ("base_maps", base))
@@ -91,7 +92,7 @@ def codes(
             "DRAW": base is None and 0 < base_rate < 1,
             "NONE": torch.iinfo(y.dtype).max,
             "GIVEN": hard is not None,
-            "BINS": triton.next_power_of_2(num_classes),
+            "BINS": next_power_of_2(num_classes),
             "PIXELS": PIXELS,
         },
         reads=_launch.nbytes(*(m for maps in given.values() if maps for m in maps), *([e] if hard is not None else []))

@@ -7,16 +7,20 @@ strides.
 """
 
 import contextlib
+import functools
+import itertools
 import struct
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 from triton import language as tl
 
-from contextrast_kernels.kernels._tile_table import NARROW
+from contextrast_kernels.kernels._tile_table import NARROW, next_power_of_2
+
+CACHED = 256
+"""Different sets of feature maps whose places are remembered."""
 
 
 class Geometry(NamedTuple):
@@ -74,6 +78,10 @@ def launch(kernel, grid: tuple[int, ...], arguments: dict, constants: dict, read
     kernel[grid](**arguments, **constants)
 
 
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
 def nbytes(*tensors: Tensor) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
@@ -99,6 +107,25 @@ def triton_type(dtype: torch.dtype):
 
 
 # ------------------------------------------------------------------------------------------------------------ layouts
+# Everything here follows from where tensors lie, which hardly changes from step to step: it is worked out once.
+
+
+class Place(NamedTuple):
+    """Where a feature map lies."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    itemsize: int
+    aligned: bool
+    """The first address is divisible by 16."""
+
+
+def places(tensors: Sequence[Tensor]) -> tuple[Place, ...]:
+    return tuple(Place(x.shape, x.stride(), x.element_size(), address(x) % 16 == 0) for x in tensors)
+
+
+def address(x: Tensor) -> int:
+    return x.storage_offset() * x.element_size() if x.device.type == "meta" else x.data_ptr()
 
 
 class Layout(NamedTuple):
@@ -110,34 +137,29 @@ class Layout(NamedTuple):
     """A power of two that divides all other strides, and the width where w has stride 1: so many elements can be
     read at once wherever a row begins. No more than 16 bytes' worth."""
     aligned: bool
-    """The first address is divisible by 16."""
     wide: bool
     """Offsets inside one image need 64 bits."""
 
 
-def layout(x: Tensor) -> Layout:
-    stride = dict(zip("bdhw", x.stride(), strict=True))
+def layout(x: Place) -> Layout:
+    stride = dict(zip("bdhw", x.stride, strict=True))
     unit = "d" if stride["d"] == 1 else "w" if stride["w"] == 1 else ""
     steps = [stride[axis] for axis, size in zip("bdhw", x.shape, strict=True) if axis != unit and size > 1]
     if unit == "w":
         steps.append(x.shape[3])
-    align = 16 // x.element_size() if unit else 1
+    align = 16 // x.itemsize if unit else 1
     while any(s % align for s in steps):
         align //= 2
-    extent = sum(s * (size - 1) for s, size in zip(x.stride()[1:], x.shape[1:], strict=True))
-    return Layout(unit, align, address(x) % 16 == 0, extent >= 2**31)
+    extent = sum(s * (size - 1) for s, size in zip(x.stride[1:], x.shape[1:], strict=True))
+    return Layout(unit, align, x.aligned, extent >= 2**31)
 
 
-def address(x: Tensor) -> int:
-    return x.storage_offset() * x.element_size() if x.device.type == "meta" else x.data_ptr()
-
-
-def strides(tensors: Sequence[Tensor], align: int) -> Strides:
+def strides(maps: Sequence[Place], align: int) -> Strides:
     # An axis of size 1 is never stepped along: its stride says nothing.
-    def units(x: Tensor, axis: int) -> int:
-        return x.stride(axis) // align if x.shape[axis] > 1 else 0
+    def units(x: Place, axis: int) -> int:
+        return x.stride[axis] // align if x.shape[axis] > 1 else 0
 
-    return Strides(*(odd([units(x, axis) for x in tensors]) for axis in range(4)))
+    return Strides(*(odd([units(x, axis) for x in maps]) for axis in range(4)))
 
 
 class Group(NamedTuple):
@@ -148,14 +170,14 @@ class Group(NamedTuple):
     """What holds for all of them: of x, and of dx where it is written."""
 
 
-def groups(*maps: Sequence[Tensor]) -> list[Group]:
+def groups(*maps: Sequence[Place]) -> list[Group]:
     """Layers grouped by the layouts of all their feature maps. Those that cannot be read 16 bytes at a time share
     one group with the smallest alignment among them: they are few and small."""
     found: dict[tuple, tuple[list[int], list[tuple[Layout, ...]]]] = {}
     for i, of_layer in enumerate(zip(*maps, strict=True)):
-        if of_layer[0].numel():
+        if 0 not in of_layer[0].shape:
             layouts = tuple(layout(x) for x in of_layer)
-            kind = tuple(lies._replace(align=lies.align * x.element_size() == 16) for lies, x in zip(layouts, of_layer))
+            kind = tuple(lies._replace(align=lies.align * x.itemsize == 16) for lies, x in zip(layouts, of_layer))
             layers, members = found.setdefault(kind, ([], []))
             layers.append(i)
             members.append(layouts)
@@ -165,56 +187,49 @@ def groups(*maps: Sequence[Tensor]) -> list[Group]:
     ]
 
 
-def pixel_starts(features: Sequence[Tensor]) -> list[int]:
+Shapes = tuple[tuple[int, ...], ...]
+"""(B, D, h, w) of every layer."""
+
+
+def shapes(features: Sequence[Tensor]) -> Shapes:
+    return tuple(x.shape for x in features)
+
+
+@functools.lru_cache(CACHED)
+def pixel_starts(features: Shapes) -> tuple[int, ...]:
     """Where each layer begins in the code maps, which hold all layers end to end, and where the last one ends."""
-    starts = [0]
-    for x in features:
-        starts.append(starts[-1] + pixels(x))
-    return starts
+    return tuple(itertools.accumulate((B * h * w for B, _, h, w in features), initial=0))
 
 
-def geometry(
-    features: Sequence[Tensor], layers: Sequence[int], rows: int, columns: int, align: int
-) -> tuple[Geometry, int]:
-    """Geometry of blocks of ``rows`` x ``columns`` pixels of one image, and their number. Widths are in units of
-    ``align``."""
-    starts = pixel_starts(features)
-    block = [0]
-    for i in layers:
-        batch, _, h, w = features[i].shape
-        block.append(block[-1] + batch * triton.cdiv(h, rows) * triton.cdiv(w, columns))
-    picked = [features[i] for i in layers]
-    heights, widths = [x.shape[2] for x in picked], [x.shape[3] // align for x in picked]
-    return Geometry(*map(odd, (layers, block[:-1], [starts[i] for i in layers], heights, widths))), block[-1]
-
-
-def flat_geometry(features: Sequence[Tensor], run: int) -> tuple[Geometry, int]:
+@functools.lru_cache(CACHED)
+def flat_geometry(features: Shapes, run: int) -> tuple[Geometry, int]:
     """Geometry of runs of ``run`` pixels, regardless of rows and images, and their number."""
-    layers = [i for i, x in enumerate(features) if x.numel()]
+    layers = [i for i, shape in enumerate(features) if 0 not in shape]
     starts = pixel_starts(features)
     blocks, first = 0, []
     for i in layers:
         first.append(blocks)
-        blocks += triton.cdiv(pixels(features[i]), run)
-    sizes = [features[i].shape[2:] for i in layers]
+        blocks += ceil_div(starts[i + 1] - starts[i], run)
+    sizes = [features[i][2:] for i in layers]
     picked = (layers, first, [starts[i] for i in layers], [h for h, _ in sizes], [w for _, w in sizes])
     return Geometry(*map(odd, picked)), blocks
 
 
-def pixels(*features: Tensor) -> int:
-    """Pixels of the largest layer."""
-    return max(x.shape[0] * x.shape[2] * x.shape[3] for x in features)
+@functools.lru_cache(CACHED)
+def blocks_of_layers(features: Shapes, rows: int, longest: int) -> tuple[int, ...]:
+    """Blocks of each layer in a sweep with ROWS = rows and P = longest."""
+    P = segment(features, longest)
+    return tuple(B * ceil_div(h, rows) * ceil_div(w, P) for B, _, h, w in features)
 
 
-def blocks_of_layers(features: Sequence[Tensor], tiles: dict) -> list[int]:
-    """Blocks of each layer in a sweep with these tiles."""
-    P = segment(features, tiles["P"])
-    return [x.shape[0] * triton.cdiv(x.shape[2], tiles["ROWS"]) * triton.cdiv(x.shape[3], P) for x in features]
-
-
-def segment(features: Sequence[Tensor], longest: int) -> int:
+def segment(features: Shapes, longest: int) -> int:
     """Pixels of a row that a program takes at a time: a power of two, no longer than the rows need."""
-    return min(longest, max(16, triton.next_power_of_2(max(x.shape[3] for x in features))))
+    return min(longest, max(16, next_power_of_2(max(shape[3] for shape in features))))
+
+
+def pixels(features: Shapes) -> int:
+    """Pixels of the largest layer."""
+    return max(B * h * w for B, _, h, w in features)
 
 
 def headroom(pixels: int) -> int:
@@ -225,6 +240,42 @@ def headroom(pixels: int) -> int:
 # ------------------------------------------------------------------------------------------------------------ sweeps
 
 
+class Part(NamedTuple):
+    """One launch of a sweep: what it takes of the layers it is for."""
+
+    layers: tuple[int, ...]
+    blocks: int
+    arguments: dict
+    constants: dict
+
+
+@functools.lru_cache(CACHED)
+def parts_of(x: tuple[Place, ...], out: tuple[Place, ...] | None, rows: int, longest: int) -> list[Part]:
+    """A launch for each group of layers whose memory lies alike, in blocks of ``rows`` x at most ``longest`` pixels."""
+    features, parts = tuple(place.shape for place in x), []
+    starts = pixel_starts(features)
+    for group in groups(x) if out is None else groups(x, out):
+        picked = [x[i] for i in group.layers]
+        lies = group.layouts[0]
+        readable = lies.align * picked[0].itemsize == 16
+        P = segment(features, longest if readable else min(longest, NARROW))
+        blocks = [0]
+        for B, _, h, w in (place.shape for place in picked):
+            blocks.append(blocks[-1] + B * ceil_div(h, rows) * ceil_div(w, P))
+        width_unit = lies.align if lies.unit == "w" else 1
+        heights, widths = [place.shape[2] for place in picked], [place.shape[3] // width_unit for place in picked]
+        lying = (group.layers, blocks[:-1], [starts[i] for i in group.layers], heights, widths)
+        arguments = {"strides": strides(picked, lies.align), "geometry": Geometry(*map(odd, lying))}
+        wide = any(of_map.wide for of_map in group.layouts)
+        constants = {"P": P, "D": picked[0].shape[1], "UNIT": lies.unit, "ALIGN": lies.align, "WIDE": wide}
+        if out is not None:
+            lies = group.layouts[1]
+            arguments["out_strides"] = strides([out[i] for i in group.layers], lies.align)
+            constants |= {"OUT_UNIT": lies.unit, "OUT_ALIGN": lies.align}
+        parts.append(Part(group.layers, blocks[-1], arguments, constants))
+    return parts
+
+
 def sweep(
     kernel,
     features: Sequence[Tensor],
@@ -232,8 +283,7 @@ def sweep(
     tiles: dict,
     *,
     out: Sequence[Tensor] | None = None,
-    parts: int = 1,
-    share: float = 1.0,
+    splits: int = 1,
 ) -> None:
     """Launches a kernel over all blocks of all layers, once for each group of layers whose memory lies alike.
 
@@ -241,34 +291,19 @@ def sweep(
         arguments, tiles: what the kernel takes besides the layers: tensors and numbers, and constants. ``tiles`` has
             the ROWS and P of a block; P shrinks to what the rows need.
         out: feature maps that are written.
-        parts: programs of a block.
-        share: of the features that is read.
+        splits: programs of a block.
     """
-    for group in groups(features, out) if out is not None else groups(features):
-        picked = [features[i] for i in group.layers]
-        lies = group.layouts[0]
-        readable = lies.align * picked[0].element_size() == 16
-        P = segment(features, tiles["P"] if readable else min(tiles["P"], NARROW))
-        width_unit = lies.align if lies.unit == "w" else 1
-        blocks_geometry, blocks = geometry(features, group.layers, tiles["ROWS"], P, width_unit)
-        constants = {
-            **tiles,
-            "P": P,
-            "D": picked[0].shape[1],
-            "UNIT": lies.unit,
-            "ALIGN": lies.align,
-            "WIDE": any(of_map.wide for of_map in group.layouts),
-        }
-        given = {"x": tuple(picked), "strides": strides(picked, lies.align), "geometry": blocks_geometry, **arguments}
+    for part in parts_of(places(features), None if out is None else places(out), tiles["ROWS"], tiles["P"]):
+        picked = tuple(features[i] for i in part.layers)
+        written = () if out is None else tuple(out[i] for i in part.layers)
+        given = {"x": picked, **part.arguments, **arguments}
         if out is not None:
-            written, lies = [out[i] for i in group.layers], group.layouts[1]
-            given |= {"out": tuple(written), "out_strides": strides(written, lies.align)}
-            constants |= {"OUT_UNIT": lies.unit, "OUT_ALIGN": lies.align}
+            given["out"] = written
         launch(
             kernel,
-            (blocks, parts),
+            (part.blocks, splits),
             given,
-            constants,
-            reads=round(share * nbytes(*picked)),
-            writes=nbytes(*written) if out is not None else 0,
+            {**tiles, **part.constants},
+            reads=nbytes(*picked),
+            writes=nbytes(*written),
         )

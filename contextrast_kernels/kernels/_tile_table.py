@@ -105,7 +105,7 @@ DENSE = ("_dense_similarities", "_pixel_anchor_fwd", "_features_bwd_dense")
 adds up the same s to the last bit: exp(s - Z) is exactly 1 where one negative is all of Z, however large s is."""
 
 
-def power_of_two(n: int) -> int:
+def next_power_of_2(n: int) -> int:
     """The smallest that is at least n."""
     return 1 << max(n - 1, 0).bit_length()
 
@@ -114,8 +114,8 @@ def power_of_two(n: int) -> int:
 def tiles(kernel: str, dtype: torch.dtype, D: int, *names: str) -> Mapping[str, int]:
     """The named constants of a kernel's row, shrunk to what D needs; ROWS, P, CHUNK and num_warps always."""
     row = next(row.tiles for row in TABLE[kernel] if dtype.itemsize in row.bytes and row.D >= D)
-    K = min(row.K, max(16, power_of_two(D)))
+    K = min(row.K, max(16, next_power_of_2(D)))
     chunks = -(-D // K)
     parts = -(-chunks * K // row.COLUMNS) if row.COLUMNS else 1
-    shrunk = row._replace(K=K, COLUMNS=-(-chunks // parts) * K, CHUNK=min(row.CHUNK, power_of_two(D)))
+    shrunk = row._replace(K=K, COLUMNS=-(-chunks // parts) * K, CHUNK=min(row.CHUNK, next_power_of_2(D)))
     return MappingProxyType({name: getattr(shrunk, name) for name in ("ROWS", "P", "CHUNK", "num_warps", *names)})

@@ -17,7 +17,7 @@ from contextrast_kernels.kernels import _launch
 from contextrast_kernels.kernels._codes import Codes, codes
 from contextrast_kernels.kernels._gradient import feature_gradients
 from contextrast_kernels.kernels._sums import Sums, zeros
-from contextrast_kernels.kernels._tile_table import tiles
+from contextrast_kernels.kernels._tile_table import next_power_of_2, tiles
 from contextrast_kernels.kernels._tiles import (
     LARGEST_REACH,
     add_fixed,
@@ -46,7 +46,7 @@ def forward(
     code = codes([features], labels, num_classes, ignore_index, sums)
     if not normalize:
         largest_features([features], code, sums)
-    headroom = _launch.headroom(_launch.pixels(features))
+    headroom = _launch.headroom(_launch.pixels((features.shape,)))
     class_sums([features], code, sums, headroom)
     table, _ = anchor_tables(sums, _launch.accumulator(features.dtype), headroom)
     return table[0], sums.counts[0].clone(), code.y
@@ -88,11 +88,11 @@ def class_sums(features: Sequence[Tensor], code: Codes, sums: Sums, headroom: in
         },
         {
             **taken,
-            "BINS": triton.next_power_of_2(sums.counts.shape[1]),
+            "BINS": next_power_of_2(sums.counts.shape[1]),
             "NORMALIZE": sums.reach is None,
             "ACC": _launch.triton_type(_launch.accumulator(x.dtype)),
         },
-        parts=triton.cdiv(D, taken["COLUMNS"]),
+        splits=_launch.ceil_div(D, taken["COLUMNS"]),
     )
 
 
@@ -122,7 +122,7 @@ def anchor_tables(
         {
             "L": L,
             "D": D,
-            "BLOCK": triton.next_power_of_2(D),
+            "BLOCK": next_power_of_2(D),
             "NORMALIZE": sums.reach is None,
             "NORMALIZE_ANCHORS": normalize_anchors,
         },

@@ -42,7 +42,7 @@ def forward(
 
     e: codes of the hard negatives of all layers; seed: int64, of the base pixels.
     """
-    dtype, headroom = _launch.accumulator(features[0].dtype), _launch.headroom(_launch.pixels(*features))
+    dtype, headroom = _launch.accumulator(features[0].dtype), _launch.headroom(_launch.pixels(_launch.shapes(features)))
     # 16 bits of a gradient are worth no more than the shared words hold.
     sums = zeros(features, num_classes, normalize, pushed=features[0].element_size() > 2)
     code = codes(features, labels, num_classes, ignore_index, sums, hard=e, base_rate=base_rate, seed=seed)

@@ -25,7 +25,7 @@ from contextrast_kernels.kernels import _launch
 from contextrast_kernels.kernels._codes import Codes, codes
 from contextrast_kernels.kernels._gradient import Terms, feature_gradients
 from contextrast_kernels.kernels._sums import Sums, zeros
-from contextrast_kernels.kernels._tile_table import PIXELS, RUN, tiles
+from contextrast_kernels.kernels._tile_table import PIXELS, RUN, next_power_of_2, tiles
 from contextrast_kernels.kernels._tiles import (
     PUSHED_BITS,
     add_fixed,
@@ -114,7 +114,7 @@ def forward(
     if not normalize:
         largest_features([features], code, sums)
     Z, similarity = log_sums([features], code, sums, table, temperature, normalize)
-    scales = Scales(lengths, sums.reach, temperature, _launch.headroom(_launch.pixels(features)))
+    scales = Scales(lengths, sums.reach, temperature, _launch.headroom(_launch.pixels((features.shape,))))
     moments([features], code, sums, table, Z, similarity, scales)
     pull = torch.empty_like(table)
     outcome = finish(sums, table, Z, scales, (1.0,), pull)
@@ -148,7 +148,7 @@ def given_table(anchors: Tensor, counts: Tensor, dtype: torch.dtype) -> tuple[Te
             "table": table,
             "lengths": lengths,
         },
-        {"D": D, "BLOCK": triton.next_power_of_2(D)},
+        {"D": D, "BLOCK": next_power_of_2(D)},
         reads=_launch.nbytes(anchors),
         writes=_launch.nbytes(table),
     )
@@ -165,7 +165,7 @@ def log_sums(
     one). With base pixels everything is read, and no similarity is kept.
     """
     L, N, D = table.shape
-    dtype = features[0].dtype
+    dtype, shapes = features[0].dtype, _launch.shapes(features)
     shared = {"e": code.e, "table": table, "temperature": _launch.bits(temperature), "N": N}
     constants = {"NORMALIZE": normalize, "ACC": _launch.triton_type(table.dtype)}
     Z = torch.empty(L, N, dtype=table.dtype, device=table.device)
@@ -177,8 +177,8 @@ def log_sums(
             {**shared, "similarity": similarity, "largest": sums.largest},
             {**tiles("_hard_similarities", dtype, D), **constants},
         )
-        runs, blocks = _launch.flat_geometry(features, PIXELS)
-        headroom = _launch.headroom(_launch.pixels(*features))
+        runs, blocks = _launch.flat_geometry(shapes, PIXELS)
+        headroom = _launch.headroom(_launch.pixels(shapes))
         both = {"largest": sums.largest, "total": sums.total, "headroom": headroom, "N": N}
         _launch.launch(
             _exponentials,
@@ -187,12 +187,12 @@ def log_sums(
             {"PIXELS": PIXELS},
             reads=_launch.nbytes(code.e, similarity),
         )
-        _launch.launch(_hard_log_sums, (L,), {**both, "Z": Z}, {"BINS": triton.next_power_of_2(N)})
+        _launch.launch(_hard_log_sums, (L,), {**both, "Z": Z}, {"BINS": next_power_of_2(N)})
         return Z, similarity
     taken = tiles("_dense_similarities", dtype, D, "K", "CLASSES")
-    at_once = min(taken["CLASSES"], max(16, triton.next_power_of_2(N)))
-    taken = {**taken, "CLASSES": at_once, "ROUNDS": triton.cdiv(N, at_once)}
-    blocks = _launch.blocks_of_layers(features, taken)
+    at_once = min(taken["CLASSES"], max(16, next_power_of_2(N)))
+    taken = {**taken, "CLASSES": at_once, "ROUNDS": _launch.ceil_div(N, at_once)}
+    blocks = _launch.blocks_of_layers(shapes, taken["ROWS"], taken["P"])
     first = [sum(blocks[:i]) for i in range(L)]
     partial = torch.empty(2, sum(blocks), N, dtype=table.dtype, device=table.device)
     _launch.sweep(
@@ -245,11 +245,11 @@ def moments(
         | {**scales.arguments(), "N": N},
         {
             **taken,
-            "BINS": triton.next_power_of_2(N),
+            "BINS": next_power_of_2(N),
             "NORMALIZE": scales.reach is None,
             "ACC": _launch.triton_type(table.dtype),
         },
-        parts=triton.cdiv(D, taken["COLUMNS"]),
+        splits=_launch.ceil_div(D, taken["COLUMNS"]),
     )
 
 
@@ -287,8 +287,8 @@ def finish(
         {
             "L": L,
             "D": D,
-            "BLOCK": triton.next_power_of_2(D),
-            "BINS": triton.next_power_of_2(N),
+            "BLOCK": next_power_of_2(D),
+            "BINS": next_power_of_2(N),
             "PULL_ROW": pull.shape[2],
             "NORMALIZE": scales.reach is None,
             "NORMALIZE_ANCHORS": normalize_anchors,
