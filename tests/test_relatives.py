@@ -455,6 +455,7 @@ def test_one_loop_over_all_of_them():
     assert all(value.ndim == 0 and value > 0 for value in values)
     assert all(set(criterion.last) >= {"loss"} for criterion in criteria)
     assert all("num_classes=4" in repr(criterion) for criterion in criteria)
+    assert "rows=Sampler(kind='hard-easy', max_samples=60, max_views=6" in repr(criteria[1])
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -562,6 +563,20 @@ def test_samplers_take_each_others_place():
         assert torch.equal(
             of(layers, labels, logits), LOSSES[name](sampler=lambda *inputs: BASE(*inputs))(layers, labels, logits)
         )
+
+
+def test_a_rule_that_chooses_more_than_the_cap_is_drawn_from_in_all_images():
+    """Not cut off in raster order, which would leave the last images and the bottom of the others out."""
+    x, _, logits = batch(B=4)
+    labels = torch.arange(4).reshape(4, 1, 1).expand(4, 18, 24).contiguous()  # an image, a class
+    loss = LOSSES["pixel"](sampler=everywhere, max_samples=40)
+    of = leaves(x)
+    loss(of, labels, logits).backward()
+    assert loss.last["samples"] == 40
+    drawn = of[0].grad.any(1)
+    assert drawn.sum() == 40
+    assert drawn.flatten(1).any(1).all()
+    assert drawn[:, 5:].any()
 
 
 def test_contextrasts_negatives_are_columns_of_info_nce():

@@ -8,7 +8,7 @@ from inputs import scene
 from scipy import stats
 
 import contextrast_kernels as ck
-from contextrast_kernels.relatives.samplers import SAMPLERS, indices_of, rank_in_segment, take_rows
+from contextrast_kernels.relatives.samplers import SAMPLERS, indices_of, rank_in_segment, take_rows, thinned
 
 pytestmark = pytest.mark.usefixtures("reference", "one_thread")
 
@@ -141,12 +141,25 @@ def test_bane_takes_hard_pixels_at_the_edge_of_their_error_region():
 
 def test_rank_in_segment_counts_those_before(rng):
     segment = torch.from_numpy(rng.integers(0, 6, (4, 17)))
-    order = torch.from_numpy(rng.permutation(68).reshape(4, 17))
-    rank = rank_in_segment(segment, 5, order)
+    # With equal ones: two images give the pixels of one place the same hash.
+    order = torch.from_numpy(rng.integers(0, 30, (4, 17)))
+    rank, place = rank_in_segment(segment, 5, order), torch.arange(68).reshape(4, 17)
     for at in np.ndindex(4, 17):
         if segment[at] < 5:
-            assert rank[at] == ((segment == segment[at]) & (order < order[at])).sum()
+            before = (order < order[at]) | ((order == order[at]) & (place < place[at]))
+            assert rank[at] == ((segment == segment[at]) & before).sum()
     assert rank_in_segment(segment[:0], 5, order[:0]).shape == (0, 17)
+
+
+def test_thinned_keeps_the_first_of_the_chosen_and_all_where_they_are_few(rng):
+    chosen, order = torch.from_numpy(rng.random((3, 9)) < 0.4), torch.from_numpy(rng.permutation(27).reshape(3, 9))
+    total = int(chosen.sum())
+    for most in (0, 1, total - 1, total, 27):
+        kept = thinned(chosen, most, order)
+        assert kept.sum() == min(most, total)
+        assert not (kept & ~chosen).any()
+        if 0 < most < total:
+            assert order[kept].max() < order[chosen & ~kept].min()
 
 
 def test_indices_of_are_the_first_ones(rng):
@@ -155,7 +168,7 @@ def test_indices_of_are_the_first_ones(rng):
     for most in (0, 1, len(found) - 1, len(found), len(found) + 1, 27):
         index, filled = indices_of(chosen, most)
         n = min(most, len(found))
-        assert index.tolist() == found[:n].tolist() + [0] * (most - n)
+        assert index.tolist() == found[:n].tolist() + list(range(n, most))
         assert filled.tolist() == [True] * n + [False] * (most - n)
 
 

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from contextrast_kernels import checks, maps
-from contextrast_kernels.relatives.samplers import SAMPLERS, Sampler, sampled_rows
+from contextrast_kernels.hashing import image_hash
+from contextrast_kernels.relatives.samplers import SAMPLERS, Sampler, sampled_rows, thinned
 
 
 class RelativeLoss(nn.Module):
@@ -40,7 +41,8 @@ class RelativeLoss(nn.Module):
         return targets, maps.predicted_classes(predictions, *size)
 
     def extra_repr(self) -> str:
-        shown = {name: value for name, value in vars(self).items() if isinstance(value, int | float | str | tuple)}
+        told = int | float | str | tuple | Rows
+        shown = {name: value for name, value in vars(self).items() if isinstance(value, told)}
         return ", ".join(f"{name}={value!r}" for name, value in shown.items() if name[0] != "_" and name != "training")
 
 
@@ -71,6 +73,9 @@ class Rows:
             sampler = replace(default, kind=sampler)
         self.sampler, self.default = sampler, default
 
+    def __repr__(self) -> str:
+        return repr(self.sampler)
+
     def __call__(
         self,
         x: Tensor,
@@ -90,6 +95,9 @@ class Rows:
             )
         of = self.sampler if isinstance(self.sampler, Sampler) else self.default
         most = of.most(x.shape[0], num_classes, x.shape[2] * x.shape[3])
+        if of is not self.sampler:  # a rule of the user's, which keeps no cap
+            order = image_hash(seed, stream, *x.shape[2:], x.device).expand_as(targets)
+            chosen = thinned(chosen & (targets >= 0), most, order)
         return sampled_rows(x, targets, chosen, most, normalize)
 
 

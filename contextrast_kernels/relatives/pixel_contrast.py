@@ -56,7 +56,7 @@ class PixelContrastLoss(SampledLoss):
         ignore_index: the label of pixels that take no part.
         temperature: τ.
         sampler: "hard-easy" (the published quota), "bane", "common-count" or "uniform" (see ``Sampler``), or any
-            callable of the same signature, of whose pixels as many as "hard-easy" could choose are taken.
+            callable of the same signature; where it chooses more pixels than "hard-easy" could, as many are drawn.
         max_samples, max_views, min_pixels: the sampler's. As published, a class with at most ``max_views`` pixels in an
             image takes no part; for small images set ``min_pixels``.
         bank: a MemoryBank. Its entries take the place of the batch's pixels as columns; after each training forward

@@ -28,6 +28,7 @@ from contextrast_kernels.relatives.samplers import (
     rank_in_segment,
     segment_counts,
     take_rows,
+    thinned,
 )
 
 
@@ -175,7 +176,7 @@ class PNELoss(SampledLoss):
         most = min(hard.numel(), hard.shape[0] * self.num_classes * (self.num_classes - 1) * self.set_size)
         if most > self.max_samples:
             most = self.max_samples
-            hard = hard & (rank_in_segment((~hard).long(), 1, order) < most)
+            hard = thinned(hard, most, order)
         return indices_of(hard, most)
 
     @staticmethod

@@ -123,12 +123,12 @@ def segment_counts(segment: Tensor, segments: int) -> Tensor:
 
 
 def rank_in_segment(segment: Tensor, segments: int, order: Tensor) -> Tensor:
-    """The place of every element among those of its segment, in ascending ``order`` (equal ones: any).
+    """The place of every element among those of its segment, in ascending ``order`` (equal ones: as they stand).
 
     ``segment`` int64 in 0..segments, the last for elements that are in none, whose rank means nothing.
     """
     flat = segment.flatten()
-    by_order = order.flatten().argsort()
+    by_order = order.flatten().argsort(stable=True)
     ordered, by_segment = flat[by_order].sort(stable=True)
     counts = segment_counts(segment, segments)
     first = F.pad(counts.cumsum(0), (1, 0))  # the first place of each segment, and of the rest
@@ -139,15 +139,22 @@ def rank_in_segment(segment: Tensor, segments: int, order: Tensor) -> Tensor:
 def indices_of(chosen: Tensor, most: int) -> tuple[Tensor, Tensor]:
     """The flat indices of the chosen elements, int64 (most,), and which of them are filled, bool (most,).
 
-    In ascending order, the filled ones first, the others 0. More than ``most`` are cut off.
+    In ascending order, the filled ones first; the i-th of the others is i: the gradients of rows that read one element
+    are added one after another, so no element stands in for all of them. More than ``most``, which is at most the
+    number of elements, are cut off.
     """
     flat = chosen.flatten()
     place = flat.cumsum(0) - 1
     slot = torch.where(flat & (place < most), place, most)
     every = torch.arange(flat.shape[0], device=flat.device)
     index = every.new_zeros(most + 1).scatter(0, slot, every)[:-1]
-    filled = torch.arange(most, device=flat.device) < flat.sum()
-    return torch.where(filled, index, 0), filled
+    filled = every[:most] < flat.sum()
+    return torch.where(filled, index, every[:most]), filled
+
+
+def thinned(chosen: Tensor, most: int, order: Tensor) -> Tensor:
+    """The chosen elements, or the first ``most`` of them in ascending ``order`` if there are more."""
+    return chosen & (rank_in_segment((~chosen).long(), 1, order) < most)
 
 
 def take_rows(features: Tensor, index: Tensor, filled: Tensor, normalize: bool) -> Tensor:
