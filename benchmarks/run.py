@@ -5,8 +5,8 @@
     python -m benchmarks.run --out FOLDER --tiny               every path, small, untimed: without a GPU the default
 
 Every row is compared with the definition in float64 (integers with ==) before it is timed; one that differs is written
-down as failed. Rows go to the file one by one. --minutes ends a run early: the next one goes on from there. The exit
-status is 1 if a row failed.
+down as failed. Rows go to the file one by one. --minutes ends a run early: the next one goes on from there, looks again
+for what was absent and, last, tries again what failed. The exit status is 1 if a row failed.
 """
 
 import argparse
@@ -18,7 +18,7 @@ import pathlib
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -125,10 +125,11 @@ class Machine:
             }
         return outcome
 
-    def row(self, case: Case | None, **columns) -> Row:
+    def row(self, case: Case, **columns) -> Row:
         threads = {} if self.on_gpu else {"threads": torch.get_num_threads()}
-        of_case = results.of_case(case) if case else {}
-        return Row(**{**of_case, **threads, **columns}, **self.environment)
+        of_case = results.of_case(case)
+        labels = {"case": f"{case.name} on CamVid"} if self.frames else {}
+        return Row(**{**of_case, **labels, **threads, **columns}, **self.environment)
 
 
 def captured(call: Callable[[], Any]) -> Callable[[], Any]:
@@ -439,12 +440,14 @@ def selection_jobs(machine: Machine, case: Case) -> Iterator[Job]:
 
     def run(mode):
         classes, distance_sq, expected = given()
-        seed = torch.tensor([SEED], device=machine.device)
-        call = functools.partial(ck.select_nearest, classes, distance_sq, 0.5, num_classes=case.num_classes, seed=seed)
+        options = {"num_classes": case.num_classes, "seed": torch.tensor([SEED], device=machine.device)}
+        count = 1 if machine.tiny else measure.copies(measure.nbytes([classes, distance_sq]), machine.device)
+        copies = [(classes.clone(), distance_sq.clone(), 0.5) for _ in range(count)]
+        calls = [functools.partial(ck.select_nearest, *copy, **options) for copy in copies]
         if mode == "graph":
-            call = captured(call)
-        equal([call()], [expected])
-        return machine.outcome([call], count=mode == "eager") | {"exact": "yes"}
+            calls = [captured(call) for call in calls]
+        equal([calls[0]()], [expected])
+        return machine.outcome(calls, count=mode == "eager") | {"exact": "yes"}
 
     what = "select_nearest"
     for mode in machine.modes:
@@ -553,9 +556,9 @@ def step_part(machine: Machine, names: Sequence[str]) -> Iterator[Job]:
 
 def run_step(machine: Machine, case: Case, backbone: str, by: str | None) -> dict:
     torch.manual_seed(SEED)
+    body, widths = BACKBONES[backbone]()
     labels, _ = (x.to(machine.device) for x in case.label_maps(SEED, machine.frames))
     images = torch.rand(case.batch, 3, case.height, case.width).to(machine.device, memory_format=torch.channels_last)
-    body, widths = BACKBONES[backbone]()
     network = Segmenter(body, widths, case.num_classes, case.channels).to(machine.device)
     network = network.to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9)
@@ -621,7 +624,7 @@ def measured(job: Job, machine: Machine, seconds: float) -> Row:
     try:
         with at_most(seconds):
             return replace(job.row, **job.run())
-    except (Absent, ImportError) as error:
+    except Absent as error:
         status = f"absent: {error}"
     except measure.Differs as error:
         status = f"failed: differs from the definition: {error}"
@@ -629,6 +632,23 @@ def measured(job: Job, machine: Machine, seconds: float) -> Row:
         status = peers.failure(error)
         machine.kept.clear()
     return replace(job.row, status=status)
+
+
+def answers(device: torch.device) -> bool:
+    """False once a kernel has gone wrong in a way that CUDA does not forgive its process."""
+    try:
+        return not torch.zeros(1, device=device).item()
+    except RuntimeError:
+        return False
+
+
+def to_do(jobs: Iterable[Job], known: dict[tuple, Row]) -> list[Job]:
+    """What the file does not have, then what failed: what takes the device down would take the rest with it."""
+    states = [(job, known[job.row.measured].status if job.row.measured in known else "absent") for job in jobs]
+    return [
+        *(job for job, status in states if status.startswith("absent")),
+        *(job for job, status in states if status.startswith("failed")),
+    ]
 
 
 def check(options: argparse.Namespace) -> None:
@@ -671,19 +691,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--out: {error}")
 
     ends = time.monotonic() + 60 * options.minutes
-    failures = left = 0
-    for part in options.parts:
-        more = {"folder": options.peers} if part == "peers" else {}
-        for job in PARTS[part](machine, options.cases, **more):
-            if job.row.measured in known and not known[job.row.measured].status.startswith("failed"):
-                continue
-            if time.monotonic() > ends:
-                left += 1
-                continue
-            row = measured(job, machine, options.row_seconds)
+    more = {"peers": {"folder": options.peers}}
+    jobs = to_do(
+        (job for part in options.parts for job in PARTS[part](machine, options.cases, **more.get(part, {}))), known
+    )
+    failures = 0
+    while jobs and time.monotonic() <= ends:
+        job = jobs.pop(0)
+        row = measured(job, machine, options.row_seconds)
+        failed = row.status.startswith("failed")
+        if failed or row != known.get(row.measured):
             results.record(path, row)
-            failures += job.ours and row.status.startswith("failed")
             print(line(row), flush=True)
+        failures += job.ours and failed
+        if failed and not answers(machine.device):
+            print("the device answers nothing any more in this process")
+            break
+    left = len(jobs)
     print(
         f"{failures} rows failed; {left} rows left, run again to measure them"
         if left

@@ -218,6 +218,43 @@ def test_a_row_that_differs_or_crashes_is_written_down_as_failed(tmp_path, monke
 
 
 @cpu_only
+def test_after_a_row_that_takes_the_device_down_the_rest_comes_first(tmp_path, monkeypatch, capsys):
+    def broken(classes, squared=False):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(ck, "edge_distance", broken)
+    monkeypatch.setattr(run, "answers", lambda device: False)
+    assert runs(tmp_path, "--parts", "edt") == 1
+    [first] = rows_in(tmp_path)
+    assert first.status.startswith("failed: RuntimeError: CUDA error") and "rows left" in capsys.readouterr().out
+    monkeypatch.undo()
+    assert runs(tmp_path, "--parts", "edt") == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) > 5 and printed[-2].startswith("edge_distance") and " int64 " in printed[-2]
+    assert rows_in(tmp_path)[-1].measured == first.measured and rows_in(tmp_path)[-1].status == "untimed"
+
+
+@cpu_only
+def test_what_was_absent_is_looked_for_again(tmp_path, capsys):
+    assert runs(tmp_path, "--parts", "peers") == 0
+    assert all("no checkout" in row.status for row in rows_in(tmp_path))
+    capsys.readouterr()
+    assert runs(tmp_path, "--parts", "peers") == 0
+    assert capsys.readouterr().out == "0 rows failed; complete\n"
+    (tmp_path / "peers" / "PNE_Loss").mkdir(parents=True)
+    assert runs(tmp_path, "--parts", "peers", "--peers", str(tmp_path / "peers")) == 0
+    assert [row.by for row in rows_in(tmp_path) if row.status.startswith("failed: ModuleNotFoundError")] == ["PNE_Loss"]
+
+
+def test_rows_of_real_labels_are_not_those_of_scenes(tmp_path):
+    names = set()
+    for frames in (None, tmp_path):
+        machine = run.Machine("cpu", tiny=True, seconds=1.0, frames=frames)
+        names |= {job.row.case for part in ("loss", "edt", "step") for job in run.PARTS[part](machine, ["camvid"])}
+    assert names == {"camvid tiny", "camvid tiny on CamVid"}
+
+
+@cpu_only
 def test_a_row_that_takes_too_long_is_given_up(tmp_path, monkeypatch):
     monkeypatch.setattr(ck, "edge_distance", lambda *_, **__: time.sleep(10))
     began = time.monotonic()
