@@ -144,6 +144,16 @@ def test_semi_hard_mining_equals_the_loops(rng, own, hardest, positives, negativ
         assert loss.item() == pytest.approx(expected, **CLOSE)
 
 
+def test_mining_holds_three_matrices_at_once(rng):
+    step = pytest.importorskip("contextrast_kernels.kernels.step", reason="triton is not installed")
+    R, C = 8, 20_000
+    rows, columns = (torch.from_numpy(rng.standard_normal((n, D))).float() for n in (R, C))
+    row_labels, column_labels = (torch.from_numpy(rng.integers(0, N, n)) for n in (R, C))
+    with step.Watch() as watch:
+        semi_hard_nce(rows.requires_grad_(), row_labels, columns, column_labels, 0.1, 0.1, 10, 10, 0).backward()
+    assert 3 <= watch.peak / (4 * R * C) < 3.2
+
+
 def test_mining_all_columns_is_no_mining(rng):
     rows, labels = torch.from_numpy(rng.standard_normal((15, D))), torch.from_numpy(rng.integers(0, 3, 15))
     mined = semi_hard_nce(rows, labels, None, None, 0.5, 1.0, 15, 15, 0)

@@ -195,29 +195,33 @@ def semi_hard_nce(
 
     Of every row's negatives the ``hardest`` share with the largest similarity is set aside, and ``negatives`` of these
     are drawn at random; of its positives the share with the smallest similarity, and ``positives`` of these. Shares
-    are rounded up. Stores rows x columns numbers, twice with their gradient. columns None: the rows themselves.
+    are rounded up. Holds three matrices of rows x columns numbers at once, or more where ``hardest`` is more than the
+    default. columns None: the rows themselves.
     """
     itself = columns is None
     if itself:
         columns, column_labels = rows, row_labels
     valid = row_labels >= 0
-    similarity = rows @ columns.T / temperature
-    same = row_labels.unsqueeze(1) == column_labels
-    counts = valid.unsqueeze(1) & (column_labels >= 0)
-    is_positive, is_negative = same & counts, ~same & counts
-    if itself:
-        is_positive = is_positive & ~torch.eye(rows.shape[0], dtype=torch.bool, device=rows.device)
-    s_negative, is_drawn_negative = _mined(
-        similarity, is_negative, hardest, negatives, seed, STREAM_MINED_NEGATIVES, largest=True
-    )
-    s_positive, is_drawn_positive = _mined(
-        similarity, is_positive, hardest, positives, seed, STREAM_MINED_POSITIVES, largest=False
-    )
-    has_negative = is_drawn_negative.any(1, keepdim=True)
-    lse = torch.where(is_drawn_negative, s_negative, -torch.inf)
+    similarity = rows / temperature @ columns.T
+    with torch.no_grad():
+        same = row_labels.unsqueeze(1) == column_labels
+        is_pair = valid.unsqueeze(1) & (column_labels >= 0)
+        if itself:
+            is_pair.fill_diagonal_(False)
+        of_negatives, is_negative = _mined(
+            similarity, is_pair & ~same, hardest, negatives, seed, STREAM_MINED_NEGATIVES, largest=True
+        )
+        of_positives, is_positive = _mined(
+            similarity, is_pair & same, hardest, positives, seed, STREAM_MINED_POSITIVES, largest=False
+        )
+    # One gather, so that the gradient is one matrix.
+    drawn = similarity.gather(1, torch.cat([of_negatives, of_positives], 1))
+    s_negative, s_positive = drawn.split([of_negatives.shape[1], of_positives.shape[1]], 1)
+    has_negative = is_negative.any(1, keepdim=True)
+    lse = torch.where(is_negative, s_negative, -torch.inf)
     lse = torch.where(has_negative, lse, 0.0).logsumexp(1, keepdim=True)
-    term = torch.where(is_drawn_positive & has_negative, -F.logsigmoid(s_positive - lse), 0.0)
-    of_row = term.sum(1) / is_drawn_positive.sum(1).clamp(min=1)
+    term = torch.where(is_positive & has_negative, -F.logsigmoid(s_positive - lse), 0.0)
+    of_row = term.sum(1) / is_positive.sum(1).clamp(min=1)
     # 0 · x carries a NaN or inf of a row that is in no term, and the graph.
     return of_row.sum() / valid.sum().clamp(min=1) + (0.0 * rows).sum()
 
@@ -225,11 +229,12 @@ def semi_hard_nce(
 def _mined(
     similarity: Tensor, among: Tensor, hardest: float, draw: int, seed: int | Tensor, stream: int, *, largest: bool
 ) -> tuple[Tensor, Tensor]:
-    """``draw`` random similarities of each row's hardest share, and which of them there are: (R, draw) or fewer."""
+    """The columns of ``draw`` random pairs of each row's hardest share, and which of them there are: (R, draw) or
+    fewer."""
     R, C = similarity.shape
     most = math.ceil(hardest * C)
     outside = -torch.inf if largest else torch.inf
-    hard = torch.where(among, similarity, outside).topk(most, dim=1, largest=largest).values
+    hard = torch.where(among, similarity, outside).topk(most, dim=1, largest=largest).indices
     share = (among.sum(1, keepdim=True).double() * hardest).ceil()
     place = torch.arange(most, device=similarity.device)
     eligible = place < share
@@ -238,4 +243,4 @@ def _mined(
         key = torch.where(eligible, pixel_hash(seed, stream, pair & 0xFFFFFFFF), 2**32)
         kept = key.topk(draw, dim=1, largest=False).indices
         hard, eligible = hard.gather(1, kept), eligible.gather(1, kept)
-    return torch.where(eligible, hard, 0.0), eligible
+    return hard, eligible
