@@ -79,6 +79,8 @@ def test_a_maximum_of_floats_as_integers_begins_at_zero(rng, dtype):
     # float64 gives its last bit away: what a sum is taken relative to need not be its largest term exactly.
     assert ((back[values.isfinite()] - finite).abs() <= info.eps * finite.abs() + info.smallest_subnormal).all()
     assert back[[0, 12]].isnan().all()
-    negative_nan = torch.tensor([-torch.nan] * 16, dtype=dtype, device=DEVICE)
-    _order[(1,)](negative_nan, keys, back, SIZE=16)
+    of_infinity = keys[11].item()
+    bits = torch.full((16,), -1, dtype=torch.int32 if dtype == torch.float32 else torch.int64, device=DEVICE)
+    _order[(1,)](bits.view(dtype), keys, back, SIZE=16)  # NaN with a sign
+    assert (keys > of_infinity).all()
     assert back.isnan().all()
