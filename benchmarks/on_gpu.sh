@@ -76,6 +76,8 @@ sources=$(find CMakeLists.txt csrc contextrast_kernels benchmarks tests -type f 
 gpu=""
 "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2> /dev/null && gpu=1
 [[ -n $gpu ]] || tiny=1
+[[ -n $tiny || " ${wanted[*]}" != *" bench/"* || -n ${CONTEXTRAST_COMMIT-} ]] || git rev-parse HEAD > /dev/null 2>&1 ||
+  die "set CONTEXTRAST_COMMIT to the commit of this checkout, which has no git: a row without one is not a result"
 finished=$KEEP/finished/$sources${tiny:+-tiny}
 results=$KEEP/results
 mkdir -p "$finished" "$KEEP/logs" "$results"

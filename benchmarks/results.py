@@ -122,13 +122,17 @@ def environment(device: str | torch.device = "cpu") -> dict:
     on_gpu = torch.device(device).type == "cuda"
     return {
         "device": torch.cuda.get_device_name(device) if on_gpu else cpu_name(),
-        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "-i", "0")
-        if on_gpu
-        else "",
+        "driver": driver() if on_gpu else "",
         "torch": torch.__version__,
         "triton": _version("triton"),
         "commit": commit(),
     }
+
+
+def driver() -> str:
+    """Never empty, since a row that has one is a GPU's."""
+    version = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "-i", "0")
+    return version or "unknown"
 
 
 def cpu_name() -> str:

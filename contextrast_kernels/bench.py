@@ -14,6 +14,7 @@ import torch
 
 import contextrast_kernels as ck
 from contextrast_kernels import measure
+from contextrast_kernels.backend import MOST_CHANNELS, MOST_CLASSES
 from contextrast_kernels.cases import CASES, LAYER_SETS, LAYOUTS, REGIMES, Case
 from contextrast_kernels.demo.scenes import DataError
 
@@ -55,8 +56,10 @@ def main(arguments: list[str]) -> int:
         parser.error(f"--seconds: expected above 0 and at most 600, got {options.seconds}")
     case = _case(options, parser)
     if options.plan:
-        if not case.channels <= 1024:
-            parser.error(f"--channels: expected 1 to 1024, which the kernels take, got {case.channels}")
+        if case.channels > MOST_CHANNELS:
+            parser.error(f"--channels: expected 1 to {MOST_CHANNELS}, which the kernels take, got {case.channels}")
+        if case.num_classes > MOST_CLASSES:
+            parser.error(f"--classes: expected 2 to {MOST_CLASSES}, which the kernels take, got {case.num_classes}")
         try:
             from contextrast_kernels.kernels import step
         except ImportError as error:
@@ -111,12 +114,11 @@ def _case(options: argparse.Namespace, parser: argparse.ArgumentParser) -> Case:
 # ------------------------------------------------------------------------------------------------------------ measured
 
 
-def implementations(device: torch.device) -> dict[str, str]:
-    """What runs by itself on a device, by name, and the definition: name → backend."""
+def implementations(device: torch.device, case: Case) -> dict[str, str]:
+    """What runs by itself for a case on a device, by name, and the definition: name → backend."""
     status = ck.available()
-    parts = [
-        name for name in ("triton", "native") if status[name] == "ok" and (name == "native" or device.type == "cuda")
-    ]
+    fused = device.type == "cuda" and case.num_classes <= MOST_CLASSES and case.channels <= MOST_CHANNELS
+    parts = [name for name in ("triton", "native") if status[name] == "ok" and (name == "native" or fused)]
     fast = parts if "triton" in parts else [*parts, "reference"]
     return {" + ".join(fast): "auto", "reference": "reference"}
 
@@ -138,7 +140,7 @@ def compare(case: Case, base_rate: float, frames: pathlib.Path | None, seconds: 
         exact = measure.truth(loss, inputs.features)
     leaves = [x.requires_grad_() for x in inputs.features]
     rows, differs = {}, []
-    for name, backend in implementations(device).items():
+    for name, backend in implementations(device, case).items():
         with ck.backend(backend):
             result = step()
             try:

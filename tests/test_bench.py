@@ -1,10 +1,12 @@
 """``python -m contextrast_kernels bench``: a table for the user's shapes, or one sentence."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 import contextrast_kernels as ck
-from contextrast_kernels import bench
+from contextrast_kernels import bench, cases
 from contextrast_kernels.__main__ import main
 from contextrast_kernels.backend import _requested
 
@@ -21,13 +23,21 @@ def test_a_table_of_the_users_shapes(capsys, more):
     captured = capsys.readouterr()
     rows = rows_of(captured.out)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    assert set(bench.implementations(device)) <= set(rows)
+    assert set(bench.implementations(device, cases.CASES["camvid"])) <= set(rows)
     forward, both, faster, memory, loss_error, gradient_error = rows["reference"]
     assert forward.endswith(" ms") and both.endswith(" ms") and faster == "1.0" and memory.endswith(" MiB")
     assert float(memory.removesuffix(" MiB")) > 0
     assert 0 <= float(loss_error) < 1e-2 and 0 < float(gradient_error) < 1e-2
     assert "B 2, 64 x 96, N 5, D 8" in captured.out
     assert captured.err == ""
+
+
+def test_what_the_kernels_do_not_take_is_not_called_fused(monkeypatch):
+    monkeypatch.setattr(ck, "available", lambda: {"triton": "ok", "native": "ok", "reference": "ok"})
+    case, gpu = cases.CASES["camvid"], torch.device("cuda")
+    assert list(bench.implementations(gpu, case)) == ["triton + native", "reference"]
+    for beyond in ({"num_classes": 257}, {"channels": 1025}):
+        assert list(bench.implementations(gpu, replace(case, **beyond))) == ["native + reference", "reference"]
 
 
 def test_a_result_that_differs_is_said_and_the_status_is_1(capsys, monkeypatch):
@@ -37,7 +47,7 @@ def test_a_result_that_differs_is_said_and_the_status_is_1(capsys, monkeypatch):
         return exact(*args, **options) * (1.0 if _requested() == "reference" else 1.01)
 
     monkeypatch.setattr(ck, "contextrast_loss", broken)
-    monkeypatch.setattr(bench, "implementations", lambda device: {"broken": "auto", "reference": "reference"})
+    monkeypatch.setattr(bench, "implementations", lambda *_: {"broken": "auto", "reference": "reference"})
     assert main(["bench", *SMALL, "--dtype", "float32"]) == 1
     assert "not the definition's result: broken: relative error of the loss 1.0e-02" in capsys.readouterr().out
 
@@ -56,6 +66,7 @@ def test_a_result_that_differs_is_said_and_the_status_is_1(capsys, monkeypatch):
         (["--dtype", "float32"], "expected --shape B,H,W with --classes N, or --case"),
         (["--case", "camvid", "--channels", "0"], "--channels: expected at least 1"),
         (["--plan", "--channels", "2000"], "--channels: expected 1 to 1024"),
+        (["--plan", "--shape", "2,64,64", "--classes", "257"], "--classes: expected 2 to 256"),
         (["--case", "camvid", "--regime", "tired"], "--regime: expected one of"),
         (["--case", "camvid", "--base-rate", "nan"], "--base-rate: expected 0 to 1"),
         (["--case", "camvid", "--seconds", "0"], "--seconds: expected above 0"),

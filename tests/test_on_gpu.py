@@ -10,7 +10,7 @@ import tarfile
 
 import pytest
 
-from benchmarks import results, run
+from benchmarks import peers, results, run
 
 ROOT = pathlib.Path(__file__).parent.parent
 SCRIPT = ROOT / "benchmarks" / "on_gpu.sh"
@@ -52,13 +52,14 @@ class Machine:
                 "KEEP": str(self.keep),
                 "RESULTS": str(self.keep / "results"),
                 "PYTHON": "python3",
+                "CONTEXTRAST_COMMIT": "0123456",
             },
         }
 
-    def run(self, *arguments, **environment):
+    def run(self, *arguments, script=SCRIPT, **environment):
         self.calls.write_text("")
         done = subprocess.run(
-            [SCRIPT, *arguments], env=self.environment | environment, capture_output=True, text=True, timeout=120
+            [script, *arguments], env=self.environment | environment, capture_output=True, text=True, timeout=120
         )
         states = {}
         for line in done.stdout.splitlines():
@@ -153,6 +154,28 @@ def test_what_it_cannot_do_is_said_in_a_sentence(without_gpu, arguments, sentenc
 def test_without_a_folder_for_the_results_nothing_is_run(without_gpu):
     done, _ = without_gpu.run("all", OUT="")
     assert done.returncode == 2 and "set OUT to the folder" in done.stderr
+
+
+def test_rows_that_would_name_no_commit_are_not_measured(with_gpu, tmp_path):
+    elsewhere = tmp_path / "unpacked" / "benchmarks"
+    elsewhere.mkdir(parents=True)
+    script = shutil.copy(SCRIPT, elsewhere)
+    done, states = with_gpu.run(
+        "bench/loss", script=script, CONTEXTRAST_COMMIT="", GIT_CEILING_DIRECTORIES=str(tmp_path)
+    )
+    assert done.returncode == 2 and not states and "set CONTEXTRAST_COMMIT" in done.stderr
+    assert with_gpu.run("bench/loss", script=script)[1] == {"bench/loss": "ok"}
+
+
+def test_the_script_and_the_runner_understand_each_other(tmp_path):
+    """A real step: its rows arrive, what the runner says at its end is understood, and it is finished once."""
+    environment = os.environ | {"OUT": str(tmp_path), "PYTHON": sys.executable, "PEERS": "."}
+    for state in ("ok", "finished before"):
+        command = [SCRIPT, "--tiny", "--minutes", "9", "bench/peers"]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0 and f"s  {state}\n" in done.stdout, done.stdout + done.stderr
+    rows = results.read_all(tmp_path / "results")
+    assert {row.by for row in rows} == set(peers.RELATIVES)
 
 
 def test_help_names_every_step_and_dry_runs_none(without_gpu):
