@@ -2,6 +2,7 @@
 
     pytest benchmarks/bench_host.py --benchmark-enable
 
+Launches, ops and allocations of a step are in the benchmarks' extra_info, which --benchmark-json writes down.
 `python -m benchmarks.host` takes the calls in turn, and writes rows; its multiples are the ones to quote.
 """
 
@@ -15,16 +16,23 @@ NAMES = ("plain custom_op", "contextrast_loss", "ContextrastLoss", "class_anchor
 
 
 @pytest.fixture(scope="module")
-def calls():
+def launching():
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        with host.launching(device):
-            yield host.calls(device)
+        with host.launching(device) as launched:
+            yield host.calls(device), launched
     except RuntimeError as error:
         pytest.skip(str(error))
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_step_costs_the_host(benchmark, calls, name):
+def test_a_step_costs_the_host(benchmark, launching, name):
+    calls, launched = launching
     assert set(calls) == set(NAMES)
+    counts = host.count(calls[name], launched)
+    benchmark.extra_info |= {
+        "launches": len(counts.launches),
+        "ATen ops": sum(counts.ops.values()),
+        "allocations": counts.allocations,
+    }
     benchmark.pedantic(host.step, (calls[name],), rounds=30, iterations=10, warmup_rounds=3)

@@ -132,9 +132,8 @@ plan() {
       command=(benchmarks/sanitize.sh "${1#*/}") ;;
     train/demo) command=("$python" -m contextrast_kernels demo --out "$KEEP/demo" ${tiny:+--quick}) ;;
     train/camvid)
-      [[ -e benchmarks/train_camvid.py ]] || why="benchmarks/train_camvid.py is not written yet"
       [[ -n ${CAMVID-} ]] || why="set CAMVID to the folder with CamVid's frames"
-      command=("$python" benchmarks/train_camvid.py --root "${CAMVID-}" --out "$KEEP/camvid" ${tiny:+--quick}) ;;
+      command=("$python" -m contextrast_kernels demo --data camvid --root "${CAMVID-}" --out "$KEEP/camvid" ${tiny:+--quick}) ;;
   esac
 }
 

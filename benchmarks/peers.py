@@ -217,7 +217,7 @@ def losses(
     for name, adapter in RELATIVES.items():
         root = folder / name if folder else None
         if root is None or not root.is_dir():
-            peers.append(Peer(name, None, f"no checkout {name} in the folder given with --peers"))
+            peers.append(Peer(name, None, f"no checkout {name} in a folder given with --peers or CONTEXTRAST_PEERS"))
             continue
         try:
             with quiet():

@@ -120,12 +120,13 @@ def test_a_failing_step_stops_nothing_and_a_finished_one_is_not_repeated(without
 
 
 def test_with_a_gpu_nothing_is_small_or_left_out(with_gpu):
-    done, states = with_gpu.run("sanitize", "test", "bench/host", "bench/loss", "bench/peers", PEERS="/peers")
+    wanted = ("sanitize", "test", "bench/host", "bench/loss", "bench/peers", "train")
+    done, states = with_gpu.run(*wanted, PEERS="/peers", CAMVID="/frames")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert set(states.values()) == {"ok"} and len(states) == 11
+    assert set(states.values()) == {"ok"} and len(states) == 13
     called = with_gpu.calls.read_text()
     assert "--tiny" not in called and "-m gpu tests --ignore=tests/test_kernels.py" in called
-    assert "--parts peers --peers /peers" in called
+    assert "--parts peers --peers /peers" in called and "demo --data camvid --root /frames" in called
     assert done.stdout.splitlines()[-1] == "nothing is left"
 
 
