@@ -16,9 +16,11 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import astuple
 
+import torch
+
 from benchmarks import results
 from benchmarks.results import IDENTITY, Row
-from contextrast_kernels.cases import CASES, LAYER_SETS, REGIMES
+from contextrast_kernels.cases import CASES, LAYER_SETS, REGIMES, Case
 
 ROOT = pathlib.Path(__file__).parents[1]
 BLOCK = re.compile(r"(<!-- measured: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -118,11 +120,11 @@ def number(value: float | None, unit: str = "") -> str:
 
 def sources(rows: Sequence[Row]) -> str:
     """Where a table's numbers are from."""
-    places = grouped(rows, lambda row: (row.device, row.driver, row.torch, row.triton, row.commit))
     lines = []
-    for device, driver, torch, triton, commit in places:
-        versions = [f"driver {driver}" if driver else "", f"torch {torch}", f"Triton {triton}" if triton else ""]
-        lines.append(f"{device}, {', '.join(filter(None, versions))}, commit {commit}")
+    for row in map(first, grouped(rows, lambda row: (*place(row), row.driver, row.triton)).values()):
+        versions = (("driver", row.driver), ("torch", row.torch), ("Triton", row.triton))
+        named = ", ".join(f"{name} {version}" for name, version in versions if version)
+        lines.append(f"{row.device}, {named}, commit {row.commit}")
     return "Measured on " + "; ".join(lines) + "." if lines else ""
 
 
@@ -154,6 +156,16 @@ def described(row: Row) -> str:
     return f"{row.case}{sizes}, {row.regime}"
 
 
+def times_floor(row: Row) -> float | None:
+    """Its time over that of a copy of four times the features' bytes, three reads and a write: what forward and
+    backward cannot do without."""
+    if row.median_ms is None or row.copy_gb_s is None:
+        return None
+    strides, dtype = map(int, row.strides.split("-")), getattr(torch, row.dtype)
+    case = Case("", row.batch, row.height, row.width, row.classes, row.channels, tuple(strides), dtype)
+    return row.median_ms * row.copy_gb_s / (4 * case.feature_bytes / 1e6)
+
+
 def loss_on_gpu(rows: Sequence[Row]) -> str:
     """The fused loss beside its definition, plain and compiled: a line for each setting."""
     rows = [row for row in rows if row.what == BOTH and row.driver]
@@ -182,11 +194,12 @@ def loss_on_gpu(rows: Sequence[Row]) -> str:
                 number(eager and eager.launches),
                 number(eager and eager.syncs),
                 number(percent, " %"),
+                number(times_floor(row)),
             )
         )
     head = (
         *("case", "features", "CUDA graph", "eager", "× definition", "× torch.compile", "MiB: fused / definition"),
-        *("launches", "syncs", "of copy bandwidth"),
+        *("launches", "syncs", "of copy bandwidth", "× floor"),
     )
     return with_sources(table(head, lines), [row for row in rows if row.status == "ok"])
 
@@ -467,7 +480,8 @@ copies of the inputs that exceed the L2 cache, other people's code on one. Memor
 the call, above inputs and results. Where ours is slower, the row stays."""
 LOSS_ON_GPU = """\
 Forward and backward of all layers, negatives included. × is the other's time over that of the fused loss as a CUDA
-graph, or called where no graph was measured."""
+graph, or called where no graph was measured. The floor is the time of a copy of four times the features' bytes, three
+reads and one write, at the bandwidth measured in the same run."""
 ON_CPU = """\
 One map of 512 × 1024 pixels with 19 classes, int64 in, squared distances out. Transforms "on edges" are given the edges
 and do not pay for finding them. `edt`'s multi-label transform measures to the nearest pixel outside, another distance,

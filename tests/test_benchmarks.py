@@ -356,6 +356,7 @@ def test_a_report_of_every_kind_of_row(tmp_path):
     )
     assert f"{fused.median_ms:.3g} ms" in line and f"| {definition.median_ms / fused.median_ms:.3g} |" in line
     assert f"{fused.plan_mb / fused.median_ms / 43:.3g} %" in line
+    assert line.endswith(f"| {fused.median_ms / (4 * 348160 * 256 * 2 / 4300e6):.3g} |")
     assert "failed: RuntimeError: too slow" in page
     assert "Not measured" not in readme
     assert "driver 580.1, torch 2.11.0, Triton 3.6.0, commit 0123456" in readme
