@@ -726,8 +726,7 @@ def test_precision_of_other_cases_and_layouts(name, layout):
 
 
 @AT_REAL_SIZE
-@pytest.mark.parametrize("name", ["cityscapes", "ade20k"])
-@pytest.mark.parametrize("rate", [0.01, 1.0])
+@pytest.mark.parametrize(("name", "rate"), [("cityscapes", 0.01), ("cityscapes", 1.0), ("ade20k", 1.0)])
 def test_precision_of_dense_negatives(name, rate):
     xs, _, loss, _ = at_real_size(name, batch=1)
     assert_like_the_definition(lambda *xs: loss(*xs, base_rate=rate), xs)
@@ -759,12 +758,13 @@ def test_odd_sizes(size):
 def test_broken_pixels_of_a_real_batch(bad, layout):
     """At ignored pixels of every layer: the same bits. At one valid pixel: NaN."""
     xs, inputs, loss, case = at_real_size("cityscapes", batch=2, layout=layout)
+    inputs.labels[0, 0, 0] = 255  # what the first pixel of every layer is given
     with ck.backend("triton"):
         clean = run(loss, xs)
         for x in xs:
             ignored = targets(inputs.labels, *x.shape[2:], case.num_classes, 255) < 0
             x.data[:, 3].masked_fill_(ignored, bad)
-            assert ignored.any()
+            assert ignored[0, 0, 0]
         dirty = run(loss, xs)
         assert torch.equal(clean[0], dirty[0])
         assert torch.equal(clean[1], dirty[1])
