@@ -76,6 +76,13 @@ def class_map(name: str, value, *, shape: tuple | None = None) -> Tensor:
     return value
 
 
+def chosen(name: str, value, shape: tuple) -> Tensor:
+    """What a sampler returns."""
+    if not isinstance(value, Tensor) or value.dtype != torch.bool or value.shape != shape:
+        raise ValueError(f"{name}: expected it to return a bool map of shape {tuple(shape)}, got {describe(value)}")
+    return value
+
+
 def predictions(name: str, value, num_classes: int | None) -> Tensor:
     """A class map (B, H', W') of integers, or logits (B, N, H', W') of floats."""
     expected = "a class map (B, H', W') of integers or logits (B, N, H', W') of floats"

@@ -244,7 +244,8 @@ def _composed_loss(
             base = (image_hash(seed, STREAM_BASE + i, *size, x.device) < limit) & (target >= 0)
         elif options.base_sampler is not None:
             predicted = maps.predicted_classes(predictions, *size)
-            base = options.base_sampler(target, predicted, N, seed, STREAM_BASE + i) & (target >= 0)
+            base = options.base_sampler(target, predicted, N, seed, STREAM_BASE + i)
+            base = checks.chosen("base_sampler", base, target.shape) & (target >= 0)
         if base is not None:
             drawn_here = drawn_here | base
         losses.append(

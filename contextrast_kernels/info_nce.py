@@ -75,14 +75,14 @@ def info_nce(
         TypeError, ValueError: an argument of the wrong type, rank, size, range or device; the sentence names it.
         RuntimeError: a backend was asked for that cannot run.
     """
-    _check_rows("rows", rows, "row_labels", row_labels)
+    check_rows("rows", rows, "row_labels", row_labels)
     itself = columns is None
     if itself and column_labels is not None:
         raise ValueError("column_labels: expected None without columns; give both or neither")
     if not itself:
         if column_labels is None:
             raise ValueError("column_labels: expected labels (C,) of the columns, got None; give both or neither")
-        _check_rows("columns", columns, "column_labels", column_labels)
+        check_rows("columns", columns, "column_labels", column_labels)
         checks.together("rows", rows, "columns", columns, batch=False)
         if columns.shape[1] != rows.shape[1] or columns.dtype != rows.dtype:
             raise ValueError(
@@ -191,7 +191,8 @@ def _choose(rows: Tensor) -> str:
     return choose(rows, ("triton",), unfit)
 
 
-def _check_rows(name: str, rows: Tensor, labels_name: str, labels: Tensor) -> None:
+def check_rows(name: str, rows: Tensor, labels_name: str, labels: Tensor) -> None:
+    """A matrix (R, D), and an integer label for each of its rows."""
     checks.tensor(name, rows, "a floating-point matrix (R, D)")
     if not checks.is_floating(rows.dtype):
         raise TypeError(f"{name}: expected a floating-point matrix, got {checks.describe(rows)}")

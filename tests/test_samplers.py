@@ -44,6 +44,17 @@ def test_the_chosen_pixels_are_those_of_the_loops(rng, kind, max_samples, max_vi
         assert torch.equal(chosen, sampler(labels, predictions, N, torch.tensor(seed), 1003))
 
 
+@pytest.mark.parametrize("kind", SAMPLERS)
+def test_a_label_that_is_no_class_takes_no_part(rng, kind):
+    """Whatever its number: 255 is neither a pixel of another image's class nor out of bounds."""
+    labels, predictions = maps(rng)
+    expected = ck.Sampler(kind, 60, 7, 1)(labels, predictions, N, 5)
+    for nobody in (N, 255):
+        raw = torch.where(labels < 0, nobody, labels).to(torch.uint8)
+        assert torch.equal(ck.Sampler(kind, 60, 7, 1)(raw, predictions, N, 5), expected)
+    assert not expected[labels < 0].any()
+
+
 @pytest.mark.parametrize("right", range(8))
 @pytest.mark.parametrize("wrong", range(8))
 def test_every_case_of_the_quota(right, wrong):

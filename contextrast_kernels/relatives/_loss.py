@@ -88,11 +88,7 @@ class Rows:
     ) -> tuple[Tensor, Tensor]:
         """Embeddings (R, D) and labels (R,), -1 in rows that are left over."""
         chosen = self.sampler(targets, predicted, num_classes, seed, stream)
-        if chosen.dtype != torch.bool or chosen.shape != targets.shape:
-            raise ValueError(
-                f"sampler: expected it to return a bool map of shape {tuple(targets.shape)}, "
-                f"got {checks.describe(chosen)}"
-            )
+        checks.chosen("sampler", chosen, targets.shape)
         of = self.sampler if isinstance(self.sampler, Sampler) else self.default
         most = of.most(x.shape[0], num_classes, x.shape[2] * x.shape[3])
         if of is not self.sampler:  # a rule of the user's, which keeps no cap

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from contextrast_kernels import checks
+from contextrast_kernels.info_nce import check_rows
 from contextrast_kernels.relatives.samplers import rank_in_segment, segment_counts
 
 
@@ -77,12 +78,8 @@ class MemoryBank(nn.Module):
             TypeError, ValueError: an argument of the wrong type or size; the sentence names it.
         """
         checks.choice("queue", queue, self.QUEUES)
+        check_rows("embeddings", embeddings, "labels", labels)
         self.check_dim("embeddings", embeddings)
-        if labels.shape != embeddings.shape[:1]:
-            raise ValueError(
-                f"labels: expected shape ({embeddings.shape[0]},), one for each row, got {checks.describe(labels)}"
-            )
-        checks.together("embeddings", embeddings, "labels", labels, batch=False)
         self.follow(embeddings.device)
         which = self.QUEUES.index(queue)
         length, offset = self.lengths[which], sum(self.lengths[:which])
@@ -104,7 +101,7 @@ class MemoryBank(nn.Module):
         self.written[which].add_(count)
 
     def check_dim(self, name: str, embeddings: Tensor) -> None:
-        if embeddings.ndim < 2 or embeddings.shape[1] != self.dim:
+        if embeddings.shape[1] != self.dim:
             raise ValueError(
                 f"{name}: expected {self.dim} channels, as the memory bank has, got {checks.describe(embeddings)}; "
                 "make the bank with dim = the channels of the features"

@@ -1,8 +1,8 @@
 """Which pixels a loss contrasts: fixed shapes, no synchronisation, every draw a function of (seed, stream, pixel).
 
 A sampler is anything that is called as ``sampler(labels, predictions, num_classes, seed, stream)`` with a layer's label
-map and predicted class map, int64 (B, h, w), label -1 = no part, and returns a bool map of the chosen pixels. All
-losses of this folder, and ``contextrast_loss`` for its base pixels, take one.
+map and predicted class map, int64 (B, h, w), label -1 = no part, and returns a bool map of the chosen pixels.
+``PixelContrastLoss`` and ``MultiScaleContrastLoss`` take one, and ``contextrast_loss`` for its base pixels.
 
 The pixels of a pair (image, class) are drawn in the order of their hash, so a draw is uniform and without
 replacement. A pixel's hash depends on its place inside its image alone (``hashing.py``): not on batch, rank or device.
@@ -75,11 +75,19 @@ class Sampler:
         """The chosen pixels: bool (B, h, w).
 
         Args:
-            labels: int64 (B, h, w), -1 where a pixel takes no part.
-            predictions: int64 (B, h, w), the predicted classes.
+            labels: (B, h, w) integers; outside 0..N-1 a pixel takes no part.
+            predictions: (B, h, w) integers, the predicted classes.
             num_classes: N.
             seed, stream: of the draw (``hashing.py``).
+
+        Raises:
+            TypeError, ValueError: maps of the wrong type or size; the sentence names the argument.
         """
+        labels = checks.class_map("labels", labels)
+        predictions = checks.class_map("predictions", predictions, shape=labels.shape)
+        checks.together("labels", labels, "predictions", predictions)
+        labels, predictions = labels.long(), predictions.long()
+        labels = torch.where(labels < num_classes, labels, -1)
         batch, height, width = labels.shape
         image = torch.arange(batch, device=labels.device).reshape(-1, 1, 1)
         order = image_hash(seed, stream, height, width, labels.device).expand_as(labels)
