@@ -144,8 +144,7 @@ hand_over() {
     echo "sources $sources, $([[ -n $gpu ]] && echo "on a GPU" || echo "without a GPU")${tiny:+, small cases}"
     printf '%s\n' "${table[@]}"
   } > "$KEEP/summary.txt"
-  [[ $KEEP != "$OUT" ]] || return 0
-  cp "$KEEP/summary.txt" "$OUT"
+  [[ $KEEP == "$OUT" ]] || cp "$KEEP/summary.txt" "$OUT"
   cp "$results"/*.csv "$OUT" 2> /dev/null
   tar -C "$KEEP" -czf "$OUT/logs.tar.gz" $(cd "$KEEP" && ls -d logs demo camvid 2> /dev/null)
 }

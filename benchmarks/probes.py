@@ -228,6 +228,7 @@ def timed(call: Callable[[], Any], device: torch.device, repeats: int) -> dict:
 
 MAPS = ("edge distance", "selection", "window or bisection")
 """Questions without features."""
+FATAL = "failed: took the device down:"
 
 
 class Bench:
@@ -239,11 +240,13 @@ class Bench:
         path = results.path_of(self.environment["device"], out) if out else None
         self.path = path
         rows = results.read(path) if path else []
-        self.known = {row.measured for row in rows if not row.status.startswith("failed")}
+        again = [row for row in rows if row.status.startswith("failed") and not row.status.startswith(FATAL)]
+        self.known = {row.measured for row in rows} - {row.measured for row in again}
         self.failed = False
 
     def probe(self, question: str, variation: str, case: Case, expected: str, run: Callable[[], dict]):
-        """Measures one row, unless it was; a failure is a row too."""
+        """Measures one row, unless it was; a failure is a row too. One that takes the device down ends the program and
+        is not tried again at this commit."""
         row = results.Row(
             what=f"probe: {question}",
             by=variation,
@@ -262,7 +265,8 @@ class Bench:
             outcome = {"status": f"absent: {reason}"}
         except Exception as error:
             lines = str(error).strip().splitlines() or [""]
-            outcome = {"status": f"failed: {type(error).__name__}: {lines[0]}"}
+            fatal = not measure.answers(self.device)
+            outcome = {"status": f"{FATAL if fatal else 'failed:'} {type(error).__name__}: {lines[0]}"}
             self.failed = True
         row = replace(row, **outcome)
         value = f"{row.value:.4g} {row.unit}" if row.value is not None else row.status
@@ -271,6 +275,8 @@ class Bench:
         print(f"{question:24}{variation:52}{layout}{found:>14}   expected: {expected or '-'}", flush=True)
         if self.path:
             results.record(self.path, row)
+        if row.status.startswith(FATAL):
+            sys.exit("probes.py: the device answers nothing any more; run again for the other probes")
 
     def time(self, call: Callable[[], Any], repeats: int = 10) -> dict:
         if self.device.type == "cuda" and not self.tiny:

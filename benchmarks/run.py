@@ -634,14 +634,6 @@ def measured(job: Job, machine: Machine, seconds: float) -> Row:
     return replace(job.row, status=status)
 
 
-def answers(device: torch.device) -> bool:
-    """False once a kernel has gone wrong in a way that CUDA does not forgive its process."""
-    try:
-        return not torch.zeros(1, device=device).item()
-    except RuntimeError:
-        return False
-
-
 def to_do(jobs: Iterable[Job], known: dict[tuple, Row]) -> list[Job]:
     """What the file does not have, then what failed: what takes the device down would take the rest with it."""
     states = [(job, known[job.row.measured].status if job.row.measured in known else "absent") for job in jobs]
@@ -704,7 +696,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             results.record(path, row)
             print(line(row), flush=True)
         failures += job.ours and failed
-        if failed and not answers(machine.device):
+        if failed and not measure.answers(machine.device):
             print("the device answers nothing any more in this process")
             break
     left = len(jobs)

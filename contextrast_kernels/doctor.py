@@ -13,7 +13,7 @@ from contextrast_kernels import hashing, native
 
 OPS = {
     "reference": "every op, on any device",
-    "triton": "class_anchors, pixel_anchor_loss, contextrast_loss",
+    "triton": "class_anchors, pixel_anchor_loss, contextrast_loss, info_nce",
     "native": "error_map, edge_distance, distance_transform, select_nearest, bane_negatives",
 }
 PACKAGES = ("torch", "triton", "numpy", "kornia", "scikit-image", "matplotlib", "tqdm")

@@ -157,6 +157,14 @@ def copy_gb_s(device: torch.device) -> float:
     return 2 * source.numel() / timing.median_ms / 1e6
 
 
+def answers(device: torch.device) -> bool:
+    """False once a kernel has gone wrong in a way that CUDA does not forgive its process."""
+    try:
+        return not torch.zeros(1, device=device).item()
+    except RuntimeError:
+        return False
+
+
 # ------------------------------------------------------------------------------------------------- memory, launches
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler reads it at its first use: nothing on stderr

@@ -223,7 +223,7 @@ def test_after_a_row_that_takes_the_device_down_the_rest_comes_first(tmp_path, m
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     monkeypatch.setattr(ck, "edge_distance", broken)
-    monkeypatch.setattr(run, "answers", lambda device: False)
+    monkeypatch.setattr(measure, "answers", lambda device: False)
     assert runs(tmp_path, "--parts", "edt") == 1
     [first] = rows_in(tmp_path)
     assert first.status.startswith("failed: RuntimeError: CUDA error") and "rows left" in capsys.readouterr().out

@@ -175,8 +175,8 @@ def test_the_script_and_the_runner_understand_each_other(tmp_path):
         command = [SCRIPT, "--tiny", "--minutes", "9", "bench/peers"]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert done.returncode == 0 and f"s  {state}\n" in done.stdout, done.stdout + done.stderr
-    rows = results.read_all(tmp_path / "results")
-    assert {row.by for row in rows} == set(peers.RELATIVES)
+    assert {row.by for row in results.read_all(tmp_path)} == set(peers.RELATIVES)
+    assert {"summary.txt", "logs.tar.gz"} <= {path.name for path in tmp_path.iterdir()}
 
 
 def test_help_names_every_step_and_dry_runs_none(without_gpu):
@@ -197,6 +197,6 @@ def test_small_cases_of_the_real_thing(tmp_path):
     before = tree()
     done = subprocess.run([SCRIPT, "--tiny", "all"], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    rows = results.read_all(tmp_path / "results")
+    rows = results.read_all(tmp_path)
     assert any(row.what.startswith("host cost") for row in rows)
     assert tree() == before

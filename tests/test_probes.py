@@ -93,6 +93,16 @@ def test_small_probes_become_rows_once(tmp_path, capsys):
     assert broken.failed and results.read_all(tmp_path)[-1].status == "failed: ZeroDivisionError: division by zero"
 
 
+def test_a_probe_that_takes_the_device_down_does_not_keep_the_others_from_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(probes.measure, "answers", lambda device: False)
+    with pytest.raises(SystemExit, match="run again for the other probes"):
+        probes.Bench(tmp_path, CPU, True, "").probe("selection", "fatal", SMALL, "", lambda: 1 / 0)
+    again = probes.Bench(tmp_path, CPU, True, "")
+    again.probe("selection", "fatal", SMALL, "", lambda: 1 / 0)
+    again.probe("selection", "other", SMALL, "", lambda: {"status": "untimed"})
+    assert [row.by for row in results.read_all(tmp_path)] == ["fatal", "other"] and not again.failed
+
+
 def test_another_library_is_used_inside_the_block_alone(tmp_path):
     before = native.status("cpu")
     with probes.another_library(tmp_path / "none.so"):
