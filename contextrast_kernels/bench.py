@@ -1,4 +1,4 @@
-"""``python -m contextrast_kernels bench``: the loss on your shapes, beside its definition in plain PyTorch.
+"""The loss on your shapes, beside its definition in plain PyTorch.
 
 Give --shape and --classes, or --case for one of the paper's settings: the loss runs on generated scenes, is compared
 with its definition in float64, and a table in Markdown says what time and memory each takes. With --plan nothing is
@@ -29,14 +29,17 @@ def main(arguments: list[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="example: python -m contextrast_kernels bench --shape 4,512,512 --classes 21 --channels 128",
     )
-    shapes = parser.add_argument_group("what to run").add_mutually_exclusive_group()
+    what = parser.add_argument_group("what to run")
+    shapes = what.add_mutually_exclusive_group()
     shapes.add_argument("--shape", metavar="B,H,W", help="images, and the labels' height and width")
     shapes.add_argument("--case", choices=CASES, help="one of the paper's settings")
-    parser.add_argument("--classes", type=int, metavar="N", help="with --shape")
+    what.add_argument("--classes", type=int, metavar="N", help="with --shape")
     parser.add_argument("--channels", type=int, default=256, metavar="D", help="of the embeddings (default: 256)")
-    parser.add_argument("--layers", choices=LAYER_SETS, default="hrnet", help="strides 4-32, or a dilated ResNet's")
+    parser.add_argument(
+        "--layers", choices=LAYER_SETS, default="hrnet", help="strides 4-32 (default), or a dilated ResNet's"
+    )
     parser.add_argument("--dtype", choices=DTYPES, help="of the features (default: bfloat16, on a CPU float32)")
-    parser.add_argument("--layout", choices=LAYOUTS, default="nchw", help="(default: nchw)")
+    parser.add_argument("--layout", choices=LAYOUTS, default="nchw", help="of the features in memory (default: nchw)")
     parser.add_argument(
         "--regime",
         default="trained",
@@ -45,7 +48,13 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--frames", type=pathlib.Path, metavar="DIR", help="CamVid's folder: labels of real frames")
     parser.add_argument("--seconds", type=float, default=1.0, help="of repeats for each time (default: 1)")
     parser.add_argument("--plan", action="store_true", help="list launches and bytes; nothing is run")
-    parser.add_argument("--base-rate", type=float, default=0.0, help="share of base pixels among the negatives")
+    parser.add_argument(
+        "--base-rate",
+        type=float,
+        default=0.0,
+        metavar="RATE",
+        help="share of all pixels taken as negatives (default: 0)",
+    )
     if not arguments:
         parser.print_help(sys.stderr)
         return 2
