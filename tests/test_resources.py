@@ -3,7 +3,7 @@ are spilled to) and the shared memory that tests/budgets.json grants.
 
 No GPU is needed. Compiling runs in a process of its own (tests/aot.py), because Triton decides at import whether
 kernels are interpreted. Budgets have a column for each Triton that they were written with, since another compiler
-allots registers otherwise; a Triton without one is held to the newest before it. They are written by
+allots registers otherwise; a Triton without one is held to the newest before it, else to the first. They are written by
 
     for i in 0 1 2 3 4 5 6 7 8 9 10 11; do python tests/aot.py --matrix $i/12 --grant; done
 
@@ -162,7 +162,12 @@ def test_cityscapes_and_ade20k_hardly_spill(arch):
 @pytest.mark.parametrize("part", range(PARTS))
 def test_every_case(part):
     """Minutes each on one core: ``-k "every_case and 3"`` runs one."""
-    assert_lean(compiled("--matrix", f"{part}/{PARTS}"))
+    rows = compiled("--matrix", f"{part}/{PARTS}")
+    known = [row for row in rows if row["budget"] in column()]
+    assert_lean(known)
+    if len(known) < len(rows):
+        missing = sorted({row["budget"] for row in rows} - set(column()))
+        pytest.skip(f"no budget yet for {', '.join(missing)}: python tests/aot.py --matrix {part}/{PARTS} --grant")
 
 
 @pytest.mark.slow

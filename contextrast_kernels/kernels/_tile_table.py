@@ -75,8 +75,8 @@ TABLE = {
     ),
     "_pixel_anchor_fwd": (
         # bfloat16: 253-255 registers, 0-120 B of stack, 4 KiB: 2 blocks. 32 classes at a time take 30 % more
-        # instructions, since the weights are formed for every class. float32, float16 with all 256 columns: 4 KiB
-        # more and up to 0.4 KB of stack; 128 columns would hardly spill, but do a third more work.
+        # instructions, since the weights are formed for every class. float32 spilled 150-490 B with K 64, 64-370 B
+        # with K 32; 128 columns would spill 48 B, but form the products twice, a third more instructions.
         Row((2, 4), 1024, Tiles(P=32, K=32, COLUMNS=256)),
         # 255 registers, 0-8 B of stack, 8 KiB: 2 blocks; P 32 with all columns spilled 1.9 KB.
         Row((8,), 1024, Tiles(P=16, K=32, COLUMNS=128)),
