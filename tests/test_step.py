@@ -12,7 +12,8 @@ from contextrast_kernels.cases import CASES
 pytestmark = pytest.mark.skipif(ck.available()["triton"] != "ok", reason=f"triton: {ck.available()['triton']}")
 
 if ck.available()["triton"] == "ok":
-    from contextrast_kernels.kernels import _launch
+    from contextrast_kernels.kernels import _launch, pixel_anchor
+    from contextrast_kernels.kernels.contextrast import plan
     from contextrast_kernels.kernels.step import GRAIN, Watch, training_step
 
 PAPER = ["cityscapes", "ade20k", "camvid"]
@@ -32,6 +33,17 @@ def test_a_step_keeps_to_its_launches_and_its_memory(name, layout):
     if step.peak is None:
         pytest.skip(f"peak memory: the selection's scratch is unknown; {native.status('cuda')}")
     assert step.peak <= MOST_MEMORY * case.batch * case.channels * sum(h * w for h, w in case.sizes) * 2
+
+
+def test_every_block_of_the_dense_sweep_has_a_place_to_write(monkeypatch):
+    """Also where rows that cannot be read 16 bytes at a time are taken in shorter pieces than the tiles say."""
+    tiles = pixel_anchor.tiles
+    monkeypatch.setattr(pixel_anchor, "tiles", lambda *names: {**tiles(*names), "P": 64})
+    launches = plan(1, [(17, 128), (9, 70), (9, 67)], 16, 3, torch.float32, base_rate=1.0)
+    dense = [launch for launch in launches if launch.kernel.__name__ == "_dense_similarities"]
+    assert [launch.constants["P"] for launch in dense] == [64, 32]
+    (partials,) = {launch.arguments["partial"].shape[1] for launch in dense}
+    assert partials == sum(launch.grid[0] for launch in dense) == 6 + 2 * (2 * 3)
 
 
 def test_the_watch_sees_what_is_held_at_once():
@@ -88,7 +100,7 @@ def test_no_op_sneaks_into_a_step(rng, base_rate):
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", PAPER)
 def test_the_device_is_given_no_more(name):
-    """Kernels, memsets and copies as the profiler sees them on the device, and the allocator's peak."""
+    """Kernels, memsets and copies as the profiler sees them on the device. Memory is test_kernels' affair."""
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
@@ -100,14 +112,9 @@ def test_the_device_is_given_no_more(name):
     criterion = ck.ContextrastLoss(case.num_classes).cuda()
     for _ in range(2):
         torch.autograd.grad(criterion(xs, labels, predictions), xs)
-    features = sum(_launch.nbytes(x) for x in xs)
     torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        gradients = torch.autograd.grad(criterion(xs, labels, predictions), xs)
+        torch.autograd.grad(criterion(xs, labels, predictions), xs)
         torch.cuda.synchronize()
     on_device = [event.name for event in profiler.events() if event.device_type == DeviceType.CUDA]
     assert 0 < len(on_device) <= MOST_LAUNCHES, on_device
-    assert len(gradients) == len(xs)
-    assert torch.cuda.max_memory_allocated() - before - features <= MOST_MEMORY * features

@@ -10,7 +10,7 @@ import contextlib
 import functools
 import itertools
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -215,13 +215,6 @@ def flat_geometry(features: Shapes, run: int) -> tuple[Geometry, int]:
     return Geometry(*map(odd, picked)), blocks
 
 
-@functools.lru_cache(CACHED)
-def blocks_of_layers(features: Shapes, rows: int, longest: int) -> tuple[int, ...]:
-    """Blocks of each layer in a sweep with ROWS = rows and P = longest."""
-    P = segment(features, longest)
-    return tuple(B * ceil_div(h, rows) * ceil_div(w, P) for B, _, h, w in features)
-
-
 def segment(features: Shapes, longest: int) -> int:
     """Pixels of a row that a program takes at a time: a power of two, no longer than the rows need."""
     return min(longest, max(16, next_power_of_2(max(shape[3] for shape in features))))
@@ -244,7 +237,8 @@ class Part(NamedTuple):
     """One launch of a sweep: what it takes of the layers it is for."""
 
     layers: tuple[int, ...]
-    blocks: int
+    blocks: tuple[int, ...]
+    """Of each of these layers."""
     arguments: dict
     constants: dict
 
@@ -259,12 +253,11 @@ def parts_of(x: tuple[Place, ...], out: tuple[Place, ...] | None, rows: int, lon
         lies = group.layouts[0]
         readable = lies.align * picked[0].itemsize == 16
         P = segment(features, longest if readable else min(longest, NARROW))
-        blocks = [0]
-        for B, _, h, w in (place.shape for place in picked):
-            blocks.append(blocks[-1] + B * ceil_div(h, rows) * ceil_div(w, P))
+        blocks = tuple(B * ceil_div(h, rows) * ceil_div(w, P) for B, _, h, w in (place.shape for place in picked))
+        first = list(itertools.accumulate(blocks, initial=0))[:-1]
         width_unit = lies.align if lies.unit == "w" else 1
         heights, widths = [place.shape[2] for place in picked], [place.shape[3] // width_unit for place in picked]
-        lying = (group.layers, blocks[:-1], [starts[i] for i in group.layers], heights, widths)
+        lying = (group.layers, first, [starts[i] for i in group.layers], heights, widths)
         arguments = {"strides": strides(picked, lies.align), "geometry": Geometry(*map(odd, lying))}
         wide = any(of_map.wide for of_map in group.layouts)
         constants = {"P": P, "D": picked[0].shape[1], "UNIT": lies.unit, "ALIGN": lies.align, "WIDE": wide}
@@ -272,8 +265,17 @@ def parts_of(x: tuple[Place, ...], out: tuple[Place, ...] | None, rows: int, lon
             lies = group.layouts[1]
             arguments["out_strides"] = strides([out[i] for i in group.layers], lies.align)
             constants |= {"OUT_UNIT": lies.unit, "OUT_ALIGN": lies.align}
-        parts.append(Part(group.layers, blocks[-1], arguments, constants))
+        parts.append(Part(group.layers, blocks, arguments, constants))
     return parts
+
+
+def blocks_of_layers(features: Sequence[Tensor], tiles: Mapping[str, int]) -> list[int]:
+    """How many blocks of each layer a sweep with these tiles takes, in all of its launches."""
+    blocks = [0] * len(features)
+    for part in parts_of(places(features), None, tiles["ROWS"], tiles["P"]):
+        for layer, of_layer in zip(part.layers, part.blocks, strict=True):
+            blocks[layer] = of_layer
+    return blocks
 
 
 def sweep(
@@ -301,7 +303,7 @@ def sweep(
             given["out"] = written
         launch(
             kernel,
-            (part.blocks, splits),
+            (sum(part.blocks), splits),
             given,
             {**tiles, **part.constants},
             reads=nbytes(*picked),

@@ -192,7 +192,7 @@ def log_sums(
     taken = tiles("_dense_similarities", dtype, D, "K", "CLASSES")
     at_once = min(taken["CLASSES"], max(16, next_power_of_2(N)))
     taken = {**taken, "CLASSES": at_once, "ROUNDS": _launch.ceil_div(N, at_once)}
-    blocks = _launch.blocks_of_layers(shapes, taken["ROWS"], taken["P"])
+    blocks = _launch.blocks_of_layers(features, taken)
     first = [sum(blocks[:i]) for i in range(L)]
     partial = torch.empty(2, sum(blocks), N, dtype=table.dtype, device=table.device)
     _launch.sweep(
