@@ -327,9 +327,7 @@ def plot_roofline(axes_of, rows: Sequence[Row]):
     speed = max(row.copy_gb_s for row in rows)
     axes.plot(most, [mb / speed for mb in most], "k-", linewidth=1, label=f"a copy: {speed:.0f} GB/s")
     axes.plot(most, [2 * mb / speed for mb in most], "k:", linewidth=1, label="half of that")
-    axes.set(
-        xscale="log", yscale="log", xlabel="MB that must move, by plan", ylabel="ms, forward + backward, CUDA graph"
-    )
+    axes.set(xscale="log", yscale="log", xlabel="MB that move, by plan", ylabel="ms, forward + backward, CUDA graph")
     plain(axes.xaxis, axes.yaxis)
     axes.grid(alpha=0.3, which="both")
     axes.legend(frameon=False, fontsize=8)
@@ -481,7 +479,8 @@ the call, above inputs and results. Where ours is slower, the row stays."""
 LOSS_ON_GPU = """\
 Forward and backward of all layers, negatives included. × is the other's time over that of the fused loss as a CUDA
 graph, or called where no graph was measured. The floor is the time of a copy of four times the features' bytes, three
-reads and one write, at the bandwidth measured in the same run."""
+reads and one write, at the bandwidth measured in the same run. The share of the copy bandwidth is of the bytes by
+plan, which has all features read once for the similarities of negatives; kernels read only the rows that hold one."""
 ON_CPU = """\
 One map of 512 × 1024 pixels with 19 classes, int64 in, squared distances out. Transforms "on edges" are given the edges
 and do not pay for finding them. `edt`'s multi-label transform measures to the nearest pixel outside, another distance,

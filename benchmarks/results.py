@@ -60,7 +60,7 @@ class Row:
     peak_mib: float | None = None
     """The most memory that torch holds during the call, above its inputs and results."""
     plan_mb: float | None = None
-    """10⁶ bytes that must move, by the launches' plan."""
+    """10⁶ bytes by the launches' plan: at most, since of the similarities of negatives not all are needed."""
     copy_gb_s: float | None = None
     """Read and written bytes a second of a large copy in the same run."""
     value: float | None = None
