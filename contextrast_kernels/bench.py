@@ -205,7 +205,7 @@ def print_plan(case: Case, base_rate: float, training_step) -> None:
     print(
         f"{case}, base rate {base_rate:g}; features {features / 1e6:.1f} MB.\n"
         "All that a training step puts on the device, and the bytes that each kernel of the loss moves at least once,\n"
-        "by its grid and tiles (_hard_similarities: at most, since rows without a negative are skipped); nothing was run.\n"
+        "by its grid and tiles (_hard_similarities: at most, as it skips rows without a negative); nothing was run.\n"
     )
     print(f"{'kernel':<28}{'programs':>10}{'reads MB':>11}{'writes MB':>11}{'x features':>12}")
     for row in step.rows:
