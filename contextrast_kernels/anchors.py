@@ -51,16 +51,27 @@ def class_anchors(
     )
 
 
-@unchanged_by_autocast
 def mean_embeddings(features: Tensor, targets: Tensor, num_classes: int, normalize: bool) -> tuple[Tensor, Tensor]:
     """Eq. 1 for targets (B, h, w): the class of each pixel, -1 for none."""
+    sums, counts = class_sums(features, targets, num_classes, normalize)
+    return means(sums, counts), counts
+
+
+@unchanged_by_autocast
+def class_sums(features: Tensor, targets: Tensor, num_classes: int, normalize: bool) -> tuple[Tensor, Tensor]:
+    """Σ_p v_p (N, D) and the number of pixels (N,) of every class."""
     valid = targets >= 0
     embeddings = pixel_embeddings(features, valid, normalize)
     # Pixels without a class fall into an extra row N, which is cut off.
     row = torch.where(valid, targets, num_classes).flatten()
     sums = embeddings.new_zeros(num_classes + 1, embeddings.shape[1]).index_add(0, row, embeddings)[:-1]
     counts = row.new_zeros(num_classes + 1).index_add(0, row, torch.ones_like(row))[:-1]
-    return sums / counts.clamp(min=1).unsqueeze(1), counts
+    return sums, counts
+
+
+def means(sums: Tensor, counts: Tensor) -> Tensor:
+    """Sums (..., N, D) by counts (..., N); zero for a class without pixels."""
+    return sums / counts.clamp(min=1).unsqueeze(-1)
 
 
 def fuse_anchors(

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from contextrast_kernels import bane, checks, maps
-from contextrast_kernels.anchors import class_anchors, fuse_anchors
+from contextrast_kernels import bane, checks, maps, ranks
+from contextrast_kernels.anchors import class_anchors, class_sums, fuse_anchors, means
 from contextrast_kernels.backend import choose_kernels, empty_codes, on_device
 from contextrast_kernels.embedding import compute_dtype, unit
 from contextrast_kernels.hashing import STREAM_BASE, image_hash, seed_tensor
-from contextrast_kernels.pixel_anchor import pixel_anchor_loss
+from contextrast_kernels.pixel_anchor import anchor_contrast, pixel_anchor_loss, positive_terms, slope_of_log_sums
 
 
 def contextrast_loss(
@@ -39,6 +39,7 @@ def contextrast_loss(
     normalize_anchors: bool = False,
     detach_anchors: bool = False,
     seed: int | Tensor = 0,
+    group=None,
 ) -> Tensor:
     """The pixel-anchor loss of all encoder layers, L_PA = Σ_i λ_i L_i (Eq. 4). Add 0.1 of it to the cross-entropy.
 
@@ -60,15 +61,20 @@ def contextrast_loss(
         normalize: embeddings are x / ‖x‖₂ over D.
         normalize_anchors: L2-normalise the anchors after fusion.
         detach_anchors: no gradient through the anchors.
-        seed: int, or an int64 tensor of one element on the features' device; neither synchronises.
+        seed: int, or an int64 tensor of one element on the features' device; neither synchronises. The same on all
+            ranks of a group.
+        group: a torch.distributed process group, all ranks of which call this together: the loss is then that of the
+            pixels of all ranks (docs/distributed.md). None: of this process alone.
 
     Returns:
-        A scalar, float32, or float64 for float64 features. Where nothing can be contrasted it is 0 with a live graph
+        A scalar, float32, or float64 for float64 features; with a group the same on every rank, and its gradient is
+        the one that DDP's averaging turns into that of a single process. Where nothing can be contrasted it is 0 with a live graph
         and zero gradients. NaN or inf at a valid pixel gives NaN.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, rank, size, range or device; the sentence names it.
-        RuntimeError: a backend was asked for that cannot run.
+            Ranks that disagree about the kind of loss or features: every rank raises.
+        RuntimeError: a backend was asked for that cannot run, or a group that torch.distributed does not know.
     """
     options = Options(
         num_classes=num_classes,
@@ -84,6 +90,7 @@ def contextrast_loss(
         normalize=normalize,
         normalize_anchors=normalize_anchors,
         detach_anchors=detach_anchors,
+        group=ranks.name_of(group),
     )
     loss, _ = total_loss(features, labels, predictions, options, seed)
     return loss
@@ -106,6 +113,8 @@ class Options:
     normalize: bool
     normalize_anchors: bool
     detach_anchors: bool
+    group: str | None
+    """The name of the process group."""
 
     def __post_init__(self):
         checks.num_classes(self.num_classes)
@@ -122,6 +131,11 @@ class Options:
             raise ValueError(
                 f"base_sampler: expected a callable as ck.Sampler, and base_rate 0 beside it, "
                 f"got {checks.describe(self.base_sampler)} and base_rate={self.base_rate}"
+            )
+        if self.base_sampler is not None and self.group is not None:
+            raise ValueError(
+                "base_sampler: expected None with a group, whose loss is that of one process, while a sampler counts "
+                f"the pixels of each rank apart, got {checks.describe(self.base_sampler)}; set base_rate instead"
             )
         if self.base_sampler is None and self.base_rate == 0 and (self.negatives == "none" or self.ratio == 0):
             raise ValueError(
@@ -196,6 +210,9 @@ def total_loss(
         seed,
     )
     backend = choose_kernels(features[0], options.num_classes)
+    if options.group is not None:
+        _agree(features, options)
+        return _global_loss(features, labels, hard, errors, options, seed)
     if backend == "triton" and options.base_sampler is None:
         codes, errors = bane.negative_codes(*selection)
         loss, report = _fused_loss(features, labels, codes, options, seed, backend)
@@ -222,27 +239,13 @@ def _composed_loss(
     anchors, counts = zip(
         *(class_anchors(x, y, N, ignore_index=-1, normalize=normalize) for x, y in zip(features, targets)), strict=True
     )
-    if options.detach_anchors:
-        anchors = [a.detach() for a in anchors]
-    fused = [
-        *(
-            fuse_anchors(a, n, anchors[-1], counts[-1], options.fusion_weight)
-            for a, n in zip(anchors[:-1], counts[:-1])
-        ),
-        anchors[-1],
-    ]
-    if options.normalize_anchors:
-        fused = [unit(a) for a in fused]
+    fused = _fused_anchors(anchors, counts, options)
 
     losses, drawn = [], []
     for i, (x, target, a, chosen, size) in enumerate(zip(features, targets, fused, hard, sizes)):
-        base = None
+        base = _base_pixels(target, i, options, seed)
         drawn_here = chosen >= 0
-        if options.base_rate > 0:
-            # For an integer, hash < rate · 2³² is hash < ⌈rate · 2³²⌉: compared as integers, where float32 would round.
-            limit = math.ceil(options.base_rate * 2.0**32)
-            base = (image_hash(seed, STREAM_BASE + i, *size, x.device) < limit) & (target >= 0)
-        elif options.base_sampler is not None:
+        if options.base_sampler is not None:
             predicted = maps.predicted_classes(predictions, *size)
             base = options.base_sampler(target, predicted, N, seed, STREAM_BASE + i)
             base = checks.chosen("base_sampler", base, target.shape) & (target >= 0)
@@ -270,6 +273,102 @@ def _composed_loss(
         "negatives": torch.stack(drawn),
     }
     return total, report
+
+
+def _fused_anchors(anchors: Sequence[Tensor], counts: Sequence[Tensor], options: Options) -> list[Tensor]:
+    if options.detach_anchors:
+        anchors = [a.detach() for a in anchors]
+    *lower, (top, top_counts) = zip(anchors, counts, strict=True)
+    fused = [*(fuse_anchors(a, n, top, top_counts, options.fusion_weight) for a, n in lower), top]
+    return [unit(a) for a in fused] if options.normalize_anchors else fused
+
+
+def _base_pixels(target: Tensor, layer: int, options: Options, seed: int | Tensor) -> Tensor | None:
+    if options.base_rate == 0:
+        return None
+    # For an integer, hash < rate · 2³² is hash < ⌈rate · 2³²⌉: compared as integers, where float32 would round.
+    limit = math.ceil(options.base_rate * 2.0**32)
+    return (image_hash(seed, STREAM_BASE + layer, *target.shape[1:], target.device) < limit) & (target >= 0)
+
+
+def _agree(features: Sequence[Tensor], options: Options) -> None:
+    """What all ranks must share for their reductions to meet and their gradients to be of one loss."""
+    first = features[0]
+    kind = (
+        f"num_classes={options.num_classes}, {int(first.shape[1])} channels in {len(features)} layers of {first.dtype}"
+    )
+    flags = f"normalize={options.normalize}, normalize_anchors={options.normalize_anchors}"
+    ranks.agree(options.group, f"{kind}, {flags}, detach_anchors={options.detach_anchors}")
+
+
+def _global_loss(
+    features: Sequence[Tensor],
+    labels: Tensor,
+    hard: list[Tensor],
+    errors: Tensor,
+    options: Options,
+    seed: int | Tensor,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The definition over the pixels of all ranks: three sums over the ranks forward, one backward.
+
+    With l_i a rank's share of L_i, so that L_i = Σ_ranks l_i, its gradient by one of the rank's own similarities is
+
+        dL/ds = ∂l/∂s + Σ_n G_n ∂Z_n/∂s,    G_n = ∂L/∂Z_n = -Σ_ranks Σ_{p∈P^n} ∂l/∂s_np,    ∂Z_n/∂s = ∂E_n/∂s
+
+    with E_n the rank's Σ exp(s - Z_n) over its negatives, Z_n being a constant there. G comes along with the loss in
+    the third sum, so the way through Z asks for none backward; the way through the anchors asks for one.
+    """
+    name, N, weights = options.group, options.num_classes, options.layer_weights
+    # Widened once, so that a half-precision gradient is summed in float32 and rounded once.
+    features = [ranks.DifferentiableOnce.apply(x.to(compute_dtype(x.dtype))) for x in features]
+    targets = [maps.targets(labels, *x.shape[-2:], N, options.ignore_index) for x in features]
+    bases = [_base_pixels(target, i, options, seed) for i, target in enumerate(targets)]
+    drawn = [(chosen >= 0 if base is None else (chosen >= 0) | base).sum() for chosen, base in zip(hard, bases)]
+
+    # 1. Sums, counts and the numbers of the report, in float64, which holds them exactly.
+    sums, counts = map(
+        torch.stack,
+        zip(*(class_sums(x, y, N, options.normalize) for x, y in zip(features, targets))),
+    )
+    numbers = torch.cat([counts.flatten(), torch.stack(drawn), errors.flatten()])
+    total = ranks.Total.apply(torch.cat([sums.flatten().double(), numbers.double()]), name)
+    sums, numbers = total.split([sums.numel(), numbers.numel()])
+    counts, drawn, errors = numbers.detach().round().long().split([counts.numel(), len(drawn), errors.numel()])
+    counts = counts.view(-1, N)
+    anchors = means(sums.view(*counts.shape, -1), counts).to(features[0].dtype)
+    fused = _fused_anchors(anchors, counts, options)
+
+    # 2. Z.
+    contrasts = [
+        anchor_contrast(x, y, a, n, chosen, base, options.temperature, options.normalize)
+        for x, y, a, n, chosen, base in zip(features, targets, fused, counts, hard, bases)
+    ]
+    local = torch.stack([contrast.Z for contrast in contrasts])
+    exists = torch.stack([contrast.has_negative for contrast in contrasts])
+    bound = 1 / options.temperature if options.normalize else None  # ‖â‖ ≤ 1 and ‖v‖ ≤ 1
+    Z = ranks.log_sum_exp(torch.where(exists, local, -torch.inf), name, bound)
+    has_negative = Z != -torch.inf
+    Z = torch.where(has_negative, Z, 0.0)
+
+    # 3. The loss, and G.
+    terms = [positive_terms(*layer) for layer in zip(contrasts, Z, has_negative, counts)]
+    slopes = [slope_of_log_sums(*layer) for layer in zip(contrasts, Z, has_negative, counts)]
+    own = torch.stack([term.sum() for term in terms])
+    total = ranks.reduced(torch.cat([own.double(), torch.cat(slopes).double()]), name)
+    losses, G = total.to(own.dtype).split([own.numel(), Z.numel()])
+    E = torch.where(exists, torch.where(exists, local - Z, 0.0).exp(), 0.0)
+    own = own + (G.view_as(E) * E).sum(1)
+    loss, share = (torch.stack([weight * l for weight, l in zip(weights, each)]).sum() for each in (losses, own))
+    # The value is the loss of all ranks. The gradient is that of this rank's pixels, times their number of shares:
+    # DDP will divide it.
+    report = {
+        "loss": losses,
+        "classes": (counts > 0).sum(1),
+        "positives": counts.sum(1),
+        "negatives": drawn,
+        "errors": errors,
+    }
+    return loss + ranks.size(name) * (share - share.detach()), report
 
 
 def _fused_loss(

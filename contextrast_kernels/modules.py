@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, interpolate
 
-from contextrast_kernels import checks, maps
+from contextrast_kernels import checks, maps, ranks
 from contextrast_kernels.contextrast import Options, check_inputs, total_loss
 from contextrast_kernels.embedding import compute_dtype
 
@@ -76,6 +76,7 @@ class ContextrastLoss(nn.Module):
         normalize_anchors: bool = False,
         detach_anchors: bool = False,
         seed: int | Tensor = 0,
+        group=None,
         debug: bool = False,
     ):
         super().__init__()
@@ -93,6 +94,7 @@ class ContextrastLoss(nn.Module):
             normalize=normalize,
             normalize_anchors=normalize_anchors,
             detach_anchors=detach_anchors,
+            group=ranks.name_of(group),
         )
         checks.seed(seed, seed.device if isinstance(seed, Tensor) else None)
         checks.flag("debug", debug)

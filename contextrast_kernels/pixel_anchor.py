@@ -8,6 +8,8 @@ P^n are the pixels labelled n and C the classes that have any. softplus(Z - s) =
 InfoNCE with one positive and all negatives in the denominator, the other positives left out.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -90,7 +92,6 @@ def pixel_anchor_loss(
     return anchor_info_nce(features, targets, anchors, negatives, base, temperature, normalize)
 
 
-@unchanged_by_autocast
 def anchor_info_nce(
     features: Tensor,
     targets: Tensor,
@@ -101,12 +102,44 @@ def anchor_info_nce(
     normalize: bool,
 ) -> Tensor:
     """Eqs. 3-4 for targets (B, h, w): the class of each pixel, -1 for none."""
+    classes = torch.arange(anchors.shape[0], device=features.device)
+    label = targets.flatten().clamp(min=0)
+    counts = torch.zeros_like(classes).index_add(0, label, (targets >= 0).flatten().long())
+    contrast = anchor_contrast(features, targets, anchors, counts, negatives, base, temperature, normalize)
+    return positive_terms(contrast, contrast.Z, contrast.has_negative, counts).sum()
+
+
+class Contrast(NamedTuple):
+    """One layer's pixels against the anchors: P pixels, N classes."""
+
+    valid: Tensor
+    """(P,) whether a pixel takes part."""
+    label: Tensor
+    """(P,) its class; 0 where it takes no part."""
+    own: Tensor
+    """(P,) s to the anchor of its class."""
+    Z: Tensor
+    """(N,) where there is a negative."""
+    has_negative: Tensor
+    """(N,) bool."""
+
+
+@unchanged_by_autocast
+def anchor_contrast(
+    features: Tensor,
+    targets: Tensor,
+    anchors: Tensor,
+    counts: Tensor,
+    negatives: Tensor | None,
+    base: Tensor | None,
+    temperature: float,
+    normalize: bool,
+) -> Contrast:
+    """Similarities and Z_n of these pixels; ``counts`` says which classes are anywhere."""
     valid = targets >= 0
     embeddings = pixel_embeddings(features, valid, normalize)
-    num_classes = anchors.shape[0]
+    classes = torch.arange(anchors.shape[0], device=features.device)
     valid, label = valid.flatten(), targets.flatten().clamp(min=0)
-    classes = torch.arange(num_classes, device=features.device)
-    counts = classes.new_zeros(num_classes).index_add(0, label, valid.long())
 
     # The anchor of a class without pixels is in no term; a NaN there must not leak into the others' gradients.
     anchors = torch.where((counts > 0).unsqueeze(1), anchors.to(embeddings.dtype), 0.0)
@@ -123,12 +156,27 @@ def anchor_info_nce(
     # A column of nothing but -inf has no derivative: classes without negatives are set aside before and after the sum.
     z = torch.where(is_negative, similarity, -torch.inf)
     z = torch.where(has_negative, z, 0.0).logsumexp(0)
+    return Contrast(valid, label, own, z, has_negative)
 
+
+def positive_terms(contrast: Contrast, Z: Tensor, has_negative: Tensor, counts: Tensor) -> Tensor:
+    """Each pixel's share (P,) of the loss, for the Z and counts of all pixels that the loss is about."""
+    label, own = contrast.label, contrast.own
     # -log σ(s - Z) = softplus(Z - s), stable on both sides. 0 · s carries a NaN or inf of a pixel whose class has no
     # negative.
-    term = torch.where(has_negative[label], -F.logsigmoid(own - z[label]), 0.0) + 0.0 * own
-    weight = valid.to(term.dtype) / (counts[label] * (counts > 0).sum()).clamp(min=1)
-    return (weight * term).sum()
+    term = torch.where(has_negative[label], -F.logsigmoid(own - Z[label]), 0.0) + 0.0 * own
+    return _positive_weight(contrast, counts) * term
+
+
+def slope_of_log_sums(contrast: Contrast, Z: Tensor, has_negative: Tensor, counts: Tensor) -> Tensor:
+    """G (N,), the derivative of Σ ``positive_terms`` by Z: Σ σ(Z_n - s_np) / (|C| |P^n|) over the positives."""
+    label = contrast.label
+    share = torch.where(has_negative[label], torch.sigmoid(Z[label] - contrast.own), 0.0)
+    return torch.zeros_like(Z).index_add(0, label, _positive_weight(contrast, counts) * share)
+
+
+def _positive_weight(contrast: Contrast, counts: Tensor) -> Tensor:
+    return contrast.valid.to(contrast.own.dtype) / (counts[contrast.label] * (counts > 0).sum()).clamp(min=1)
 
 
 @torch.library.custom_op("contextrast::pixel_anchor_loss", mutates_args=())

@@ -1,0 +1,143 @@
+"""The ranks of a process group that compute one loss together: what they must agree on, and their sums.
+
+A group goes by its name, a string that modules can copy and pickle and torch.compile can trace.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, distributed
+
+from contextrast_kernels import checks
+
+
+def name_of(group) -> str | None:
+    """The name of a process group that can be used; None for None."""
+    if group is None:
+        return None
+    if not distributed.is_available() or not isinstance(group, distributed.ProcessGroup):
+        raise TypeError(
+            "group: expected a torch.distributed process group with this rank in it, such as "
+            f"torch.distributed.group.WORLD, or None for this process alone, got {checks.describe(group)}"
+        )
+    name = group.group_name
+    size(name)  # it is there
+    return name
+
+
+def _resolved(name: str):
+    if distributed.is_initialized():
+        try:
+            return distributed.distributed_c10d._resolve_process_group(name)
+        except (KeyError, RuntimeError, ValueError):
+            pass
+    raise RuntimeError(
+        f"group: expected a process group of torch.distributed as it is initialised now, got group {name!r}, which is "
+        "not (or no longer) part of it; call torch.distributed.init_process_group before the loss is made"
+    )
+
+
+def size(name: str) -> int:
+    """The number of ranks."""
+    return _resolved(name).size()
+
+
+@dataclass
+class _Agreed:
+    """What the ranks of a group have told each other."""
+
+    group: object
+    exchanges: int = 0
+    terms: set[str] = field(default_factory=set)
+
+
+_agreed: dict[str, _Agreed] = {}
+
+
+def agree(name: str, terms: str) -> None:
+    """All ranks come with the same terms; else every rank raises the same sentence.
+
+    They compare through the group's store, on the host and once for each group and terms: no tensor is sent and no
+    device waits, in later steps nothing happens at all, and ranks whose reductions would not meet learn it before.
+    """
+    group = _resolved(name)
+    known = _agreed.get(name)
+    if known is None or known.group is not group:  # another group may have borne this name
+        known = _agreed[name] = _Agreed(group)
+    if terms in known.terms:
+        return
+    store, ranks = group.get_group_store(), range(group.size())
+    keys = [f"contextrast_kernels/{known.exchanges}/{rank}" for rank in ranks]
+    known.exchanges += 1
+    store.set(keys[group.rank()], terms)
+    try:
+        store.wait(keys)
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"group: expected all {len(ranks)} ranks to come with {terms}, as rank {group.rank()} did, but some did "
+            "not come; call the loss on all ranks, with the same options, backend and kind of features"
+        ) from error
+    for rank, key in zip(ranks, keys):
+        given = store.get(key).decode()
+        if rank == 0:
+            first = given
+        elif given != first:
+            raise ValueError(
+                f"group: expected the same on all ranks, got {first} on rank 0 and {given} on rank {rank}; "
+                "give the loss the same options, backend and kind of features everywhere"
+            )
+    known.terms.add(terms)
+
+
+# When torch.compile traces, ranks agree once; a compiled step does not ask again.
+size._dynamo_marked_constant = agree._dynamo_marked_constant = True
+
+
+def reduced(x: Tensor, name: str, operation: str = "sum") -> Tensor:
+    """The ranks' x added up, or their maximum; the same bits on every rank. No gradient."""
+    # Imported here, where torch.distributed is in use anyway.
+    from torch.distributed import _functional_collectives as collectives
+
+    return collectives.wait_tensor(collectives.all_reduce(x.detach().contiguous(), operation, name))
+
+
+def log_sum_exp(log_sums: Tensor, name: str, bound: float | None = None) -> Tensor:
+    """log Σ exp over the ranks, elementwise; -inf where all are, NaN where one is. No gradient.
+
+    bound: no exponent is larger in size. Then one reduction does, as float64 holds exp(±709); else the largest is
+    asked for before.
+    """
+    wide = log_sums.detach().double()
+    if bound is not None and bound <= 300:
+        shift = bound
+    else:
+        largest = reduced(wide, name, "max")
+        shift = torch.where(largest.isfinite(), largest, 0.0)
+    return (shift + reduced((wide - shift).exp(), name).log()).to(log_sums.dtype)
+
+
+class Total(torch.autograd.Function):
+    """``reduced``, where every rank's loss is a share of one sum: the gradients of all ranks add up as well."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, name: str) -> Tensor:
+        ctx.group = name
+        return reduced(x, name)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient: Tensor):
+        return reduced(gradient, ctx.group), None
+
+
+class DifferentiableOnce(torch.autograd.Function):
+    """x itself. A second derivative would need the other ranks' first ones: it raises, where it would be wrong."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        return gradient

@@ -1,0 +1,420 @@
+"""The loss of the pixels of many ranks (SPEC 2.12) against the same pixels in one process.
+
+Four gloo processes run all cases once; pairs of them and single ones are groups of their own. What every rank saw is
+handed back and compared here.
+"""
+
+import copy
+import os
+import pickle
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+import torch
+from inputs import leaves, pyramid, scene
+from torch import distributed as dist
+
+import contextrast_kernels as ck
+
+N, D, LAYERS = 4, 5, 3
+SIZES = ((9, 12), (5, 6), (3, 3))
+WEIGHTS = (1.0, 0.7, 0.4)
+BACKENDS = ("reference",)
+
+pytestmark = pytest.mark.skipif(
+    not (dist.is_available() and dist.is_gloo_available()), reason="this torch has no gloo to run ranks on"
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    images: tuple[int, ...] = (2, 1)
+    """Of each rank."""
+    dtype: torch.dtype = torch.float64
+    ignored_ranks: tuple[int, ...] = ()
+    broken: str = ""
+    """"positive" or "quiet": where the last rank has a NaN."""
+    options: dict = field(default_factory=dict)
+
+
+CASES = {
+    "one rank": Case(images=(3,)),
+    "two ranks": Case(),
+    "four uneven ranks, one with an empty batch": Case(images=(2, 1, 0, 1)),
+    "a rank with nothing but ignored pixels": Case(ignored_ranks=(1,)),
+    "nothing valid anywhere": Case(ignored_ranks=(0, 1)),
+    "no image anywhere": Case(images=(0, 0)),
+    "some base pixels": Case(options={"base_rate": 0.3}),
+    "all negatives": Case(images=(1, 1, 1, 1), options={"negatives": "none", "base_rate": 1.0}),
+    "features as they are": Case(images=(1, 1, 1, 1), options={"normalize": False}),
+    "dense, features as they are": Case(options={"normalize": False, "base_rate": 0.5}),
+    "normalised anchors": Case(options={"normalize_anchors": True}),
+    "detached anchors": Case(options={"detach_anchors": True}),
+    "random negatives at full size": Case(options={"negatives": "semi-hard", "distance_at": "full", "ratio": 0.3}),
+    "a temperature whose exponentials float64 cannot hold": Case(options={"temperature": 0.002}),
+    "float32": Case(images=(1, 1, 1, 1), dtype=torch.float32),
+    "float16": Case(dtype=torch.float16),
+    "a NaN on one rank": Case(broken="positive"),
+    "a NaN on one rank, in a class that has no negative": Case(broken="quiet", options={"temperature": 0.5}),
+}
+EVENTS = ("_c10d_functional::all_reduce", "_c10d_functional::wait_tensor", "c10d::allreduce_")
+"""One reduction is the first, and the third inside of it."""
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 2e-3}
+
+
+def batch(name):
+    """Features, labels and predictions of all ranks. Class 3 is on the last rank alone, class 0 not on it."""
+    case = CASES[name]
+    rng = np.random.default_rng(7)
+    images = sum(case.images)
+    labels, predictions = scene(rng, B=images, N=N, H=18, W=24)
+    features = [x.to(case.dtype) for x in pyramid(rng, B=images, D=D, sizes=SIZES)]
+    starts = np.cumsum((0, *case.images))
+    for rank, (start, stop) in enumerate(zip(starts, starts[1:])):
+        mine = labels[start:stop]
+        if len(case.images) > 1:
+            last = rank == len(case.images) - 1
+            mine[(mine == 0) if last else (mine == 3)] = 1
+        if rank in case.ignored_ranks:
+            mine[:] = 255
+    if case.broken:
+        labels[-1, 0, 0] = 3
+        features[0][-1, 2, 0, 0] = torch.nan
+        if case.broken == "quiet":
+            predictions[predictions == 3] = 2
+    return features, labels, predictions
+
+
+def loss_of(name, **more):
+    options = {"layer_weights": WEIGHTS, "temperature": 0.2, "seed": 5}
+    return ck.ContextrastLoss(N, **options | CASES[name].options | more)
+
+
+def one_step(criterion, features, labels, predictions):
+    """The loss, its gradients, and what the criterion says of it."""
+    features = leaves(features)
+    loss = criterion(features, labels, predictions)
+    loss.backward()
+    return loss.detach(), [x.grad for x in features], criterion.last
+
+
+# -------------------------------------------------------------------------------------------------- what a rank does
+
+
+def ranks_of(rank):
+    """Groups of one, two and four ranks that this rank is in."""
+    groups = {}
+    for members in ((0,), (0, 1), (0, 1, 2, 3)):
+        group = dist.new_group(list(members))  # every rank takes part in making it
+        if rank in members:
+            groups[len(members)] = group
+    return groups
+
+
+def all_cases(rank, groups):
+    results = {}
+    for name, case in CASES.items():
+        group = groups.get(len(case.images))
+        if group is None:
+            continue
+        start = sum(case.images[:rank])
+        mine = slice(start, start + case.images[rank])
+        features, labels, predictions = batch(name)
+        for backend in BACKENDS:
+            with ck.backend(backend):
+                results[name, backend] = one_step(
+                    loss_of(name, group=group), [x[mine] for x in features], labels[mine], predictions[mine]
+                )
+    return results
+
+
+def counted(rank, group, **options):
+    """Element numbers of the collectives forward, and backward."""
+    case = CASES["two ranks"]
+    mine = slice(0, 2) if rank == 0 else slice(2, 3)
+    features, labels, predictions = batch("two ranks")
+    features = leaves([x[mine] for x in features])
+    counts = []
+    loss = loss_of("two ranks", group=group, **options)
+    loss(features, labels[mine], predictions[mine])  # ranks agree here
+    for step in (lambda: loss(features, labels[mine], predictions[mine]), lambda: total.backward()):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
+            total = step()
+        counts.append([e.input_shapes[0] for e in profile.events() if e.name == "_c10d_functional::all_reduce"])
+        assert all(e.name in EVENTS for e in profile.events() if "c10d" in e.name)
+    assert case.images == (2, 1)
+    return counts
+
+
+class Net(torch.nn.Module):
+    def __init__(self, group, seed):
+        super().__init__()
+        self.stem = torch.nn.Conv2d(3, D, 3, padding=1)
+        self.deep = torch.nn.Conv2d(D, D, 3, stride=2, padding=1)
+        self.classify = torch.nn.Conv2d(D, N, 1)
+        self.loss = ck.ContextrastLoss(
+            N, layer_weights=(1.0, 0.5), negatives="semi-hard", base_rate=0.1, seed=seed, group=group
+        )
+
+    def forward(self, images, labels):
+        first = self.stem(images)
+        second = self.deep(first.relu())
+        logits = self.classify(first)
+        return self.loss([first, second], labels, logits) + 0.0 * logits.sum()
+
+
+def training(wrap, images, labels, group=None, seed=3):
+    """Losses and parameters after three steps, and the seed."""
+    torch.manual_seed(0)
+    net = Net(group, seed).double()
+    model = wrap(net)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.5)
+    losses = []
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss = model(images, labels)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    return losses, [p.detach() for p in net.parameters()], net.loss.seed.clone()
+
+
+def images_and_labels():
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(4, 3, 12, 10, generator=generator, dtype=torch.float64)
+    labels, _ = scene(np.random.default_rng(2), B=4, N=N, H=12, W=10)
+    return images, labels
+
+
+def trained(rank, group, backend):
+    images, labels = images_and_labels()
+    mine = slice(0, 3) if rank == 0 else slice(3, 4)
+    with ck.backend(backend):
+        # DDP hands rank 0's seed to all ranks.
+        return training(
+            lambda net: torch.nn.parallel.DistributedDataParallel(net, process_group=group),
+            images[mine],
+            labels[mine],
+            group,
+            seed=3 if rank == 0 else 99,
+        )
+
+
+def compiled(rank, group, backend):
+    features, labels, predictions = batch("two ranks")
+    mine = slice(0, 2) if rank == 0 else slice(2, 3)
+    criterion = loss_of("two ranks", group=group)
+
+    def function(features, labels, predictions):
+        return ck.contextrast_loss(
+            features,
+            labels,
+            predictions,
+            num_classes=N,
+            layer_weights=WEIGHTS,
+            temperature=0.2,
+            seed=5,
+            group=group,
+        )
+
+    results = []
+    with ck.backend(backend):
+        for step in (criterion, function):
+            torch._dynamo.reset()
+            step = torch.compile(step, fullgraph=True, backend="aot_eager")
+            mine_only = leaves([x[mine] for x in features])
+            loss = step(mine_only, labels[mine], predictions[mine])
+            loss.backward()
+            results.append((loss.detach(), [x.grad for x in mine_only]))
+    return results
+
+
+def sentence(call):
+    try:
+        call()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+def disagreements(rank, group):
+    features, labels, predictions = batch("two ranks")
+    mine = slice(0, 2) if rank == 0 else slice(2, 3)
+    inputs = [x[mine] for x in features], labels[mine], predictions[mine]
+    wider = [torch.cat([x, x], 1) for x in inputs[0]]
+    half = [x.half() for x in inputs[0]]
+
+    def loss(features=inputs[0], num_classes=N, **options):
+        options = {"layer_weights": WEIGHTS, "group": group} | options
+        return ck.contextrast_loss(features, *inputs[1:], num_classes=num_classes, **options)
+
+    return {
+        "num_classes": sentence(lambda: loss(num_classes=N + rank)),
+        "again": sentence(lambda: loss(num_classes=N + 1 + rank)),
+        "channels": sentence(lambda: loss(wider if rank else inputs[0], normalize_anchors=True)),
+        "dtype": sentence(lambda: loss(half if rank else inputs[0])),
+        "layers": sentence(
+            lambda: loss(inputs[0][: 3 - rank], layer_weights=WEIGHTS[: 3 - rank], normalize_anchors=True)
+        ),
+        "after all": sentence(lambda: loss()),
+    }
+
+
+def second_derivative(rank, group):
+    features, labels, predictions = batch("two ranks")
+    mine = slice(0, 2) if rank == 0 else slice(2, 3)
+    features = leaves([x[mine] for x in features])
+    with ck.backend("reference"):
+        loss = loss_of("two ranks", group=group, detach_anchors=True)(features, labels[mine], predictions[mine])
+    (slope,) = torch.autograd.grad(loss, features[:1], create_graph=True)
+    return sentence(lambda: slope.sum().backward())
+
+
+def copies(group):
+    criterion = loss_of("two ranks", group=group)
+    for made in (copy.deepcopy(criterion), pickle.loads(pickle.dumps(criterion))):
+        assert made.options == criterion.options
+    return repr(criterion)
+
+
+def run_rank(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=4)
+    groups = ranks_of(rank)
+    results = {"cases": all_cases(rank, groups)}
+    if rank < 2:
+        pair = groups[2]
+        for backend in BACKENDS:
+            with ck.backend(backend):
+                results["counted", backend] = counted(rank, pair)
+                results["counted unnormalised", backend] = counted(rank, pair, normalize=False)
+            results["trained", backend] = trained(rank, pair, backend)
+            results["compiled", backend] = compiled(rank, pair, backend)
+        results["disagreements"] = disagreements(rank, pair)
+        results["second derivative"] = second_derivative(rank, pair)
+        results["copies"] = copies(pair)
+    dist.barrier()
+    criterion = loss_of("two ranks", group=groups.get(2, dist.group.WORLD))
+    dist.destroy_process_group()
+    results["destroyed"] = sentence(lambda: criterion(*batch("two ranks")))
+    results["destroyed, at construction"] = sentence(lambda: loss_of("two ranks", group=groups[4]))
+    torch.save(results, f"{folder}/{rank}.pt")
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory):
+    """What each rank saw."""
+    folder = tmp_path_factory.mktemp("ranks")
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    torch.multiprocessing.spawn(run_rank, args=(str(folder),), nprocs=4)
+    return [torch.load(f"{folder}/{rank}.pt", weights_only=False) for rank in range(4)]
+
+
+# ------------------------------------------------------------------------------------------------------------ tests
+
+
+def single(name):
+    with ck.backend("reference"):
+        return one_step(loss_of(name), *batch(name))
+
+
+def close(actual, expected, tolerance):
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance * 1e-2, equal_nan=True)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", CASES)
+def test_many_ranks_see_the_loss_and_the_gradient_of_one_process(seen, name, backend):
+    case = CASES[name]
+    loss, gradients, report = single(name)
+    if case.broken:
+        assert loss.isnan()
+    elif "anywhere" not in name:
+        assert loss > 0.1
+    members = [seen[rank]["cases"][name, backend] for rank in range(len(case.images))]
+    for mine, _, my_report in members:
+        close(mine, loss, TOLERANCE[case.dtype])
+        assert torch.equal(mine, members[0][0]) or case.broken
+        for key, value in report.items():
+            if value.is_floating_point():
+                close(my_report[key], value, TOLERANCE[case.dtype])
+            else:
+                assert torch.equal(my_report[key], value), key
+    for i, gradient in enumerate(gradients):
+        # DDP would divide by the number of ranks.
+        averaged = torch.cat([mine[i] for _, mine, _ in members]) / len(members)
+        if not case.broken:
+            scale = gradient.abs().max() if gradient.numel() else 0
+            assert ((averaged - gradient).abs() <= TOLERANCE[case.dtype] * scale).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_step_reduces_three_times_forward_and_at_most_once_backward(seen, backend):
+    most = LAYERS * N * (D + 2) + 3 * LAYERS
+    for rank in range(2):
+        forward, backward = seen[rank]["counted", backend]
+        assert len(forward) == 3 and len(backward) <= 1, (forward, backward)
+        assert all(np.prod(shape) <= most for shape in forward + backward), (forward, backward)
+        forward, backward = seen[rank]["counted unnormalised", backend]
+        assert len(forward) <= 5 and len(backward) <= 1, (forward, backward)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_ddp_steps_are_the_steps_of_one_process(seen, backend):
+    images, labels = images_and_labels()
+    with ck.backend("reference"):
+        losses, parameters, seed = training(lambda net: net, images, labels)
+    assert losses[0] != losses[-1]
+    for rank in range(2):
+        my_losses, my_parameters, my_seed = seen[rank]["trained", backend]
+        close(torch.stack(my_losses), torch.stack(losses), 1e-8)
+        for mine, parameter in zip(my_parameters, parameters, strict=True):
+            close(mine, parameter, 1e-8)
+        assert torch.equal(my_seed, seed)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_compiled_in_one_graph_it_is_the_same(seen, backend):
+    for rank in range(2):
+        loss, gradients, _ = seen[rank]["cases"]["two ranks", backend]
+        for compiled_loss, compiled_gradients in seen[rank]["compiled", backend]:
+            close(compiled_loss, loss, 1e-12)
+            for compiled_gradient, gradient in zip(compiled_gradients, gradients, strict=True):
+                close(compiled_gradient, gradient, 1e-10)
+
+
+def test_ranks_that_disagree_say_so_on_every_rank(seen):
+    first, second = (seen[rank]["disagreements"] for rank in range(2))
+    assert first == second
+    assert first["num_classes"].startswith("ValueError: group: expected the same on all ranks, got num_classes=4, ")
+    assert "on rank 0 and num_classes=5, 5 channels in 3 layers of torch.float64" in first["num_classes"]
+    assert "num_classes=6" in first["again"]
+    assert "10 channels" in first["channels"]
+    assert "torch.float16" in first["dtype"]
+    assert "2 layers" in first["layers"]
+    assert first["after all"] == "no error"
+
+
+def test_a_second_derivative_is_refused(seen):
+    assert all("once_differentiable" in seen[rank]["second derivative"] for rank in range(2))
+
+
+def test_a_loss_with_a_group_is_copied_and_pickled(seen):
+    assert "group=" in seen[0]["copies"]
+
+
+def test_a_group_that_is_gone_is_one_sentence(seen):
+    for rank in range(4):
+        for sentence in (seen[rank]["destroyed"], seen[rank]["destroyed, at construction"]):
+            assert sentence.startswith("RuntimeError: group: expected a process group of torch.distributed"), sentence
+
+
+def test_a_sampler_counts_one_rank_and_takes_no_group():
+    store = dist.HashStore()
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        with pytest.raises(ValueError, match="base_sampler: expected None with a group"):
+            ck.ContextrastLoss(N, base_sampler=ck.Sampler("common-count", 10, 2), group=dist.group.WORLD)
+    finally:
+        dist.destroy_process_group()
