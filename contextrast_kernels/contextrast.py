@@ -67,13 +67,13 @@ def contextrast_loss(
             pixels of all ranks (docs/distributed.md). None: of this process alone.
 
     Returns:
-        A scalar, float32, or float64 for float64 features; with a group the same on every rank, and its gradient is
-        the one that DDP's averaging turns into that of a single process. Where nothing can be contrasted it is 0 with a live graph
-        and zero gradients. NaN or inf at a valid pixel gives NaN.
+        A scalar, float32, or float64 for float64 features. Where nothing can be contrasted it is 0 with a live graph
+        and zero gradients. NaN or inf at a valid pixel gives NaN. With a group every rank gets the same loss, and
+        gradients that averaging over the ranks, as DDP does, turns into those of one process.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, rank, size, range or device; the sentence names it.
-            Ranks that disagree about the kind of loss or features: every rank raises.
+            Where ranks disagree about the kind of loss or features, every rank raises.
         RuntimeError: a backend was asked for that cannot run, or a group that torch.distributed does not know.
     """
     options = Options(
@@ -211,14 +211,13 @@ def total_loss(
     )
     backend = choose_kernels(features[0], options.num_classes)
     if options.group is not None:
-        _agree(features, options)
-        return _global_loss(features, labels, hard, errors, options, seed)
+        _agree(features, options, backend)
     if backend == "triton" and options.base_sampler is None:
-        codes, errors = bane.negative_codes(*selection)
-        loss, report = _fused_loss(features, labels, codes, options, seed, backend)
-    else:
-        hard, errors = bane.layer_negatives(*selection)
-        loss, report = _composed_loss(features, labels, predictions.detach(), hard, options, seed)
+        return _fused_loss(features, labels, *bane.negative_codes(*selection), options, seed, backend)
+    hard, errors = bane.layer_negatives(*selection)
+    if options.group is not None:
+        return _global_loss(features, labels, hard, errors, options, seed)
+    loss, report = _composed_loss(features, labels, predictions.detach(), hard, options, seed)
     return loss, {**report, "errors": errors}
 
 
@@ -264,8 +263,7 @@ def _composed_loss(
             )
         )
         drawn.append(drawn_here.sum())
-    # The weights stay numbers: a tensor of them would be copied to the device in every step.
-    total = torch.stack([weight * loss for weight, loss in zip(options.layer_weights, losses)]).sum()
+    total = _weighted(losses, options.layer_weights)
     report = {
         "loss": torch.stack(losses).detach(),
         "classes": torch.stack([(n > 0).sum() for n in counts]),
@@ -283,6 +281,11 @@ def _fused_anchors(anchors: Sequence[Tensor], counts: Sequence[Tensor], options:
     return [unit(a) for a in fused] if options.normalize_anchors else fused
 
 
+def _weighted(losses: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    # The weights stay numbers: a tensor of them would be copied to the device in every step.
+    return torch.stack([weight * loss for weight, loss in zip(weights, losses)]).sum()
+
+
 def _base_pixels(target: Tensor, layer: int, options: Options, seed: int | Tensor) -> Tensor | None:
     if options.base_rate == 0:
         return None
@@ -291,14 +294,14 @@ def _base_pixels(target: Tensor, layer: int, options: Options, seed: int | Tenso
     return (image_hash(seed, STREAM_BASE + layer, *target.shape[1:], target.device) < limit) & (target >= 0)
 
 
-def _agree(features: Sequence[Tensor], options: Options) -> None:
+def _agree(features: Sequence[Tensor], options: Options, backend: str) -> None:
     """What all ranks must share for their reductions to meet and their gradients to be of one loss."""
     first = features[0]
-    kind = (
-        f"num_classes={options.num_classes}, {int(first.shape[1])} channels in {len(features)} layers of {first.dtype}"
-    )
+    layers = f"{int(first.shape[1])} channels in {len(features)} layers of {checks.name_of(first.dtype)}"
     flags = f"normalize={options.normalize}, normalize_anchors={options.normalize_anchors}"
-    ranks.agree(options.group, f"{kind}, {flags}, detach_anchors={options.detach_anchors}")
+    terms = f"num_classes={options.num_classes}, {layers}, {flags}, detach_anchors={options.detach_anchors}"
+    terms += f", backend {backend!r}"
+    ranks.agree(options.group, terms)
 
 
 def _global_loss(
@@ -347,7 +350,7 @@ def _global_loss(
     exists = torch.stack([contrast.has_negative for contrast in contrasts])
     bound = 1 / options.temperature if options.normalize else None  # ‖â‖ ≤ 1 and ‖v‖ ≤ 1
     Z = ranks.log_sum_exp(torch.where(exists, local, -torch.inf), name, bound)
-    has_negative = Z != -torch.inf
+    has_negative = ~Z.isneginf()
     Z = torch.where(has_negative, Z, 0.0)
 
     # 3. The loss, and G.
@@ -358,7 +361,7 @@ def _global_loss(
     losses, G = total.to(own.dtype).split([own.numel(), Z.numel()])
     E = torch.where(exists, torch.where(exists, local - Z, 0.0).exp(), 0.0)
     own = own + (G.view_as(E) * E).sum(1)
-    loss, share = (torch.stack([weight * l for weight, l in zip(weights, each)]).sum() for each in (losses, own))
+    loss, share = (_weighted(each, weights) for each in (losses, own))
     # The value is the loss of all ranks. The gradient is that of this rank's pixels, times their number of shares:
     # DDP will divide it.
     report = {
@@ -372,9 +375,21 @@ def _global_loss(
 
 
 def _fused_loss(
-    features: Sequence[Tensor], labels: Tensor, hard: Tensor, options: Options, seed: Tensor, backend: str
+    features: Sequence[Tensor],
+    labels: Tensor,
+    hard: Tensor,
+    errors: Tensor,
+    options: Options,
+    seed: Tensor,
+    backend: str,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The fused kernels, from the codes of the hard negatives on."""
+    for i, x in enumerate(features if options.group is not None else ()):
+        if x.shape[0] * x.shape[2] * x.shape[3] > ranks.MOST_PIXELS:
+            raise ValueError(
+                f"features[{i}]: expected at most {ranks.MOST_PIXELS} pixels on each rank of a group, "
+                f"got {checks.describe(x)}; use backend('reference') on all ranks, or a smaller batch"
+            )
     loss, losses, report, *_ = _contextrast_loss(
         list(features),
         labels,
@@ -390,9 +405,18 @@ def _fused_loss(
         options.normalize_anchors,
         options.detach_anchors,
         backend,
+        errors if options.group is not None else None,
+        options.group,
     )
-    classes, positives, drawn = report.unbind()
-    return loss, {"loss": losses, "classes": classes, "positives": positives, "negatives": drawn}
+    if options.group is not None:
+        errors = report[3]
+    return loss, {
+        "loss": losses,
+        "classes": report[0],
+        "positives": report[1],
+        "negatives": report[2],
+        "errors": errors,
+    }
 
 
 @torch.library.custom_op("contextrast::contextrast_loss", mutates_args=())
@@ -411,9 +435,16 @@ def _contextrast_loss(
     normalize_anchors: bool,
     detach_anchors: bool,
     backend: str,
+    errors: Tensor | None,
+    group: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The loss, L_i of every layer, the report (3, layers): classes, positives, negatives; and what backward
-    reads: codes y, base pixels or the similarity of hard negatives, â, Z, coefficients, T."""
+    reads: codes y, base pixels or the similarity of hard negatives, â, Z, coefficients, T.
+
+    With a group, ranks reduce inside of the op, between its phases, and a fourth row of the report has the errors of
+    all ranks. One op with reductions within, not three with reductions between: what passes from phase to phase are
+    sums that are added to in place, and the backward pass, which needs none, stays the same.
+    """
     from contextrast_kernels.kernels import contextrast
 
     with on_device(features[0]):
@@ -430,6 +461,8 @@ def _contextrast_loss(
             base_rate,
             normalize,
             normalize_anchors,
+            errors,
+            group,
         )
     per_pixel = terms.similarity if terms.base is None else terms.base
     saved = (y, per_pixel, terms.table, terms.Z, outcome.coefficients, outcome.pull)
@@ -438,13 +471,13 @@ def _contextrast_loss(
 
 @_contextrast_loss.register_fake
 def _(features, labels, e, seed, num_classes, *options):
-    base_rate = options[4]
+    base_rate, group = options[4], options[10]
     first, L, N = features[0], len(features), num_classes
     D, dtype = first.shape[1], compute_dtype(first.dtype)
     row = D * torch.int64.itemsize // dtype.itemsize  # T lies where int64 sums were
     floats = [first.new_empty(shape, dtype=dtype) for shape in ((), (L,), (L, N, D), (L, N), (L, 2, N), (L, N, row))]
     codes = [empty_codes(features, N, kind) for kind in (None, torch.uint8 if base_rate > 0 else dtype)]
-    return *floats[:2], first.new_empty((3, L), dtype=torch.int64), *codes, *floats[2:]
+    return *floats[:2], first.new_empty((3 if group is None else 4, L), dtype=torch.int64), *codes, *floats[2:]
 
 
 @torch.library.custom_op("contextrast::contextrast_loss_backward", mutates_args=())
@@ -482,19 +515,21 @@ def _save_for_backward(ctx, inputs, output):
     ctx.set_materialize_grads(False)  # else every output that has no gradient gets one of zeros, at its full size
     features = inputs[0]
     ctx.temperature, ctx.normalize, ctx.detach_anchors, ctx.backend = inputs[7], inputs[10], inputs[12], inputs[13]
-    ctx.layers = len(features)
+    ctx.group, ctx.layers = inputs[15], len(features)
     ctx.save_for_backward(*features, inputs[2], *output[3:])
     ctx.mark_non_differentiable(*output[1:])
 
 
 def _backward(ctx, gradient, *_):
     if gradient is None:
-        return [None] * ctx.layers, *(None,) * 13
+        return [None] * ctx.layers, *(None,) * 15
+    if ctx.group is not None:
+        gradient = gradient * ranks.size(ctx.group)  # DDP will divide it
     features, saved = ctx.saved_tensors[: ctx.layers], ctx.saved_tensors[ctx.layers :]
     dx = _contextrast_loss_backward(
         gradient, list(features), *saved, ctx.temperature, ctx.normalize, ctx.detach_anchors, ctx.backend
     )
-    return dx, *(None,) * 13
+    return dx, *(None,) * 15
 
 
 _contextrast_loss.register_autograd(_backward, setup_context=_save_for_backward)

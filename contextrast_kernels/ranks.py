@@ -3,12 +3,17 @@
 A group goes by its name, a string that modules can copy and pickle and torch.compile can trace.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, distributed
 
 from contextrast_kernels import checks
+
+MOST_PIXELS = 2**24
+"""Pixels of a layer that the fused loss takes on each rank of a group, so that all ranks know one bound of their
+number, and with it the scale of fixed-point sums, without asking each other."""
 
 
 def name_of(group) -> str | None:
@@ -99,6 +104,13 @@ def reduced(x: Tensor, name: str, operation: str = "sum") -> Tensor:
     from torch.distributed import _functional_collectives as collectives
 
     return collectives.wait_tensor(collectives.all_reduce(x.detach().contiguous(), operation, name))
+
+
+def add_up(parts: Sequence[Tensor], name: str) -> None:
+    """Every tensor becomes its sum over the ranks, all in one reduction. They share a dtype."""
+    total = reduced(torch.cat([part.flatten() for part in parts]), name)
+    for part, of_all in zip(parts, total.split([part.numel() for part in parts])):
+        part.copy_(of_all.view_as(part))
 
 
 def log_sum_exp(log_sums: Tensor, name: str, bound: float | None = None) -> Tensor:

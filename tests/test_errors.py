@@ -551,6 +551,8 @@ OPTIONS = [
     ({"normalize": "yes"}, TypeError, "normalize", "yes"),
     ({"normalize_anchors": 1}, TypeError, "normalize_anchors", "1"),
     ({"detach_anchors": None}, TypeError, "detach_anchors", "None"),
+    ({"group": "nccl"}, TypeError, "group", "nccl"),
+    ({"group": 0}, TypeError, "group", "0"),
     ({"negatives": "none"}, ValueError, "negatives", "none"),
     ({"ratio": 0}, ValueError, "(negatives|ratio)", "0"),
     ({"negatives": "semi-hard", "ratio": 0.0}, ValueError, "(negatives|ratio)", "0"),

@@ -5,7 +5,8 @@ handed back and compared here.
 """
 
 import copy
-import os
+import datetime
+import itertools
 import pickle
 from dataclasses import dataclass, field
 
@@ -17,10 +18,10 @@ from torch import distributed as dist
 
 import contextrast_kernels as ck
 
-N, D, LAYERS = 4, 5, 3
-SIZES = ((9, 12), (5, 6), (3, 3))
-WEIGHTS = (1.0, 0.7, 0.4)
-BACKENDS = ("reference",)
+N, D, LAYERS = 4, 5, 2
+SIZES = ((6, 9), (3, 4))
+WEIGHTS = (1.0, 0.6)
+BACKENDS = ("reference", "triton")
 
 pytestmark = pytest.mark.skipif(
     not (dist.is_available() and dist.is_gloo_available()), reason="this torch has no gloo to run ranks on"
@@ -47,8 +48,8 @@ CASES = {
     "no image anywhere": Case(images=(0, 0)),
     "some base pixels": Case(options={"base_rate": 0.3}),
     "all negatives": Case(images=(1, 1, 1, 1), options={"negatives": "none", "base_rate": 1.0}),
-    "features as they are": Case(images=(1, 1, 1, 1), options={"normalize": False}),
-    "dense, features as they are": Case(options={"normalize": False, "base_rate": 0.5}),
+    "features as they are": Case(options={"normalize": False}),
+    "dense, features as they are": Case(images=(1, 1, 1, 1), options={"normalize": False, "base_rate": 0.5}),
     "normalised anchors": Case(options={"normalize_anchors": True}),
     "detached anchors": Case(options={"detach_anchors": True}),
     "random negatives at full size": Case(options={"negatives": "semi-hard", "distance_at": "full", "ratio": 0.3}),
@@ -58,6 +59,19 @@ CASES = {
     "a NaN on one rank": Case(broken="positive"),
     "a NaN on one rank, in a class that has no negative": Case(broken="quiet", options={"temperature": 0.5}),
 }
+QUICK = (
+    "four uneven ranks, one with an empty batch",
+    "some base pixels",
+    "features as they are",
+    "float16",
+    "a NaN on one rank",
+)
+"""Cases of the fused kernels for every day: their interpreter is slow."""
+RUNS = [
+    pytest.param(name, backend, marks=[pytest.mark.slow] * (backend == "triton" and name not in QUICK))
+    for backend in BACKENDS
+    for name in CASES
+]
 EVENTS = ("_c10d_functional::all_reduce", "_c10d_functional::wait_tensor", "c10d::allreduce_")
 """One reduction is the first, and the third inside of it."""
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 2e-3}
@@ -68,10 +82,10 @@ def batch(name):
     case = CASES[name]
     rng = np.random.default_rng(7)
     images = sum(case.images)
-    labels, predictions = scene(rng, B=images, N=N, H=18, W=24)
+    labels, predictions = scene(rng, B=images, N=N, H=12, W=18)
     features = [x.to(case.dtype) for x in pyramid(rng, B=images, D=D, sizes=SIZES)]
     starts = np.cumsum((0, *case.images))
-    for rank, (start, stop) in enumerate(zip(starts, starts[1:])):
+    for rank, (start, stop) in enumerate(itertools.pairwise(starts)):
         mine = labels[start:stop]
         if len(case.images) > 1:
             last = rank == len(case.images) - 1
@@ -112,38 +126,36 @@ def ranks_of(rank):
     return groups
 
 
-def all_cases(rank, groups):
+def cases_of(rank, groups, runs):
     results = {}
-    for name, case in CASES.items():
+    for name, backend in runs:
+        case = CASES[name]
         group = groups.get(len(case.images))
         if group is None:
             continue
         start = sum(case.images[:rank])
         mine = slice(start, start + case.images[rank])
         features, labels, predictions = batch(name)
-        for backend in BACKENDS:
-            with ck.backend(backend):
-                results[name, backend] = one_step(
-                    loss_of(name, group=group), [x[mine] for x in features], labels[mine], predictions[mine]
-                )
+        with ck.backend(backend):
+            results[name, backend] = one_step(
+                loss_of(name, group=group), [x[mine] for x in features], labels[mine], predictions[mine]
+            )
     return results
 
 
 def counted(rank, group, **options):
     """Element numbers of the collectives forward, and backward."""
-    case = CASES["two ranks"]
     mine = slice(0, 2) if rank == 0 else slice(2, 3)
     features, labels, predictions = batch("two ranks")
     features = leaves([x[mine] for x in features])
     counts = []
-    loss = loss_of("two ranks", group=group, **options)
-    loss(features, labels[mine], predictions[mine])  # ranks agree here
-    for step in (lambda: loss(features, labels[mine], predictions[mine]), lambda: total.backward()):
+    criterion = loss_of("two ranks", group=group, **options)
+    loss = criterion(features, labels[mine], predictions[mine])  # ranks agree here
+    for step in (lambda: criterion(features, labels[mine], predictions[mine]), loss.backward):
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
-            total = step()
+            step()
         counts.append([e.input_shapes[0] for e in profile.events() if e.name == "_c10d_functional::all_reduce"])
         assert all(e.name in EVENTS for e in profile.events() if "c10d" in e.name)
-    assert case.images == (2, 1)
     return counts
 
 
@@ -218,16 +230,12 @@ def compiled(rank, group, backend):
             group=group,
         )
 
-    results = []
     with ck.backend(backend):
-        for step in (criterion, function):
-            torch._dynamo.reset()
-            step = torch.compile(step, fullgraph=True, backend="aot_eager")
-            mine_only = leaves([x[mine] for x in features])
-            loss = step(mine_only, labels[mine], predictions[mine])
-            loss.backward()
-            results.append((loss.detach(), [x.grad for x in mine_only]))
-    return results
+        step = torch.compile(function if backend == "reference" else criterion, fullgraph=True, backend="aot_eager")
+        features = leaves([x[mine] for x in features])
+        loss = step(features, labels[mine], predictions[mine])
+        loss.backward()
+    return loss.detach(), [x.grad for x in features]
 
 
 def sentence(call):
@@ -238,7 +246,9 @@ def sentence(call):
     return "no error"
 
 
-def disagreements(rank, group):
+def disagreements(rank, groups):
+    """Each in a group that is used for the first time."""
+    groups = iter(groups)
     features, labels, predictions = batch("two ranks")
     mine = slice(0, 2) if rank == 0 else slice(2, 3)
     inputs = [x[mine] for x in features], labels[mine], predictions[mine]
@@ -246,19 +256,32 @@ def disagreements(rank, group):
     half = [x.half() for x in inputs[0]]
 
     def loss(features=inputs[0], num_classes=N, **options):
-        options = {"layer_weights": WEIGHTS, "group": group} | options
+        options = {"layer_weights": WEIGHTS, "group": next(groups)} | options
         return ck.contextrast_loss(features, *inputs[1:], num_classes=num_classes, **options)
 
     return {
         "num_classes": sentence(lambda: loss(num_classes=N + rank)),
-        "again": sentence(lambda: loss(num_classes=N + 1 + rank)),
         "channels": sentence(lambda: loss(wider if rank else inputs[0], normalize_anchors=True)),
         "dtype": sentence(lambda: loss(half if rank else inputs[0])),
         "layers": sentence(
-            lambda: loss(inputs[0][: 3 - rank], layer_weights=WEIGHTS[: 3 - rank], normalize_anchors=True)
+            lambda: loss(inputs[0][: 2 - rank], layer_weights=WEIGHTS[: 2 - rank], normalize_anchors=True)
         ),
-        "after all": sentence(lambda: loss()),
+        "backend": sentence(ck.backend(BACKENDS[rank])(lambda: loss())),
+        "after all": sentence(loss),
     }
+
+
+def alone(rank, group):
+    """What rank 1 hears when it comes to a group that is in use with a kind of loss of its own."""
+    features, labels, predictions = batch("two ranks")
+    dist.barrier(group)
+    group.get_group_store().set_timeout(datetime.timedelta(seconds=1))
+    said = None
+    if rank == 1:
+        criterion = ck.ContextrastLoss(N + 1, layer_weights=WEIGHTS, group=group)
+        said = sentence(lambda: criterion(features, labels, predictions))
+    dist.barrier(group)
+    return said
 
 
 def second_derivative(rank, group):
@@ -278,37 +301,52 @@ def copies(group):
     return repr(criterion)
 
 
-def run_rank(rank, folder):
+def run_rank(rank, folder, runs, whole):
+    """whole: also what is no case."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=4)
     groups = ranks_of(rank)
-    results = {"cases": all_cases(rank, groups)}
+    new = [dist.new_group([0, 1]) for _ in range(6)]
+    results = {"cases": cases_of(rank, groups, runs)}
     if rank < 2:
         pair = groups[2]
-        for backend in BACKENDS:
+        for backend in BACKENDS if whole else ():
             with ck.backend(backend):
                 results["counted", backend] = counted(rank, pair)
-                results["counted unnormalised", backend] = counted(rank, pair, normalize=False)
-            results["trained", backend] = trained(rank, pair, backend)
             results["compiled", backend] = compiled(rank, pair, backend)
-        results["disagreements"] = disagreements(rank, pair)
-        results["second derivative"] = second_derivative(rank, pair)
-        results["copies"] = copies(pair)
+        results["trained"] = trained(rank, pair, "reference" if whole else "triton")
+        if whole:
+            results["disagreements"] = disagreements(rank, new)
+            results["alone"] = alone(rank, pair)
+            results["second derivative"] = second_derivative(rank, pair)
+            results["copies"] = copies(pair)
     dist.barrier()
-    criterion = loss_of("two ranks", group=groups.get(2, dist.group.WORLD))
+    if whole:
+        criterion = loss_of("two ranks", group=groups[4])
     dist.destroy_process_group()
-    results["destroyed"] = sentence(lambda: criterion(*batch("two ranks")))
-    results["destroyed, at construction"] = sentence(lambda: loss_of("two ranks", group=groups[4]))
+    if whole:
+        results["destroyed"] = sentence(lambda: criterion(*batch("two ranks")))
+        results["destroyed, at construction"] = sentence(lambda: loss_of("two ranks", group=groups[4]))
     torch.save(results, f"{folder}/{rank}.pt")
+
+
+def spawned(folder, runs, whole):
+    torch.multiprocessing.spawn(run_rank, args=(str(folder), runs, whole), nprocs=4)
+    return [torch.load(f"{folder}/{rank}.pt", weights_only=False) for rank in range(4)]
 
 
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory):
     """What each rank saw."""
-    folder = tmp_path_factory.mktemp("ranks")
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    torch.multiprocessing.spawn(run_rank, args=(str(folder),), nprocs=4)
-    return [torch.load(f"{folder}/{rank}.pt", weights_only=False) for rank in range(4)]
+    runs = [(name, "reference") for name in CASES] + [(name, "triton") for name in QUICK]
+    return spawned(tmp_path_factory.mktemp("ranks"), runs, True)
+
+
+@pytest.fixture(scope="module")
+def seen_slowly(tmp_path_factory):
+    return spawned(
+        tmp_path_factory.mktemp("slow_ranks"), [(name, "triton") for name in CASES if name not in QUICK], False
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------ tests
@@ -323,10 +361,10 @@ def close(actual, expected, tolerance):
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance * 1e-2, equal_nan=True)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", CASES)
-def test_many_ranks_see_the_loss_and_the_gradient_of_one_process(seen, name, backend):
+@pytest.mark.parametrize(("name", "backend"), RUNS)
+def test_many_ranks_see_the_loss_and_the_gradient_of_one_process(request, name, backend):
     case = CASES[name]
+    seen = request.getfixturevalue("seen_slowly" if backend == "triton" and name not in QUICK else "seen")
     loss, gradients, report = single(name)
     if case.broken:
         assert loss.isnan()
@@ -351,23 +389,25 @@ def test_many_ranks_see_the_loss_and_the_gradient_of_one_process(seen, name, bac
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_step_reduces_three_times_forward_and_at_most_once_backward(seen, backend):
-    most = LAYERS * N * (D + 2) + 3 * LAYERS
+    most = LAYERS * (N * (D + 2) + 2)
     for rank in range(2):
         forward, backward = seen[rank]["counted", backend]
-        assert len(forward) == 3 and len(backward) <= 1, (forward, backward)
+        assert len(forward) == 3
+        assert len(backward) == (1 if backend == "reference" else 0)
+        if backend == "triton":
+            # A⁺ and A⁻ of float64 have words of their own, and a class its mark of a broken term.
+            assert forward.pop() == [LAYERS * N * (2 * D + 3)]
         assert all(np.prod(shape) <= most for shape in forward + backward), (forward, backward)
-        forward, backward = seen[rank]["counted unnormalised", backend]
-        assert len(forward) <= 5 and len(backward) <= 1, (forward, backward)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_ddp_steps_are_the_steps_of_one_process(seen, backend):
+@pytest.mark.parametrize("ranks", ["seen", pytest.param("seen_slowly", marks=pytest.mark.slow)])
+def test_ddp_steps_are_the_steps_of_one_process(request, ranks):
     images, labels = images_and_labels()
     with ck.backend("reference"):
         losses, parameters, seed = training(lambda net: net, images, labels)
     assert losses[0] != losses[-1]
     for rank in range(2):
-        my_losses, my_parameters, my_seed = seen[rank]["trained", backend]
+        my_losses, my_parameters, my_seed = request.getfixturevalue(ranks)[rank]["trained"]
         close(torch.stack(my_losses), torch.stack(losses), 1e-8)
         for mine, parameter in zip(my_parameters, parameters, strict=True):
             close(mine, parameter, 1e-8)
@@ -377,23 +417,27 @@ def test_ddp_steps_are_the_steps_of_one_process(seen, backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_compiled_in_one_graph_it_is_the_same(seen, backend):
     for rank in range(2):
-        loss, gradients, _ = seen[rank]["cases"]["two ranks", backend]
-        for compiled_loss, compiled_gradients in seen[rank]["compiled", backend]:
-            close(compiled_loss, loss, 1e-12)
-            for compiled_gradient, gradient in zip(compiled_gradients, gradients, strict=True):
-                close(compiled_gradient, gradient, 1e-10)
+        loss, gradients, _ = seen[rank]["cases"]["two ranks", "reference"]
+        compiled_loss, compiled_gradients = seen[rank]["compiled", backend]
+        close(compiled_loss, loss, 1e-9)
+        for compiled_gradient, gradient in zip(compiled_gradients, gradients, strict=True):
+            close(compiled_gradient, gradient, 1e-9)
 
 
 def test_ranks_that_disagree_say_so_on_every_rank(seen):
     first, second = (seen[rank]["disagreements"] for rank in range(2))
     assert first == second
     assert first["num_classes"].startswith("ValueError: group: expected the same on all ranks, got num_classes=4, ")
-    assert "on rank 0 and num_classes=5, 5 channels in 3 layers of torch.float64" in first["num_classes"]
-    assert "num_classes=6" in first["again"]
+    assert "on rank 0 and num_classes=5, 5 channels in 2 layers of float64" in first["num_classes"]
     assert "10 channels" in first["channels"]
-    assert "torch.float16" in first["dtype"]
-    assert "2 layers" in first["layers"]
+    assert "float16" in first["dtype"]
+    assert "1 layers" in first["layers"]
+    assert "backend 'triton'" in first["backend"]
     assert first["after all"] == "no error"
+
+
+def test_a_rank_that_comes_alone_does_not_wait_for_ever(seen):
+    assert seen[1]["alone"].startswith("RuntimeError: group: expected all 2 ranks to come with num_classes=5, ")
 
 
 def test_a_second_derivative_is_refused(seen):

@@ -559,7 +559,7 @@ def test_opcheck(rng):
     e = torch.cat([x.flatten().to(torch.uint8) for x in chosen])
     seed = torch.zeros((), dtype=torch.int64, device=DEVICE)
     for base_rate in (0.0, 0.5):
-        options = (3, 255, [1.0, 0.5], 0.1, 0.7, base_rate, True, False, False, "triton")
+        options = (3, 255, [1.0, 0.5], 0.1, 0.7, base_rate, True, False, False, "triton", None, None)
         arguments = ([x, top], labels, e, seed, *options)
         opcheck(contextrast._contextrast_loss, arguments)
         loss, _, _, *saved = contextrast._contextrast_loss(*arguments)

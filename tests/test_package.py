@@ -15,7 +15,7 @@ PACKAGE = ROOT / "contextrast_kernels"
 # A module imports only from floors below its own, or from modules of its floor that stand before it.
 FLOORS = [
     ["native", "measure", "checks", "hashing", "maps", "embedding", "kernels._tiles"],
-    ["backend"],
+    ["backend", "ranks"],
     ["kernels"],
     ["anchors", "pixel_anchor", "bane", "info_nce"],
     ["contextrast"],

@@ -4,7 +4,8 @@
     Z         log_sums            | Z                          |
     loss      moments             | A⁺, A⁻, terms              | finish
 
-What ranks would reduce is in ``_sums``, all of it integers but Z and reach.
+What ranks reduce is in ``_sums``, all of it integers but Z and reach: they add up to the same bits however many ranks
+there are and in whatever order. The backward pass needs no more of the other ranks than that.
 
 The features are read once in each phase (hard negatives alone in the second) and once more in the backward pass,
 which writes dx. ``python -m contextrast_kernels bench --plan`` lists what each launch moves: see ``plan``.
@@ -15,6 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from contextrast_kernels import ranks
 from contextrast_kernels.kernels import _launch
 from contextrast_kernels.kernels._codes import codes
 from contextrast_kernels.kernels._gradient import Terms, feature_gradients
@@ -37,29 +39,45 @@ def forward(
     base_rate: float,
     normalize: bool,
     normalize_anchors: bool,
+    errors: Tensor | None = None,
+    group: str | None = None,
 ) -> tuple[Outcome, Tensor, Terms]:
     """The loss and what ``backward`` needs: label codes and terms.
 
-    e: codes of the hard negatives of all layers; seed: int64, of the base pixels.
+    e: codes of the hard negatives of all layers; seed: int64, of the base pixels. group: the name of the process group
+    whose ranks reduce at the seams; ``errors`` (layers,) then becomes a fourth row of the report, added up as well.
     """
     dtype, headroom = _launch.accumulator(features[0].dtype), _launch.headroom(_launch.pixels(_launch.shapes(features)))
+    if group is not None:
+        headroom = _launch.headroom(ranks.size(group) * ranks.MOST_PIXELS)  # the same on every rank
+        errors = errors.clone()
     # 16 bits of a gradient are worth no more than the shared words hold.
     sums = zeros(features, num_classes, normalize, pushed=features[0].element_size() > 2)
     code = codes(features, labels, num_classes, ignore_index, sums, hard=e, base_rate=base_rate, seed=seed)
     if not normalize:
         largest_features(features, code, sums)
+        if group is not None:
+            sums.reach.copy_(ranks.reduced(sums.reach, group, "max"))
     class_sums(features, code, sums, headroom)
+    if group is not None:
+        ranks.add_up([sums.vectors, sums.counts, sums.broken, sums.drawn, errors], group)
     table, lengths = anchor_tables(sums, dtype, headroom, fusion_weight, normalize_anchors)
 
     Z, similarity = log_sums(features, code, sums, table, temperature, normalize)
+    if group is not None:
+        Z = ranks.log_sum_exp(Z, group, 1 / temperature if normalize else None)  # ‖â‖ ≤ 1 and ‖v‖ ≤ 1
 
     scales = Scales(lengths, sums.reach, temperature, headroom)
     moments(features, code, sums, table, Z, similarity, scales)
+    if group is not None:
+        ranks.add_up([sums.vectors, sums.terms, *([] if sums.pushed is None else [sums.pushed])], group)
     # T takes the place of A⁺, 4 bytes of a word of 8.
     pull = sums.vectors.view(dtype)
     outcome = finish(
         sums, table, Z, scales, layer_weights, pull, fusion_weight=fusion_weight, normalize_anchors=normalize_anchors
     )
+    if group is not None:
+        outcome = outcome._replace(report=torch.cat([outcome.report, errors.unsqueeze(0)]))
     return outcome, code.y, Terms(code.e, code.base, similarity, table, Z, outcome.coefficients)
 
 
