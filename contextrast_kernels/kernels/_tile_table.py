@@ -1,4 +1,4 @@
-"""How much of a sweep a program takes at a time: every such choice, in one table.
+"""How much of a sweep a program takes at a time: every such choice, in one place.
 
 Chosen by what the compiler says, not yet by time: a GPU replaces a row's reason with the measurement that chose it.
 A reason gives, over both layouts at D 256 unless said, registers a thread, stack in bytes a thread (where registers
@@ -119,3 +119,29 @@ def tiles(kernel: str, dtype: torch.dtype, D: int, *names: str) -> Mapping[str, 
     parts = -(-chunks * K // row.COLUMNS) if row.COLUMNS else 1
     shrunk = row._replace(K=K, COLUMNS=-(-chunks // parts) * K, CHUNK=min(row.CHUNK, next_power_of_2(D)))
     return MappingProxyType({name: getattr(shrunk, name) for name in ("ROWS", "P", "CHUNK", "num_warps", *names)})
+
+
+@functools.cache
+def info_nce_tiles(dtype: torch.dtype, D: int, held: int) -> Mapping[str, int]:
+    """Of the forward sweeps of ``info_nce``, whose programs hold HELD of ``held`` vectors and take the others STREAM at
+    a time, K channels of both for a product. HOLD: the held vectors stay at hand, and a tile of the streamed is read
+    once for all that is done with it."""
+    size = dtype.itemsize
+    return MappingProxyType(
+        {
+            "HELD": min(32 if size == 8 else 64, max(16, next_power_of_2(held))),
+            "STREAM": 64 if size == 4 else 32,
+            "K": min(128 // size, max(16, next_power_of_2(D))),
+            "HOLD": size == 2 and D <= 256,
+            "num_warps": 8 if size == 4 else 4,
+        }
+    )
+
+
+@functools.cache
+def info_nce_gradient_tiles(dtype: torch.dtype, D: int, held: int, toward: str) -> Mapping[str, int]:
+    """A program sums CHANNELS channels of the gradient; more are shared out over programs, which form s again."""
+    # Slopes of both sides at once leave registers for half as many held vectors.
+    shrunk = info_nce_tiles(dtype, D, min(held, 32) if toward == "both" else held)
+    K, most = shrunk["K"], {2: 256, 4: 128, 8: 64}[dtype.itemsize]
+    return MappingProxyType({**shrunk, "STREAM": 32, "CHANNELS": min(most, -(-D // K) * K), "num_warps": 4})

@@ -32,6 +32,7 @@ from torch import Tensor
 from triton import language as tl
 
 from contextrast_kernels.kernels import _launch
+from contextrast_kernels.kernels._tile_table import info_nce_gradient_tiles, info_nce_tiles
 from contextrast_kernels.kernels._tiles import dot_features, plain, real, zero_tiles
 
 PROGRAMS = 264
@@ -126,7 +127,7 @@ def forward(rows: Tensor, columns: Tensor, of: Pairs, mean: bool) -> tuple[Tenso
     and nothing for the number."""
     (R, D), C = rows.shape, columns.shape[0]
     acc, device = _launch.accumulator(rows.dtype), rows.device
-    tiles = forward_tiles(rows.dtype, D, R)
+    tiles = info_nce_tiles(rows.dtype, D, R)
     (blocks, splits), span = _split(R, C, tiles)
     numbers = 2 if of.positives == "each" else 4
     log_sums = torch.empty(splits, numbers, R, dtype=torch.float64, device=device)
@@ -189,7 +190,7 @@ def backward(
     mean = gradient.ndim == 0
     acc = _launch.accumulator(rows.dtype)
     out = torch.empty_like(held)
-    tiles = backward_tiles(rows.dtype, D, n, toward)
+    tiles = info_nce_gradient_tiles(rows.dtype, D, n, toward)
     (blocks, splits), span = _split(n, streamed.shape[0], tiles)
     partial = torch.empty(splits, n, D, dtype=acc, device=held.device) if splits > 1 else None
     x, x_lies = _matrix(held, tiles["HELD"])
@@ -250,28 +251,7 @@ def plan(
     return launches
 
 
-# ------------------------------------------------------------------------------------------------------- tiles, splits
-
-
-def forward_tiles(dtype: torch.dtype, D: int, held: int) -> dict:
-    """Chosen by registers and spills as compiled (tests/budgets.json), not yet by time. HOLD: the held vectors stay
-    at hand, and a tile of the streamed is read once for all that is done with it."""
-    size = dtype.itemsize
-    return {
-        "HELD": min(32 if size == 8 else 64, max(16, triton.next_power_of_2(held))),
-        "STREAM": 64 if size == 4 else 32,
-        "K": min(128 // size, max(16, triton.next_power_of_2(D))),
-        "HOLD": size == 2 and D <= 256,
-        "num_warps": 8 if size == 4 else 4,
-    }
-
-
-def backward_tiles(dtype: torch.dtype, D: int, held: int, toward: str) -> dict:
-    """A program sums CHANNELS channels of the gradient; more are shared out over programs, which form s again."""
-    # Slopes of both sides at once leave registers for half as many held vectors.
-    tiles = forward_tiles(dtype, D, min(held, 32) if toward == "both" else held)
-    channels = {2: 256, 4: 128, 8: 64}[dtype.itemsize]
-    return {**tiles, "STREAM": 32, "CHANNELS": min(channels, triton.cdiv(D, tiles["K"]) * tiles["K"]), "num_warps": 4}
+# ------------------------------------------------------------------------------------------------------------- splits
 
 
 def _split(held: int, streamed: int, tiles: dict) -> tuple[tuple[int, int], int]:
