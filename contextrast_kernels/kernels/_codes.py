@@ -147,6 +147,10 @@ def _label_codes(
     BINS: tl.constexpr,
     PIXELS: tl.constexpr,
 ):
+    """Codes of PIXELS pixels of one layer, and how many pixels each class and the negatives have.
+
+    Moves: one sampled label a pixel (its memory sector in the high layers), 1 or 2 bytes a pixel for each code.
+    """
     program = tl.program_id(0)
     layer = layer_of(program, geometry.block)
     number = pick(geometry.number, layer)

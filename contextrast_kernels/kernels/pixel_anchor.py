@@ -305,6 +305,7 @@ def finish(
 
 @triton.jit
 def _given_table(anchors, strides, counts, table, lengths, D: tl.constexpr, BLOCK: tl.constexpr):
+    """One program, one class: a row of any strides and dtype into the table, and its length."""
     n = tl.program_id(0)
     d = tl.arange(0, BLOCK)
     anchor = tl.load(anchors + tl.cast(n, tl.int64) * plain(strides[0]) + d * plain(strides[1]), mask=d < D, other=0.0)
