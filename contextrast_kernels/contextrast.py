@@ -362,8 +362,6 @@ def _global_loss(
     E = torch.where(exists, torch.where(exists, local - Z, 0.0).exp(), 0.0)
     own = own + (G.view_as(E) * E).sum(1)
     loss, share = (_weighted(each, weights) for each in (losses, own))
-    # The value is the loss of all ranks. The gradient is that of this rank's pixels, times their number of shares:
-    # DDP will divide it.
     report = {
         "loss": losses,
         "classes": (counts > 0).sum(1),
@@ -371,6 +369,8 @@ def _global_loss(
         "negatives": drawn,
         "errors": errors,
     }
+    # The value is the loss of all ranks, the gradient that of this rank's share times the number of ranks: DDP will
+    # divide it.
     return loss + ranks.size(name) * (share - share.detach()), report
 
 
