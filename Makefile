@@ -13,8 +13,9 @@ SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*)
 demo: $(VENV)/.demo
 	$(RUN) -m contextrast_kernels demo $(if $(DATA),--data $(DATA)) $(if $(ROOT),--root "$(ROOT)") $(if $(LOSS),--loss $(LOSS)) $(ARGS)
 
+# Two processes, each with whole files.
 test: $(VENV)/.all
-	$(RUN) -m pytest $(ARGS)
+	$(RUN) -m pytest -n 2 --dist loadfile $(ARGS)
 
 test-all: $(VENV)/.all
 	$(RUN) -m pytest -m "slow or not slow" $(ARGS)
