@@ -154,7 +154,11 @@ def stepped(x):
     return big[::2, 1::3]
 
 
-@pytest.mark.parametrize("form", [lambda x: x.T.contiguous().T, stepped, lambda x: x[:1].expand(x.shape)], ids=str)
+@pytest.mark.parametrize(
+    "form",
+    [lambda x: x.T.contiguous().T, stepped, lambda x: x[:1].expand(x.shape)],
+    ids=["columns first", "neither axis of stride 1", "one row"],
+)
 @pytest.mark.parametrize("D", [8, pytest.param(130, marks=pytest.mark.slow)])
 def test_every_layout(rng, form, D):
     """Columns that lie one channel after another, slices, and one row in many places; vectors of codes likewise."""
