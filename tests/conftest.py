@@ -5,9 +5,9 @@ from collections import Counter
 
 import torch
 
-# One of several processes of the suite has one core.
-THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
-os.environ.setdefault("OMP_NUM_THREADS", str(THREADS))  # of processes that tests start
+# One of several processes of the suite has one core, and so have the processes that its tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
+
 # Without it PyTorch refuses, or warns of, every matrix product while deterministic algorithms are asked for.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
@@ -20,7 +20,7 @@ import pytest
 
 import contextrast_kernels as ck
 
-torch.set_num_threads(THREADS)
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
 def pytest_collection_modifyitems(items):
