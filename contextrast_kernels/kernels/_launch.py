@@ -99,7 +99,7 @@ def bits(value: float) -> int:
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def triton_type(dtype: torch.dtype):
