@@ -141,8 +141,9 @@ def info_nce_tiles(dtype: torch.dtype, D: int, held: int) -> Mapping[str, int]:
 @functools.cache
 def info_nce_gradient_tiles(dtype: torch.dtype, D: int, held: int, toward: str) -> Mapping[str, int]:
     """A program sums CHANNELS channels of the gradient; more are shared out over programs, which form s again. With 256
-    two-byte channels at once ``_info_nce_bwd`` spills 5 KB on sm_80 and 96 B on sm_90, with 128 it spills 8 B and 0."""
+    two-byte channels ``_info_nce_bwd`` spills 5 KB on sm_80 and 96 B on sm_90, with 128 it spills 8 B and 0; but rows
+    that are held (HOLD) have to be all of a program's channels."""
     # Slopes of both sides at once leave registers for half as many held vectors.
     shrunk = info_nce_tiles(dtype, D, min(held, 32) if toward == "both" else held)
-    K, most = shrunk["K"], 64 if dtype.itemsize == 8 else 128
+    K, most = shrunk["K"], {2: 256, 4: 128, 8: 64}[dtype.itemsize]
     return MappingProxyType({**shrunk, "STREAM": 32, "CHANNELS": min(most, -(-D // K) * K), "num_warps": 4})
