@@ -1,13 +1,14 @@
 """The loss on your shapes, beside its definition in plain PyTorch.
 
 Give --shape and --classes, or --case for one of the paper's settings: the loss runs on generated scenes, is compared
-with its definition in float64, and a table in Markdown says what time and memory each takes. With --plan nothing is
-run: what the fused loss would launch and move is listed, from shapes alone.
+with its definition in float64, and a table in Markdown says what time and memory each takes. What it is at meanwhile
+goes to stderr. With --plan nothing is run: what the fused loss would launch and move is listed, from shapes alone.
 """
 
 import argparse
 import pathlib
 import sys
+import time
 from dataclasses import replace
 
 import torch
@@ -135,6 +136,7 @@ def implementations(device: torch.device, case: Case) -> dict[str, str]:
 def compare(case: Case, base_rate: float, frames: pathlib.Path | None, seconds: float) -> int:
     """Prints the table; 1 if a result is not the definition's."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    _say(f"{case}: drawing the inputs")
     inputs = case.inputs(device, frames=frames)
 
     def loss(features):
@@ -145,13 +147,17 @@ def compare(case: Case, base_rate: float, frames: pathlib.Path | None, seconds: 
         value = loss(leaves)
         return value.detach(), torch.autograd.grad(value, leaves)
 
+    _say("the definition in float64, to compare with")
     with ck.backend("reference"):
         exact = measure.truth(loss, inputs.features)
     leaves = [x.requires_grad_() for x in inputs.features]
     rows, differs = {}, []
     for name, backend in implementations(device, case).items():
+        _say(f"{name}: a step to check")
         with ck.backend(backend):
+            began = time.perf_counter()
             result = step()
+            _say(f"{name}: it took {time.perf_counter() - began:.2g} s, first of its kind; timing more")
             try:
                 measure.check(*result, exact)
             except measure.Differs as difference:
@@ -164,6 +170,10 @@ def compare(case: Case, base_rate: float, frames: pathlib.Path | None, seconds: 
     for sentence in differs:
         print(f"\nnot the definition's result: {sentence}; please report this page")
     return 1 if differs else 0
+
+
+def _say(what: str) -> None:
+    print(f"bench: {what}", file=sys.stderr, flush=True)
 
 
 def _table(case: Case, base_rate: float, device: torch.device, rows: dict) -> str:

@@ -29,7 +29,27 @@ def test_a_table_of_the_users_shapes(capsys, more):
     assert float(memory.removesuffix(" MiB")) > 0
     assert 0 <= float(loss_error) < 1e-2 and 0 < float(gradient_error) < 1e-2
     assert "B 2, 64 x 96, N 5, D 8" in captured.out
-    assert captured.err == ""
+
+
+def test_progress_is_told_line_by_line_beside_the_table(monkeypatch, capsys):
+    """A large case on a CPU takes minutes. Each line is there before what it announces begins."""
+    order = []
+    monkeypatch.setattr(bench, "_say", lambda what: order.append(what))
+    for name in ("truth", "time_calls"):
+        function = getattr(bench.measure, name)
+        monkeypatch.setattr(bench.measure, name, lambda *a, f=function, n=name: order.append(n) or f(*a))
+    assert main(["bench", *SMALL]) == 0
+    assert "inputs" in order[0]
+    assert order[1:3] == ["the definition in float64, to compare with", "truth"]
+    names = list(
+        bench.implementations(torch.device("cuda" if torch.cuda.is_available() else "cpu"), cases.CASES["camvid"])
+    )
+    assert [line.split(":")[0] for line in order[3:]] == [
+        word for name in names for word in (name, name, "time_calls", "time_calls")
+    ]
+    monkeypatch.undo()
+    bench._say("one word")
+    assert capsys.readouterr().err == "bench: one word\n"
 
 
 def test_what_the_kernels_do_not_take_is_not_called_fused(monkeypatch):
