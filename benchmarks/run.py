@@ -182,11 +182,11 @@ def run_loss(
     return outcome
 
 
-def planned_mb(case: Case) -> float | None:
-    from contextrast_kernels.kernels import contextrast
+def planned_mb(case: Case) -> float:
+    from contextrast_kernels.kernels.step import training_step
 
-    launches = contextrast.plan(case.batch, case.sizes, case.channels, case.num_classes, case.dtype, layout=case.layout)
-    return sum(launch.reads + launch.writes for launch in launches) / 1e6
+    step = training_step(case.batch, case.sizes, case.channels, case.num_classes, case.dtype, layout=case.layout)
+    return sum(launch.reads + launch.writes for launch in step.launches) / 1e6
 
 
 def loss_jobs(machine: Machine, case: Case, passes: Sequence[str] = (BOTH,)) -> Iterator[Job]:

@@ -339,14 +339,14 @@ def test_sums_of_many_splits(rng, positives):
     """More than are added at a time, some of them empty: largest and sum relative to it give the sum of all."""
     from triton import language as tl
 
-    from contextrast_kernels.kernels import _launch
+    from contextrast_kernels.kernels import _launch, _pairs
     from contextrast_kernels.kernels import info_nce as kernels
 
     splits, R = 40, 5
     sums = torch.from_numpy(rng.uniform(1, 9, (splits, 4, R)) * [[[5], [1], [5], [1]]]).to(DEVICE)
     sums[:17:4, 0], sums[:17:4, 1] = -torch.inf, 0
     losses, kept = sums.new_empty(R), sums.new_empty(4, R)
-    rows = kernels.Rows(torch.zeros(R, dtype=torch.int64, device=DEVICE), None, *_launch.odd([1, 0]))
+    rows = _pairs.Rows(torch.zeros(R, dtype=torch.int64, device=DEVICE), None, *_launch.odd([1, 0]))
     given = {"log_sums": sums, "terms": None, "rows": rows, "losses": losses, "kept": kept}
     form = {"HELD": 16, "POSITIVES": positives, "NUMBERS": 4, "LABEL": tl.int64}
     _launch.launch(kernels._info_nce_rows, (1,), {**given, "ignore_index": -1, "R": R, "splits": splits}, form)

@@ -16,7 +16,7 @@ from contextrast_kernels import cases, native
 pytest.importorskip("triton")
 
 from benchmarks import probes
-from contextrast_kernels.kernels import contextrast
+from contextrast_kernels.kernels.step import training_step
 
 ROOT = pathlib.Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -27,12 +27,13 @@ import json, sys
 sys.path[:0] = [sys.argv[1], sys.argv[1] + "/tests"]
 import aot, torch
 from benchmarks import probes
-from contextrast_kernels.kernels import contextrast
+from contextrast_kernels.kernels.step import training_step
+batch, sizes = aot.SIZES["cityscapes"]
 rows = []
 for layout in sys.argv[2].split(","):
     for probe in probes.PROBES:
-        plan = lambda: contextrast.plan(8, aot.SIZES, 256, 19, torch.bfloat16, layout=layout)
-        launches = probes.recorded(plan, dict.fromkeys(probe.kernels, probe.tiles or {}))
+        step = lambda: training_step(batch, sizes, 256, 19, torch.bfloat16, layout=layout)
+        launches = probes.recorded(step, dict.fromkeys(probe.kernels, probe.tiles or {}))
         for launch in launches:
             if launch.kernel.__name__ in probe.kernels:
                 found = aot.resources(probes.varied(probe, launch, {}), 90)
@@ -43,8 +44,9 @@ print(json.dumps(rows))
 
 
 @pytest.fixture
-def plan():
-    return lambda: contextrast.plan(1, [(8, 16), (4, 8)], 16, 19, torch.float32)
+def step():
+    """On the meta device: what it launches is recorded."""
+    return lambda: training_step(1, [(8, 16), (4, 8)], 16, 19, torch.float32)
 
 
 def find(question, variation=probes.AS_IT_IS):
@@ -52,18 +54,18 @@ def find(question, variation=probes.AS_IT_IS):
     return probe
 
 
-def test_every_probe_varies_kernels_that_the_step_launches(plan):
-    launched = {launch.kernel.__name__ for launch in probes.recorded(plan)}
+def test_every_probe_varies_kernels_that_the_step_launches(step):
+    launched = {launch.kernel.__name__ for launch in probes.recorded(step)}
     for probe in probes.PROBES:
         assert set(probe.kernels) <= launched, probe
-        for launch in probes.recorded(plan):
+        for launch in probes.recorded(step):
             if launch.kernel.__name__ in probe.kernels and probe.helpers:
                 assert set(probe.helpers) & set(launch.kernel.fn.__globals__), probe
 
 
-def test_tiles_reach_the_kernels_they_are_meant_for(plan):
+def test_tiles_reach_the_kernels_they_are_meant_for(step):
     probe = find("issue rate, moments", "8 warps")
-    for launch in probes.recorded(plan, dict.fromkeys(probe.kernels, probe.tiles)):
+    for launch in probes.recorded(step, dict.fromkeys(probe.kernels, probe.tiles)):
         assert (launch.constants.get("num_warps") == 8) == (launch.kernel.__name__ in probe.kernels)
 
 

@@ -12,8 +12,7 @@ from contextrast_kernels.cases import CASES
 pytestmark = pytest.mark.skipif(ck.available()["triton"] != "ok", reason=f"triton: {ck.available()['triton']}")
 
 if ck.available()["triton"] == "ok":
-    from contextrast_kernels.kernels import _launch, pixel_anchor
-    from contextrast_kernels.kernels.contextrast import plan
+    from contextrast_kernels.kernels import _launch, _log_sums
     from contextrast_kernels.kernels.step import GRAIN, Watch, training_step
 
 PAPER = ["cityscapes", "ade20k", "camvid"]
@@ -37,9 +36,9 @@ def test_a_step_keeps_to_its_launches_and_its_memory(name, layout):
 
 def test_every_block_of_the_dense_sweep_has_a_place_to_write(monkeypatch):
     """Also where rows that cannot be read 16 bytes at a time are taken in shorter pieces than the tiles say."""
-    tiles = pixel_anchor.tiles
-    monkeypatch.setattr(pixel_anchor, "tiles", lambda *names: {**tiles(*names), "P": 64})
-    launches = plan(1, [(17, 128), (9, 70), (9, 67)], 16, 3, torch.float32, base_rate=1.0)
+    tiles = _log_sums.tiles
+    monkeypatch.setattr(_log_sums, "tiles", lambda *names: {**tiles(*names), "P": 64})
+    launches = training_step(1, [(17, 128), (9, 70), (9, 67)], 16, 3, torch.float32, base_rate=1.0).launches
     dense = [launch for launch in launches if launch.kernel.__name__ == "_dense_similarities"]
     assert [launch.constants["P"] for launch in dense] == [64, 32]
     (partials,) = {launch.arguments["partial"].shape[1] for launch in dense}

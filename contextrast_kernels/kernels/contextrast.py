@@ -8,7 +8,7 @@ What ranks reduce is in ``_sums``, all of it integers but Z and reach: they add 
 there are and in whatever order. The backward pass needs no more of the other ranks than that.
 
 The features are read once in each phase (hard negatives alone in the second) and once more in the backward pass,
-which writes dx. ``python -m contextrast_kernels bench --plan`` lists what each launch moves: see ``plan``.
+which writes dx. ``python -m contextrast_kernels bench --plan`` lists what each launch moves: see ``step``.
 """
 
 from collections.abc import Sequence
@@ -20,10 +20,10 @@ from contextrast_kernels import ranks
 from contextrast_kernels.kernels import _launch
 from contextrast_kernels.kernels._codes import codes
 from contextrast_kernels.kernels._gradient import Terms, feature_gradients
+from contextrast_kernels.kernels._log_sums import log_sums
 from contextrast_kernels.kernels._sums import zeros
 from contextrast_kernels.kernels.anchors import anchor_tables, class_sums, largest_features
-from contextrast_kernels.kernels.pixel_anchor import Outcome, Scales, finish, log_sums, moments
-from contextrast_kernels.native import code_dtype
+from contextrast_kernels.kernels.pixel_anchor import Outcome, Scales, finish, moments
 
 
 def forward(
@@ -101,52 +101,3 @@ def backward(
         temperature=temperature,
         gradient=gradient,
     )
-
-
-def plan(
-    batch: int,
-    sizes: Sequence[tuple[int, int]],
-    channels: int,
-    num_classes: int,
-    dtype: torch.dtype = torch.bfloat16,
-    *,
-    layout: str = "nchw",
-    base_rate: float = 0.0,
-    normalize: bool = True,
-) -> list[_launch.Launch]:
-    """The launches of one forward and backward pass, in order, from shapes alone: kernel, grid, constants, and the
-    bytes of features, label maps and tables that each reads and writes at least once (the similarities of hard
-    negatives: at most, since only rows that hold one are read). Nothing is allocated or run. The floor, three reads
-    of the features and one write, is four times their bytes.
-
-    sizes: (h, w) of every layer; layout: "nchw" or "channels_last".
-    """
-
-    features, labels, e, seed = meta_inputs(batch, sizes, channels, num_classes, dtype, layout)
-    weights = (1.0,) * len(sizes)
-    with _launch.recording() as launches:
-        outcome, y, terms = forward(
-            features, labels, e, seed, num_classes, 255, weights, 0.1, 0.7, base_rate, normalize, False
-        )
-        backward(outcome.loss, features, y, terms, outcome.pull, 0.1, normalize)
-    return launches
-
-
-def meta_inputs(
-    batch: int,
-    sizes: Sequence[tuple[int, int]],
-    channels: int,
-    num_classes: int,
-    dtype: torch.dtype,
-    layout: str,
-) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
-    """Features, labels, codes of hard negatives and seed as tensors without memory."""
-
-    def empty(*shape, dtype):
-        return torch.empty(*shape, dtype=dtype, device="meta")
-
-    form = torch.channels_last if layout == "channels_last" else torch.contiguous_format
-    features = [empty(batch, channels, h, w, dtype=dtype).to(memory_format=form) for h, w in sizes]
-    labels = empty(batch, 4 * sizes[0][0], 4 * sizes[0][1], dtype=torch.int64)
-    e = empty(sum(batch * h * w for h, w in sizes), dtype=code_dtype(num_classes))
-    return features, labels, e, empty(1, dtype=torch.int64)

@@ -24,102 +24,36 @@ forms 5, rows against themselves two fewer (``flops``); and one read of the colu
 bounds few rows against many columns.
 """
 
-from typing import NamedTuple
-
 import torch
 import triton
 from torch import Tensor
 from triton import language as tl
 
 from contextrast_kernels.kernels import _launch
+from contextrast_kernels.kernels._pairs import (
+    Pairs,
+    column_codes,
+    matrix_of,
+    pairs,
+    places,
+    products,
+    row_codes,
+    sets,
+    times_weight,
+    vector_tile,
+    vector_tiles,
+)
 from contextrast_kernels.kernels._tile_table import info_nce_gradient_tiles, info_nce_tiles
 from contextrast_kernels.kernels._tiles import dot_features, plain, real, zero_tiles
 
 PROGRAMS = 264
-"""Where the held vectors fill fewer, the streamed ones are split: two programs for each multiprocessor of an H100. A
-constant, so that no sum depends on the device."""
-
-
-class Matrix(NamedTuple):
-    """A matrix as a kernel sees it; strides are made by ``_launch.odd``, in units of what is known to divide them."""
-
-    start: Tensor
-    of_row: int
-    of_channel: int
-
-
-class Rows(NamedTuple):
-    """What is known of each row besides its vector; strides are made by ``_launch.odd``."""
-
-    labels: Tensor
-    negatives: Tensor | None
-    labels_stride: int
-    negatives_stride: int
-
-
-class Columns(NamedTuple):
-    labels: Tensor
-    negatives: Tensor | None
-    base: Tensor | None
-    weights: Tensor | None
-    labels_stride: int
-    negatives_stride: int
-    base_stride: int
-    weights_stride: int
-
-
-class Pairs(NamedTuple):
-    """The arguments of every sweep: who is whose positive and negative."""
-
-    rows: Rows
-    columns: Columns
-    itself: bool
-    """The columns are the rows, and (i, i) is no pair."""
-    temperature: float
-    ignore_index: int
-    positives: str
-
-    def arguments(self) -> dict:
-        return {
-            "rows": self.rows,
-            "columns": self.columns,
-            "temperature": _launch.bits(self.temperature),
-            "ignore_index": self.ignore_index,
-        }
-
-    def constants(self) -> dict:
-        labels = (self.rows.labels, self.rows.negatives, self.columns.labels, self.columns.negatives)
-        narrow = -(2**31) <= self.ignore_index < 2**31 and all(x is None or x.element_size() <= 4 for x in labels)
-        return {"ITSELF": self.itself, "LABEL": tl.int32 if narrow else tl.int64}
-
-
-def pairs(
-    row_labels: Tensor,
-    column_labels: Tensor | None,
-    row_negatives: Tensor | None,
-    column_negatives: Tensor | None,
-    base: Tensor | None,
-    column_weights: Tensor | None,
-    temperature: float,
-    ignore_index: int,
-    positives: str,
-) -> Pairs:
-    """``column_labels`` None: the rows against themselves."""
-    itself = column_labels is None
-    if itself:
-        column_labels = row_labels
-
-    def with_strides(kind, *vectors: Tensor | None):
-        return kind(*vectors, *_launch.odd([0 if x is None else x.stride(0) for x in vectors]))
-
-    return Pairs(
-        with_strides(Rows, row_labels, row_negatives),
-        with_strides(Columns, column_labels, column_negatives, base, column_weights),
-        itself,
-        temperature,
-        ignore_index,
-        positives,
-    )
+"""Where the held vectors of ``info_nce`` fill fewer, the streamed ones are split: two programs for each multiprocessor
+of an H100. A constant, so that no sum depends on the device."""
+ADDED = 64
+"""Rows, or elements of a gradient, whose splits a program adds up, ADDED_SPLITS at a time."""
+ADDED_SPLITS = 16
+MEAN_RUN = 1024
+"""Rows that the one program of the mean takes at a time."""
 
 
 def forward(rows: Tensor, columns: Tensor, of: Pairs, mean: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -134,8 +68,8 @@ def forward(rows: Tensor, columns: Tensor, of: Pairs, mean: bool) -> tuple[Tenso
     terms = torch.empty(splits, 3, R, dtype=torch.float64, device=device) if of.positives == "each" else None
     losses = torch.empty(R, dtype=acc, device=device)
     kept = torch.empty(4, R, dtype=acc, device=device)
-    x, x_lies = _matrix(rows, tiles["HELD"])
-    z, z_lies = _matrix(columns, tiles["STREAM"])
+    x, x_lies = matrix_of(rows, tiles["HELD"])
+    z, z_lies = matrix_of(columns, tiles["STREAM"])
     form = {"POSITIVES": of.positives, "NUMBERS": numbers}
     label = {"LABEL": of.constants()["LABEL"]}
     sweep = {"x": x, "z": z, **of.arguments(), "log_sums": log_sums, "R": R, "C": C, "span": span}
@@ -161,9 +95,9 @@ def forward(rows: Tensor, columns: Tensor, of: Pairs, mean: bool) -> tuple[Tenso
     of_rows = {"rows": of.rows, "losses": losses, "ignore_index": of.ignore_index, "R": R}
     _launch.launch(
         _info_nce_rows,
-        (triton.cdiv(R, 64),),
+        (_launch.ceil_div(R, ADDED),),
         {**of_rows, "log_sums": log_sums, "terms": terms, "kept": kept, "splits": splits},
-        {"HELD": 64, **form, **label},
+        {"HELD": ADDED, **form, **label},
         reads=_launch.nbytes(*(x for x in (log_sums, terms) if x is not None)),
         writes=_launch.nbytes(losses, kept),
     )
@@ -174,7 +108,7 @@ def forward(rows: Tensor, columns: Tensor, of: Pairs, mean: bool) -> tuple[Tenso
         _info_nce_mean,
         (1,),
         {**of_rows, "loss": loss, "count": count},
-        {"RUN": 1024, **label},
+        {"RUN": MEAN_RUN, **label},
         reads=_launch.nbytes(losses),
     )
     return loss, count, kept
@@ -193,14 +127,14 @@ def backward(
     tiles = info_nce_gradient_tiles(rows.dtype, D, n, toward)
     (blocks, splits), span = _split(n, streamed.shape[0], tiles)
     partial = torch.empty(splits, n, D, dtype=acc, device=held.device) if splits > 1 else None
-    x, x_lies = _matrix(held, tiles["HELD"])
-    z, z_lies = _matrix(streamed, tiles["STREAM"])
-    written, out_lies = _matrix(out if partial is None else partial[0], tiles["HELD"])
+    x, x_lies = matrix_of(held, tiles["HELD"])
+    z, z_lies = matrix_of(streamed, tiles["STREAM"])
+    written, out_lies = matrix_of(out if partial is None else partial[0], tiles["HELD"])
     if partial is not None:
         written = written._replace(start=partial)
     _launch.launch(
         _info_nce_bwd,
-        (blocks, splits, triton.cdiv(D, tiles["CHANNELS"])),
+        (blocks, splits, _launch.ceil_div(D, tiles["CHANNELS"])),
         {"x": x, "z": z, "out": written, **of.arguments(), "gradient": gradient, "kept": kept, "count": count}
         | {"gradient_stride": _launch.odd([0 if mean else gradient.stride(0)])[0], "R": R}
         | {"n": n, "m": streamed.shape[0], "span": span},
@@ -210,12 +144,12 @@ def backward(
         writes=_launch.nbytes(written.start),
     )
     if partial is not None:
-        written, out_lies = _matrix(out, 1)
+        written, out_lies = matrix_of(out, 1)
         _launch.launch(
             _add_splits,
-            (triton.cdiv(n * D, 64),),
+            (_launch.ceil_div(n * D, ADDED),),
             {"partial": partial, "out": written, "n": n, "splits": splits},
-            {"D": D, "ELEMENTS": 64, "SPLITS": 16, "OUT_LIES": out_lies},
+            {"D": D, "ELEMENTS": ADDED, "SPLITS": ADDED_SPLITS, "OUT_LIES": out_lies},
             reads=_launch.nbytes(partial),
             writes=_launch.nbytes(out),
         )
@@ -256,10 +190,10 @@ def plan(
 
 def _split(held: int, streamed: int, tiles: dict) -> tuple[tuple[int, int], int]:
     """The grid (blocks of held vectors, splits of the streamed ones), and the streamed vectors of a split."""
-    blocks, steps = triton.cdiv(held, tiles["HELD"]), triton.cdiv(streamed, tiles["STREAM"])
-    wanted = min(triton.cdiv(PROGRAMS, blocks), triton.cdiv(steps, 4))
-    of_split = triton.cdiv(steps, wanted)
-    return (blocks, triton.cdiv(steps, of_split)), of_split * tiles["STREAM"]
+    blocks, steps = _launch.ceil_div(held, tiles["HELD"]), _launch.ceil_div(streamed, tiles["STREAM"])
+    wanted = min(_launch.ceil_div(PROGRAMS, blocks), _launch.ceil_div(steps, 4))
+    of_split = _launch.ceil_div(steps, wanted)
+    return (blocks, _launch.ceil_div(steps, of_split)), of_split * tiles["STREAM"]
 
 
 def _reads(rows: Tensor, columns: Tensor, of: Pairs) -> int:
@@ -267,164 +201,7 @@ def _reads(rows: Tensor, columns: Tensor, of: Pairs) -> int:
     return _launch.nbytes(*tensors.values())
 
 
-def _matrix(x: Tensor, block: int) -> tuple[Matrix, tuple[str, int, bool]]:
-    """A matrix for a kernel, and what the compiler may know of its memory: the axis of stride 1 ("d" channels, "r"
-    rows, "" neither), a power of two that divides the other stride, up to 16 bytes' worth, and whether offsets inside
-    ``block`` rows need 64 bits."""
-    (n, D), (of_row, of_channel) = x.shape, x.stride()
-    unit = "d" if of_channel == 1 or D == 1 else "r" if of_row == 1 or n == 1 else ""
-    align = 16 // x.element_size() if unit else 1
-    while (of_row if unit == "d" else of_channel) % align:
-        align //= 2
-    steps = _launch.odd([of_row // align, of_channel // align])
-    return Matrix(x, *steps), (unit, align, block * of_row + D * of_channel >= 2**31)
-
-
 # -------------------------------------------------------------------------------------------------------------- pieces
-
-
-@triton.jit
-def _places(matrix, first, d0, N: tl.constexpr, K: tl.constexpr, LIES: tl.constexpr):
-    """Where vector ``first`` begins, and offsets (N, K) from there of N vectors and channels d0 .. d0+K-1. The products
-    with what divides a stride tell the compiler so."""
-    v = tl.arange(0, N)
-    d = d0 + tl.arange(0, K)
-    if LIES[2]:
-        v = v.to(tl.int64)
-        d = d.to(tl.int64)
-    of_row = plain(matrix.of_row) * LIES[1]
-    of_channel = plain(matrix.of_channel) * LIES[1]
-    if LIES[0] == "d":
-        return matrix.start + tl.cast(first, tl.int64) * of_row, v[:, None] * of_row + d[None, :]
-    elif LIES[0] == "r":
-        return matrix.start + tl.cast(first, tl.int64), v[:, None] + d[None, :] * of_channel
-    else:
-        return matrix.start + tl.cast(first, tl.int64) * of_row, v[:, None] * of_row + d[None, :] * of_channel
-
-
-@triton.jit
-def _channels(matrix, first, wanted, d0, D: tl.constexpr, N: tl.constexpr, K: tl.constexpr, LIES: tl.constexpr):
-    """Channels d0 .. d0+K-1 of N vectors (N, K), zero where not wanted."""
-    start, here = _places(matrix, first, d0, N, K, LIES)
-    if D % K == 0:
-        return tl.load(start + here, mask=wanted[:, None], other=0.0)
-    else:
-        return tl.load(start + here, mask=wanted[:, None] & (d0 + tl.arange(0, K) < D)[None, :], other=0.0)
-
-
-@triton.jit
-def _vectors(
-    matrix, first, wanted, D: tl.constexpr, N: tl.constexpr, K: tl.constexpr, LIES: tl.constexpr, HOLD: tl.constexpr
-):
-    """N vectors as tiles (N, K) of their channels, to keep at hand; none unless HOLD."""
-    tiles = ()
-    if HOLD:
-        for d0 in tl.static_range(0, D, K):
-            tiles = tiles + (_channels(matrix, first, wanted, d0, D, N, K, LIES),)  # noqa: RUF005
-    return tiles
-
-
-@triton.jit
-def _dot(x, z, acc):
-    """acc + x zᵀ, as exact as the accumulator."""
-    if x.dtype == tl.float64:
-        return tl.dot(x, tl.trans(z), acc, input_precision="ieee", out_dtype=tl.float64)
-    elif x.dtype == tl.float32:
-        return tl.dot(x, tl.trans(z), acc, input_precision="tf32x3")
-    else:
-        return tl.dot(x, tl.trans(z), acc)
-
-
-@triton.jit
-def _products(
-    held,
-    streamed,
-    x,
-    x_first,
-    x_wanted,
-    z,
-    z_first,
-    z_wanted,
-    D: tl.constexpr,
-    K: tl.constexpr,
-    HELD: tl.constexpr,
-    STREAM: tl.constexpr,
-    X_LIES: tl.constexpr,
-    Z_LIES: tl.constexpr,
-    HOLD: tl.constexpr,
-    ACC: tl.constexpr,
-):
-    """⟨x, z⟩ (HELD, STREAM), from tiles that are at hand or read K channels at a time."""
-    s = tl.zeros((HELD, STREAM), ACC)
-    if HOLD:
-        for i in tl.static_range((D + K - 1) // K):
-            s = _dot(held[i], streamed[i], s)
-    else:
-        for d0 in range(0, D, K):
-            left = _channels(x, x_first, x_wanted, d0, D, HELD, K, X_LIES)
-            s = _dot(left, _channels(z, z_first, z_wanted, d0, D, STREAM, K, Z_LIES), s)
-    return s
-
-
-@triton.jit
-def _codes(codes, stride, at, live, ignore_index, LABEL: tl.constexpr):
-    """Integers as they are, ignore_index beyond the end."""
-    code = tl.load(codes + at.to(tl.int64) * plain(stride), mask=live, other=0).to(LABEL)
-    return tl.where(live, code, tl.cast(ignore_index, LABEL))
-
-
-@triton.jit
-def _row_codes(rows, i, R, ignore_index, LABEL: tl.constexpr):
-    """Of rows i: the label, the label of their negatives, and whether they are valid."""
-    label = _codes(rows.labels, rows.labels_stride, i, i < R, ignore_index, LABEL)
-    name = label
-    if rows.negatives is not None:
-        name = _codes(rows.negatives, rows.negatives_stride, i, i < R, ignore_index, LABEL)
-    return label, name, label != tl.cast(ignore_index, LABEL)
-
-
-@triton.jit
-def _column_codes(columns, j, C, ignore_index, LABEL: tl.constexpr, ACC: tl.constexpr):
-    """Of columns j: the label; the label of the rows whose negative it is; bits that say whether it counts (1), whether
-    it is a negative by name (2) and by being base (4); the weight, NaN where that is none; and whether it is valid."""
-    ignored = tl.cast(ignore_index, LABEL)
-    label = _codes(columns.labels, columns.labels_stride, j, j < C, ignore_index, LABEL)
-    valid = label != ignored
-    counts = valid
-    weight = valid.to(ACC)
-    if columns.weights is not None:
-        given = tl.load(columns.weights + j.to(tl.int64) * plain(columns.weights_stride), mask=valid, other=0.0)
-        weight = given.to(ACC)
-        weight = tl.where((weight >= 0) & (weight < float("inf")), weight, float("nan"))
-        counts = valid & (weight != 0)
-    bits = counts.to(tl.int32)
-    name = label
-    if columns.negatives is not None:
-        name = _codes(columns.negatives, columns.negatives_stride, j, j < C, ignore_index, LABEL)
-        bits += 2 * (counts & (name != ignored)).to(tl.int32)
-    if columns.base is not None:
-        is_base = tl.load(columns.base + j.to(tl.int64) * plain(columns.base_stride), mask=counts, other=0) != 0
-        bits += 4 * is_base.to(tl.int32)
-    return label, name, bits, weight, valid
-
-
-@triton.jit
-def _sets(columns, row_label, row_name, label, name, bits, i, j, ITSELF: tl.constexpr):
-    """Whether each pair is one of a positive, and of a negative. The arguments are vectors of rows and of columns,
-    shaped so that they meet in a tile. An ignored column has the label of ignored rows alone, which are in no term."""
-    positive = row_label == label
-    if columns.negatives is None and columns.base is None:
-        negative = (positive == 0) & ((bits & 1) != 0)
-    else:
-        negative = (positive == 0) & ((bits & 4) != 0)
-        if columns.negatives is not None:
-            negative = negative | ((row_name == name) & ((bits & 2) != 0))
-    if columns.weights is not None:
-        positive = positive & ((bits & 1) != 0)
-    if ITSELF:
-        positive = positive & (i != j)
-        negative = negative & (i != j)
-    return positive, negative
 
 
 @triton.jit
@@ -434,20 +211,12 @@ def _stop(valid, start, span, end):
 
 
 @triton.jit
-def _weighted(columns, value, weight):
-    if columns.weights is not None:
-        return value * weight
-    else:
-        return value
-
-
-@triton.jit
 def _grow(largest, total, s, chosen, columns, weight):
     """The largest element so far, the sum of exponentials relative to it, and what the chosen elements of a tile add
     to the sum."""
     grown = tl.maximum(largest, tl.max(tl.where(chosen, s, float("-inf")), 1))
     shift = tl.where(grown == float("-inf"), 0.0, grown)
-    e = tl.where(chosen, _weighted(columns, tl.exp(s - shift[:, None]), weight[None, :]), 0.0)
+    e = tl.where(chosen, times_weight(columns, tl.exp(s - shift[:, None]), weight[None, :]), 0.0)
     return grown, total * tl.exp(largest - shift).to(tl.float64), e
 
 
@@ -529,8 +298,8 @@ def _info_nce_log_sums(
     """
     held_first = tl.program_id(0) * HELD
     i = held_first + tl.arange(0, HELD)
-    row_label, row_name, valid = _row_codes(rows, i, R, ignore_index, LABEL)
-    held = _vectors(x, held_first, valid, D, HELD, K, X_LIES, HOLD)
+    row_label, row_name, valid = row_codes(rows, i, R, ignore_index, LABEL)
+    held = vector_tiles(x, held_first, valid, D, HELD, K, X_LIES, HOLD)
     inverse_temperature = (1.0 / real(temperature)).to(ACC)
     largest = tl.full((HELD,), float("-inf"), ACC)
     total = tl.zeros((HELD,), tl.float64)
@@ -540,28 +309,28 @@ def _info_nce_log_sums(
     start = tl.program_id(1) * span
     for first in range(start, _stop(valid, start, span, C), STREAM):
         j = first + tl.arange(0, STREAM)
-        label, name, bits, weight, valid_column = _column_codes(columns, j, C, ignore_index, LABEL, ACC)
+        label, name, bits, weight, valid_column = column_codes(columns, j, C, ignore_index, LABEL, ACC)
         # Ignored columns alone are passed over; but for the first tile, so that a broken row shows without a column.
         if (tl.max(valid_column.to(tl.int32), 0) > 0) | (first == start):
-            streamed = _vectors(z, first, valid_column, D, STREAM, K, Z_LIES, HOLD)
-            s = inverse_temperature * _products(
+            streamed = vector_tiles(z, first, valid_column, D, STREAM, K, Z_LIES, HOLD)
+            s = inverse_temperature * products(
                 held, streamed, x, held_first, valid, z, first, valid_column,
                 D, K, HELD, STREAM, X_LIES, Z_LIES, HOLD, ACC,
             )  # fmt: skip
-            positive, negative = _sets(
+            positive, negative = sets(
                 columns, row_label[:, None], row_name[:, None], label[None, :], name[None, :], bits[None, :],
                 i[:, None], j[None, :], ITSELF,
             )  # fmt: skip
             if POSITIVES == "supcon":
                 negative = negative | positive
             largest, total, e = _grow(largest, total, s, negative, columns, weight)
-            total += tl.sum(e + s * _weighted(columns, 0.0, weight[None, :]), 1).to(tl.float64)
+            total += tl.sum(e + s * times_weight(columns, 0.0, weight[None, :]), 1).to(tl.float64)
             if POSITIVES == "pooled":
                 largest_positive, of_positives, e = _grow(largest_positive, of_positives, s, positive, columns, weight)
                 of_positives += tl.sum(e, 1).to(tl.float64)
             if POSITIVES == "supcon":
                 mass += tl.sum(tl.where(positive, weight[None, :], 0.0), 1).to(tl.float64)
-                pulled = tl.where(positive, _weighted(columns, s, weight[None, :]), 0.0)
+                pulled = tl.where(positive, times_weight(columns, s, weight[None, :]), 0.0)
                 of_positives += tl.sum(pulled, 1).to(tl.float64)
     here = log_sums + tl.program_id(1).to(tl.int64) * NUMBERS * R + i
     tl.store(here, largest.to(tl.float64), mask=i < R)
@@ -602,8 +371,8 @@ def _info_nce_terms(
     without a positive pair are passed over: in columns sorted by class, nearly all."""
     held_first = tl.program_id(0) * HELD
     i = held_first + tl.arange(0, HELD)
-    row_label, row_name, valid = _row_codes(rows, i, R, ignore_index, LABEL)
-    held = _vectors(x, held_first, valid, D, HELD, K, X_LIES, HOLD)
+    row_label, row_name, valid = row_codes(rows, i, R, ignore_index, LABEL)
+    held = vector_tiles(x, held_first, valid, D, HELD, K, X_LIES, HOLD)
     inverse_temperature = (1.0 / real(temperature)).to(ACC)
     log_sum = _log_sum(log_sums, 0, splits, i, R, HELD, NUMBERS).to(ACC)
     mass = tl.zeros((HELD,), tl.float64)
@@ -612,23 +381,23 @@ def _info_nce_terms(
     start = tl.program_id(1) * span
     for first in range(start, _stop(valid, start, span, C), STREAM):
         j = first + tl.arange(0, STREAM)
-        label, name, bits, weight, valid_column = _column_codes(columns, j, C, ignore_index, LABEL, ACC)
-        positive, _ = _sets(
+        label, name, bits, weight, valid_column = column_codes(columns, j, C, ignore_index, LABEL, ACC)
+        positive, _ = sets(
             columns, row_label[:, None], row_name[:, None], label[None, :], name[None, :], bits[None, :],
             i[:, None], j[None, :], ITSELF,
         )  # fmt: skip
         positive = positive & valid[:, None]
         if tl.max(tl.max(positive.to(tl.int32), 1), 0) > 0:
-            streamed = _vectors(z, first, valid_column, D, STREAM, K, Z_LIES, HOLD)
-            s = inverse_temperature * _products(
+            streamed = vector_tiles(z, first, valid_column, D, STREAM, K, Z_LIES, HOLD)
+            s = inverse_temperature * products(
                 held, streamed, x, held_first, valid, z, first, valid_column,
                 D, K, HELD, STREAM, X_LIES, Z_LIES, HOLD, ACC,
             )  # fmt: skip
             softplus, sigmoid = _softplus_and_sigmoid(log_sum[:, None] - s)
             mass += tl.sum(tl.where(positive, weight[None, :], 0.0), 1).to(tl.float64)
-            weighted = tl.where(positive, _weighted(columns, softplus, weight[None, :]), 0.0)
+            weighted = tl.where(positive, times_weight(columns, softplus, weight[None, :]), 0.0)
             loss += tl.sum(weighted, 1).to(tl.float64)
-            weighted = tl.where(positive, _weighted(columns, sigmoid, weight[None, :]), 0.0)
+            weighted = tl.where(positive, times_weight(columns, sigmoid, weight[None, :]), 0.0)
             share += tl.sum(weighted, 1).to(tl.float64)
     here = terms + tl.program_id(1).to(tl.int64) * 3 * R + i
     tl.store(here, mass, mask=i < R)
@@ -653,7 +422,7 @@ def _info_nce_rows(
 ):
     """l of each row, and what its backward pass needs, from the sums of all splits."""
     i = tl.program_id(0) * HELD + tl.arange(0, HELD)
-    _, _, valid = _row_codes(rows, i, R, ignore_index, LABEL)
+    _, _, valid = row_codes(rows, i, R, ignore_index, LABEL)
     log_sum = _log_sum(log_sums, 0, splits, i, R, HELD, NUMBERS)
     log_positives = tl.zeros((HELD,), tl.float64)
     if POSITIVES == "pooled":
@@ -701,7 +470,7 @@ def _info_nce_mean(losses, rows, loss, count, ignore_index, R, RUN: tl.constexpr
     number = tl.zeros((RUN,), tl.float64)
     for first in range(0, R, RUN):
         i = first + tl.arange(0, RUN)
-        _, _, valid = _row_codes(rows, i, R, ignore_index, LABEL)
+        _, _, valid = row_codes(rows, i, R, ignore_index, LABEL)
         total += tl.load(losses + i, mask=i < R, other=0.0).to(tl.float64)
         number += valid.to(tl.float64)
     valid_rows = tl.maximum(tl.sum(number, 0), 1.0)
@@ -715,7 +484,7 @@ def _info_nce_mean(losses, rows, loss, count, ignore_index, R, RUN: tl.constexpr
 @triton.jit
 def _row_gradients(rows, kept, gradient, gradient_stride, i, R, ignore_index, LABEL: tl.constexpr, MEAN: tl.constexpr):
     """Codes of rows i; Z, Y, and what pushes and pulls, with dL/dl in the latter two where rows have their own."""
-    label, name, valid = _row_codes(rows, i, R, ignore_index, LABEL)
+    label, name, valid = row_codes(rows, i, R, ignore_index, LABEL)
     push = _kept(kept, 2, i, R)
     pull = _kept(kept, 3, i, R)
     if not MEAN:
@@ -730,15 +499,15 @@ def _slopes(s, positive, negative, log_sum, log_positives, push, pull, columns, 
     """∂L/∂s, but for factors that all pairs share. A weighted exponential is a share of its sum, so at most 1, also
     where s, formed anew, is rounded otherwise than in Z."""
     ratio = tl.exp(s - log_sum)
-    share = tl.minimum(_weighted(columns, ratio, weight), 1.0)
+    share = tl.minimum(times_weight(columns, ratio, weight), 1.0)
     if POSITIVES == "pooled":
-        of_positives = tl.minimum(_weighted(columns, tl.exp(s - log_positives), weight), 1.0)
+        of_positives = tl.minimum(times_weight(columns, tl.exp(s - log_positives), weight), 1.0)
         return tl.where(negative, push * share, 0.0) - tl.where(positive, pull * of_positives, 0.0)
     elif POSITIVES == "supcon":
-        pulled = _weighted(columns, pull, weight)
+        pulled = times_weight(columns, pull, weight)
         return tl.where(negative | positive, push * share, 0.0) - tl.where(positive, pulled, 0.0)
     else:
-        pulled = _weighted(columns, pull / (1.0 + ratio), weight)
+        pulled = times_weight(columns, pull / (1.0 + ratio), weight)
         return tl.where(negative, push * share, 0.0) - tl.where(positive, pulled, 0.0)
 
 
@@ -787,8 +556,8 @@ def _info_nce_bwd(
             rows, kept, gradient, gradient_stride, a, R, ignore_index, LABEL, MEAN
         )
     if TOWARD != "rows":
-        own_label, own_name, own_bits, own_weight, valid = _column_codes(columns, a, n, ignore_index, LABEL, ACC)
-    held = _vectors(x, held_first, valid, D, HELD, K, X_LIES, HOLD)
+        own_label, own_name, own_bits, own_weight, valid = column_codes(columns, a, n, ignore_index, LABEL, ACC)
+    held = vector_tiles(x, held_first, valid, D, HELD, K, X_LIES, HOLD)
     inverse_temperature = (1.0 / real(temperature)).to(ACC)
     d0 = tl.program_id(2) * CHANNELS
     gradients = zero_tiles(CHANNELS // K, HELD, K, ACC)
@@ -796,20 +565,20 @@ def _info_nce_bwd(
     for first in range(start, _stop(valid, start, span, m), STREAM):
         b = first + tl.arange(0, STREAM)
         if TOWARD != "columns":
-            label, name, bits, weight, wanted = _column_codes(columns, b, m, ignore_index, LABEL, ACC)
+            label, name, bits, weight, wanted = column_codes(columns, b, m, ignore_index, LABEL, ACC)
         if TOWARD != "rows":
             its_label, its_name, wanted, its_log_sum, its_log_positives, its_push, its_pull = _row_gradients(
                 rows, kept, gradient, gradient_stride, b, R, ignore_index, LABEL, MEAN
             )
         if tl.max(wanted.to(tl.int32), 0) > 0:
-            streamed = _vectors(z, first, wanted, D, STREAM, K, Z_LIES, HOLD)
-            s = inverse_temperature * _products(
+            streamed = vector_tiles(z, first, wanted, D, STREAM, K, Z_LIES, HOLD)
+            s = inverse_temperature * products(
                 held, streamed, x, held_first, valid, z, first, wanted,
                 D, K, HELD, STREAM, X_LIES, Z_LIES, HOLD, ACC,
             )  # fmt: skip
             slopes = tl.zeros((HELD, STREAM), ACC)
             if TOWARD != "columns":
-                positive, negative = _sets(
+                positive, negative = sets(
                     columns, row_label[:, None], row_name[:, None], label[None, :], name[None, :], bits[None, :],
                     a[:, None], b[None, :], ITSELF,
                 )  # fmt: skip
@@ -818,7 +587,7 @@ def _info_nce_bwd(
                     columns, weight[None, :], POSITIVES,
                 )  # fmt: skip
             if TOWARD != "rows":
-                positive, negative = _sets(
+                positive, negative = sets(
                     columns, its_label[None, :], its_name[None, :], own_label[:, None], own_name[:, None],
                     own_bits[:, None], b[None, :], a[:, None], ITSELF,
                 )  # fmt: skip
@@ -828,7 +597,7 @@ def _info_nce_bwd(
                 )  # fmt: skip
             grown = ()
             for i in tl.static_range(CHANNELS // K):
-                tile = streamed[i] if HOLD else _channels(z, first, wanted, d0 + i * K, D, STREAM, K, Z_LIES)
+                tile = streamed[i] if HOLD else vector_tile(z, first, wanted, d0 + i * K, D, STREAM, K, Z_LIES)
                 grown = grown + (dot_features(slopes, tile, gradients[i]),)  # noqa: RUF005
             gradients = grown
     scale = inverse_temperature
@@ -837,7 +606,7 @@ def _info_nce_bwd(
     split = tl.program_id(1).to(tl.int64) * n * D
     for i in tl.static_range(CHANNELS // K):
         d = d0 + i * K
-        start_of_block, here = _places(out, held_first, d, HELD, K, OUT_LIES)
+        start_of_block, here = places(out, held_first, d, HELD, K, OUT_LIES)
         value = tl.where(valid[:, None], gradients[i] * scale, 0.0).to(out.start.dtype.element_ty)
         tl.store(start_of_block + split + here, value, mask=(a < n)[:, None] & (d + tl.arange(0, K) < D)[None, :])
 

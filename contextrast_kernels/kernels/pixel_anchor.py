@@ -24,8 +24,9 @@ from triton import language as tl
 from contextrast_kernels.kernels import _launch
 from contextrast_kernels.kernels._codes import Codes, codes
 from contextrast_kernels.kernels._gradient import Terms, feature_gradients
+from contextrast_kernels.kernels._log_sums import log_sums
 from contextrast_kernels.kernels._sums import Sums, zeros
-from contextrast_kernels.kernels._tile_table import PIXELS, RUN, next_power_of_2, tiles
+from contextrast_kernels.kernels._tile_table import next_power_of_2, tiles
 from contextrast_kernels.kernels._tiles import (
     PUSHED_BITS,
     add_fixed,
@@ -35,11 +36,8 @@ from contextrast_kernels.kernels._tiles import (
     channels,
     dot_features,
     exponent_above,
-    filled,
-    from_order,
     image_codes,
     image_features,
-    in_order,
     inverse_norm,
     is_finite,
     is_negative,
@@ -52,10 +50,8 @@ from contextrast_kernels.kernels._tiles import (
     pushed_scale,
     real,
     sigmoid,
-    size_term,
     softplus,
     summed_size,
-    table_rows,
     zero_tiles,
 )
 from contextrast_kernels.kernels.anchors import largest_features
@@ -155,76 +151,6 @@ def given_table(anchors: Tensor, counts: Tensor, dtype: torch.dtype) -> tuple[Te
     return table, lengths
 
 
-def log_sums(
-    features: Sequence[Tensor], code: Codes, sums: Sums, table: Tensor, temperature: float, normalize: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Z (layers, N), -inf where a class has no negative; and the similarity of each hard negative to its anchor, in
-    the order of the codes. Ranks combine Z by log-sum-exp.
-
-    Where a pixel is a negative of one class only, the negatives alone are read (in NCHW the row segments that hold
-    one). With base pixels everything is read, and no similarity is kept.
-    """
-    L, N, D = table.shape
-    dtype, shapes = features[0].dtype, _launch.shapes(features)
-    shared = {"e": code.e, "table": table, "temperature": _launch.bits(temperature), "N": N}
-    constants = {"NORMALIZE": normalize, "ACC": _launch.triton_type(table.dtype)}
-    Z = torch.empty(L, N, dtype=table.dtype, device=table.device)
-    if code.base is None:
-        similarity = torch.empty(code.e.shape, dtype=table.dtype, device=table.device)
-        _launch.sweep(
-            _hard_similarities,
-            features,
-            {**shared, "similarity": similarity, "largest": sums.largest},
-            {**tiles("_hard_similarities", dtype, D), **constants},
-        )
-        runs, blocks = _launch.flat_geometry(shapes, PIXELS)
-        headroom = _launch.headroom(_launch.pixels(shapes))
-        both = {"largest": sums.largest, "total": sums.total, "headroom": headroom, "N": N}
-        _launch.launch(
-            _exponentials,
-            (blocks,),
-            {**both, "e": code.e, "similarity": similarity, "geometry": runs, "B": features[0].shape[0]},
-            {"PIXELS": PIXELS},
-            reads=_launch.nbytes(code.e, similarity),
-        )
-        _launch.launch(_hard_log_sums, (L,), {**both, "Z": Z}, {"BINS": next_power_of_2(N)})
-        return Z, similarity
-    taken = tiles("_dense_similarities", dtype, D, "K", "CLASSES")
-    at_once = min(taken["CLASSES"], max(16, next_power_of_2(N)))
-    taken = {**taken, "CLASSES": at_once, "ROUNDS": _launch.ceil_div(N, at_once)}
-    blocks = _launch.blocks_of_layers(features, taken)
-    first = [sum(blocks[:i]) for i in range(L)]
-    partial = torch.empty(2, sum(blocks), N, dtype=table.dtype, device=table.device)
-    _launch.sweep(
-        _dense_similarities,
-        features,
-        {
-            **shared,
-            "y": code.y,
-            "base": code.base,
-            "partial": partial,
-            "partial_start": _launch.odd(first),
-            "partials": sum(blocks),
-        },
-        {**taken, **constants},
-    )
-    _launch.launch(
-        _dense_log_sums,
-        (L, N),
-        {
-            "partial": partial,
-            "first": _launch.odd(first),
-            "count": _launch.odd(blocks),
-            "partials": sum(blocks),
-            "Z": Z,
-            "N": N,
-        },
-        {"RUN": RUN},
-        reads=_launch.nbytes(partial),
-    )
-    return Z, None
-
-
 def moments(
     features: Sequence[Tensor],
     code: Codes,
@@ -289,7 +215,7 @@ def finish(
             "D": D,
             "BLOCK": next_power_of_2(D),
             "BINS": next_power_of_2(N),
-            "PULL_ROW": pull.shape[2],
+            "PULL_PITCH": pull.shape[2] // D,
             "NORMALIZE": scales.reach is None,
             "NORMALIZE_ANCHORS": normalize_anchors,
             "GIVEN": fusion_weight is None,
@@ -312,189 +238,6 @@ def _given_table(anchors, strides, counts, table, lengths, D: tl.constexpr, BLOC
     anchor = tl.where(tl.load(counts + n) > 0, anchor.to(table.dtype.element_ty), 0.0)
     tl.store(table + n * D + d, anchor, mask=d < D)
     tl.store(lengths + n, tl.sqrt(tl.sum(anchor * anchor, 0)))
-
-
-@triton.jit(do_not_specialize=["temperature", "N"])
-def _hard_similarities(
-    x,
-    strides,
-    geometry,
-    e,
-    table,
-    similarity,
-    largest,
-    temperature,
-    N,
-    D: tl.constexpr,
-    ROWS: tl.constexpr,
-    P: tl.constexpr,
-    CHUNK: tl.constexpr,
-    NORMALIZE: tl.constexpr,
-    UNIT: tl.constexpr,
-    ALIGN: tl.constexpr,
-    WIDE: tl.constexpr,
-    ACC: tl.constexpr,
-):
-    """s_ep of the hard negatives of one block (0 elsewhere), and the largest of every class.
-
-    Moves: in channels_last the negatives' own vectors; in NCHW, where single pixels cannot be read for less than
-    their memory sector, the rows of P pixels that hold a negative. Writes one number a pixel.
-    """
-    program = tl.program_id(0)
-    layer = layer_of(program, geometry.block)
-    number = pick(geometry.number, layer)
-    b, r0, c0, h, w = block_of(program, geometry, layer, ROWS, P, UNIT, ALIGN)
-    image, sH, sW, sD = image_features(x, strides, layer, b, UNIT, ALIGN, WIDE)
-    codes = image_codes(geometry, layer, b, h, w)
-    table += number * N * D
-    inverse_temperature = (1.0 / real(temperature)).to(ACC)
-    c = c0 + tl.arange(0, P)
-    live = c < w
-    for r in range(r0, tl.minimum(r0 + ROWS, h)):
-        row = image + tl.cast(r, tl.int64) * sH
-        negative = tl.load(e + codes + (r * w + c), mask=live, other=32767).to(tl.int32)
-        is_hard = negative < N
-        s = tl.zeros((P,), ACC)
-        if tl.max(is_hard.to(tl.int32), 0) > 0:
-            read = is_hard if UNIT == "d" else live
-            sizes = tl.zeros((CHUNK, P), ACC)
-            products = tl.zeros((CHUNK, P), ACC)
-            for k in tl.range(0, D, CHUNK, loop_unroll_factor=8):
-                tile = channels(row, c * sW, read, k, sD, D, CHUNK).to(ACC)
-                sizes += size_term(tile, NORMALIZE)
-                products += tile * table_rows(table, negative, is_hard, k, D, CHUNK)
-            norm = inverse_norm(tl.sum(sizes, 0), NORMALIZE)
-            s = tl.where(is_hard, tl.sum(products, 0) * norm * inverse_temperature, 0.0)
-            tl.atomic_max(largest + number * N + negative, in_order(s), mask=is_hard, sem="relaxed")
-        tl.store(similarity + codes + (r * w + c), s, mask=live)
-
-
-@triton.jit(do_not_specialize=["B", "N", "headroom"])
-def _exponentials(e, similarity, largest, total, geometry, B, N, headroom, PIXELS: tl.constexpr):
-    """total[n] += Σ exp(s_ep - largest_n) [e_p = n] in fixed point: every term is at most 1 and one of them is 1."""
-    program = tl.program_id(0)
-    layer = layer_of(program, geometry.block)
-    number = pick(geometry.number, layer)
-    pixel = (program - pick(geometry.block, layer)).to(tl.int64) * PIXELS + tl.arange(0, PIXELS)
-    live = pixel < tl.cast(pick(geometry.h, layer), tl.int64) * pick(geometry.w, layer) * B
-    pixel += tl.cast(pick(geometry.pixel, layer), tl.int64)
-    negative = tl.load(e + pixel, mask=live, other=32767).to(tl.int32)
-    is_hard = negative < N
-    s = tl.load(similarity + pixel, mask=is_hard, other=0.0)
-    top = from_order(tl.load(largest + number * N + negative, mask=is_hard, other=0), s.dtype)
-    weight = tl.exp(s - tl.where(is_hard, top, 0.0))
-    add_fixed(total + number * N + negative, weight, power_of_two(headroom), is_hard)
-
-
-@triton.jit(do_not_specialize=["headroom", "N"])
-def _hard_log_sums(largest, total, Z, headroom, N, BINS: tl.constexpr):
-    """Z = largest + log Σ exp(s - largest)."""
-    n = tl.arange(0, BINS)
-    here = tl.program_id(0) * N + n
-    top = from_order(tl.load(largest + here, mask=n < N, other=0), Z.dtype.element_ty)
-    weights = tl.load(total + here, mask=n < N, other=0).to(tl.float64) / power_of_two(headroom)
-    log_sum = top + tl.log(tl.maximum(weights, 1.0)).to(top.dtype)
-    # An infinite or undefined similarity leaves no Z.
-    log_sum = tl.where(top < float("inf"), log_sum, float("nan"))
-    tl.store(Z + here, log_sum, mask=n < N)
-
-
-@triton.jit(do_not_specialize=["temperature", "N", "partials"])
-def _dense_similarities(
-    x,
-    strides,
-    geometry,
-    y,
-    e,
-    base,
-    table,
-    partial,
-    partial_start,
-    partials,
-    temperature,
-    N,
-    D: tl.constexpr,
-    ROWS: tl.constexpr,
-    P: tl.constexpr,
-    CHUNK: tl.constexpr,
-    K: tl.constexpr,
-    CLASSES: tl.constexpr,
-    ROUNDS: tl.constexpr,
-    NORMALIZE: tl.constexpr,
-    UNIT: tl.constexpr,
-    ALIGN: tl.constexpr,
-    WIDE: tl.constexpr,
-    ACC: tl.constexpr,
-):
-    """The log-sum-exp of one block's negatives of every class, as a largest value and a sum relative to it (online,
-    CLASSES classes at a time): (2, blocks, N) numbers are written, never N x pixels.
-
-    Moves: the features once. A row of the block is read for its norms, and from cache in each of ROUNDS rounds.
-    """
-    program = tl.program_id(0)
-    layer = layer_of(program, geometry.block)
-    number = pick(geometry.number, layer)
-    b, r0, c0, h, w = block_of(program, geometry, layer, ROWS, P, UNIT, ALIGN)
-    image, sH, sW, sD = image_features(x, strides, layer, b, UNIT, ALIGN, WIDE)
-    codes = image_codes(geometry, layer, b, h, w)
-    table += number * N * D
-    inverse_temperature = (1.0 / real(temperature)).to(ACC)
-    c = c0 + tl.arange(0, P)
-    live = c < w
-    here = (pick(partial_start, number) + program - pick(geometry.block, layer)).to(tl.int64) * N
-    largest = filled(ROUNDS, CLASSES, -float("inf"), ACC)
-    total = filled(ROUNDS, CLASSES, 0.0, ACC)
-    for r in range(r0, tl.minimum(r0 + ROWS, h)):
-        row = image + tl.cast(r, tl.int64) * sH
-        pixel = codes + (r * w + c)
-        label = tl.load(y + pixel, mask=live, other=32767).to(tl.int32)
-        negative = tl.load(e + pixel, mask=live, other=32767).to(tl.int32)
-        is_base = tl.load(base + pixel, mask=live, other=0) != 0
-        norm = inverse_norm(summed_size(row, c * sW, live, sD, D, P, CHUNK, NORMALIZE, ACC), NORMALIZE)
-        more_largest = ()
-        more_total = ()
-        for i in tl.static_range(ROUNDS):
-            n = i * CLASSES + tl.arange(0, CLASSES)
-            classes = tl.where(n < N, n, -1)
-            s = anchor_products(row, c * sW, live, sD, table, classes, D, P, K, ACC)
-            s = s * (norm * inverse_temperature)[None, :]
-            s = tl.where(is_negative(classes, label, negative, is_base), s, -float("inf"))
-            grown = tl.maximum(largest[i], tl.max(s, 1))
-            shift = tl.where(grown == -float("inf"), 0.0, grown)
-            added = tl.sum(tl.exp(s - shift[:, None]), 1)
-            more_largest = more_largest + (grown,)  # noqa: RUF005
-            more_total = more_total + (total[i] * tl.exp(largest[i] - shift) + added,)  # noqa: RUF005
-        largest = more_largest
-        total = more_total
-    for i in tl.static_range(ROUNDS):
-        n = i * CLASSES + tl.arange(0, CLASSES)
-        tl.store(partial + here + n, largest[i], mask=n < N)
-        tl.store(partial + tl.cast(partials, tl.int64) * N + here + n, total[i], mask=n < N)
-
-
-@triton.jit(do_not_specialize=["partials", "N"])
-def _dense_log_sums(partial, first, count, partials, Z, N, RUN: tl.constexpr):
-    """Z of one class of one layer from its blocks, in a fixed order."""
-    layer = tl.program_id(0)
-    n = tl.program_id(1)
-    start = tl.cast(pick(first, layer), tl.int64)
-    blocks = pick(count, layer)
-    largest = tl.full((RUN,), -float("inf"), partial.dtype.element_ty)
-    total = tl.zeros((RUN,), partial.dtype.element_ty)
-    for i in range(0, blocks, RUN):
-        block = i + tl.arange(0, RUN)
-        here = (start + block) * N + n
-        more = tl.load(partial + here, mask=block < blocks, other=-float("inf"))
-        weight = tl.load(partial + tl.cast(partials, tl.int64) * N + here, mask=block < blocks, other=0.0)
-        grown = tl.maximum(largest, more)
-        shift = tl.where(grown == -float("inf"), 0.0, grown)
-        total = total * tl.exp(largest - shift) + weight * tl.exp(more - shift)
-        largest = grown
-    top = tl.max(largest, 0)
-    shift = tl.where(top == -float("inf"), 0.0, top)
-    log_sum = top + tl.log(tl.maximum(tl.sum(total * tl.exp(largest - shift), 0), 1.0))
-    broken = tl.max((total != total).to(tl.int32), 0) > 0
-    tl.store(Z + layer * N + n, tl.where((top < float("inf")) & (broken == 0), log_sum, float("nan")))
 
 
 @triton.jit
@@ -723,7 +466,7 @@ def _finish(
     D: tl.constexpr,
     BLOCK: tl.constexpr,
     BINS: tl.constexpr,
-    PULL_ROW: tl.constexpr,
+    PULL_PITCH: tl.constexpr,
     NORMALIZE: tl.constexpr,
     NORMALIZE_ANCHORS: tl.constexpr,
     GIVEN: tl.constexpr,
@@ -768,9 +511,9 @@ def _finish(
                 slope += from_below
             slope = slope / tl.maximum(count, 1).to(tl.float64)
         tl.debug_barrier()  # all threads have read the sums that may lie here
-        row = pull + (i * N + n) * PULL_ROW
+        row = pull + (i * N + n) * (D * PULL_PITCH)
         tl.store(row + d, slope.to(pull.dtype.element_ty), mask=d < D)
-        if PULL_ROW > D:
+        if PULL_PITCH > 1:
             tl.store(row + D + d, tl.zeros((BLOCK,), pull.dtype.element_ty), mask=d < D)
     if n == 0:
         every = tl.arange(0, BINS)

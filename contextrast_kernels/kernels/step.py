@@ -30,6 +30,8 @@ class Row(NamedTuple):
 
 class Step(NamedTuple):
     rows: list[Row]
+    launches: list[_launch.Launch]
+    """Of the kernels among the rows, with their arguments and constants."""
     peak: int | None
     """Bytes beside inputs, outputs and gradients. None where the native library cannot say what its kernels take."""
 
@@ -80,20 +82,26 @@ def training_step(
     *,
     layout: str = "nchw",
     base_rate: float = 0.0,
-    normalize: bool = True,
 ) -> Step:
-    """As ``contextrast.plan``, for the module's forward in training mode with the defaults of the selection, and the
-    backward pass of a loss of its own."""
-    features, labels, e, seed = contextrast.meta_inputs(batch, sizes, channels, num_classes, dtype, layout)
-    with _launch.recording() as launches:
-        watch = Watch(launches)
+    """Forward in training mode with the defaults of the selection, and the backward pass of a loss of its own.
+
+    A row has the bytes of features, label maps and tables that its kernel reads and writes at least once (the
+    similarities of hard negatives: at most, since only rows that hold one are read). The floor, three reads of the
+    features and one write, is four times their bytes.
+
+    Args:
+        sizes: (h, w) of every layer.
+        layout: "nchw" or "channels_last".
+    """
+    features, labels, e, seed = _meta_inputs(batch, sizes, channels, num_classes, dtype, layout)
+    with _launch.recording() as called:
+        watch = Watch(called)
         with watch:
             outcome, y, terms = contextrast.forward(
-                *(features, labels, e, seed, num_classes, 255, (1.0,) * len(sizes), 0.1, 0.7, base_rate),
-                *(normalize, False),
+                *(features, labels, e, seed, num_classes, 255, (1.0,) * len(sizes), 0.1, 0.7, base_rate, True, False)
             )
             forward_peak, watch.peak = watch.peak, 0
-            gradients = contextrast.backward(outcome.loss, features, y, terms, outcome.pull, 0.1, normalize)
+            gradients = contextrast.backward(outcome.loss, features, y, terms, outcome.pull, 0.1, True)
     of_gradients = sum(rounded(_launch.nbytes(x)) for x in gradients)
     codes = rounded(_launch.nbytes(e))
     scratch = native.bane_scratch(labels, num_classes, sizes)
@@ -103,11 +111,31 @@ def training_step(
     rows = [
         Row("seed: copy", None, 8, 8),
         *(Row(f"negatives: {name}", None, 0, 0) for name in native.BANE_ENQUEUES),
-        *(_row(launch) for launch in launches),
+        *(_row(launch) for launch in called),
         Row("seed: add", None, 8, 8),
         Row("gradient of the loss: fill", None, 0, outcome.loss.element_size()),
     ]
-    return Step(rows, peak)
+    return Step(rows, [launch for launch in called if isinstance(launch, _launch.Launch)], peak)
+
+
+def _meta_inputs(
+    batch: int,
+    sizes: Sequence[tuple[int, int]],
+    channels: int,
+    num_classes: int,
+    dtype: torch.dtype,
+    layout: str,
+) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
+    """Features, labels, codes of hard negatives and seed as tensors without memory."""
+
+    def empty(*shape, dtype):
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    form = torch.channels_last if layout == "channels_last" else torch.contiguous_format
+    features = [empty(batch, channels, h, w, dtype=dtype).to(memory_format=form) for h, w in sizes]
+    labels = empty(batch, 4 * sizes[0][0], 4 * sizes[0][1], dtype=torch.int64)
+    e = empty(sum(batch * h * w for h, w in sizes), dtype=native.code_dtype(num_classes))
+    return features, labels, e, empty(1, dtype=torch.int64)
 
 
 def _row(launch: _launch.Launch | str) -> Row:
