@@ -74,9 +74,10 @@ TABLE = {
         Row((8,), 1024, Tiles(P=16, K=32, CLASSES=32)),
     ),
     "_pixel_anchor_fwd": (
-        # bfloat16: 253-255 registers, 0-120 B of stack, 4 KiB: 2 blocks. 32 classes at a time take 30 % more
-        # instructions, since the weights are formed for every class. float32 spilled 150-490 B with K 64, 64-370 B
-        # with K 32; 128 columns would spill 48 B, but form the products twice, a third more instructions.
+        # bfloat16: 253-255 registers, 0-120 B of stack, 4 KiB: 2 blocks; float16 0-48 B. 32 classes at a time take
+        # 30 % more instructions, since the weights are formed for every class. float32 spills 150-490 B with K 64,
+        # 72-376 B with K 32. What spills less costs more: 128 columns 48 B, but form the products twice, a third more
+        # instructions; rows of 16 pixels 16-56 B, and 54 % more instructions a pixel. 8 warps spill 120-224 B.
         Row((2, 4), 1024, Tiles(P=32, K=32, COLUMNS=256)),
         # 255 registers, 0-8 B of stack, 8 KiB: 2 blocks; P 32 with all columns spilled 1.9 KB.
         Row((8,), 1024, Tiles(P=16, K=32, COLUMNS=128)),
@@ -140,10 +141,11 @@ def info_nce_tiles(dtype: torch.dtype, D: int, held: int) -> Mapping[str, int]:
 
 @functools.cache
 def info_nce_gradient_tiles(dtype: torch.dtype, D: int, held: int, toward: str) -> Mapping[str, int]:
-    """A program sums CHANNELS channels of the gradient; more are shared out over programs, which form s again. With 256
-    two-byte channels ``_info_nce_bwd`` spills 5 KB on sm_80 and 96 B on sm_90, with 128 it spills 8 B and 0; but rows
-    that are held (HOLD) have to be all of a program's channels."""
-    # Slopes of both sides at once leave registers for half as many held vectors.
-    shrunk = info_nce_tiles(dtype, D, min(held, 32) if toward == "both" else held)
+    """A program sums CHANNELS channels of the gradient; more are shared out over programs, which form s again, and
+    cannot then be held (HOLD). Two-byte ``_info_nce_bwd`` at D 256: 168-242 registers, no stack, 24-36 KiB, 2 blocks.
+    64 held vectors spill 5 KB on sm_80, and with 128 channels a program take 44 % more instructions."""
+    # Of two-byte vectors, and where slopes of both sides lie in registers at once, these hold half as many.
+    halved = dtype.itemsize == 2 or toward == "both"
+    shrunk = info_nce_tiles(dtype, D, min(held, 32) if halved else held)
     K, most = shrunk["K"], {2: 256, 4: 128, 8: 64}[dtype.itemsize]
     return MappingProxyType({**shrunk, "STREAM": 32, "CHANNELS": min(most, -(-D // K) * K), "num_warps": 4})
