@@ -1,7 +1,7 @@
 """The one schema of measurements, ``benchmarks/results/<device>.csv``: a row is what was measured, with what, where.
 
-An empty cell means not measured or not applicable; nothing is filled in afterwards. ``results/demo.csv`` is the other
-schema in that folder: accuracies of the demo's runs, not times.
+An empty cell means not measured or not applicable; nothing is filled in afterwards. Two files in that folder hold
+accuracies of trainings and have schemas of their own: ``demo.csv``, and ``camvid.csv`` (``camvid/rows.py``).
 """
 
 import csv
@@ -11,13 +11,14 @@ import platform
 import re
 import subprocess
 from dataclasses import asdict, dataclass, fields
+from typing import get_args
 
 import torch
 
 from contextrast_kernels.cases import Case
 
 FOLDER = pathlib.Path(__file__).parent / "results"
-OTHER_SCHEMA = ("demo.csv",)
+OTHER_SCHEMA = ("demo.csv", "camvid.csv")
 
 
 @dataclass(frozen=True)
@@ -88,13 +89,28 @@ class Row:
         """What tells rows apart: all but the outcome."""
         return tuple(getattr(self, name) for name in IDENTITY)
 
+    def flaw(self) -> str | None:
+        """What it lacks, as a sentence."""
+        if not self.what or not self.by or not self.device or not self.torch:
+            return "expected what, by, device and torch to be filled."
+        if not STATUS.fullmatch(self.status):
+            return f"status: expected ok, untimed, 'failed: why' or 'absent: why', got {self.status!r}."
+        if self.status == "ok" and self.median_ms is None and self.value is None:
+            return "expected a time or a value where the status is ok."
+        if self.status != "ok" and self.median_ms is not None:
+            return f"expected no time where the status is {self.status!r}."
+        if (self.median_ms is None) != (self.iqr_ms is None):
+            return "expected a median with its spread, or neither."
+        if self.value is not None and not self.unit:
+            return "expected the unit of the value."
+        return None
+
 
 IDENTITY = (
     *("what", "by", "mode", "case", "regime", "batch", "height", "width", "classes", "channels", "strides", "dtype"),
     *("layout", "threads", "device", "torch", "commit"),
 )
 COLUMNS = tuple(field.name for field in fields(Row))
-_TYPES = {field.name: field.type for field in fields(Row)}
 STATUS = re.compile(r"ok|untimed|(failed|absent): .+", re.DOTALL)
 
 
@@ -124,7 +140,7 @@ def environment(device: str | torch.device = "cpu") -> dict:
         "device": torch.cuda.get_device_name(device) if on_gpu else cpu_name(),
         "driver": driver() if on_gpu else "",
         "torch": torch.__version__,
-        "triton": _version("triton"),
+        "triton": version("triton"),
         "commit": commit(),
     }
 
@@ -160,7 +176,7 @@ def _output(*command: str) -> str:
     return result.stdout.strip() if result.returncode == 0 else ""
 
 
-def _version(module: str) -> str:
+def version(module: str) -> str:
     try:
         return __import__(module).__version__
     except ImportError:
@@ -178,44 +194,46 @@ class SchemaError(Exception):
     """A results file does not follow the schema; the message is one sentence that names file and line."""
 
 
-def read(path: pathlib.Path) -> list[Row]:
-    """The rows of a file, validated; none if there is no file yet."""
+def read(path: pathlib.Path, kind: type = Row) -> list:
+    """The rows of a file, validated; none if there is no file yet. ``kind``: a dataclass with ``flaw``, as Row."""
     if not path.exists():
         return []
+    columns = [field.name for field in fields(kind)]
     with path.open(newline="") as file:
         table = csv.DictReader(file)
-        if tuple(table.fieldnames or ()) != COLUMNS:
+        if table.fieldnames != columns:
             raise SchemaError(
-                f"{path}: expected the columns {', '.join(COLUMNS)}, got {', '.join(table.fieldnames or ())}."
+                f"{path}: expected the columns {', '.join(columns)}, got {', '.join(table.fieldnames or ())}."
             )
-        return [_parsed(cells, f"{path}, line {table.line_num}") for cells in table]
+        return [_parsed(kind, cells, f"{path}, line {table.line_num}") for cells in table]
 
 
 def read_all(folder: pathlib.Path = FOLDER) -> list[Row]:
     return [row for path in sorted(folder.glob("*.csv")) if path.name not in OTHER_SCHEMA for row in read(path)]
 
 
-def record(path: pathlib.Path, row: Row) -> None:
+def record(path: pathlib.Path, row) -> None:
     """Writes a row at once, so that a run that ends early keeps what it has measured; it takes the place of an earlier
     one that measured the same."""
-    write(path, [*(earlier for earlier in read(path) if earlier.measured != row.measured), row])
+    earlier = [known for known in read(path, type(row)) if known.measured != row.measured]
+    write(path, [*earlier, row], type(row))
 
 
-def write(path: pathlib.Path, rows: list[Row]) -> None:
+def write(path: pathlib.Path, rows: list, kind: type = Row) -> None:
     """Replaces the file by these rows."""
     cells = [_cells(row) for row in rows]
     for number, of_row in enumerate(cells):
-        _parsed(of_row, f"{path}, row {number}")
+        _parsed(kind, of_row, f"{path}, row {number}")
     path.parent.mkdir(parents=True, exist_ok=True)
     half = path.with_suffix(".csv.new")
     with half.open("w", newline="") as file:
-        table = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        table = csv.DictWriter(file, [field.name for field in fields(kind)], lineterminator="\n")
         table.writeheader()
         table.writerows(cells)
     half.replace(path)
 
 
-def _cells(row: Row) -> dict[str, str]:
+def _cells(row) -> dict[str, str]:
     def text(value) -> str:
         if value is None:
             return ""
@@ -224,29 +242,22 @@ def _cells(row: Row) -> dict[str, str]:
     return {name: text(value) for name, value in asdict(row).items()}
 
 
-def _parsed(cells: dict, where: str) -> Row:
-    values = {}
+def _parsed(kind: type, cells: dict, where: str):
+    types, values = {field.name: field.type for field in fields(kind)}, {}
     for name, text in cells.items():
-        kind = _TYPES.get(name)
-        if kind is None or text is None:
-            raise SchemaError(f"{where}: expected {len(COLUMNS)} cells.")
+        if name not in types or text is None:
+            raise SchemaError(f"{where}: expected {len(types)} cells.")
         try:
-            values[name] = (
-                text if kind is str else (None if text == "" else (int if kind == int | None else float)(text))
-            )
+            if types[name] is str:
+                values[name] = text
+            else:
+                values[name] = (
+                    None if text == "" else (int if int in (types[name], *get_args(types[name])) else float)(text)
+                )
         except ValueError:
             raise SchemaError(f"{where}: {name}: expected a number, got {text!r}.") from None
-    row = Row(**values)
-    if not row.what or not row.by or not row.device or not row.torch:
-        raise SchemaError(f"{where}: expected what, by, device and torch to be filled.")
-    if not STATUS.fullmatch(row.status):
-        raise SchemaError(f"{where}: status: expected ok, untimed, 'failed: why' or 'absent: why', got {row.status!r}.")
-    if row.status == "ok" and row.median_ms is None and row.value is None:
-        raise SchemaError(f"{where}: expected a time or a value where the status is ok.")
-    if row.status != "ok" and row.median_ms is not None:
-        raise SchemaError(f"{where}: expected no time where the status is {row.status!r}.")
-    if (row.median_ms is None) != (row.iqr_ms is None):
-        raise SchemaError(f"{where}: expected a median with its spread, or neither.")
-    if row.value is not None and not row.unit:
-        raise SchemaError(f"{where}: expected the unit of the value.")
+    row = kind(**values)
+    flaw = row.flaw()
+    if flaw:
+        raise SchemaError(f"{where}: {flaw}")
     return row

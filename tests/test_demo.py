@@ -238,10 +238,12 @@ def test_a_missing_root_is_one_sentence(tmp_path, capsys):
 # ------------------------------------------------------------------------------------------------------ augmentation
 
 
-def test_augmentation_moves_image_and_labels_together_and_pads_with_void():
-    pytest.importorskip("kornia", reason="kornia is not installed")
-    augment, note = scenes.augmentation()
-    assert "kornia" in note
+@pytest.mark.parametrize("by", ["kornia", "plain"])
+def test_augmentation_moves_image_and_labels_together_and_pads_with_void(by):
+    if by == "kornia":
+        pytest.importorskip("kornia", reason="kornia is not installed")
+    augment, note = scenes.augmentation() if by == "kornia" else (scenes.plain, "plain")
+    assert by in note
     torch.manual_seed(0)
     # Classes 0 and 5 and a void bar; the image is brighter where the class is 5, nowhere black, and jitter keeps that.
     labels = torch.zeros(64, 48, 56, dtype=torch.long)
@@ -265,15 +267,33 @@ def test_augmentation_moves_image_and_labels_together_and_pads_with_void():
             assert (dark < bright.median()).float().mean() > 0.95 and (bright > dark.median()).float().mean() > 0.95
 
 
-def test_flips_alone_keep_every_pixel():
+def test_the_plain_augmentation_draws_from_the_ranges_it_names(monkeypatch):
+    """Without changes it is the identity or a mirror; with one of them alone it is that one."""
+    labels = torch.randint(0, 5, (32, 6, 8))
+    images = 0.2 + 0.1 * torch.stack((labels, labels + 1, labels.flip(-1)), 1)
+    for name in ("JITTER", "HUE", "SHIFT"):
+        monkeypatch.setattr(scenes, name, 0.0)
+    monkeypatch.setattr(scenes, "ZOOM", (1.0, 1.0))
     torch.manual_seed(0)
-    labels = torch.randint(0, 5, (32, 6, 7))
-    images = torch.stack((labels, labels, labels), 1).float()
-    moved_images, moved = scenes.flip(images, labels)
-    assert torch.equal(moved_images[:, 0].long(), moved)
+    moved_images, moved = scenes.plain(images, labels)
     flipped = [not torch.equal(a, b) for a, b in zip(moved, labels)]
-    assert all(torch.equal(a, b.flip(-1) if f else b) for a, b, f in zip(moved, labels, flipped))
     assert 0 < sum(flipped) < 32
+    for image, label, moved_image, moved_label, f in zip(images, labels, moved_images, moved, flipped):
+        assert torch.equal(moved_label, label.flip(-1) if f else label)
+        torch.testing.assert_close(moved_image, image.flip(-1) if f else image, rtol=0, atol=1e-5)
+
+    monkeypatch.setattr(scenes, "HUE", 0.05)
+    turned = scenes.plain(images, labels)[0]
+    assert not torch.allclose(turned, moved_images, atol=1e-3)
+    torch.testing.assert_close(turned.mean((1, 2, 3)), images.mean((1, 2, 3)))
+    colour, turned_colour = ((x - x.mean(1, keepdim=True)).norm(dim=1).mean((1, 2)) for x in (images, turned))
+    torch.testing.assert_close(turned_colour, colour)
+    monkeypatch.setattr(scenes, "HUE", 0.0)
+    monkeypatch.setattr(scenes, "JITTER", 0.3)
+    grey = torch.full((64, 3, 4, 4), 0.5)
+    bright = scenes.plain(grey, labels.new_zeros(64, 4, 4))[0].mean((1, 2, 3)) / 0.5
+    assert 0.7 <= bright.min() < 0.8 and 1.2 < bright.max() <= 1.3
+    assert 0.05 < (bright == 1).float().mean() < 0.4  # as many as are left alone
 
 
 # ---------------------------------------------------------------------------------------------------------- training

@@ -324,34 +324,72 @@ def _pixels(image: Image.Image) -> str:
 # ------------------------------------------------------------------------------------------------------ augmentation
 
 
+JITTER, HUE, ZOOM, SHIFT, OFTEN = 0.3, 0.05, (0.75, 1.5), 0.1, 0.8
+"""How far brightness, contrast and saturation change; hue, in turns; the range of the scale; the largest shift, as a
+share of the sides; how often colours change, and how often scale and shift do."""
+
+
 def augmentation() -> tuple[Callable[[Tensor, Tensor], Batch], str]:
     """The paper's augmentation (colour jitter, flip, random scale) on the batch's device, and a note that names it.
 
-    Without kornia only flips remain. Every image of a batch draws its own parameters from torch's global generator.
+    By kornia, or where it is missing by ``plain``, from the same ranges. Every image of a batch draws its own
+    parameters from torch's global generator.
     """
     try:
         import kornia.augmentation as K
     except ImportError as error:
-        return flip, f"flips alone, as colour jitter and random scale need kornia ({error})"
+        return (
+            plain,
+            f"colour jitter, flips and random scale in plain torch, as those of a library need kornia ({error})",
+        )
 
     joint = K.AugmentationSequential(
-        K.ColorJitter(0.3, 0.3, 0.3, 0.05, p=0.8),
+        K.ColorJitter(JITTER, JITTER, JITTER, HUE, p=OFTEN),
         K.RandomHorizontalFlip(p=0.5),
-        K.RandomAffine(degrees=0.0, translate=(0.1, 0.1), scale=(0.75, 1.5), p=0.8),
+        K.RandomAffine(degrees=0.0, translate=(SHIFT, SHIFT), scale=ZOOM, p=OFTEN),
         data_keys=["input", "mask"],
     )
 
     def augment(images: Tensor, labels: Tensor) -> Batch:
-        # Pixels from outside the image come back as 0, which would be a class: 0 stands for void on the way.
-        shifted = torch.where(labels == VOID, 0, labels + 1)[:, None].float()
-        images, shifted = joint(images, shifted)
-        labels = shifted[:, 0].long() - 1
-        return images, torch.where(labels < 0, VOID, labels)
+        images, shifted = joint(images, _void_is_zero(labels))
+        return images, _zero_is_void(shifted)
 
     return augment, "colour jitter, flips and random scale by kornia"
 
 
-def flip(images: Tensor, labels: Tensor) -> Batch:
-    """Mirror about half of the images with their label maps."""
-    chosen = (torch.rand(len(images)) < 0.5).to(images.device)[:, None, None]
-    return torch.where(chosen[:, None], images.flip(-1), images), torch.where(chosen, labels.flip(-1), labels)
+def plain(images: Tensor, labels: Tensor) -> Batch:
+    """``augmentation`` without kornia, and without waiting for the device. Hue turns about the axis of greys."""
+    B, device = len(images), images.device
+    drawn = torch.rand(B, 10, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+    coloured, mirrored, moved = drawn[:, :3].unbind(1)
+    between = 2 * drawn[:, 3:] - 1  # -1..1
+
+    change = torch.where(coloured < OFTEN, between[:, :4].T, 0.0)[..., None, None, None]  # (4,B,1,1,1)
+    brightness, contrast, saturation = 1 + JITTER * change[:3]
+    images = brightness * images
+    grey = images.mean(1, keepdim=True)
+    images = torch.lerp(grey.mean((2, 3), keepdim=True), images, contrast)
+    images = torch.lerp(images.mean(1, keepdim=True), images, saturation)
+    angle = (2 * math.pi * HUE * change[3]).flatten(1)[..., None]  # (B,1,1)
+    eye, third = torch.eye(3, device=device), 1 / 3
+    turn = torch.linalg.cross(eye, torch.full_like(eye, third**0.5))
+    rotation = angle.cos() * eye + (1 - angle.cos()) * third + angle.sin() * turn
+    images = torch.einsum("bij,bjhw->bihw", rotation, images).clamp(0, 1)
+
+    scale = torch.where(moved < OFTEN, ZOOM[0] + (ZOOM[1] - ZOOM[0]) * (between[:, 4] + 1) / 2, 1.0)
+    shift = torch.where(moved < OFTEN, 2 * SHIFT * between[:, 5:].T, 0.0) / scale  # (2,B), in halves of the sides
+    side, zero = torch.where(mirrored < 0.5, -1 / scale, 1 / scale), torch.zeros_like(scale)
+    rows = torch.stack((side, zero, -shift[0]), 1), torch.stack((zero, 1 / scale, -shift[1]), 1)
+    grid = F.affine_grid(torch.stack(rows, 1), list(images.shape), align_corners=False)
+    images = F.grid_sample(images, grid, mode="bilinear", align_corners=False)
+    return images, _zero_is_void(F.grid_sample(_void_is_zero(labels), grid, mode="nearest", align_corners=False))
+
+
+def _void_is_zero(labels: Tensor) -> Tensor:
+    """Pixels from outside the image come back as 0, which would be a class: 0 stands for void on the way."""
+    return torch.where(labels == VOID, 0, labels + 1)[:, None].float()
+
+
+def _zero_is_void(shifted: Tensor) -> Tensor:
+    labels = shifted[:, 0].long() - 1
+    return torch.where(labels < 0, VOID, labels)

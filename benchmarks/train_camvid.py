@@ -1,0 +1,153 @@
+"""The CamVid study: the paper's protocol as far as it goes without ImageNet weights, arm by arm and seed by seed.
+
+    python -m benchmarks.train_camvid --root FOLDER --out FOLDER --minutes 8
+
+trains what is not yet in OUT/camvid.csv, leaves a checkpoint when the time is over, and goes on from it when it is
+called again. Without a GPU it runs a shortened protocol, a test of itself: a small network at a quarter of the
+resolution. `python -m benchmarks.report` makes docs/camvid.md of the rows.
+"""
+
+import argparse
+import hashlib
+import pathlib
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from tqdm import tqdm
+
+from benchmarks import results
+from benchmarks.camvid import arms, rows, training
+from benchmarks.camvid.networks import NETWORKS, Absent
+from benchmarks.camvid.rows import Result
+from contextrast_kernels import measure
+from contextrast_kernels.demo import scenes
+
+
+def libraries() -> str:
+    """Those of network and augmentation that are installed, with their versions."""
+    names = ("timm", "torchvision", "kornia")
+    return ", ".join(f"{name} {version}" for name in names if (version := results.version(name)))
+
+
+def parse(arguments: Sequence[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.train_camvid", description=__doc__.splitlines()[0])
+    parser.add_argument("--root", type=pathlib.Path, required=True, help="CamVid's folder in SegNet's layout")
+    parser.add_argument("--out", type=pathlib.Path, required=True, metavar="FOLDER", help=f"where {rows.FILE} is kept")
+    parser.add_argument("--keep", type=pathlib.Path, metavar="FOLDER", help="where checkpoints are kept; default: OUT")
+    parser.add_argument(
+        "--arms", nargs="+", default=list(arms.TABLES), metavar="NAME", help="arms or tables; default: all"
+    )
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="SEED", help="default: 0 1 2")
+    parser.add_argument("--minutes", type=float, default=8.0, help="stop after this, with a checkpoint; default: 8")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--list", action="store_true", help="say which trainings are left, and run none")
+    for name, kind, least, most in NUMBERS:
+        parser.add_argument(f"--{name}", type=kind, help=f"{least} to {most}; default: the protocol's")
+    parser.add_argument("--network", choices=NETWORKS, help="default: hrnet_w18 on a GPU, small without one")
+    options = parser.parse_args(arguments)
+    try:
+        options.arms = arms.chosen(options.arms)
+    except ValueError as error:
+        parser.error(f"--arms: {error}")
+    if len(set(options.seeds)) < len(options.seeds) or not all(0 <= seed < 2**31 for seed in options.seeds):
+        parser.error(f"--seeds: expected different numbers from 0 to {2**31 - 1}, got {options.seeds}")
+    if not 0 <= options.minutes <= 10**5:
+        parser.error(f"--minutes: expected 0 to 100000, got {options.minutes}")
+    for name, _, least, most in NUMBERS:
+        value = getattr(options, name)
+        if value is not None and not least <= value <= most:
+            parser.error(f"--{name}: expected {least} to {most}, got {value}")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no GPU here")
+    for name in ("out", "keep"):
+        folder = getattr(options, name)
+        if folder is not None and folder.exists() and not folder.is_dir():
+            parser.error(f"--{name}: expected a folder, got the file {folder}")
+    options.keep = options.keep or options.out
+    return parser, options
+
+
+NUMBERS = (("height", int, 32, 720), ("iterations", int, 1, 10**6), ("batch", int, 1, 256))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Train what is left. Exit status: 0; 1 if a training failed; 2 for unusable arguments or data."""
+    parser, options = parse(arguments)
+    ends = time.monotonic() + 60 * options.minutes
+    path = options.out / rows.FILE
+    numbers = {name: getattr(options, name) for name in ("network", *(name for name, *_ in NUMBERS))}
+    setting = training.FULL if options.device == "cuda" else training.SHORTENED
+    setting = replace(setting, **{name: value for name, value in numbers.items() if value is not None})
+    try:
+        known = {row.measured for row in results.read(path, Result)}
+        NETWORKS[setting.network](2)
+        data = scenes.CamVid(options.root, setting.height, device=options.device)
+    except (results.SchemaError, Absent, scenes.DataError, OSError) as error:
+        parser.error(str(error))
+    augment, _ = scenes.augmentation()
+    environment = results.environment(options.device) | {"libraries": libraries()}
+    study = training.Study(setting, data, "plain" if augment is scenes.plain else "kornia", augment, environment)
+
+    def checkpoint(arm: arms.Arm, seed: int) -> pathlib.Path:
+        digest = hashlib.sha1(repr(study.blank(arm, seed).measured).encode()).hexdigest()[:8]
+        return options.keep / f"{arm.name}-seed-{seed}-{digest}.pt"
+
+    left = [(arm, seed) for group in options.arms for seed in options.seeds for arm in group]
+    for arm, seed in left:
+        if study.blank(arm, seed).measured in known:
+            checkpoint(arm, seed).unlink(missing_ok=True)  # of a call that ended between row and deletion
+    left = [(arm, seed) for arm, seed in left if study.blank(arm, seed).measured not in known]
+    blank = study.blank(arms.ARMS["baseline"], 0)
+    print(
+        f"{blank.protocol} protocol: {setting.network}, {blank.height} x {blank.width} px, batch {setting.batch}, "
+        f"{setting.iterations} iterations, {blank.precision}, augmentation: {study.augmentation}, {blank.device}",
+        flush=True,
+    )
+    failed = []
+    while left and not options.list and time.monotonic() < ends:
+        arm, seed = left[0]
+        name = f"{arm.name}, seed {seed}"
+        try:
+            run = training.Training(arm, seed, study)
+            if checkpoint(arm, seed).exists():
+                run.resume(checkpoint(arm, seed))
+            with tqdm(total=setting.iterations, initial=run.iteration, desc=name, unit="it", disable=None) as bar:
+                row = run.advance(ends, checkpoint(arm, seed), bar.update)
+        except (RuntimeError, training.CheckpointError) as error:  # out of memory, say: the others are still wanted
+            print(f"{name} failed: {type(error).__name__}: {str(error).splitlines()[0]}", flush=True)
+            failed.append(left.pop(0))
+            if not measure.answers(study.device):
+                print("the device answers nothing any more in this process")
+                break
+            continue
+        if row is None:
+            print(f"{name}: stopped after {run.iteration} of {setting.iterations} iterations", flush=True)
+            break
+        results.record(path, row)
+        checkpoint(arm, seed).unlink(missing_ok=True)
+        left.pop(0)
+        print(f"{name}: {told(row)}", flush=True)
+
+    if left:
+        begun = ("" if not checkpoint(*job).exists() else ", begun" for job in left)
+        print("left: " + "; ".join(f"{arm.name} {seed}{some}" for (arm, seed), some in zip(left, begun)))
+        command = sys.argv[1:] if arguments is None else arguments
+        print("go on with: " + shlex.join(["python", "-m", "benchmarks.train_camvid", *map(str, command)]))
+    outcome = f"{len(left)} rows left" if left else "complete"
+    print(f"{len(failed)} trainings failed; {outcome}")
+    return 1 if failed else 0
+
+
+def told(row: Result) -> str:
+    if row.status != "ok":
+        return row.status
+    time = f", {row.median_step_ms:.1f} ms a step" if row.median_step_ms else ""
+    return f"mIoU {row.miou:.3f}, within 5 px of a boundary {row.trimap_5:.3f}{time}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
