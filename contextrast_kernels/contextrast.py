@@ -263,7 +263,7 @@ def _composed_loss(
             )
         )
         drawn.append(drawn_here.sum())
-    total = _weighted(losses, options.layer_weights)
+    total = weighted_sum(losses, options.layer_weights)
     report = {
         "loss": torch.stack(losses).detach(),
         "classes": torch.stack([(n > 0).sum() for n in counts]),
@@ -281,8 +281,8 @@ def _fused_anchors(anchors: Sequence[Tensor], counts: Sequence[Tensor], options:
     return [unit(a) for a in fused] if options.normalize_anchors else fused
 
 
-def _weighted(losses: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    # The weights stay numbers: a tensor of them would be copied to the device in every step.
+def weighted_sum(losses: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """Σ w_i L_i. The weights stay numbers: a tensor of them would be copied to the device in every step."""
     return torch.stack([weight * loss for weight, loss in zip(weights, losses)]).sum()
 
 
@@ -361,7 +361,7 @@ def _global_loss(
     losses, G = total.to(own.dtype).split([own.numel(), Z.numel()])
     E = torch.where(exists, torch.where(exists, local - Z, 0.0).exp(), 0.0)
     own = own + (G.view_as(E) * E).sum(1)
-    loss, share = (_weighted(each, weights) for each in (losses, own))
+    loss, share = (weighted_sum(each, weights) for each in (losses, own))
     report = {
         "loss": losses,
         "classes": (counts > 0).sum(1),

@@ -106,6 +106,13 @@ def reduced(x: Tensor, name: str, operation: str = "sum") -> Tensor:
     return collectives.wait_tensor(collectives.all_reduce(x.detach().contiguous(), operation, name))
 
 
+def gathered(x: Tensor, name: str) -> Tensor:
+    """The ranks' x, which are of one shape, one after another along the first axis. No gradient."""
+    from torch.distributed import _functional_collectives as collectives
+
+    return collectives.wait_tensor(collectives.all_gather_tensor(x.detach().contiguous(), 0, name))
+
+
 def add_up(parts: Sequence[Tensor], name: str) -> None:
     """Every tensor becomes its sum over the ranks, all in one reduction. They share a dtype."""
     total = reduced(torch.cat([part.flatten() for part in parts]), name)

@@ -1,6 +1,7 @@
 """Inputs for the tests: scenes with the errors of a half-trained network, maps that break distance transforms."""
 
 import numpy as np
+import pytest
 import torch
 
 
@@ -101,3 +102,12 @@ def families(rng, H, W):
         named[f"density {percent} %"] = np.where(rng.random((H, W)) * 100 < percent, rng.integers(0, 2, (H, W)), -1)
         named[f"one class, density {percent} %"] = np.where(rng.random((H, W)) * 100 < percent, 0, -1)
     return {name: np.ascontiguousarray(values, dtype=np.int64) for name, values in named.items()}
+
+
+def crossed(cases, variants):
+    """Every case in every variant, a dtype say: one of them each time, the others as slow tests."""
+    return [
+        pytest.param(case, variant, id=f"{case}-{variant}", marks=[pytest.mark.slow] if (i + j) % len(variants) else [])
+        for i, case in enumerate(cases)
+        for j, variant in enumerate(variants)
+    ]

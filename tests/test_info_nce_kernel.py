@@ -5,13 +5,12 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from inputs import leaves
+from inputs import crossed, leaves
 from test_info_nce import SETS, chosen
 from test_kernels import (
     DEVICE,
     DTYPES,
     assert_like_the_definition,
-    crossed,
     poisoned_memory,  # noqa: F401 - a fixture for all tests here
     relative,
     run,
@@ -62,13 +61,10 @@ SHAPES = [
 ]
 
 
-# So that the forms and the dtypes of the fast tests take turns at different paces.
-SHAPES_AND_FORMS = [(shape, POSITIVES[(i + j) % 3]) for i, shape in enumerate(SHAPES) for j in range(3)]
-
-
-@pytest.mark.parametrize(("case", "dtype"), crossed(SHAPES_AND_FORMS, DTYPES))
-def test_every_shape(rng, case, dtype):
-    (R, C, D), positives = case
+@pytest.mark.parametrize(("shape", "form"), crossed(SHAPES, [*itertools.product(POSITIVES, DTYPES)]))
+def test_every_shape(rng, shape, form):
+    """Every day a shape in one form and dtype, each shape in another."""
+    (R, C, D), (positives, dtype) = shape, form
     x = [vectors(rng, n, D, dtype, 2.0) for n in (R, C) if n is not None]
     row_labels, column_labels = (None if n is None else labels(rng, n) for n in (R, C))
     assert_like_the_definition(loss_of(row_labels, column_labels, positives=positives), x)
@@ -83,8 +79,7 @@ def test_every_set_of_negatives_and_weights(rng, case, own):
     assert_like_the_definition(loss_of(labels(rng, R), labels(rng, C), **options), x)
 
 
-@pytest.mark.parametrize("positives", POSITIVES)
-@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize(("positives", "own"), crossed(POSITIVES, [False, True]))
 def test_gradcheck(rng, own, positives):
     R, C = 5, 5 if own else 6
     x = [vectors(rng, n, 4).requires_grad_() for n in ((R,) if own else (R, C))]

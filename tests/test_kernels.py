@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from inputs import scene
+from inputs import crossed, scene
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import gradcheck
@@ -85,15 +85,6 @@ def assert_like_the_definition(loss, leaves):
     if gradient.norm() > 0 and leaves[0].dtype in (torch.float32, torch.float64):
         cosine = torch.dot(kernel_gradient / kernel_gradient.norm(), gradient / gradient.norm())
         assert cosine >= 1 - 1e-6
-
-
-def crossed(cases, dtypes):
-    """Every case in every dtype: one of them each time, the others as slow tests."""
-    return [
-        pytest.param(case, dtype, id=f"{case}-{dtype}", marks=[pytest.mark.slow] if (i + j) % len(dtypes) else [])
-        for i, case in enumerate(cases)
-        for j, dtype in enumerate(dtypes)
-    ]
 
 
 @pytest.fixture(autouse=True)

@@ -205,11 +205,25 @@ def steps(rank, kind, folder):
     torch.save((pushed, bank.storage[:-1], bank.columns()[1], weights), folder / f"{kind}-{rank}.pt")
 
 
+def disagreement(rank):
+    """What a rank is told that gives other numbers of rows than the others; and a copy of the loss goes on."""
+    loss = criterion(group=dist.group.WORLD)
+    said = []
+    for x, labels, logits in (batch(B=1 + rank), batch(rank)):
+        try:
+            pickle.loads(pickle.dumps(copy.deepcopy(loss)))(x, labels, logits)
+            said.append("no error")
+        except ValueError as error:
+            said.append(str(error))
+    return said
+
+
 def two_ranks(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     try:
         with ck.backend("reference"):
+            torch.save(disagreement(rank), pathlib.Path(folder) / f"disagreement-{rank}.pt")
             for kind in ("own", "shared"):
                 steps(rank, kind, pathlib.Path(folder))
     finally:
@@ -222,7 +236,7 @@ def ranks(tmp_path_factory):
     torch.multiprocessing.spawn(two_ranks, args=(str(folder),), nprocs=2)
     return {
         (kind, rank): torch.load(folder / f"{kind}-{rank}.pt", weights_only=True)
-        for kind in ("own", "shared")
+        for kind in ("own", "shared", "disagreement")
         for rank in (0, 1)
     }
 
@@ -250,3 +264,11 @@ def test_with_a_group_all_ranks_hold_what_any_of_them_wrote(ranks):
     ]
     assert all(torch.equal(a, b) for a, b in zip(bank, replayed(*in_rank_order), strict=True))
     assert all(torch.equal(a, b) for a, b in zip(weights, other_weights, strict=True))
+
+
+def test_ranks_that_give_other_numbers_of_rows_are_told(ranks):
+    for rank in (0, 1):
+        refused, accepted = ranks["disagreement", rank]
+        assert refused.startswith("group: expected the same on all ranks, got 3 rows of 2 channels for the 7 regions")
+        assert "on rank 0 and 6 rows" in refused
+        assert accepted == "no error"

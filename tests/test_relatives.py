@@ -6,7 +6,7 @@ import literal_relatives
 import numpy as np
 import pytest
 import torch
-from inputs import leaves, logits_of, pyramid, scene
+from inputs import crossed, leaves, logits_of, pyramid, scene
 from test_compile import Compilations, Dispatched
 from test_modules import _Crossings as Crossings
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -310,8 +310,7 @@ CRASHES = {
 
 
 @pytest.mark.parametrize("name", LOSSES)
-@pytest.mark.parametrize("case", CRASHES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("case", "dtype"), crossed(CRASHES, [torch.float32, torch.float16]))
 def test_finite_with_a_live_graph(name, case, dtype):
     layers, labels, logits = batch(dtype=dtype)
     layers, labels, predictions = CRASHES[case](layers, labels, logits)
@@ -663,6 +662,7 @@ def called(loss, features=FEATURES, labels=LABELS, predictions=LOGITS):
         (lambda: PNE(N, max_samples=0), ValueError, "max_samples", "0"),
         (lambda: ck.MemoryBank(N, 0), ValueError, "dim", "0"),
         (lambda: ck.MemoryBank(N, D, pixels=0, regions=0), ValueError, "pixels", "regions=0"),
+        (lambda: ck.MemoryBank(N, D, group="all"), TypeError, "group", "all"),
         (lambda: bank().push("both", FEATURES[0][0, :, 0].T, LABELS[0, 0, :12]), ValueError, "queue", "both"),
         (lambda: bank().push("pixels", torch.zeros(3, 4), LABELS[0, 0, :3]), ValueError, "embeddings", r"\(3, 4\)"),
         (lambda: bank().push("pixels", torch.zeros(3, D), LABELS[0, 0, :2]), ValueError, "labels", r"\(2,\)"),

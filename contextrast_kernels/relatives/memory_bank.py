@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from contextrast_kernels import checks
+from contextrast_kernels import checks, ranks
 from contextrast_kernels.info_nce import check_rows
 from contextrast_kernels.relatives.samplers import rank_in_segment, segment_counts
 
@@ -18,7 +18,8 @@ class MemoryBank(nn.Module):
     The bank belongs to the loss it is given to, and is saved in its ``state_dict``, but not among its buffers:
     DistributedDataParallel would overwrite those with rank 0's at every forward. Without ``group`` every rank keeps
     its own bank; with it all ranks write what any of them saw, in the order of their ranks, and hold the same bank.
-    Then all must give equally many rows in every step: the same batch size and layer size.
+    Then all must give equally many rows in every step: the same batch size and layer size. Where they do not from the
+    start, every rank raises.
 
     Args:
         num_classes: N.
@@ -29,6 +30,7 @@ class MemoryBank(nn.Module):
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, range or size; the sentence names it.
+        RuntimeError: a group that torch.distributed does not know.
 
     Example:
         >>> bank = MemoryBank(num_classes=19, dim=256)
@@ -45,7 +47,8 @@ class MemoryBank(nn.Module):
         checks.integer("regions", regions, low=0)
         if pixels + regions == 0:
             raise ValueError("pixels: expected a bank with room, got pixels=0 and regions=0; set one of them above 0")
-        self.num_classes, self.dim, self.lengths, self.group = num_classes, dim, (pixels, regions), group
+        self.num_classes, self.dim, self.lengths = num_classes, dim, (pixels, regions)
+        self.group = ranks.name_of(group)
         # One row more than the queues need: what is not to be kept is written there.
         self.storage = torch.zeros(num_classes * (pixels + regions) + 1, dim)
         self.written = torch.zeros(len(self.QUEUES), num_classes, dtype=torch.int64)
@@ -63,6 +66,13 @@ class MemoryBank(nn.Module):
         ]
         classes = torch.arange(self.num_classes, device=self.written.device).unsqueeze(1)
         return self.storage[:-1], torch.where(torch.cat(filled, 1), classes, -1).flatten()
+
+    def copied_columns(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """``columns`` on the rows' device and of their dtype. Copied, as the bank is written before the backward pass
+        reads what the forward pass saw."""
+        self.follow(rows.device)
+        entries, classes = self.columns()
+        return entries.to(rows.dtype, copy=True), classes
 
     @torch.no_grad()
     def push(self, queue: str, embeddings: Tensor, labels: Tensor) -> None:
@@ -87,7 +97,9 @@ class MemoryBank(nn.Module):
             return
         embeddings, labels = embeddings.to(self.storage.dtype), labels.long()
         if self.group is not None:
-            embeddings, labels = self._of_all_ranks(embeddings), self._of_all_ranks(labels)
+            rows = f"{int(labels.shape[0])} rows of {self.dim} channels for the {length} {queue} of a memory bank"
+            ranks.agree(self.group, f"{rows} of {self.num_classes} classes")
+            embeddings, labels = (ranks.gathered(x, self.group) for x in (embeddings, labels))
         N = self.num_classes
         kept = (labels >= 0) & (labels < N) & embeddings.isfinite().all(1)
         label = torch.where(kept, labels, N)
@@ -106,18 +118,6 @@ class MemoryBank(nn.Module):
                 f"{name}: expected {self.dim} channels, as the memory bank has, got {checks.describe(embeddings)}; "
                 "make the bank with dim = the channels of the features"
             )
-
-    def check_classes(self, num_classes: int) -> None:
-        if self.num_classes != num_classes:
-            raise ValueError(
-                f"bank: expected a MemoryBank of {num_classes} classes (num_classes), got one of {self.num_classes}"
-            )
-
-    def _of_all_ranks(self, x: Tensor) -> Tensor:
-        world = torch.distributed.get_world_size(self.group)
-        out = x.new_empty(world * x.shape[0], *x.shape[1:])
-        torch.distributed.all_gather_into_tensor(out, x.contiguous(), group=self.group)
-        return out
 
     def follow(self, device: torch.device) -> None:
         if self.storage.device != device:
@@ -154,3 +154,13 @@ class MemoryBank(nn.Module):
     def extra_repr(self) -> str:
         pixels, regions = self.lengths
         return f"num_classes={self.num_classes}, dim={self.dim}, pixels={pixels}, regions={regions}"
+
+
+def check_bank(bank, num_classes: int) -> None:
+    """The bank that a loss is given."""
+    if not isinstance(bank, MemoryBank):
+        raise TypeError(f"bank: expected a MemoryBank, got {checks.describe(bank)}")
+    if bank.num_classes != num_classes:
+        raise ValueError(
+            f"bank: expected a MemoryBank of {num_classes} classes (num_classes), got one of {bank.num_classes}"
+        )

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from contextrast_kernels import checks
-from contextrast_kernels.contextrast import check_layers
+from contextrast_kernels.contextrast import check_layers, weighted_sum
 from contextrast_kernels.info_nce import info_nce
 from contextrast_kernels.relatives._loss import Rows, SampledLoss
 from contextrast_kernels.relatives.samplers import STREAM_ROWS, Sampler
@@ -103,11 +103,8 @@ class MultiScaleContrastLoss(SampledLoss):
         for rows, row_labels in scales[:0:-1][:2]:
             columns = rows.detach() if self.detach_deepest else rows
             losses.append(info_nce(*scales[0], columns, row_labels, temperature=self.temperature))
-        weights = (*self.layer_weights, *self.cross_weights)
-        # The weights stay numbers: a tensor of them would be copied to the device in every step.
-        total = torch.stack([weight * loss for weight, loss in zip(weights, losses)]).sum()
         self.last = {
             "loss": torch.stack(losses).detach(),
             "samples": torch.stack([(row_labels >= 0).sum() for _, row_labels in scales]),
         }
-        return total
+        return weighted_sum(losses, (*self.layer_weights, *self.cross_weights))

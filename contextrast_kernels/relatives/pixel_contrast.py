@@ -20,7 +20,7 @@ from contextrast_kernels.embedding import unit
 from contextrast_kernels.hashing import image_hash, pixel_hash
 from contextrast_kernels.info_nce import info_nce
 from contextrast_kernels.relatives._loss import Rows, SampledLoss, one_map
-from contextrast_kernels.relatives.memory_bank import MemoryBank
+from contextrast_kernels.relatives.memory_bank import MemoryBank, check_bank
 from contextrast_kernels.relatives.samplers import (
     STREAM_BANK,
     STREAM_MINED_NEGATIVES,
@@ -131,7 +131,7 @@ class PixelContrastLoss(SampledLoss):
         seed = self._draw(x.device)
         targets, predicted = self._at_layer(x, labels, predictions)
         rows, row_labels = self.rows(x, targets, predicted, self.num_classes, seed, STREAM_ROWS, self.normalize)
-        columns = (None, None) if self.bank is None else bank_columns(self.bank, rows)
+        columns = (None, None) if self.bank is None else self.bank.copied_columns(rows)
         if self.mining is None:
             loss = info_nce(rows, row_labels, *columns, temperature=self.temperature)
         else:
@@ -154,19 +154,6 @@ class PixelContrastLoss(SampledLoss):
         chosen = rank_in_segment(pair, B * N, order) < self.bank_pixels
         most = min(B * N * self.bank_pixels, B * h * w)
         self.bank.push("pixels", *sampled_rows(x, targets, chosen, most, self.normalize))
-
-
-def check_bank(bank, num_classes: int) -> None:
-    if not isinstance(bank, MemoryBank):
-        raise TypeError(f"bank: expected a MemoryBank, got {checks.describe(bank)}")
-    bank.check_classes(num_classes)
-
-
-def bank_columns(bank: MemoryBank, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """A bank's columns for these rows: a copy, as the bank is written before the backward pass reads them."""
-    bank.follow(rows.device)
-    entries, classes = bank.columns()
-    return entries.to(rows.dtype, copy=True), classes
 
 
 def region_centres(x: Tensor, targets: Tensor, num_classes: int, normalize: bool) -> tuple[Tensor, Tensor]:

@@ -14,8 +14,8 @@ from torch import Tensor
 from contextrast_kernels import checks
 from contextrast_kernels.info_nce import info_nce
 from contextrast_kernels.relatives._loss import RelativeLoss, one_map
-from contextrast_kernels.relatives.memory_bank import MemoryBank
-from contextrast_kernels.relatives.pixel_contrast import bank_columns, check_bank, region_centres
+from contextrast_kernels.relatives.memory_bank import MemoryBank, check_bank
+from contextrast_kernels.relatives.pixel_contrast import region_centres
 
 REGIONS = ("labels", "predictions")
 
@@ -90,7 +90,7 @@ class RegionContrastLoss(RelativeLoss):
             is_class = (predicted >= 0) & (predicted < self.num_classes)
             region = torch.where((region >= 0) & is_class, predicted, -1)
         centres, classes = region_centres(x, region, self.num_classes, self.normalize)
-        loss = info_nce(centres, classes, *bank_columns(self.bank, centres), temperature=self.temperature)
+        loss = info_nce(centres, classes, *self.bank.copied_columns(centres), temperature=self.temperature)
         self.last = {"loss": loss.detach(), "samples": (classes >= 0).sum()}
         if self.training:
             self.bank.push("regions", centres.detach(), classes)
