@@ -21,6 +21,14 @@ RUN = 256
 NARROW = 32
 """The most pixels of a row where rows cannot be read 16 bytes at a time, as with camvid's of 60, 30 and 15: with 64
 ``_class_anchors_fwd`` spills 592 B and ``_features_bwd`` 112 B on sm_90 (bfloat16, D 256), with 32 neither any."""
+PROGRAMS = 264
+"""Where the held vectors of ``info_nce`` fill fewer, the streamed ones are split: two programs for each multiprocessor
+of an H100. A constant, so that no sum depends on the device."""
+ADDED = 64
+"""Rows, or elements of a gradient, whose splits a program adds up, ADDED_SPLITS at a time."""
+ADDED_SPLITS = 16
+MEAN_RUN = 1024
+"""Rows that the one program of the mean takes at a time."""
 
 
 class Tiles(NamedTuple):

@@ -43,17 +43,15 @@ from contextrast_kernels.kernels._pairs import (
     vector_tile,
     vector_tiles,
 )
-from contextrast_kernels.kernels._tile_table import info_nce_gradient_tiles, info_nce_tiles
+from contextrast_kernels.kernels._tile_table import (
+    ADDED,
+    ADDED_SPLITS,
+    MEAN_RUN,
+    PROGRAMS,
+    info_nce_gradient_tiles,
+    info_nce_tiles,
+)
 from contextrast_kernels.kernels._tiles import dot_features, plain, real, zero_tiles
-
-PROGRAMS = 264
-"""Where the held vectors of ``info_nce`` fill fewer, the streamed ones are split: two programs for each multiprocessor
-of an H100. A constant, so that no sum depends on the device."""
-ADDED = 64
-"""Rows, or elements of a gradient, whose splits a program adds up, ADDED_SPLITS at a time."""
-ADDED_SPLITS = 16
-MEAN_RUN = 1024
-"""Rows that the one program of the mean takes at a time."""
 
 
 def forward(rows: Tensor, columns: Tensor, of: Pairs, mean: bool) -> tuple[Tensor, Tensor, Tensor]:
