@@ -295,13 +295,17 @@ def _base_pixels(target: Tensor, layer: int, options: Options, seed: int | Tenso
 
 
 def _agree(features: Sequence[Tensor], options: Options, backend: str) -> None:
-    """What all ranks must share for their reductions to meet and their gradients to be of one loss."""
+    """What all ranks must share for their reductions to meet, and for their losses to be one."""
     first = features[0]
-    layers = f"{int(first.shape[1])} channels in {len(features)} layers of {checks.name_of(first.dtype)}"
-    flags = f"normalize={options.normalize}, normalize_anchors={options.normalize_anchors}"
-    terms = f"num_classes={options.num_classes}, {layers}, {flags}, detach_anchors={options.detach_anchors}"
-    terms += f", backend {backend!r}"
-    ranks.agree(options.group, terms)
+    shapes = f"{int(first.shape[1])} channels in {len(features)} layers of {checks.name_of(first.dtype)}"
+    flags = f"normalize={options.normalize}; normalize_anchors={options.normalize_anchors}"
+    kind = f"num_classes={options.num_classes}; {shapes}; {flags}; detach_anchors={options.detach_anchors}"
+    kind += f"; backend {backend!r}"
+    numbers = ("ignore_index", "layer_weights", "temperature", "fusion_weight", "base_rate")
+    selection = ("negatives", "ratio", "distance_at")
+    facts = "; ".join([kind, *(f"{name}={getattr(options, name)!r}" for name in numbers + selection)])
+    # A schedule may change these numbers in every step, but only one side of this limit takes a reduction more.
+    ranks.agree(options.group, f"{kind}; {ranks.close_enough(1 / options.temperature)}", facts)
 
 
 def _global_loss(

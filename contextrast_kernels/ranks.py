@@ -53,45 +53,51 @@ class _Agreed:
 
     group: object
     exchanges: int = 0
-    terms: set[str] = field(default_factory=set)
+    kinds: set[str] = field(default_factory=set)
 
 
 _agreed: dict[str, _Agreed] = {}
 
 
-def agree(name: str, terms: str) -> None:
-    """All ranks come with the same terms; else every rank raises the same sentence.
+def agree(name: str, kind: str, facts: str) -> None:
+    """All ranks come with the same facts, a list with "; " between them; else every rank raises the same sentence.
 
-    They compare through the group's store, on the host and once for each group and terms: no tensor is sent and no
+    They compare through the group's store, on the host and once for each group and kind: no tensor is sent and no
     device waits, in later steps nothing happens at all, and ranks whose reductions would not meet learn it before.
+    What the number and the shapes of the reductions depend on belongs to the kind.
     """
     group = _resolved(name)
     known = _agreed.get(name)
     if known is None or known.group is not group:  # another group may have borne this name
         known = _agreed[name] = _Agreed(group)
-    if terms in known.terms:
+    if kind in known.kinds:
         return
     store, ranks = group.get_group_store(), range(group.size())
-    keys = [f"contextrast_kernels/{known.exchanges}/{rank}" for rank in ranks]
-    known.exchanges += 1
-    store.set(keys[group.rank()], terms)
+    key = f"contextrast_kernels/{known.exchanges}"
+    keys = [f"{key}/{rank}" for rank in ranks]
+    store.set(keys[group.rank()], facts)
     try:
         store.wait(keys)
     except RuntimeError as error:
+        store.delete_key(keys[group.rank()])  # who comes later waits as well, and not in a reduction
         raise RuntimeError(
-            f"group: expected all {len(ranks)} ranks to come with {terms}, as rank {group.rank()} did, but some did "
+            f"group: expected all {len(ranks)} ranks to come with {facts}, as rank {group.rank()} did, but some did "
             "not come; call the loss on all ranks, with the same options, backend and kind of features"
         ) from error
-    for rank, key in zip(ranks, keys):
-        given = store.get(key).decode()
-        if rank == 0:
-            first = given
-        elif given != first:
+    known.exchanges += 1
+    first, *others = (store.get(each).decode() for each in keys)
+    if store.add(key, 1) == len(ranks):  # all have read; a later group may find itself with this store and name
+        for each in (*keys, key):
+            store.delete_key(each)
+    for rank, given in enumerate(others, 1):
+        if given != first:
+            pairs = [pair for pair in zip(first.split("; "), given.split("; ")) if pair[0] != pair[1]]
+            expected, got = map(", ".join, zip(*pairs))
             raise ValueError(
-                f"group: expected the same on all ranks, got {first} on rank 0 and {given} on rank {rank}; "
+                f"group: expected the same on all ranks, got {expected} on rank 0 and {got} on rank {rank}; "
                 "give the loss the same options, backend and kind of features everywhere"
             )
-    known.terms.add(terms)
+    known.kinds.add(kind)
 
 
 # When torch.compile traces, ranks agree once; a compiled step does not ask again.
@@ -120,14 +126,19 @@ def add_up(parts: Sequence[Tensor], name: str) -> None:
         part.copy_(of_all.view_as(part))
 
 
+def close_enough(bound: float | None) -> bool:
+    """Whether sums of exponentials of up to ±bound need no shift: float64 holds exp(±709), and many of them."""
+    return bound is not None and bound <= 300
+
+
 def log_sum_exp(log_sums: Tensor, name: str, bound: float | None = None) -> Tensor:
     """log Σ exp over the ranks, elementwise; -inf where all are, NaN where one is. No gradient.
 
-    bound: no exponent is larger in size. Then one reduction does, as float64 holds exp(±709); else the largest is
-    asked for before.
+    bound: no exponent is larger in size. Where it is ``close_enough`` one reduction does; else the largest is asked for
+    before.
     """
     wide = log_sums.detach().double()
-    if bound is not None and bound <= 300:
+    if close_enough(bound):
         shift = bound
     else:
         largest = reduced(wide, name, "max")

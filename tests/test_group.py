@@ -8,6 +8,7 @@ import copy
 import datetime
 import itertools
 import pickle
+import re
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -47,6 +48,7 @@ CASES = {
     "nothing valid anywhere": Case(ignored_ranks=(0, 1)),
     "no image anywhere": Case(images=(0, 0)),
     "some base pixels": Case(options={"base_rate": 0.3}),
+    "some base pixels, features as they are": Case(images=(1, 1), options={"base_rate": 0.3, "normalize": False}),
     "all negatives": Case(images=(1, 1, 1, 1), options={"negatives": "none", "base_rate": 1.0}),
     "features as they are": Case(options={"normalize": False}),
     "dense, features as they are": Case(images=(1, 1, 1, 1), options={"normalize": False, "base_rate": 0.5}),
@@ -55,14 +57,13 @@ CASES = {
     "random negatives at full size": Case(options={"negatives": "semi-hard", "distance_at": "full", "ratio": 0.3}),
     "a temperature whose exponentials float64 cannot hold": Case(options={"temperature": 0.0003}),
     "float32": Case(images=(1, 1, 1, 1), dtype=torch.float32),
-    "float16": Case(dtype=torch.float16),
-    "a NaN on one rank": Case(broken="positive"),
+    "float16": Case(images=(1, 1), dtype=torch.float16),
+    "a NaN on one rank": Case(images=(1, 1), broken="positive"),
     "a NaN on one rank, in a class that has no negative": Case(broken="quiet", options={"temperature": 0.5}),
 }
 QUICK = (
     "four uneven ranks, one with an empty batch",
-    "some base pixels",
-    "features as they are",
+    "some base pixels, features as they are",
     "float16",
     "a NaN on one rank",
 )
@@ -98,6 +99,13 @@ def batch(name):
         if case.broken == "quiet":
             predictions[predictions == 3] = 2
     return features, labels, predictions
+
+
+def share_of(rank):
+    """What each of two ranks has of their batch."""
+    mine = slice(0, 2) if rank == 0 else slice(2, 3)
+    features, labels, predictions = batch("two ranks")
+    return [x[mine] for x in features], labels[mine], predictions[mine]
 
 
 def loss_of(name, **more):
@@ -145,13 +153,12 @@ def cases_of(rank, groups, runs):
 
 def counted(rank, group, **options):
     """Element numbers of the collectives forward, and backward."""
-    mine = slice(0, 2) if rank == 0 else slice(2, 3)
-    features, labels, predictions = batch("two ranks")
-    features = leaves([x[mine] for x in features])
+    features, labels, predictions = share_of(rank)
+    features = leaves(features)
     counts = []
     criterion = loss_of("two ranks", group=group, **options)
-    loss = criterion(features, labels[mine], predictions[mine])  # ranks agree here
-    for step in (lambda: criterion(features, labels[mine], predictions[mine]), loss.backward):
+    loss = criterion(features, labels, predictions)  # ranks agree here
+    for step in (lambda: criterion(features, labels, predictions), loss.backward):
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
             step()
         counts.append([e.input_shapes[0] for e in profile.events() if e.name == "_c10d_functional::all_reduce"])
@@ -215,8 +222,7 @@ def trained(rank, group, backend):
 
 
 def compiled(rank, group, backend):
-    features, labels, predictions = batch("two ranks")
-    mine = slice(0, 2) if rank == 0 else slice(2, 3)
+    features, *maps = share_of(rank)
     criterion = loss_of("two ranks", group=group)
 
     def function(features, labels, predictions):
@@ -233,8 +239,8 @@ def compiled(rank, group, backend):
 
     with ck.backend(backend):
         step = torch.compile(function if backend == "reference" else criterion, fullgraph=True, backend="aot_eager")
-        features = leaves([x[mine] for x in features])
-        loss = step(features, labels[mine], predictions[mine])
+        features = leaves(features)
+        loss = step(features, *maps)
         loss.backward()
     return loss.detach(), [x.grad for x in features]
 
@@ -250,9 +256,7 @@ def sentence(call):
 def disagreements(rank, groups):
     """Each in a group that is used for the first time."""
     groups = iter(groups)
-    features, labels, predictions = batch("two ranks")
-    mine = slice(0, 2) if rank == 0 else slice(2, 3)
-    inputs = [x[mine] for x in features], labels[mine], predictions[mine]
+    inputs = share_of(rank)
     wider = [torch.cat([x, x], 1) for x in inputs[0]]
     half = [x.half() for x in inputs[0]]
 
@@ -268,31 +272,50 @@ def disagreements(rank, groups):
             lambda: loss(inputs[0][: 2 - rank], layer_weights=WEIGHTS[: 2 - rank], normalize_anchors=True)
         ),
         "backend": sentence(ck.backend(BACKENDS[rank])(lambda: loss())),
+        # Past this limit there is one reduction more.
+        "temperature": sentence(lambda: loss(temperature=(0.1, 0.001)[rank])),
+        "weights": sentence(lambda: loss(layer_weights=(1.0, 0.6 + rank), base_rate=0.1 * rank)),
         "after all": sentence(loss),
     }
 
 
 def alone(rank, group):
-    """What rank 1 hears when it comes to a group that is in use with a kind of loss of its own."""
-    features, labels, predictions = batch("two ranks")
+    """What rank 1 hears when it comes alone to a group in use, with a kind of loss of its own; and then with rank 0."""
+    criterion, inputs = ck.ContextrastLoss(N + 1, layer_weights=WEIGHTS, group=group), share_of(rank)
     dist.barrier(group)
-    group.get_group_store().set_timeout(datetime.timedelta(seconds=1))
-    said = None
-    if rank == 1:
-        criterion = ck.ContextrastLoss(N + 1, layer_weights=WEIGHTS, group=group)
-        said = sentence(lambda: criterion(features, labels, predictions))
+    store = group.get_group_store()
+    usual = store.timeout
+    store.set_timeout(datetime.timedelta(seconds=1))
+    said = sentence(lambda: criterion(*inputs)) if rank == 1 else None
     dist.barrier(group)
-    return said
+    store.set_timeout(usual)
+    return said, sentence(lambda: criterion(*inputs))
 
 
 def second_derivative(rank, group):
-    features, labels, predictions = batch("two ranks")
-    mine = slice(0, 2) if rank == 0 else slice(2, 3)
-    features = leaves([x[mine] for x in features])
+    features, *maps = share_of(rank)
+    features = leaves(features)
     with ck.backend("reference"):
-        loss = loss_of("two ranks", group=group, detach_anchors=True)(features, labels[mine], predictions[mine])
+        loss = loss_of("two ranks", group=group, detach_anchors=True)(features, *maps)
     (slope,) = torch.autograd.grad(loss, features[:1], create_graph=True)
     return sentence(lambda: slope.sum().backward())
+
+
+def left_in_store(group):
+    """Keys that are new in the group's store: after a loss, and while its numbers follow a schedule."""
+    store, inputs = group.get_group_store(), batch("two ranks")
+    store.set("own", "")
+    counts = []
+    for temperatures in ((0.1,), (0.2, 0.3)):
+        dist.barrier(group)
+        before = store.num_keys()
+        dist.barrier(group)
+        for temperature in temperatures:
+            loss_of("two ranks", group=group, temperature=temperature)(*inputs)
+            exchanges = ck.ranks._agreed[group.group_name].exchanges
+        dist.barrier(group)
+        counts.append((store.num_keys() - before, exchanges))
+    return counts
 
 
 def copies(group):
@@ -307,7 +330,7 @@ def run_rank(rank, folder, runs, whole):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=4)
     groups = ranks_of(rank)
-    new = [dist.new_group([0, 1]) for _ in range(6)]
+    new = [dist.new_group([0, 1]) for _ in range(8)]
     results = {"cases": cases_of(rank, groups, runs)}
     if rank < 2:
         pair = groups[2]
@@ -323,6 +346,7 @@ def run_rank(rank, folder, runs, whole):
             results["copies"] = copies(pair)
     dist.barrier()
     if whole:
+        results["left in store"] = left_in_store(dist.group.WORLD)
         criterion = loss_of("two ranks", group=groups[4])
     dist.destroy_process_group()
     if whole:
@@ -428,17 +452,37 @@ def test_compiled_in_one_graph_it_is_the_same(seen, backend):
 def test_ranks_that_disagree_say_so_on_every_rank(seen):
     first, second = (seen[rank]["disagreements"] for rank in range(2))
     assert first == second
-    assert first["num_classes"].startswith("ValueError: group: expected the same on all ranks, got num_classes=4, ")
-    assert "on rank 0 and num_classes=5, 5 channels in 2 layers of float64" in first["num_classes"]
-    assert "10 channels" in first["channels"]
-    assert "float16" in first["dtype"]
-    assert "1 layers" in first["layers"]
-    assert "backend 'triton'" in first["backend"]
+    of_layers = "{} channels in {} layers of {}".format
+    assert {
+        what: re.search("got (.*) on rank 0 and (.*) on rank 1; give", said).groups()
+        for what, said in first.items()
+        if what != "after all"
+    } == {
+        "num_classes": ("num_classes=4", "num_classes=5"),
+        "channels": (of_layers(5, 2, "float64"), of_layers(10, 2, "float64")),
+        "dtype": (of_layers(5, 2, "float64"), of_layers(5, 2, "float16")),
+        "layers": (
+            of_layers(5, 2, "float64") + ", layer_weights=(1.0, 0.6)",
+            of_layers(5, 1, "float64") + ", layer_weights=(1.0,)",
+        ),
+        "backend": ("backend 'reference'", "backend 'triton'"),
+        "temperature": ("temperature=0.1", "temperature=0.001"),
+        "weights": ("layer_weights=(1.0, 0.6), base_rate=0.0", "layer_weights=(1.0, 1.6), base_rate=0.1"),
+    }
+    assert all(
+        said.startswith("ValueError: group: expected the same on all ranks") for said in list(first.values())[:-1]
+    )
     assert first["after all"] == "no error"
 
 
 def test_a_rank_that_comes_alone_does_not_wait_for_ever(seen):
-    assert seen[1]["alone"].startswith("RuntimeError: group: expected all 2 ranks to come with num_classes=5, ")
+    said, together = zip(seen[0]["alone"], seen[1]["alone"])
+    assert said[1].startswith("RuntimeError: group: expected all 2 ranks to come with num_classes=5; ")
+    assert together == ("no error", "no error")
+
+
+def test_ranks_agree_once_for_each_kind_of_loss_and_leave_nothing_in_the_store(seen):
+    assert [seen[rank]["left in store"] for rank in range(4)] == [[(0, 1), (0, 1)]] * 4
 
 
 def test_a_second_derivative_is_refused(seen):
