@@ -59,13 +59,14 @@ class _Agreed:
 _agreed: dict[str, _Agreed] = {}
 
 
-def agree(name: str, kind: str, facts: str) -> None:
+def agree(name: str, kind: str, facts: str | None = None) -> None:
     """All ranks come with the same facts, a list with "; " between them; else every rank raises the same sentence.
 
     They compare through the group's store, on the host and once for each group and kind: no tensor is sent and no
     device waits, in later steps nothing happens at all, and ranks whose reductions would not meet learn it before.
-    What the number and the shapes of the reductions depend on belongs to the kind.
+    What the number and the shapes of the reductions depend on belongs to the kind. facts: None is the kind itself.
     """
+    facts = kind if facts is None else facts
     group = _resolved(name)
     known = _agreed.get(name)
     if known is None or known.group is not group:  # another group may have borne this name
