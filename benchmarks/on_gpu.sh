@@ -93,7 +93,7 @@ left() { # seconds of --minutes that are left, at most $1
 # What a step runs, as an array `command`, with the seconds it may take, or why it cannot be run here.
 plan() {
   local bench=("$python" -m benchmarks.run --out "$results" --parts "${1#*/}" ${tiny:+--tiny})
-  local pytest=("$python" -m pytest -rs) spread=() kernels=(tests/test_kernels.py tests/test_*_kernel.py)
+  local pytest=("$python" -m pytest -rs) spread=() kernels=(tests/test_kernels*.py tests/test_*_kernel.py)
   # Compiling is most of the time of the kernels' tests.
   [[ -n $gpu ]] && "$python" -c 'import xdist' 2> /dev/null && spread=(-n 8)
   command=() limit=520 why=""

@@ -20,6 +20,8 @@ import pytest
 
 import contextrast_kernels as ck
 
+pytest.register_assert_rewrite("kernel_checks")
+
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 

@@ -1,4 +1,4 @@
-"""The Triton kernels of rows against columns, held to the definition as in test_kernels.py."""
+"""The Triton kernels of rows against columns, held to the definition as in kernel_checks.py."""
 
 import itertools
 
@@ -6,15 +6,16 @@ import numpy as np
 import pytest
 import torch
 from inputs import crossed, leaves
-from test_info_nce import SETS, chosen
-from test_kernels import (
+from kernel_checks import (
     DEVICE,
     DTYPES,
+    NEEDS_TRITON,
     assert_like_the_definition,
     poisoned_memory,  # noqa: F401 - a fixture for all tests here
     relative,
     run,
 )
+from test_info_nce import SETS, chosen
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import gradcheck
 from torch.library import opcheck
@@ -22,7 +23,7 @@ from torch.library import opcheck
 import contextrast_kernels as ck
 from contextrast_kernels.info_nce import POSITIVES, _info_nce, _info_nce_backward
 
-pytestmark = pytest.mark.skipif(ck.available()["triton"] != "ok", reason=f"triton: {ck.available()['triton']}")
+pytestmark = NEEDS_TRITON
 
 
 def vectors(rng, n, D, dtype=torch.float64, scale=1.0):

@@ -99,7 +99,7 @@ def test_no_op_sneaks_into_a_step(rng, base_rate):
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", PAPER)
 def test_the_device_is_given_no_more(name):
-    """Kernels, memsets and copies as the profiler sees them on the device. Memory is test_kernels' affair."""
+    """Kernels, memsets and copies as the profiler sees them on the device. Memory: test_kernels_at_real_sizes.py."""
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
