@@ -10,7 +10,7 @@
 #   bench      host loss parts ... rows of results: python -m benchmarks.run --help
 #              probes              open questions, each with its prediction: python -m benchmarks.probes --help
 #   sanitize   memcheck ...        compute-sanitizer over the CUDA kernels
-#   train      demo camvid         trainings
+#   train      demo camvid         trainings: the demo, and the CamVid study (python -m benchmarks.train_camvid --help)
 #
 # Every step takes under nine minutes. One that was finished with these sources is not repeated, and a failing one does
 # not stop the rest: run the same command until it says that nothing is left. A table comes last. The exit status is 1
@@ -22,10 +22,11 @@
 #   --dry         say what would be run
 #
 #   OUT           receives summary.txt, <device>.csv and logs.tar.gz
-#   KEEP          logs, finished steps and compiled kernels stay here between commands (default: OUT); take
-#                 build/on_gpu, which git ignores, where OUT is emptied before each command
+#   KEEP          logs, finished steps, checkpoints and compiled kernels stay here between commands (default: OUT);
+#                 take build/on_gpu, which git ignores, where OUT is emptied before each command
 #   PYTHON        python3 unless set
 #   PEERS         folder with checkouts of the relatives (benchmarks/peers.py), CAMVID: folder with CamVid's frames
+#   STUDY         more arguments of train/camvid, such as "--arms components --network small --iterations 3000"
 #   CONTEXTRAST_COMMIT   what to write into the results where there is no git
 #
 # The first half hour on a GPU, in commands of ten minutes:
@@ -76,7 +77,7 @@ sources=$(find CMakeLists.txt csrc contextrast_kernels benchmarks tests -type f 
 gpu=""
 "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2> /dev/null && gpu=1
 [[ -n $gpu ]] || tiny=1
-[[ -n $tiny || " ${wanted[*]}" != *" bench/"* || -n ${CONTEXTRAST_COMMIT-} ]] || git rev-parse HEAD > /dev/null 2>&1 ||
+[[ -n $tiny || " ${wanted[*]}" != *\ @(bench/|train/camvid)* || -n ${CONTEXTRAST_COMMIT-} ]] || git rev-parse HEAD > /dev/null 2>&1 ||
   die "set CONTEXTRAST_COMMIT to the commit of this checkout, which has no git: a row without one is not a result"
 finished=$KEEP/finished/$sources${tiny:+-tiny}
 results=$KEEP/results
@@ -133,7 +134,9 @@ plan() {
     train/demo) command=("$python" -m contextrast_kernels demo --out "$KEEP/demo" ${tiny:+--quick}) ;;
     train/camvid)
       [[ -n ${CAMVID-} ]] || why="set CAMVID to the folder with CamVid's frames"
-      command=("$python" -m contextrast_kernels demo --data camvid --root "${CAMVID-}" --out "$KEEP/camvid" ${tiny:+--quick}) ;;
+      # Checkpoints are too large to hand over: they stay in KEEP. Unquoted: STUDY holds several arguments.
+      command=("$python" -m benchmarks.train_camvid --root "${CAMVID-}" --out "$results" --keep "$KEEP/checkpoints"
+        ${tiny:+--arms components --seeds 0 --height 64 --iterations 4} ${STUDY-}) ;;
   esac
 }
 
@@ -146,7 +149,7 @@ hand_over() {
   } > "$KEEP/summary.txt"
   [[ $KEEP == "$OUT" ]] || cp "$KEEP/summary.txt" "$OUT"
   cp "$results"/*.csv "$OUT" 2> /dev/null
-  tar -C "$KEEP" -czf "$OUT/logs.tar.gz" $(cd "$KEEP" && ls -d logs demo camvid 2> /dev/null)
+  tar -C "$KEEP" -czf "$OUT/logs.tar.gz" $(cd "$KEEP" && ls -d logs demo 2> /dev/null)
 }
 
 failed=() unfinished=()
@@ -164,7 +167,7 @@ for step in "${wanted[@]}"; do
     state="not reached" unfinished+=("$step")
   else
     time=$(left "$limit") start=$SECONDS
-    [[ $step != bench/* || $step == bench/host || $step == bench/probes ]] ||
+    [[ $step != @(bench/*|train/camvid) || $step == bench/host || $step == bench/probes ]] ||
       command+=(--minutes "$(awk -v s="$time" 'BEGIN { print (s > 40 ? s - 20 : s / 2) / 60 }')")
     echo "== $step"
     timeout -k 10 "$time" "${command[@]}" > "$log" 2>&1 < /dev/null

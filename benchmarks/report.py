@@ -1,9 +1,10 @@
-"""Results to words: the tables of README.md, docs/performance.md and its plots, from results/*.csv alone.
+"""Results to words: the tables of README.md, docs/performance.md, docs/camvid.md and their plots, from results/*.csv.
 
     python -m benchmarks.report            writes them
     python -m benchmarks.report --check    ends with 1 if something is not what the results say
 
-In README.md the text between ``<!-- measured: NAME -->`` and ``<!-- end -->`` is generated, performance.md as a whole.
+In README.md and docs/method.md the text between ``<!-- measured: NAME -->`` and ``<!-- end -->`` is generated,
+performance.md and camvid.md as a whole.
 A plot carries in its metadata what it was drawn from, so that it is compared without drawing it again.
 """
 
@@ -19,6 +20,8 @@ from dataclasses import astuple
 import torch
 
 from benchmarks import results
+from benchmarks.camvid import page as camvid
+from benchmarks.camvid.rows import FILE, Result
 from benchmarks.results import IDENTITY, Row
 from contextrast_kernels.cases import CASES, LAYER_SETS, REGIMES, Case
 
@@ -576,15 +579,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--results", type=pathlib.Path, default=results.FOLDER, metavar="FOLDER", help="the CSV files")
     parser.add_argument("--root", type=pathlib.Path, default=ROOT, metavar="FOLDER", help="holds README.md and docs/")
     options = parser.parse_args(arguments)
-    rows = latest(results.read_all(options.results))
-    drawings = plots(rows)
-    readme, page = options.root / "README.md", options.root / "docs" / "performance.md"
-    texts = {
-        readme: filled(readme.read_text(), blocks(rows)),
-        page: performance(rows, drawings),
+    rows, trainings = latest(results.read_all(options.results)), results.read(options.results / FILE, Result)
+    docs = options.root / "docs"
+    drawings = {"performance": plots(rows), "camvid": camvid.plots(trainings)}
+    parts = blocks(rows) | {"camvid-evidence": camvid.evidence(trainings)}
+    texts = {path: filled(path.read_text(), parts) for path in (options.root / "README.md", docs / "method.md")}
+    texts |= {
+        docs / "performance.md": performance(rows, drawings["performance"]),
+        docs / "camvid.md": camvid.page(trainings, drawings["camvid"]),
     }
-    pictures = {page.parent / "performance" / f"{name}.png": drawing for name, drawing in drawings.items()}
-    left_over = set((page.parent / "performance").glob("*.png")) - set(pictures)
+    pictures = {
+        docs / folder / f"{name}.png": drawing
+        for folder, of_page in drawings.items()
+        for name, drawing in of_page.items()
+    }
+    left_over = {path for folder in drawings for path in (docs / folder).glob("*.png")} - set(pictures)
     stale = [path for path, text in texts.items() if not path.exists() or path.read_text() != text]
     stale += [path for path, drawing in pictures.items() if drawn_from(path) != digest(*drawing)]
     stale += sorted(left_over)

@@ -121,12 +121,14 @@ def test_a_failing_step_stops_nothing_and_a_finished_one_is_not_repeated(without
 
 def test_with_a_gpu_nothing_is_small_or_left_out(with_gpu):
     wanted = ("sanitize", "test", "bench/host", "bench/loss", "bench/peers", "train")
-    done, states = with_gpu.run(*wanted, PEERS="/peers", CAMVID="/frames")
+    done, states = with_gpu.run(*wanted, PEERS="/peers", CAMVID="/frames", STUDY="--arms ratio")
     assert done.returncode == 0, done.stdout + done.stderr
     assert set(states.values()) == {"ok"} and len(states) == 13
     called = with_gpu.calls.read_text()
     assert "--tiny" not in called and "-m gpu tests --ignore=tests/test_kernels.py" in called
-    assert "--parts peers --peers /peers" in called and "demo --data camvid --root /frames" in called
+    assert "--parts peers --peers /peers" in called and "benchmarks.train_camvid --root /frames" in called
+    [study] = [line for line in called.splitlines() if "train_camvid" in line]
+    assert f"--keep {with_gpu.keep}/checkpoints --arms ratio --minutes 8.33" in study
     assert done.stdout.splitlines()[-1] == "nothing is left"
 
 
@@ -165,6 +167,9 @@ def test_rows_that_would_name_no_commit_are_not_measured(with_gpu, tmp_path):
         "bench/loss", script=script, CONTEXTRAST_COMMIT="", GIT_CEILING_DIRECTORIES=str(tmp_path)
     )
     assert done.returncode == 2 and not states and "set CONTEXTRAST_COMMIT" in done.stderr
+    for step, code in (("train/camvid", 2), ("train/demo", 0)):
+        done, _ = with_gpu.run(step, script=script, CONTEXTRAST_COMMIT="", GIT_CEILING_DIRECTORIES=str(tmp_path))
+        assert done.returncode == code, step
     assert with_gpu.run("bench/loss", script=script)[1] == {"bench/loss": "ok"}
 
 

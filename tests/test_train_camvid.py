@@ -1,12 +1,19 @@
 """The CamVid study: that it goes on where it stopped, compares like with like, and refuses what it cannot use."""
 
+import shutil
+import statistics
+import sys
+from dataclasses import replace
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from benchmarks import results, train_camvid
-from benchmarks.camvid import arms, rows, training
+from benchmarks import report, results, train_camvid
+from benchmarks.camvid import arms, page, rows, training
+from benchmarks.camvid.networks import NETWORKS
 from benchmarks.camvid.rows import Result
 from contextrast_kernels.demo import scenes
 
@@ -162,3 +169,218 @@ def test_the_study_stops_in_time_goes_on_and_repeats_nothing(camvid, tmp_path, c
     steps.clear()
     assert call(camvid, tmp_path) == 0
     assert not steps and rows_in(tmp_path) == [baseline, bane]
+
+
+# ------------------------------------------------------------------------------------------------- what it cannot use
+
+
+def test_a_training_that_fails_or_diverges_stops_no_other(camvid, tmp_path, capsys, monkeypatch):
+    step = training.Training.step
+
+    def broken(run):
+        if run.arm.name == "baseline":
+            raise torch.OutOfMemoryError("out of\nmemory")
+        step(run)
+        run.losses[2:, 1] = float("nan")
+
+    monkeypatch.setattr(training.Training, "step", broken)
+    assert call(camvid, tmp_path) == 1
+    printed = capsys.readouterr().out
+    assert "baseline, seed 0 failed: OutOfMemoryError: out of\n" in printed
+    assert printed.endswith("1 trainings failed; complete\n")
+    [row] = rows_in(tmp_path)
+    assert (row.arm, row.status, row.miou) == ("bane", "diverged: the loss is not finite from iteration 3 on", None)
+    assert "1 diverged" in page.page([row], [])
+    monkeypatch.undo()
+    assert call(camvid, tmp_path) == 0  # what failed is tried again, what diverged is not
+    assert {(row.arm, row.status == "ok") for row in rows_in(tmp_path)} == {("baseline", True), ("bane", False)}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--arms", "bne"], "--arms: expected one of the tables components, relatives, "),
+        (["--arms", "bne"], "baseline, ccl, semi-hard, bane, "),
+        (["--root", "/nowhere"], "no folder /nowhere: expected CamVid's"),
+        (["--seeds", "0", "0"], "--seeds: expected different numbers"),
+        (["--seeds", "-1"], "--seeds: expected different numbers"),
+        (["--minutes", "nan"], "--minutes: expected 0 to 100000"),
+        (["--height", "31"], "--height: expected 32 to 720, got 31"),
+        (["--iterations", "0"], "--iterations: expected 1 to 1000000, got 0"),
+        (["--network", "unet"], "invalid choice: 'unet'"),
+        (["--keep", __file__], "--keep: expected a folder, got the file"),
+    ],
+)
+def test_bad_arguments_are_one_sentence(camvid, tmp_path, capsys, arguments, sentence):
+    with pytest.raises(SystemExit, match="2"):
+        call(camvid, tmp_path / "out", *arguments)
+    assert sentence in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "out").exists()
+
+
+def bad_label(root):
+    Image.fromarray(np.full((64, 96), 12, np.uint8)).save(root / "valannot" / "1.png")
+
+
+@pytest.mark.parametrize(
+    ("harm", "sentence"),
+    [
+        (lambda root: shutil.rmtree(root / "valannot"), "valannot: SegNet's layout has train"),
+        (lambda root: [path.unlink() for path in (root / "train").iterdir()], "no .png or .jpg image in"),
+        (bad_label, "1.png holds the value 12; expected 0..10 for the classes and 11 for void"),
+    ],
+)
+def test_a_folder_that_cannot_be_used_is_named(camvid, tmp_path, capsys, harm, sentence):
+    root = shutil.copytree(camvid, tmp_path / "camvid")
+    harm(root)
+    with pytest.raises(SystemExit, match="2"):
+        call(root, tmp_path / "out")
+    assert sentence in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_damaged_checkpoint_and_a_row_half_written_are_named(camvid, tmp_path, capsys, study):
+    assert call(camvid, tmp_path, "--arms", "bane") == 0
+    [row] = rows_in(tmp_path)
+    text = (tmp_path / rows.FILE).read_text()
+    for broken, sentence in (
+        (text[:-40], "line 2: expected"),
+        (text.replace(f"{row.miou:.5g}", "", 1), "expected a finite miou of a finished training: take the row out"),
+        (text.replace("shortened", "full"), "protocol: expected full"),
+        (text.replace(",bane,", ",", 1).replace("bane,", ","), "expected arm to be filled"),
+    ):
+        (tmp_path / rows.FILE).write_text(broken)
+        with pytest.raises(SystemExit, match="2"):
+            call(camvid, tmp_path)
+        assert sentence in capsys.readouterr().err.splitlines()[-1] and (tmp_path / rows.FILE).read_text() == broken
+
+    (tmp_path / rows.FILE).unlink()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training.time, "monotonic", iter([0, 0, 0, 0, 1, *[1e9] * 9]).__next__)
+        call(camvid, tmp_path, "--arms", "bane")
+    [checkpoint] = tmp_path.glob("*.pt")
+    checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
+    capsys.readouterr()
+    assert call(camvid, tmp_path, "--arms", "bane") == 1
+    assert f"CheckpointError: cannot go on from {checkpoint} (" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", [name for name in NETWORKS if name != "small"])
+def test_a_network_whose_library_is_missing_is_a_sentence(camvid, tmp_path, capsys, monkeypatch, name):
+    library = "timm" if name.startswith("hrnet") else "torchvision"
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(SystemExit, match="2"):
+        call(camvid, tmp_path, "--network", name)
+    assert f"{name} needs {library} (" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(("name", "library"), [("hrnet_w18", "timm"), ("deeplabv3_resnet50", "torchvision")])
+def test_the_papers_networks_are_trained(camvid, tmp_path, name, library):
+    pytest.importorskip(library, reason=f"{library} is not installed")
+    assert call(camvid, tmp_path, "--arms", "bane", "--network", name, "--iterations", "1") == 0
+    [row] = rows_in(tmp_path)
+    assert row.network == name and row.status == "ok"
+
+
+# ------------------------------------------------------------------------------------------------------ arms and report
+
+
+def test_every_arm_is_a_loss_and_in_a_table():
+    assert {name for table in arms.TABLES.values() for name in table} == set(arms.ARMS)
+    for arm in arms.ARMS.values():
+        assert arm.against in arms.ARMS and (arm.build(11, 8, 0, "cuda") is None) == (arm.name == "baseline")
+        assert arm.build(11, 8, 0, "cpu") is None or arm.text
+    groups = arms.chosen(["components", "relatives", "bane", "ratio-10"])
+    assert [len(group) for group in groups] == [4, 5, 0, 1]
+
+
+def test_scores_are_of_whole_frames_at_any_size(study):
+    """360 rows are no multiple of 32: what pads them for the network must not count."""
+    network = training.Training(arms.ARMS["baseline"], 0, study).network.eval()
+    images, labels = (whole[:2, ..., :50, :70] for whole in study.data.validation)
+    data = SimpleNamespace(classes=study.data.classes, validation=(images, labels))
+    scores = training.evaluate(network, data, (1.0,))
+    with torch.no_grad():
+        logits = network(training.padded(images, 0.0))[..., :50, :70]
+    expected = training.ck.metrics.ConfusionMatrix(11)
+    expected.update(logits, labels)
+    assert scores["miou"] == expected.compute()["miou"].item()
+    assert expected.counts.sum() == (labels < 11).sum()
+
+
+def made_up(arm, seed, miou, **changes):
+    scores = dict.fromkeys(rows.SCORES, miou) | {"miou": miou}
+    row = Result(
+        **{"arm": arm, "seed": seed, "protocol": "full", "network": "hrnet_w18", "augmentation": "plain"},
+        **{"iterations": 6000, "batch": 16, "height": 360, "width": 480, "channels": 256, "learning_rate": 0.01},
+        **{"precision": "bfloat16 autocast", "status": "ok", "median_step_ms": 80.0},
+        **{"device": "A GPU", "driver": "580.1", "torch": "2.11.0", "commit": "0123456"},
+        **scores,
+    )
+    return replace(row, **changes)
+
+
+def test_a_full_training_is_one_of_the_papers_sizes():
+    assert made_up("bane", 0, 0.5).flaw() is None
+    for change in (
+        {"iterations": 5999},
+        {"height": 96},
+        {"network": "small"},
+        {"median_step_ms": None},
+        {"learning_rate": None},
+    ):
+        assert made_up("bane", 0, 0.5, **change).flaw()
+    full = replace(training.FULL, network="hrnet_w48")
+    data = SimpleNamespace(size=(360, 480), images=torch.empty(0))
+    for setting, protocol in ((full, "full"), (replace(full, batch=8), "shortened"), (training.SHORTENED, "shortened")):
+        blank = training.Study(setting, data, "plain", scenes.plain, {}).blank(arms.ARMS["bane"], 0)
+        assert (blank.protocol, blank.height, blank.width) == (protocol, 360, 480)
+
+
+def test_differences_are_taken_seed_by_seed():
+    of_baseline, of_bane = (0.50, 0.60, 0.55), (0.52, 0.61, 0.58)
+    trainings = [made_up("baseline", seed, miou) for seed, miou in enumerate(of_baseline)]
+    trainings += [made_up("bane", seed, miou) for seed, miou in reversed(list(enumerate(of_bane)))]
+    trainings += [made_up("bane", 7, 0.9), made_up("ccl", 0, 0.4), made_up("bane", 0, 0.1, network="hrnet_w48")]
+    trainings += [made_up("semi-hard", 0, 0.6, height=90, width=120, protocol="shortened")]
+    [first, *_] = page.groups(trainings)
+    assert page.differences(first, "bane", "baseline", "miou") == pytest.approx([2.0, 1.0, 3.0])
+    # t of 2 degrees of freedom at 97.5 % is 4.3027
+    assert page.half_width([2.0, 1.0, 3.0]) == pytest.approx(4.3027 / 3**0.5, rel=1e-4)
+    assert page.signed([2.0, 1.0, 3.0]) == "+2.00 [-0.48, +4.48]"
+    assert page.signed([2.0]) == "+2.00, one seed" and page.signed([]) == "–"
+    assert page.spread([2.0, 1.0, 3.0], ".1f") == "2.0 ± 1.0"
+
+
+def test_the_page_says_what_the_rows_say(tmp_path):
+    (tmp_path / "docs").mkdir()
+    for name in ("README.md", "docs/method.md"):
+        (tmp_path / name).write_text((report.ROOT / name).read_text())
+    path = tmp_path / "results" / rows.FILE
+    where = ["--root", str(tmp_path), "--results", str(tmp_path / "results")]
+    texts = [tmp_path / "docs" / name for name in ("camvid.md", "method.md")]
+
+    results.write(path, [], Result)
+    assert report.main(where) == 0 and report.main([*where, "--check"]) == 0
+    empty, evidence = (text.read_text() for text in texts)
+    assert "## Full protocol\n\nNot measured yet." in empty and "| `" not in empty
+    assert evidence.count("| not measured yet | not measured yet |") == sum(
+        1 for arm in arms.ARMS.values() if arm.question
+    )
+
+    gains = [(arm, seed, place * (0.01 + 0.001 * seed)) for place, arm in enumerate(arms.ARMS) for seed in range(3)]
+    results.write(path, [made_up(arm, seed, 0.5 + gain) for arm, seed, gain in gains], Result)
+    assert report.main([*where, "--check"]) == 1
+    assert report.main(where) == 0 and report.main([*where, "--check"]) == 0
+    full, evidence = (text.read_text() for text in texts)
+    assert "not measured yet" not in full.lower() and "## Shortened" not in full
+    for name in ("arms", "sweeps"):
+        assert f"camvid/{name}.png" in full and report.drawn_from(tmp_path / "docs" / "camvid" / f"{name}.png")
+    number = list(arms.ARMS).index("ccl")
+    assert f"| `ccl` | {arms.ARMS['ccl'].text} | 3 | {50 + 1.1 * number:.2f} ± {0.1 * number:.2f} |" in full
+    gain = [number * (1 + 0.1 * seed) for seed in range(3)]
+    assert f"| {page.signed(gain)} |" in full and f"{statistics.fmean(gain):+.2f} [" in full
+    assert "83.14" in full and "80.0 ± 0.0" in full
+    assert "n = 3 | not measured yet |" in evidence and page.NO_EVIDENCE not in evidence
+
+    results.record(path, made_up("bane", 0, 0.9))
+    assert report.main([*where, "--check"]) == 1

@@ -34,7 +34,7 @@ class Result:
     batch: int
     height: int
     width: int
-    """Of a training image."""
+    """Of a frame. Training crops its sides to multiples of 32."""
     channels: int
     """D, of the embeddings."""
     learning_rate: float

@@ -146,7 +146,7 @@ class Study:
 
     def blank(self, arm: Arm, seed: int) -> Result:
         """The row of a training that has not begun."""
-        setting, (height, width) = self.setting, cropped(self.data.images, self.data.labels)[1].shape[-2:]
+        setting, (height, width) = self.setting, self.data.size
         shared = ("network", "iterations", "batch", "channels", "learning_rate")
         return Result(
             arm=arm.name,
