@@ -36,6 +36,7 @@ from triton import language as tl
 
 import contextrast_kernels as ck
 from benchmarks import results
+from benchmarks.results import Absent
 from contextrast_kernels import cases, measure, native
 from contextrast_kernels.cases import Case
 from contextrast_kernels.kernels import _launch
@@ -283,10 +284,6 @@ class Bench:
             return timed(call, self.device, repeats)
         call()
         return {"status": "untimed"}
-
-
-class Absent(Exception):
-    """What a probe needs is not here."""
 
 
 def loss_step(case: Case, device: torch.device) -> Callable[[], list[Tensor]]:

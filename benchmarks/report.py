@@ -530,6 +530,7 @@ def performance(rows: Sequence[Row], drawn: Iterable[str]) -> str:
         "Other losses on the same maps: what a step costs, not which is better.",
         everything(relatives, bool),
         "### In a training step",
+        "Cross-entropy alone, and with the loss and the projection heads that it needs.",
         steps(rows),
         "### Distance transforms and selections",
         everything(rows, gpu("edge_distance", "select_nearest")),

@@ -21,6 +21,10 @@ FOLDER = pathlib.Path(__file__).parent / "results"
 OTHER_SCHEMA = ("demo.csv", "camvid.csv")
 
 
+class Absent(Exception):
+    """What a row needs is not here: a library, a checkout, a device. The message is one sentence."""
+
+
 @dataclass(frozen=True)
 class Row:
     """One measurement."""

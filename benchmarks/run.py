@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import functools
 import gc
+import io
 import os
 import pathlib
 import signal
@@ -23,7 +24,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 if not torch.cuda.is_available():
@@ -31,19 +32,16 @@ if not torch.cuda.is_available():
 
 import contextrast_kernels as ck
 from benchmarks import peers, results
-from benchmarks.results import Row
+from benchmarks.camvid.networks import NETWORKS
+from benchmarks.results import Absent, Row
 from contextrast_kernels import bane, cases, measure
 from contextrast_kernels.cases import CASES, Case, Inputs
 from contextrast_kernels.demo.scenes import VOID, CamVid, DataError
-from contextrast_kernels.demo.training import Network
+from contextrast_kernels.demo.training import mixed_precision
 
 FORWARD, BACKWARD, BOTH = "forward", "backward", "forward+backward"
 LOSS = "contextrast_loss"
 SEED = 5
-
-
-class Absent(Exception):
-    """What a row needs is not here."""
 
 
 @dataclass(frozen=True)
@@ -475,115 +473,57 @@ def selection_jobs(machine: Machine, case: Case) -> Iterator[Job]:
 # ------------------------------------------------------------------------------------------------------- training step
 
 
-class Segmenter(nn.Module):
-    """A backbone, its layers' projection heads, and a classifier on the layers brought to one size, as HRNet has it."""
-
-    def __init__(self, backbone: nn.Module, widths: Sequence[int], num_classes: int, channels: int):
-        super().__init__()
-        self.backbone = backbone
-        self.heads = nn.ModuleList(ck.ProjectionHead(width, channels) for width in widths)
-        self.classify = nn.Conv2d(sum(widths), num_classes, 1)
-
-    def forward(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
-        layers = self.backbone(images)
-        layers = list(layers.values()) if isinstance(layers, dict) else list(layers)
-        size = layers[0].shape[-2:]
-        together = torch.cat([F.interpolate(x, size=size, mode="bilinear") for x in layers], dim=1)
-        return self.classify(together), [head(x) for head, x in zip(self.heads, layers)]
-
-
-def timm_backbone(name: str, **options) -> tuple[nn.Module, list[int]]:
-    try:
-        import timm
-    except ImportError as error:
-        raise Absent(f"timm is not installed ({error})") from error
-    backbone = timm.create_model(name, pretrained=False, features_only=True, out_indices=(1, 2, 3, 4), **options)
-    return backbone, backbone.feature_info.channels()
-
-
-def torchvision_backbone(name: str) -> tuple[nn.Module, list[int]]:
-    try:
-        from torchvision.models import _utils, resnet
-    except ImportError as error:
-        raise Absent(f"torchvision is not installed ({error})") from error
-    network = getattr(resnet, name)(weights=None, replace_stride_with_dilation=[False, True, True])
-    layers = {f"layer{i}": str(i) for i in range(1, 5)}
-    return _utils.IntermediateLayerGetter(network, layers), [256, 512, 1024, 2048]
-
-
-class DemoBackbone(nn.Module):
-    """The demo's network: always at hand, and small, so that the loss is a large share of its step."""
-
-    def __init__(self, num_classes: int):
-        super().__init__()
-        self.network = Network(num_classes)
-
-    def forward(self, images: Tensor) -> list[Tensor]:
-        return self.network(images)[1]
-
-
-def demo_backbone() -> tuple[nn.Module, list[int]]:
-    backbone = DemoBackbone(2)
-    with torch.no_grad():
-        layers = backbone.eval()(torch.zeros(1, 3, 64, 64))
-    return backbone.train(), [x.shape[1] for x in layers]
-
-
-BACKBONES = {
-    "hrnet_w18": functools.partial(timm_backbone, "hrnet_w18"),
-    "hrnet_w48": functools.partial(timm_backbone, "hrnet_w48"),
-    "resnet101, output stride 8, timm": functools.partial(timm_backbone, "resnet101", output_stride=8),
-    "resnet101, output stride 8, torchvision": functools.partial(torchvision_backbone, "resnet101"),
-    "demo network": demo_backbone,
-}
 STEPS = {"cross-entropy": None, "with contextrast": "triton", "with the definition": "reference"}
 
 
+NETWORKS_TIMED = ("hrnet_w18", "hrnet_w48", "deeplabv3_resnet101", "small")
+"""Of the study's. The small one is always at hand, and the loss a large share of its step."""
+
+
 def step_part(machine: Machine, names: Sequence[str]) -> Iterator[Job]:
-    """A training step with cross-entropy alone, and with the loss added: autocast, SGD, channels_last."""
+    """A training step with cross-entropy alone, and with projection heads and the loss added: autocast, SGD,
+    channels_last."""
     for name in names[:1]:
         base = machine.sized(name)
-        sides = {
-            "height": max(32, base.height // 32 * 32),
-            "width": max(32, base.width // 32 * 32),
-        }  # HRNet's condition
+        # HRNet's branches fit together in images of such sides.
+        sides = {side: max(32, getattr(base, side) // 32 * 32) for side in ("height", "width")}
         case = replace(base, layout="channels_last", strides=(), **sides)
-        for backbone in BACKBONES:
+        for network in NETWORKS_TIMED:
             for step in STEPS:
-                row = replace(machine.row(case, what="training step", by=backbone, mode=step), channels=256)
-                yield Job(row, functools.partial(run_step, machine, case, backbone, STEPS[step]))
+                row = replace(machine.row(case, what="training step", by=network, mode=step), channels=256)
+                yield Job(row, functools.partial(run_step, machine, case, network, STEPS[step]))
 
 
-def run_step(machine: Machine, case: Case, backbone: str, by: str | None) -> dict:
+def run_step(machine: Machine, case: Case, name: str, by: str | None) -> dict:
     torch.manual_seed(SEED)
-    body, widths = BACKBONES[backbone]()
+    network = NETWORKS[name](case.num_classes).to(machine.device, memory_format=torch.channels_last)
     labels, _ = (x.to(machine.device) for x in case.label_maps(SEED, machine.frames))
     images = torch.rand(case.batch, 3, case.height, case.width).to(machine.device, memory_format=torch.channels_last)
-    network = Segmenter(body, widths, case.num_classes, case.channels).to(machine.device)
-    network = network.to(memory_format=torch.channels_last)
+    if by:
+        with contextlib.redirect_stdout(io.StringIO()):  # the table of layers
+            tap = ck.attach(network, network.layers, dim=case.channels)
     optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9)
-    mixed = torch.autocast(machine.device.type, torch.bfloat16, enabled=machine.on_gpu)
-    weights = cases.LAYER_WEIGHTS[: len(widths)]
+    mixed = mixed_precision(machine.device)
 
     def contrast(features, predictions):
-        options = {"num_classes": case.num_classes, "layer_weights": weights, "seed": SEED}
+        options = {"num_classes": case.num_classes, "layer_weights": cases.LAYER_WEIGHTS, "seed": SEED}
         return ck.contextrast_loss(features, labels, predictions, **options)
 
     def step():
         with mixed:
-            logits, embeddings = network(images)
-            full = F.interpolate(logits, size=labels.shape[-2:], mode="bilinear")
-            total = F.cross_entropy(full, labels, ignore_index=VOID)
+            logits = network(images)
+            total = F.cross_entropy(logits, labels, ignore_index=VOID)
             if by:
-                total = total + 0.1 * contrast(embeddings, logits)
+                total = total + 0.1 * contrast(tap.features(), logits)
         optimizer.zero_grad()
         total.backward()
         optimizer.step()
 
     if by is None:
         return machine.outcome([step])
-    with mixed, torch.no_grad():
-        logits, embeddings = network(images)
+    with mixed:
+        logits = network(images).detach()
+        embeddings = [x.detach() for x in tap.features()]
     with ck.backend("reference"):
         exact = measure.truth(lambda x: contrast(x, logits), embeddings)
     with ck.backend(by):
