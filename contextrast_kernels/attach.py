@@ -24,6 +24,7 @@ _MAX_LAYERS = 4
 _MIN_STRIDE = 4
 _MAX_NAMES = 12
 _WEIGHTS = (1.0, 0.7, 0.4, 0.1)
+_FSDP = ("FullyShardedDataParallel", "FSDPModule")
 _PREFIXES = (0, 1, 2, 5)
 """Tokens before those of the pixels: none, class, class and distillation, class and four registers."""
 
@@ -157,8 +158,9 @@ class FeatureTap(nn.Module):
         layer, head = self.layers[i], self.heads[i]
         if taken is None:
             raise RuntimeError(
-                f"features: layer {layer.name!r} gave no feature map in the last forward: the model did not call it "
-                "or was compiled before attach(); choose a layer that it calls, or attach first and compile then"
+                f"features: layer {layer.name!r} gave no feature map in the last forward: the model did not call it, "
+                "it was replaced since attach(), as by convert_sync_batchnorm, or the model was compiled before; "
+                "choose a layer that the model calls, or convert first, then attach, then compile"
             )
         x, version, dtype = taken
         if version is not None and x._version != version:
@@ -170,6 +172,11 @@ class FeatureTap(nn.Module):
             raise RuntimeError(
                 f"features: layer {layer.name!r} carries no gradient, so the loss could not train the encoder; leave "
                 "it out of layers, unfreeze it, take it out of torch.no_grad, or checkpoint with use_reentrant=False"
+            )
+        if hasattr(head[0].weight, "to_local") and not hasattr(head, "unshard"):
+            raise RuntimeError(
+                "features: expected whole projection heads, got sharded ones, as FSDP puts the model's parameters away "
+                "after its forward; call fully_shard(head) for each head in tap.heads before fully_shard(model)"
             )
         x = _as_map(x, layer, self._image)
         with torch.autocast(x.device.type, dtype, enabled=dtype is not None):
@@ -211,12 +218,15 @@ class FeatureTap(nn.Module):
                 "model: expected one copy of it in each process, got a replica of nn.DataParallel, whose threads share "
                 "one tap; use DistributedDataParallel"
             )
+        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() >= 0:
+            return  # within a backward pass: checkpointing of the whole model runs it again
         self._open = self.training and torch.is_grad_enabled()
         self._maps = [None] * len(self.layers) if self._open else None
         if not self._open:
             mode = "under torch.no_grad" if self.training else "in evaluation mode"
             self._why_empty = f"the last forward ran {mode}, where nothing is recorded"
-        self._image = _image_size(args, kwargs)
+        image = _image(args, kwargs)
+        self._image = None if image is None else tuple(image[-2:])
 
     def _record(self, i: int, output) -> None:
         if not self._open:
@@ -268,8 +278,10 @@ def _check_model(model) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {checks.describe(model)}")
     kind = type(model).__name__
-    if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel) or kind == "FullyShardedDataParallel":
-        raise RuntimeError(f"model: expected the plain model, got {kind}; attach to it first, then wrap it")
+    # FSDP's by name, as importing it takes a second: a class of its own, or one that fully_shard put into a module's.
+    sharded = any(c.__name__ in _FSDP for module in model.modules() for c in type(module).__mro__)
+    if sharded or isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+        raise RuntimeError(f"model: expected the plain model, got {kind}; attach to it first, then wrap or shard it")
     if kind == "OptimizedModule" or model._compiled_call_impl is not None:
         raise RuntimeError(
             "model: expected it before torch.compile, which never sees hooks that come later; "
@@ -304,11 +316,11 @@ def _tensors(output, path: tuple = ()) -> Iterator[tuple[tuple, Tensor]]:
             yield from _tensors(value, (*path, i))
 
 
-def _image_size(args: tuple, kwargs: dict) -> tuple[int, int] | None:
-    """(H, W) of the first image among a forward's arguments."""
+def _image(args: tuple, kwargs: dict) -> torch.Size | None:
+    """(B, C, H, W) of the first image among a forward's arguments."""
     for _, x in _tensors((args, kwargs)):
         if x.ndim == 4 and (x.is_floating_point() or x.dtype == torch.uint8):
-            return tuple(x.shape[-2:])
+            return x.shape
     return None
 
 
@@ -341,21 +353,27 @@ def _as_map(x: Tensor, layer: Layer, image: tuple[int, int] | None) -> Tensor:
     return x
 
 
-def _read(x: Tensor, image: tuple[int, int]) -> tuple[str, int, tuple[int, int], int] | None:
-    """Layout, channels, size and prefix of a tensor that can be a feature map of the image, else None."""
-    H, W = image
+def _read(x: Tensor, image: torch.Size) -> list[tuple[str, int, tuple[int, int], int]]:
+    """Layout, channels, size and prefix of a tensor that can hold the feature maps of the images; one of four axes can
+    have two readings."""
+    B, _, H, W = image
+    if x.ndim not in (3, 4) or x.shape[0] != B:
+        return []
     if x.ndim == 4:
-        for layout, c, h, w in (("NCHW", *x.shape[1:]), ("NHWC", x.shape[3], x.shape[1], x.shape[2])):
-            # One stride for rows and columns, a pixel more or less in each.
-            if c > 0 and 0 < h <= H and 0 < w <= W and abs(h * W - w * H) <= H + W:
-                return layout, c, (h, w), 0
-    if x.ndim == 3 and x.shape[2] > 0:
+        readings = (("NCHW", *x.shape[1:]), ("NHWC", x.shape[3], x.shape[1], x.shape[2]))
+        # One stride for rows and columns, a pixel more or less in each.
+        return [
+            (layout, c, (h, w), 0)
+            for layout, c, h, w in readings
+            if c > 0 and 0 < h <= H and 0 < w <= W and abs(h * W - w * H) <= H + W
+        ]
+    if x.shape[2] > 0:
         for prefix in _PREFIXES:
             tokens = x.shape[1] - prefix
-            grid = _grid(tokens, image, round(math.sqrt(H * W / tokens))) if tokens > 0 else None
+            grid = _grid(tokens, (H, W), round(math.sqrt(H * W / tokens))) if tokens > 0 else None
             if grid is not None:
-                return "tokens", x.shape[2], grid, prefix
-    return None
+                return [("tokens", x.shape[2], grid, prefix)]
+    return []
 
 
 @dataclass
@@ -364,6 +382,8 @@ class _Event:
 
     module: str
     layers: list[Layer]
+    others: dict[str, Layer]
+    """The other reading of maps that can be (B, C, h, w) as well as (B, h, w, C), by name."""
     parametric: bool
     calls: int = 1
 
@@ -377,7 +397,7 @@ def _watch(model: nn.Module, example, own_example: bool) -> list[_Event]:
         args, kwargs = (), dict(example)
     else:
         args, kwargs = tuple(example) if isinstance(example, tuple | list) else (example,), {}
-    image = _image_size(args, kwargs)
+    image = _image(args, kwargs)
     if image is None:
         volume = any(x.ndim == 5 for _, x in _tensors((args, kwargs)))
         raise ValueError(
@@ -386,19 +406,22 @@ def _watch(model: nn.Module, example, own_example: bool) -> list[_Event]:
         )
 
     def record(name: str, module: nn.Module, inputs, output) -> None:
-        found = []
+        found, others = [], {}
         for path, x in _tensors(output):
-            what = _read(x, image)
-            if what is None:
-                continue
-            layout, channels, size, prefix = what
-            stride = max(1, round(math.sqrt(image[0] * image[1] / (size[0] * size[1]))))
             label = name + "".join(f"[{key}]" for key in path)
-            found.append(Layer(label, name, path, layout, channels, size, stride, prefix, False))
+            readings = []
+            for layout, channels, size, prefix in _read(x, image):
+                stride = max(1, round(math.sqrt(image[2] * image[3] / (size[0] * size[1]))))
+                readings.append(Layer(label, name, path, layout, channels, size, stride, prefix, False))
+            if not readings:
+                continue
+            found.append(readings[0])
+            if len(readings) == 2:
+                others[label] = readings[1]
             kept.append((x, x._version, label))
         before = events.pop(name, None)
         parametric = any(True for _ in module.parameters())
-        events[name] = _Event(name, found, parametric, 1 if before is None else before.calls + 1)
+        events[name] = _Event(name, found, others, parametric, 1 if before is None else before.calls + 1)
 
     modes = [(module, module.training) for module in model.modules()]
     handles = [module.register_forward_hook(partial(record, name)) for name, module in model.named_modules()]
@@ -419,11 +442,31 @@ def _watch(model: nn.Module, example, own_example: bool) -> list[_Event]:
         for module, training in modes:
             module.training = training
     overwritten = {label for x, version, label in kept if x._version != version}
-    for event in events.values():
+    seen = list(events.values())
+    for event in seen:
+        if event.others and _channels_are_last(event, seen):
+            event.layers = [event.others.get(layer.name, layer) for layer in event.layers]
+    for event in seen:
         event.layers = [
             replace(layer, overwritten=True) if layer.name in overwritten else layer for layer in event.layers
         ]
-    return list(events.values())
+    return seen
+
+
+def _channels_are_last(event: _Event, seen: list[_Event]) -> bool:
+    """How to read maps with as many channels as rows and columns: as most of those that leave no choice, beside them in
+    one output, else of the module's siblings, else of its parent's."""
+
+    def votes(some: list[_Event]) -> list[bool]:
+        maps = [layer for e in some for layer in e.layers if layer.name not in e.others]
+        return [layer.layout == "NHWC" for layer in maps if layer.layout != "tokens"]
+
+    found, name = votes([event]), event.module
+    while name and not found:
+        parent = name.rpartition(".")[0]
+        found = votes([e for e in seen if e.module not in ("", name) and e.module.rpartition(".")[0] == parent])
+        name = parent
+    return 2 * sum(found) > len(found)
 
 
 def _look_up(names: Sequence[str], seen: list[_Event]) -> list[Layer]:
