@@ -10,7 +10,13 @@ import torch
 from torch import Tensor
 
 from contextrast_kernels import checks, maps
-from contextrast_kernels.backend import choose_kernels, empty_codes, on_device, unchanged_by_autocast
+from contextrast_kernels.backend import (
+    choose_kernels,
+    differentiable_once,
+    empty_codes,
+    on_device,
+    unchanged_by_autocast,
+)
 from contextrast_kernels.embedding import compute_dtype, pixel_embeddings
 
 
@@ -152,6 +158,9 @@ def _class_anchors_backward(
 @_class_anchors_backward.register_fake
 def _(gradient, features, counts, codes, normalize, backend):
     return torch.empty_like(features)
+
+
+differentiable_once("class_anchors", _class_anchors_backward)
 
 
 def _save_for_backward(ctx, inputs, output):

@@ -152,6 +152,18 @@ def on_device(tensor: Tensor):
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
+def differentiable_once(name: str, backward_op) -> None:
+    """Says so, in a sentence, to whoever asks for the derivative of the op that computes ``name``'s gradient."""
+
+    def refuse(ctx, *_):
+        raise RuntimeError(
+            f"{name}: expected to be differentiated once, as its fused kernels are, got a second derivative; "
+            "call it inside of backend('reference')"
+        )
+
+    backward_op.register_autograd(refuse)
+
+
 def unchanged_by_autocast(function):
     """Losses choose their own precision: autocast is off inside. The first argument is a tensor."""
 

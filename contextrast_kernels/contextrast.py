@@ -14,7 +14,7 @@ from torch import Tensor
 
 from contextrast_kernels import bane, checks, maps, ranks
 from contextrast_kernels.anchors import class_anchors, class_sums, fuse_anchors, means
-from contextrast_kernels.backend import choose_kernels, empty_codes, on_device
+from contextrast_kernels.backend import choose_kernels, differentiable_once, empty_codes, on_device
 from contextrast_kernels.embedding import compute_dtype, unit
 from contextrast_kernels.hashing import STREAM_BASE, image_hash, seed_tensor
 from contextrast_kernels.pixel_anchor import anchor_contrast, pixel_anchor_loss, positive_terms, slope_of_log_sums
@@ -513,6 +513,9 @@ def _contextrast_loss_backward(
 @_contextrast_loss_backward.register_fake
 def _(gradient, features, *_):
     return [torch.empty_like(x) for x in features]
+
+
+differentiable_once("contextrast_loss", _contextrast_loss_backward)
 
 
 def _save_for_backward(ctx, inputs, output):

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from contextrast_kernels import checks
-from contextrast_kernels.backend import MOST_CHANNELS, choose, on_device, unchanged_by_autocast
+from contextrast_kernels.backend import MOST_CHANNELS, choose, differentiable_once, on_device, unchanged_by_autocast
 from contextrast_kernels.embedding import compute_dtype
 
 POSITIVES = ("each", "supcon", "pooled")
@@ -280,6 +280,9 @@ def _info_nce_backward(
 @_info_nce_backward.register_fake
 def _(gradient, rows, row_labels, columns, *options):
     return torch.empty_like(columns if options[-2] == "columns" else rows)
+
+
+differentiable_once("info_nce", _info_nce_backward)
 
 
 def _save_for_backward(ctx, inputs, output):

@@ -15,7 +15,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from contextrast_kernels import checks, maps
-from contextrast_kernels.backend import choose_kernels, empty_codes, on_device, unchanged_by_autocast
+from contextrast_kernels.backend import (
+    choose_kernels,
+    differentiable_once,
+    empty_codes,
+    on_device,
+    unchanged_by_autocast,
+)
 from contextrast_kernels.embedding import compute_dtype, pixel_embeddings
 
 
@@ -237,6 +243,9 @@ def _pixel_anchor_loss_backward(
 @_pixel_anchor_loss_backward.register_fake
 def _(gradient, features, *_):
     return torch.empty_like(features)
+
+
+differentiable_once("pixel_anchor_loss", _pixel_anchor_loss_backward)
 
 
 def _save_for_backward(ctx, inputs, output):

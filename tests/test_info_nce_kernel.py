@@ -439,6 +439,14 @@ def test_gradients_that_nobody_asks_for_are_not_computed(rng, wanted, monkeypatc
     assert (x.grad is not None, z.grad is not None) == wanted
 
 
+def test_a_second_derivative_is_refused_in_a_sentence(rng):
+    x, y = vectors(rng, 3, 8).requires_grad_(), labels(rng, 3, ignored=0)
+    with ck.backend("triton"):
+        (gradient,) = torch.autograd.grad(loss_of(y)(x), x, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"^info_nce: expected to be differentiated once.*backend\('reference'\)"):
+        gradient.sum().backward()
+
+
 def test_more_channels_than_the_kernels_take(rng):
     x, y = vectors(rng, 3, 1025), labels(rng, 3)
     with ck.backend("triton"), pytest.raises(RuntimeError, match="at most 1024 channels, got 1025"):

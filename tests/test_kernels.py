@@ -529,6 +529,17 @@ def test_autocast_changes_nothing(rng, op):
             assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize("op", OPS)
+def test_a_second_derivative_is_refused_in_a_sentence(rng, op):
+    xs = [x.requires_grad_() for x in pyramid(rng, 1, 8, [(2, 4), (2, 2)])]
+    function = every_op(rng)[op]
+    with ck.backend("triton"):
+        (gradient,) = torch.autograd.grad(function(*xs).sum(), xs[:1], create_graph=True)
+    name = op.removesuffix(", dense")
+    with pytest.raises(RuntimeError, match=rf"^{name}: expected to be differentiated once.*backend\('reference'\)"):
+        gradient.sum().backward()
+
+
 def test_backward_runs_what_forward_ran(rng):
     x = feature_map(rng, 1, 8, 3, 4).requires_grad_()
     labels, _ = labels_and_predictions(rng, 1, 3, 6, 7)
