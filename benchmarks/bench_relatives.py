@@ -15,7 +15,7 @@ import torch
 
 import contextrast_kernels as ck
 from benchmarks import peers, results
-from contextrast_kernels import cases
+from contextrast_kernels import cases, measure
 
 FOLDER = pathlib.Path(os.environ["CONTEXTRAST_PEERS"]) if "CONTEXTRAST_PEERS" in os.environ else None
 CASE = replace(cases.CASES["cityscapes"], batch=2, height=256, width=384, dtype=torch.float32)
@@ -51,7 +51,7 @@ def test_a_step_of_the_loss(benchmark, name):
             step()
         except Exception as error:
             pytest.skip(peers.failure(error))
-        syncs = peers.count_syncs(step, torch.device("cpu"))
+        syncs = measure.syncs(step, torch.device("cpu"))
         benchmark.pedantic(step, rounds=7, warmup_rounds=1)
     if benchmark.stats is not None:
         stats = benchmark.stats.stats

@@ -33,8 +33,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from contextrast_kernels import measure
 from contextrast_kernels.hashing import STREAM_TIES, image_hash
 
 
@@ -256,51 +256,6 @@ def quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
-
-
-# ----------------------------------------------------------------------------------------------------- waiting for CUDA
-
-
-class Waiting(TorchDispatchMode):
-    """Counts ops whose value the host has to know before it can go on."""
-
-    OPS = frozenset(
-        f"aten::{name}"
-        for name in (
-            *("_local_scalar_dense", "is_nonzero", "equal", "allclose", "nonzero", "nonzero_numpy", "argwhere"),
-            *("masked_select", "unique_dim", "_unique", "_unique2", "unique_consecutive", "bincount", "histogram"),
-        )
-    )
-
-    def __init__(self):
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func._schema.name
-        self.count += name in self.OPS
-        if name in ("aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_"):
-            self.count += any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])
-        return func(*args, **(kwargs or {}))
-
-
-def count_syncs(call: Callable[[], Any], device: torch.device) -> int:
-    """How often the host waits for the device in one call: on CUDA as torch reports it; on the CPU the ops that would
-    wait, which is fewer, since copies between host and device are not among them."""
-    if device.type != "cuda":
-        with Waiting() as mode:
-            call()
-        return mode.count
-    torch.cuda.synchronize()
-    previous = torch.cuda.get_sync_debug_mode()
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            call()
-        finally:
-            torch.cuda.set_sync_debug_mode(previous)
-    return sum("called a synchronizing CUDA operation" in str(warning.message) for warning in caught)
 
 
 # -------------------------------------------------------------------------------------------------- distance transforms
@@ -546,7 +501,7 @@ def main() -> int:
             loss = peer.call()
             loss.backward()
             with quiet():
-                syncs = count_syncs(peer.call, device)
+                syncs = measure.syncs(peer.call, device)
         except Exception as error:
             print(f"{peer.name:26s} {failure(error)}")
         else:

@@ -1,4 +1,5 @@
-"""What ``bench`` and the benchmarks measure: agreement with the definition first, then time, memory and launches.
+"""What ``bench`` and the benchmarks measure of a call: agreement with the definition first, then time, memory, launches,
+and how often the host waits.
 
 On CUDA calls are timed by events, in turn on copies of their inputs that together exceed the L2 cache; on a CPU by the
 clock.
@@ -9,12 +10,14 @@ import math
 import os
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 
 # -------------------------------------------------------------------------------------------------------- agreement
 
@@ -165,7 +168,7 @@ def answers(device: torch.device) -> bool:
         return False
 
 
-# ------------------------------------------------------------------------------------------------- memory, launches
+# ----------------------------------------------------------------------------------------- memory, launches, waiting
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler reads it at its first use: nothing on stderr
 
@@ -215,3 +218,45 @@ def launches(call: Callable[[], Any], device: torch.device) -> int | None:
         torch.cuda.synchronize(device)
     events = profiler.profiler.kineto_results.events()
     return sum(event.device_type() == torch.autograd.DeviceType.CUDA and event.name() != "[memory]" for event in events)
+
+
+class Waiting(TorchDispatchMode):
+    """Counts ops whose value the host has to know before it can go on."""
+
+    OPS = frozenset(
+        f"aten::{name}"
+        for name in (
+            *("_local_scalar_dense", "is_nonzero", "equal", "allclose", "nonzero", "nonzero_numpy", "argwhere"),
+            *("masked_select", "unique_dim", "_unique", "_unique2", "unique_consecutive", "bincount", "histogram"),
+        )
+    )
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name
+        self.count += name in self.OPS
+        if name in ("aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_"):
+            self.count += any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])
+        return func(*args, **(kwargs or {}))
+
+
+def syncs(call: Callable[[], Any], device: torch.device) -> int:
+    """How often the host waits for the device in one call: on CUDA as torch reports it; on the CPU the ops that would
+    wait, which is fewer, since copies between host and device are not among them."""
+    if device.type != "cuda":
+        with Waiting() as mode:
+            call()
+        return mode.count
+    torch.cuda.synchronize()
+    previous = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            call()
+        finally:
+            torch.cuda.set_sync_debug_mode(previous)
+    return sum("called a synchronizing CUDA operation" in str(warning.message) for warning in caught)

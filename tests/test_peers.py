@@ -11,6 +11,7 @@ import torch
 
 import contextrast_kernels as ck
 from benchmarks import peers
+from contextrast_kernels import measure
 
 CPU = torch.device("cpu")
 FILES = {
@@ -165,4 +166,4 @@ def test_the_sort_selects_what_we_select_and_topk_as_many():
     ],
 )
 def test_what_the_host_waits_for_is_counted(waits, call):
-    assert peers.count_syncs(lambda: call(torch.linspace(-1, 1, 5)), CPU) == waits
+    assert measure.syncs(lambda: call(torch.linspace(-1, 1, 5)), CPU) == waits
