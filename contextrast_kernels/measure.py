@@ -1,5 +1,5 @@
-"""What ``bench`` and the benchmarks measure of a call: agreement with the definition first, then time, memory, launches,
-and how often the host waits.
+"""What ``bench`` and the benchmarks measure of a call: agreement with the definition first, then time, memory,
+launches, and how often the host waits.
 
 On CUDA calls are timed by events, in turn on copies of their inputs that together exceed the L2 cache; on a CPU by the
 clock.
