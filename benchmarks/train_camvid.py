@@ -44,7 +44,9 @@ def parse(arguments: Sequence[str] | None) -> tuple[argparse.ArgumentParser, arg
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="SEED", help="default: 0 1 2")
     parser.add_argument("--minutes", type=float, default=8.0, help="stop after this, with a checkpoint; default: 8")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--list", action="store_true", help="say which trainings are left, and run none")
+    parser.add_argument(
+        "--pictures", action="store_true", help="also figure 5 and the negatives, in OUT, of the first seed"
+    )
     for name, kind, least, most in NUMBERS:
         parser.add_argument(f"--{name}", type=kind, help=f"{least} to {most}; default: the protocol's")
     parser.add_argument("--network", choices=NETWORKS, help="default: hrnet_w18 on a GPU, small without one")
@@ -108,7 +110,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         flush=True,
     )
     failed = []
-    while left and not options.list and time.monotonic() < ends:
+    while left and time.monotonic() < ends:
         arm, seed = left[0]
         name = f"{arm.name}, seed {seed}"
         try:
@@ -128,6 +130,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{name}: stopped after {run.iteration} of {setting.iterations} iterations", flush=True)
             break
         results.record(path, row)
+        if options.pictures and seed == options.seeds[0] and run.tap is not None and row.status == "ok":
+            for what, figure in run.pictures().items():
+                figure.savefig(options.out / f"{arm.name}-{what}.png", dpi=110)
         checkpoint(arm, seed).unlink(missing_ok=True)
         left.pop(0)
         print(f"{name}: {told(row)}", flush=True)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import report, results, train_camvid
+from benchmarks import peers, report, results, train_camvid
 from benchmarks.camvid import arms, page, rows, training
 from benchmarks.camvid.networks import NETWORKS
 from benchmarks.camvid.rows import Result
@@ -53,7 +53,8 @@ def camvid(tmp_path_factory):
 def study(camvid):
     data = scenes.CamVid(camvid, SETTING.height)
     environment = results.environment() | {"libraries": ""}
-    return training.Study(SETTING, data, "plain", scenes.plain, environment)
+    augment, _ = scenes.augmentation()
+    return training.Study(SETTING, data, "plain" if augment is scenes.plain else "kornia", augment, environment)
 
 
 def call(camvid, out, *arguments):
@@ -167,8 +168,53 @@ def test_the_study_stops_in_time_goes_on_and_repeats_nothing(camvid, tmp_path, c
     assert len(bane.iou_per_class.split()) == 11
 
     steps.clear()
-    assert call(camvid, tmp_path) == 0
-    assert not steps and rows_in(tmp_path) == [baseline, bane]
+    assert call(camvid, tmp_path, "--pictures") == 0  # of what is trained in this call: nothing
+    assert not steps and not list(tmp_path.glob("*.png")) and rows_in(tmp_path) == [baseline, bane]
+
+
+def test_pictures_change_nothing(camvid, study, tmp_path):
+    """They run the heads on validation frames; what is trained afterwards must not know."""
+    runs = [training.Training(arms.ARMS["bane"], 0, study) for _ in range(2)]
+    for run in runs:
+        run.step()
+    before = {name: value.clone() for name, value in runs[0].network.state_dict().items()}
+    assert set(runs[0].pictures()) == {"figure-5", "negatives"}
+    assert all(torch.equal(value, before[name]) for name, value in runs[0].network.state_dict().items())
+    for run in runs:
+        run.step()
+    assert torch.equal(runs[0].losses, runs[1].losses)
+    assert call(camvid, tmp_path, "--pictures", "--iterations", "1") == 0
+    assert {path.name for path in tmp_path.glob("*.png")} == {"bane-figure-5.png", "bane-negatives.png"}
+
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("arm", ["baseline", "bane", "distance-at-full", "sampled-bane", "pixel-contrast-bank"])
+def test_a_step_waits_for_nothing(camvid, study, arm, device):
+    data = scenes.CamVid(camvid, SETTING.height, device=device)
+    run = training.Training(arms.ARMS[arm], 0, replace(study, data=data, augmentation="plain", augment=scenes.plain))
+    run.step()  # the first brings seeds to the device
+    run.step()
+    assert peers.count_syncs(run.step, torch.device(device)) == 0
+    assert run.iteration == 3 and run.losses[:3, 0].all()
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_training_is_stopped_and_ends_with_a_time(camvid, tmp_path, monkeypatch):
+    def on_gpu(*arguments):
+        return call(camvid, tmp_path, "--arms", "bane", "--device", "cuda", "--network", "small", *arguments)
+
+    step, now = training.Training.step, training.time.monotonic()
+    done = []
+    monkeypatch.setattr(training.Training, "step", lambda run: (done.append(run.iteration), step(run)))
+    monkeypatch.setattr(training.time, "monotonic", lambda: now + 3600 * (len(done) == 2))
+    assert on_gpu() == 0 and rows_in(tmp_path) == []
+    done.append(None)
+    assert on_gpu() == 0 and done == [0, 1, None, 2, 3]
+    [row] = rows_in(tmp_path)
+    assert row.status == "ok" and row.median_step_ms > 0 and row.precision == "bfloat16 autocast" and row.driver
 
 
 # ------------------------------------------------------------------------------------------------- what it cannot use
@@ -380,7 +426,7 @@ def test_the_page_says_what_the_rows_say(tmp_path):
     gain = [number * (1 + 0.1 * seed) for seed in range(3)]
     assert f"| {page.signed(gain)} |" in full and f"{statistics.fmean(gain):+.2f} [" in full
     assert "83.14" in full and "80.0 ± 0.0" in full
-    assert "n = 3 | not measured yet |" in evidence and page.NO_EVIDENCE not in evidence
+    assert evidence.count("n = 3 | not measured yet |") == sum(1 for arm in arms.ARMS.values() if arm.question)
 
     results.record(path, made_up("bane", 0, 0.9))
     assert report.main([*where, "--check"]) == 1

@@ -11,6 +11,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -24,6 +25,9 @@ from benchmarks.camvid.networks import NETWORKS, Segmenter
 from benchmarks.camvid.rows import Result
 from contextrast_kernels.demo.scenes import VOID, Batch, CamVid
 from contextrast_kernels.demo.training import mixed_precision, wait
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 MULTIPLE = 32
 """HRNet's branches fit together in images of such sides."""
@@ -292,6 +296,30 @@ class Training:
             contrast=contrast if self.contrast is not None else None,
             median_step_ms=statistics.median(self.milliseconds) if self.device.type == "cuda" else None,
         )
+
+    def pictures(self) -> dict[str, "Figure"]:
+        """The paper's figure 5 over the validation frames, and the negatives of the one with most classes."""
+        images, labels = self.data.validation
+        N, classes = len(self.data.classes), self.data.classes
+        similarity = ck.metrics.AnchorSimilarity(N, group=None)
+        self.network.eval()
+        self.tap.train()  # else it records nothing
+        self.tap.heads.eval()
+        for some, of_some in zip(images.split(8), labels.split(8)):
+            some, of_some = padded(some, 0.0), padded(of_some, VOID)
+            with mixed_precision(self.device):
+                logits = self.network(some.contiguous(memory_format=torch.channels_last))
+                similarity.update([x.detach() for x in self.tap.features()], of_some, logits.detach())
+        chosen = torch.stack([(labels == n).flatten(1).any(1) for n in range(N)]).sum(0).argmax()
+        with torch.no_grad():
+            logits = forward(self.network, images[chosen : chosen + 1])[0]
+        self.network.train()
+        sizes = [tuple(side // layer.stride for side in labels.shape[-2:]) for layer in self.tap.layers]
+        found = {"num_classes": N, "sizes": sizes, "class_names": classes}
+        return {
+            "figure-5": ck.viz.similarity_curve(similarity.compute()),
+            "negatives": ck.viz.negatives(images[chosen], labels[chosen], logits, **found),
+        }
 
 
 @contextlib.contextmanager
