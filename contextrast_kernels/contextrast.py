@@ -144,7 +144,7 @@ class Options:
             )
 
 
-def check_layers(features, layer_weights: Sequence[float]) -> None:
+def check_layers(features, layer_weights: Sequence[float] | None = None) -> None:
     """The feature maps of all layers: one for each weight, of one dtype and D, from high to low resolution."""
     if not isinstance(features, Sequence) or len(features) == 0:
         raise TypeError(
@@ -153,7 +153,7 @@ def check_layers(features, layer_weights: Sequence[float]) -> None:
         )
     for i, x in enumerate(features):
         checks.feature_map(f"features[{i}]", x)
-    if len(features) != len(layer_weights):
+    if layer_weights is not None and len(features) != len(layer_weights):
         raise ValueError(
             f"layer_weights: expected {len(features)} weights, one for each layer in features, "
             f"got {len(layer_weights)}; set layer_weights, such as (1.0, 0.7, 0.4) for three layers"

@@ -16,6 +16,7 @@ from torch import Tensor
 from contextrast_kernels import checks
 from contextrast_kernels.anchors import class_anchors, fuse_anchors
 from contextrast_kernels.bane import bane_negatives, edge_distance, error_map
+from contextrast_kernels.contextrast import check_layers
 from contextrast_kernels.embedding import unit
 from contextrast_kernels.maps import predicted_classes, targets
 
@@ -77,17 +78,21 @@ def negatives(
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
-    labels, predictions = labels.detach().cpu(), predictions.detach().cpu()
     image = _shown(image)
+    checks.num_classes(num_classes)
+    checks.tensor("labels", labels, "the map (H, W) of one image")
+    checks.tensor("predictions", predictions, "the class map (H', W') or the logits (N, H', W') of one image")
     if labels.ndim != 2:
         raise ValueError(f"labels: expected the map (H, W) of one image, got {checks.describe(labels)}")
-    if not sizes or any(len(size) != 2 or min(size) < 1 for size in sizes):
-        raise ValueError(f"sizes: expected the (h, w) of at least one layer, got {sizes!r}")
-    checks.num_classes(num_classes)
+    labels = checks.class_map("labels", labels.detach().cpu()[None])
+    predictions = checks.predictions("predictions", predictions.detach().cpu()[None], num_classes)
+    if not isinstance(sizes, Sequence) or len(sizes) == 0:
+        raise TypeError(f"sizes: expected a list with the (h, w) of each layer, got {checks.describe(sizes)}")
+    for size in sizes:
+        checks.size("sizes", size)
     names = _names(class_names, num_classes)
 
-    H, W = labels.shape
-    labels, predictions = labels[None], predictions[None]
+    H, W = labels.shape[-2:]
     colours = class_colours(num_classes)
     of_class = torch.cat((colours, torch.tensor([VOID_COLOUR, CORRECT_COLOUR])))
     void, correct = num_classes, num_classes + 1
@@ -211,10 +216,11 @@ def embeddings(image: Tensor, features: Sequence[Tensor]) -> Figure:
     from matplotlib.figure import Figure
 
     image = _shown(image)
-    _check_layers(features)
+    if not isinstance(features, Sequence) or len(features) == 0:
+        raise TypeError(f"features: expected a list of feature maps, one a layer, got {checks.describe(features)}")
     for i, x in enumerate(features):
         checks.tensor(f"features[{i}]", x, "a feature map (D, h, w) of one image")
-        if x.ndim != 3:
+        if x.ndim != 3 or x.numel() == 0:
             raise ValueError(f"features[{i}]: expected the map (D, h, w) of one image, got {checks.describe(x)}")
     H, W = image.shape[:2]
     pictures = [("image", image)]
@@ -259,7 +265,7 @@ def anchor_similarity(
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    _check_layers(features)
+    check_layers(features)
     checks.num_classes(num_classes)
     names = _names(class_names, num_classes)
     of_layers = [class_anchors(x.detach(), labels, num_classes, ignore_index=ignore_index) for x in features]
@@ -345,8 +351,10 @@ def _shown(image: Tensor) -> Tensor:
     """An image (3, H, W) as float (H, W, 3) in 0..1, on the CPU."""
     checks.tensor("image", image, "an image (3, H, W)")
     image = image.detach().cpu()
-    if image.ndim != 3 or image.shape[0] != 3:
+    if image.ndim != 3 or image.shape[0] != 3 or image.numel() == 0:
         raise ValueError(f"image: expected (3, H, W), got {checks.describe(image)}")
+    if image.dtype != torch.uint8 and not image.is_floating_point():
+        raise TypeError(f"image: expected floats in 0..1 or uint8, got {checks.describe(image)}")
     return (image.float() / 255 if image.dtype == torch.uint8 else image.float().clamp(0, 1)).permute(1, 2, 0)
 
 
@@ -363,8 +371,3 @@ def _size(height: int, width: int, H: int, W: int) -> list[str]:
     if H % height == 0 and W % width == 0 and H // height == W // width:
         words.insert(0, f"stride {H // height}")
     return words
-
-
-def _check_layers(features: object) -> None:
-    if not isinstance(features, Sequence) or len(features) == 0:
-        raise TypeError(f"features: expected a list of feature maps, one a layer, got {checks.describe(features)}")

@@ -539,7 +539,7 @@ def test_wrong_arguments_of_the_picture_are_named():
         ("class_names", {"class_names": ["one"]}),
         ("ratio", {"ratio": 2}),
     ):
-        with pytest.raises(ValueError, match=f"^{name}: expected"):
+        with pytest.raises((TypeError, ValueError), match=f"^{name}: expected"):
             viz.negatives(image, labels, labels, **{**good, **change})
 
 

@@ -192,11 +192,32 @@ IMAGE, LABELS = torch.rand(3, 32, 48), torch.zeros(1, 32, 48, dtype=torch.long)
 LAYER = torch.randn(1, 4, 8, 12)
 
 
+def picture(**change):
+    good = {"image": IMAGE, "labels": LABELS[0], "predictions": LAYER[0], "num_classes": 4, "sizes": [(8, 12)]}
+    return viz.negatives(**good | change)
+
+
 @pytest.mark.parametrize(
     ("call", "exception", "sentence"),
     [
         (lambda: viz.embedding_colours(LAYER[0]), ValueError, r"^features: expected .* \(4, 8, 12\)"),
         (lambda: viz.embedding_colours(LAYER.long()), TypeError, r"^features: expected .* int64"),
+        (lambda: picture(image=IMAGE.numpy()), TypeError, "^image: expected an image .* got ndarray"),
+        (
+            lambda: picture(image=(255 * IMAGE).long()),
+            TypeError,
+            r"^image: expected floats in 0..1 or uint8, got int64",
+        ),
+        (lambda: picture(labels=LABELS[0].numpy()), TypeError, "^labels: expected .* got ndarray"),
+        (lambda: picture(labels=LABELS), ValueError, r"^labels: expected the map \(H, W\) .* \(1, 32, 48\)"),
+        (lambda: picture(labels=LABELS[0].float()), TypeError, "^labels: expected .* float32"),
+        (lambda: picture(predictions=None), TypeError, "^predictions: expected .* got NoneType"),
+        (lambda: picture(predictions=LAYER[0, :3]), ValueError, r"^predictions: expected logits with 4 channels"),
+        (lambda: picture(predictions=LABELS[0].float()), ValueError, r"^predictions: expected .*float32"),
+        (lambda: picture(sizes=8), TypeError, "^sizes: expected a list .* got int 8"),
+        (lambda: picture(sizes=(8, 12)), TypeError, "^sizes: expected a pair .* got int 8"),
+        (lambda: picture(sizes=[(8, 0)]), ValueError, "^sizes: expected an integer between 1 .* got 0"),
+        (lambda: viz.embeddings(IMAGE, [LAYER[0, :, :0]]), ValueError, r"^features\[0\]: expected .* \(4, 0, 12\)"),
         (lambda: viz.embeddings(IMAGE[:1], [LAYER[0]]), ValueError, r"^image: expected \(3, H, W\)"),
         (lambda: viz.embeddings([0], [LAYER[0]]), TypeError, "^image: expected an image .* got list"),
         (lambda: viz.embeddings(IMAGE, LAYER), TypeError, "^features: expected a list of feature maps"),
@@ -204,6 +225,11 @@ LAYER = torch.randn(1, 4, 8, 12)
         (lambda: viz.embeddings(IMAGE, [LAYER]), ValueError, r"^features\[0\]: expected the map \(D, h, w\)"),
         (lambda: viz.embeddings(IMAGE, [None]), TypeError, r"^features\[0\]: expected a feature map"),
         (lambda: viz.anchor_similarity(LAYER, LABELS, num_classes=4), TypeError, "^features: expected a list"),
+        (
+            lambda: viz.anchor_similarity([LAYER, LAYER[:, :3]], LABELS, num_classes=4),
+            ValueError,
+            r"^features\[1\]: expected 4 channels",
+        ),
         (lambda: viz.anchor_similarity([LAYER], LABELS, num_classes=0), ValueError, "^num_classes: expected"),
         (
             lambda: viz.anchor_similarity([LAYER], LABELS, num_classes=4, class_names="abc"),

@@ -17,7 +17,7 @@ from contextrast_kernels import checks
 from contextrast_kernels.bane import NO_EDGE, distance_transform
 from contextrast_kernels.maps import targets
 from contextrast_kernels.metrics.regions import confusion, iou
-from contextrast_kernels.metrics.streaming import Metric, class_maps, count
+from contextrast_kernels.metrics.streaming import Metric, count
 
 
 def boundary_mask(labels: Tensor, radius: float, *, num_classes: int | None = None, ignore_index: int = 255) -> Tensor:
@@ -70,21 +70,18 @@ class TrimapIoU(Metric):
         ignore_index: int = 255,
         group: object = "auto",
     ):
-        checks.num_classes(num_classes)
-        checks.ignore_index(ignore_index)
+        super().__init__(num_classes, ignore_index, group)
         _check_list("radii", radii)
         for radius in radii:
             checks.real("radii", radius, low=0)
-        N, self.radii = num_classes, tuple(sorted(set(radii)))
-        super().__init__({"counts": ((len(self.radii), N, N + 1), torch.int64)}, group)
-        self.num_classes = num_classes
-        self.ignore_index = ignore_index
+        self.radii = tuple(sorted(set(radii)))
+        self._layout = {"counts": ((len(self.radii), num_classes, num_classes + 1), torch.int64)}
 
     @torch.no_grad()
     def update(self, predictions: Tensor, labels: Tensor) -> None:
         """Add a batch; arguments as in ``ConfusionMatrix.update``."""
         N = self.num_classes
-        predicted, classes = class_maps(predictions, labels, N, self.ignore_index)
+        predicted, classes = self._class_maps(predictions, labels)
         valid, distance = classes >= 0, _squared_distance_to(_boundary(classes))
         counts = [confusion(predicted, classes, valid & _reached(distance, radius), N) for radius in self.radii]
         self._add({"counts": torch.stack(counts)})
@@ -115,21 +112,19 @@ class BoundaryIoU(Metric):
     def __init__(
         self, num_classes: int, widths: Sequence[int] = (5, 7, 10), *, ignore_index: int = 255, group: object = "auto"
     ):
+        super().__init__(num_classes, ignore_index, group)
         checks.integer("num_classes", num_classes, low=1, high=2**24)  # a class is held in a float32 below
-        checks.ignore_index(ignore_index)
         _check_list("widths", widths)
         for width in widths:
             checks.integer("widths", width, low=1, high=checks.MAX_SIDE)
         self.widths = tuple(sorted(set(widths)))
-        super().__init__({"counts": ((len(self.widths), 3, num_classes), torch.int64)}, group)
-        self.num_classes = num_classes
-        self.ignore_index = ignore_index
+        self._layout = {"counts": ((len(self.widths), 3, num_classes), torch.int64)}
 
     @torch.no_grad()
     def update(self, predictions: Tensor, labels: Tensor) -> None:
         """Add a batch; arguments as in ``ConfusionMatrix.update``."""
         N = self.num_classes
-        predicted, classes = class_maps(predictions, labels, N, self.ignore_index)
+        predicted, classes = self._class_maps(predictions, labels)
         predicted = torch.where(classes >= 0, predicted, -1)
         counts = []
         for width in self.widths:
@@ -167,19 +162,16 @@ class BoundaryF1(Metric):
     def __init__(
         self, num_classes: int, radius: float | None = None, *, ignore_index: int = 255, group: object = "auto"
     ):
-        checks.num_classes(num_classes)
-        checks.ignore_index(ignore_index)
+        super().__init__(num_classes, ignore_index, group)
         if radius is not None:
             checks.real("radius", radius, low=0)
-        super().__init__({"f1": ((num_classes,), torch.float64), "images": ((num_classes,), torch.int64)}, group)
-        self.num_classes = num_classes
         self.radius = radius
-        self.ignore_index = ignore_index
+        self._layout = {"f1": ((num_classes,), torch.float64), "images": ((num_classes,), torch.int64)}
 
     @torch.no_grad()
     def update(self, predictions: Tensor, labels: Tensor) -> None:
         """Add a batch; arguments as in ``ConfusionMatrix.update``."""
-        predicted, classes = class_maps(predictions, labels, self.num_classes, self.ignore_index)
+        predicted, classes = self._class_maps(predictions, labels)
         height, width = classes.shape[-2:]
         radius = 0.0075 * (height**2 + width**2) ** 0.5 if self.radius is None else self.radius
         maps = torch.stack((torch.where(classes >= 0, predicted, -1), classes))

@@ -13,6 +13,7 @@ from contextrast_kernels import checks, maps
 from contextrast_kernels.anchors import class_anchors, fuse_anchors
 from contextrast_kernels.backend import unchanged_by_autocast
 from contextrast_kernels.bane import edge_distance, error_map
+from contextrast_kernels.contextrast import check_layers
 from contextrast_kernels.embedding import compute_dtype, unit
 from contextrast_kernels.hashing import pixel_hash
 from contextrast_kernels.metrics.streaming import Metric, count, from_fixed, to_fixed
@@ -60,8 +61,7 @@ class AlignmentUniformity(Metric):
         ignore_index: int = 255,
         group: object = "auto",
     ):
-        checks.num_classes(num_classes)
-        checks.ignore_index(ignore_index)
+        super().__init__(num_classes, ignore_index, group)
         if not isinstance(nearest, Sequence) or isinstance(nearest, str):
             raise TypeError(f"nearest: expected a list of integers, such as (3, 5), got {checks.describe(nearest)}")
         for k in nearest:
@@ -69,19 +69,16 @@ class AlignmentUniformity(Metric):
         checks.integer("samples", samples, low=2)
         checks.seed(seed, None)
         N = num_classes
-        layout = {
+        self._layout = {
             "sums": ((N, None), torch.float64),
             "counts": ((N,), torch.int64),
             "sampled": ((N, samples, None), torch.float32),
             "priority": ((N, samples), torch.int64),  # 2**32 minus the hash that drew the sample; 0 is an empty place
             "seen": ((1,), torch.int64),  # pixels, which numbers them for the draw
         }
-        super().__init__(layout, group)
-        self.num_classes = num_classes
         self.nearest = tuple(nearest)
         self.samples = samples
         self.seed = seed
-        self.ignore_index = ignore_index
 
     @torch.no_grad()
     def update(self, features: Tensor, labels: Tensor) -> None:
@@ -129,9 +126,16 @@ class AlignmentUniformity(Metric):
         counts, x = state["counts"], state["sampled"].double()
         present = counts > 0
         held = state["priority"] > 0
-        # cdist without matrix products: ‖v‖² + ‖v'‖² - 2 v·v' would lose the distance of vectors that nearly agree.
-        pairs = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist")
-        pairs = torch.where(held.unsqueeze(1) & held.unsqueeze(2), pairs, 0.0).sum((1, 2))
+        # One class at a time, as samples² pairs are enough to hold. cdist without matrix products:
+        # ‖v‖² + ‖v'‖² - 2 v·v' would lose the distance of vectors that nearly agree.
+        pairs = torch.stack(
+            [
+                torch.where(
+                    h & h.unsqueeze(1), torch.cdist(v, v, compute_mode="donot_use_mm_for_euclid_dist"), 0.0
+                ).sum()
+                for v, h in zip(x, held)
+            ]
+        )
         n = held.sum(1)
         # A pixel's pair with itself counts in A: it is (|F|-1)/|F| times the mean over pairs of different pixels.
         alignment = pairs / (n * (n - 1)).clamp(min=1) * (counts - 1) / counts
@@ -184,36 +188,21 @@ class AnchorSimilarity(Metric):
         ignore_index: int = 255,
         group: object = "auto",
     ):
-        checks.num_classes(num_classes)
+        super().__init__(num_classes, ignore_index, group)
         checks.integer("bins", bins, low=1, high=2 * checks.MAX_SIDE)
         checks.real("fusion_weight", fusion_weight, low=0.0, high=1.0)
-        checks.ignore_index(ignore_index)
         shape = (None, 2, bins)  # layers; true and predicted class
-        super().__init__(dict.fromkeys(("cosines", "pixels", "broken"), (shape, torch.int64)), group)
-        self.num_classes = num_classes
+        self._layout = dict.fromkeys(("cosines", "pixels", "broken"), (shape, torch.int64))
         self.bins = bins
         self.fusion_weight = fusion_weight
-        self.ignore_index = ignore_index
 
     @torch.no_grad()
     def update(self, features: Sequence[Tensor], labels: Tensor, predictions: Tensor) -> None:
         """Add a batch; arguments as in ``contextrast_loss``."""
-        if not isinstance(features, Sequence) or len(features) == 0:
-            raise TypeError(
-                "features: expected a list of feature maps (B, D, h, w), one a layer, got "
-                f"{checks.describe(features)}; pass [x] for one map, list(features.values()) for a dict"
-            )
+        check_layers(features)
         N = self.num_classes
         predictions = checks.predictions("predictions", predictions, N)
         labels = checks.class_map("labels", labels)
-        for i, x in enumerate(features):
-            checks.feature_map(f"features[{i}]", x)
-            checks.together("features[0]", features[0], f"features[{i}]", x)
-            if x.shape[1] != features[0].shape[1]:
-                raise ValueError(
-                    f"features[{i}]: expected {features[0].shape[1]} channels, as features[0] has, "
-                    f"got {checks.describe(x)}; project all layers to one size"
-                )
         for name, value in (("labels", labels), ("predictions", predictions)):
             checks.together("features[0]", features[0], name, value)
             checks.samples_from(name, value, *features[0].shape[-2:])
@@ -222,7 +211,7 @@ class AnchorSimilarity(Metric):
         for i, x in enumerate(features):
             a = anchors[i]
             if i < len(features) - 1:
-                a = fuse_anchors(a, counts[i], anchors[-1].to(a.dtype), counts[-1], self.fusion_weight)
+                a = fuse_anchors(a, counts[i], anchors[-1], counts[-1], self.fusion_weight)
             classes = maps.targets(labels, *x.shape[-2:], N, self.ignore_index)
             errors = error_map(
                 maps.predicted_classes(predictions, *x.shape[-2:]), classes, num_classes=N, ignore_index=-1

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from contextrast_kernels import checks
-from contextrast_kernels.metrics.streaming import Metric, class_maps, count, from_fixed, to_fixed
+from contextrast_kernels.metrics.streaming import Metric, count, from_fixed, to_fixed
 
 
 class ConfusionMatrix(Metric):
@@ -34,11 +34,8 @@ class ConfusionMatrix(Metric):
     """
 
     def __init__(self, num_classes: int, *, ignore_index: int = 255, group: object = "auto"):
-        checks.num_classes(num_classes)
-        checks.ignore_index(ignore_index)
-        super().__init__({"counts": ((num_classes, num_classes + 1), torch.int64)}, group)
-        self.num_classes = num_classes
-        self.ignore_index = ignore_index
+        super().__init__(num_classes, ignore_index, group)
+        self._layout = {"counts": ((num_classes, num_classes + 1), torch.int64)}
 
     @property
     def counts(self) -> Tensor:
@@ -57,7 +54,7 @@ class ConfusionMatrix(Metric):
             labels: (B, H, W) or (B, 1, H, W) integers.
             mask: bool (B, H, W); only its True pixels count.
         """
-        predicted, classes = class_maps(predictions, labels, self.num_classes, self.ignore_index)
+        predicted, classes = self._class_maps(predictions, labels)
         counted = classes >= 0
         if mask is not None:
             checks.tensor("mask", mask, f"bool of shape {tuple(classes.shape)}")
@@ -152,8 +149,7 @@ class InstanceIoU(Metric):
         ignore_index: int = 255,
         group: object = "auto",
     ):
-        checks.num_classes(num_classes)
-        checks.ignore_index(ignore_index)
+        super().__init__(num_classes, ignore_index, group)
         checks.integer("first_instance", first_instance)
         _one_for_each_class("instance_sizes", instance_sizes, num_classes)
         for size in instance_sizes:
@@ -164,13 +160,11 @@ class InstanceIoU(Metric):
             for category in categories:
                 checks.integer("categories", category, low=0, high=2**31 - 1)
         N = num_classes
-        layout = {"counts": (N, N + 1), "instances": (N,), "recalled": (2, N)}
-        super().__init__({name: (shape, torch.int64) for name, shape in layout.items()}, group)
-        self.num_classes = num_classes
+        shapes = {"counts": (N, N + 1), "instances": (N,), "recalled": (2, N)}
+        self._layout = {name: (shape, torch.int64) for name, shape in shapes.items()}
         self.instance_sizes = tuple(instance_sizes)
         self.categories = None if categories is None else tuple(categories)
         self.first_instance = first_instance
-        self.ignore_index = ignore_index
         self._category = torch.tensor((*(range(N) if categories is None else categories), -1))
 
     @torch.no_grad()
@@ -183,7 +177,7 @@ class InstanceIoU(Metric):
                 shares image, label and id.
         """
         N = self.num_classes
-        predicted, classes = class_maps(predictions, labels, N, self.ignore_index)
+        predicted, classes = self._class_maps(predictions, labels)
         instances = checks.class_map("instances", instances, shape=classes.shape)
         checks.together("labels", labels, "instances", instances)
 

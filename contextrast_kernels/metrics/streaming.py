@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -9,7 +11,7 @@ from torch import Tensor
 from contextrast_kernels import checks, maps
 
 
-class Metric:
+class Metric(ABC):
     """Counts of what was seen, and what follows from them.
 
     The counts live on the device of the maps, and are integers wherever they can be, so that neither the order of
@@ -18,19 +20,25 @@ class Metric:
     A metric is no ``nn.Module``: DistributedDataParallel would broadcast the counts of rank 0 over those of the others.
     """
 
-    def __init__(self, layout: dict[str, tuple[tuple[int | None, ...], torch.dtype]], group: object):
-        """``layout``: shape and dtype of each count; None is a size that the first batch tells."""
+    _layout: dict[str, tuple[tuple[int | None, ...], torch.dtype]]
+    """Shape and dtype of each count; None is a size that the first batch tells."""
+
+    def __init__(self, num_classes: int, ignore_index: int, group: object):
+        checks.num_classes(num_classes)
+        checks.ignore_index(ignore_index)
         if not (group is None or group == "auto" or (dist.is_available() and isinstance(group, dist.ProcessGroup))):
             raise TypeError(
                 "group: expected 'auto' (all ranks), None (this rank alone) or a torch.distributed process group, "
                 f"got {checks.describe(group)}"
             )
-        self._layout, self._group = layout, group
+        self.num_classes = num_classes
+        self.ignore_index = ignore_index
+        self._group = group
         self._state: dict[str, Tensor] = {}  # empty until the first batch
 
+    @abstractmethod
     def update(self, *batch) -> None:
         """Add a batch."""
-        raise NotImplementedError
 
     def compute(self) -> dict[str, Tensor]:
         """The results so far, over all ranks of the group, which have to call this together; counting can go on."""
@@ -72,8 +80,24 @@ class Metric:
                 )
         self._state = {name: value.clone() for name, value in state.items()}
 
+    def _class_maps(self, predictions: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Predicted and true class of every pixel, at the labels' size: int64 (B, H, W) each.
+
+        True class -1: the pixel takes no part. Predicted class N: no class, a miss for the true one.
+        """
+        N = self.num_classes
+        predictions = checks.predictions("predictions", predictions, N)
+        labels = checks.class_map("labels", labels)
+        checks.together("predictions", predictions, "labels", labels)
+        height, width = labels.shape[-2:]
+        checks.samples_from("predictions", predictions, height, width)
+        predicted = maps.predicted_classes(predictions, height, width)
+        predicted = torch.where((predicted >= 0) & (predicted < N), predicted, N)
+        return predicted, maps.targets(labels, height, width, N, self.ignore_index)
+
+    @abstractmethod
     def _results(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        raise NotImplementedError
+        """What follows from counts."""
 
     def _combine(self, one: dict[str, Tensor], other: dict[str, Tensor]) -> dict[str, Tensor]:
         """What both have seen together."""
@@ -109,8 +133,11 @@ class Metric:
         group = None if self._group == "auto" else self._group
         if dist.get_rank(group) < 0:
             raise ValueError("group: expected a process group with this rank in it; call compute() on its ranks only")
-        # Ranks have to agree on the device too, and one that has seen nothing has none.
+        # Ranks have to agree on the kind of device too, and one that has seen nothing has none.
         device = torch.device("cuda" if "nccl" in str(dist.get_backend_config(group)) else "cpu")
+        home = next((value.device for value in self._state.values()), device)
+        if home.type == device.type:
+            device = home  # which need not be the current one
         shapes = {name: tuple(value.shape) for name, value in self._state.items()} or nothing
         sizes = [n for name in self._layout for n in shapes[name]]
         own = torch.tensor([bool(self._state), *sizes], dtype=torch.int64, device=device)
@@ -132,7 +159,6 @@ class Metric:
         total = {name: values[0] for name, values in gathered.items()}
         for rank in range(1, len(all_sizes)):
             total = self._combine(total, {name: values[rank] for name, values in gathered.items()})
-        home = next(iter(state.values())).device
         return {name: value.to(home) for name, value in total.items()}
 
 
@@ -141,21 +167,6 @@ def _gather(value: Tensor, group) -> Tensor:
     values = [torch.empty_like(value) for _ in range(dist.get_world_size(group))]
     dist.all_gather(values, value.contiguous(), group=group)
     return torch.stack(values)
-
-
-def class_maps(predictions: Tensor, labels: Tensor, num_classes: int, ignore_index: int) -> tuple[Tensor, Tensor]:
-    """Predicted and true class of every pixel, at the labels' size: int64 (B, H, W) each.
-
-    True class -1: the pixel takes no part. Predicted class N: no class, a miss for the true one.
-    """
-    predictions = checks.predictions("predictions", predictions, num_classes)
-    labels = checks.class_map("labels", labels)
-    checks.together("predictions", predictions, "labels", labels)
-    height, width = labels.shape[-2:]
-    checks.samples_from("predictions", predictions, height, width)
-    predicted = maps.predicted_classes(predictions, height, width)
-    predicted = torch.where((predicted >= 0) & (predicted < num_classes), predicted, num_classes)
-    return predicted, maps.targets(labels, height, width, num_classes, ignore_index)
 
 
 def count(cells: Tensor, counted: Tensor, size: int) -> Tensor:
