@@ -11,10 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import peers, report, results, train_camvid
+from benchmarks import report, results, train_camvid
 from benchmarks.camvid import arms, page, rows, training
 from benchmarks.camvid.networks import NETWORKS
 from benchmarks.camvid.rows import Result
+from contextrast_kernels import measure
 from contextrast_kernels.demo import scenes
 
 SETTING = training.Setting("small", 64, iterations=4, batch=2, channels=8, learning_rate=0.05, scales=(1.0, 1.5))
@@ -197,7 +198,7 @@ def test_a_step_waits_for_nothing(camvid, study, arm, device):
     run = training.Training(arms.ARMS[arm], 0, replace(study, data=data, augmentation="plain", augment=scenes.plain))
     run.step()  # the first brings seeds to the device
     run.step()
-    assert peers.count_syncs(run.step, torch.device(device)) == 0
+    assert measure.syncs(run.step, torch.device(device)) == 0
     assert run.iteration == 3 and run.losses[:3, 0].all()
 
 
