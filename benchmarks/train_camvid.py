@@ -9,9 +9,11 @@ resolution. `python -m benchmarks.report` makes docs/camvid.md of the rows.
 
 import argparse
 import hashlib
+import importlib.util
 import pathlib
 import shlex
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -65,6 +67,8 @@ def parse(arguments: Sequence[str] | None) -> tuple[argparse.ArgumentParser, arg
             parser.error(f"--{name}: expected {least} to {most}, got {value}")
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no GPU here")
+    if options.pictures and importlib.util.find_spec("matplotlib") is None:
+        parser.error("--pictures needs matplotlib, which is not installed: pip install matplotlib, or leave it out")
     for name in ("out", "keep"):
         folder = getattr(options, name)
         if folder is not None and folder.exists() and not folder.is_dir():
@@ -88,6 +92,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         known = {row.measured for row in results.read(path, Result)}
         NETWORKS[setting.network](2)
         data = scenes.CamVid(options.root, setting.height, device=options.device)
+        for folder in (options.out, options.keep):  # what cannot be written is said before a training, not after it
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
     except (results.SchemaError, Absent, scenes.DataError, OSError) as error:
         parser.error(str(error))
     augment, _ = scenes.augmentation()
@@ -111,7 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     failed = []
     while left and time.monotonic() < ends:
-        arm, seed = left[0]
+        run, (arm, seed) = None, left[0]  # the last training's memory is free before the next begins
         name = f"{arm.name}, seed {seed}"
         try:
             run = training.Training(arm, seed, study)
@@ -120,7 +127,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             with tqdm(total=setting.iterations, initial=run.iteration, desc=name, unit="it", disable=None) as bar:
                 row = run.advance(ends, checkpoint(arm, seed), bar.update)
         except (RuntimeError, training.CheckpointError) as error:  # out of memory, say: the others are still wanted
-            print(f"{name} failed: {type(error).__name__}: {str(error).splitlines()[0]}", flush=True)
+            print(f"{name} failed: {type(error).__name__}: {str(error).partition(chr(10))[0]}", flush=True)
             failed.append(left.pop(0))
             if not measure.answers(study.device):
                 print("the device answers nothing any more in this process")

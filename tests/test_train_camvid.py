@@ -121,8 +121,27 @@ def test_all_arms_begin_with_the_same_weights_and_see_the_same_images(study, mon
     for name in ("bane", "pixel-contrast-bank"):
         assert all(torch.equal(weights["baseline"][key], value) for key, value in weights[name].items())
         assert all(map(torch.equal, seen["baseline"], seen[name]))
+    monkeypatch.setattr(training, "frames", lambda *_: torch.tensor([0, 1]))
+    run = training.Training(arms.ARMS["baseline"], 3, study)
+    images = []
+    run.network.register_forward_pre_hook(lambda _, inputs: images.append(inputs[0].clone()))
+    run.step()
+    run.step()
+    assert not torch.equal(*images), "the same frames, changed otherwise"
     other = training.Training(arms.ARMS["baseline"], 4, study)
     assert not torch.equal(other.network.classify.weight, weights["baseline"]["classify.weight"])
+
+
+def test_arms_differ_by_the_weighted_loss_alone(study):
+    weightless = replace(arms.ARMS["bane"], weight=0.0)
+    ends = []
+    for arm in (arms.ARMS["baseline"], weightless, arms.ARMS["bane"], arms.ARMS["ccl"]):
+        run = training.Training(arm, 3, study)
+        for _ in range(2):
+            run.step()
+        ends.append(run.network.network.stages[0][0][0].weight.detach())
+    assert torch.equal(ends[0], ends[1])
+    assert not torch.equal(ends[0], ends[2]) and not torch.equal(ends[2], ends[3])
 
 
 def test_every_frame_comes_once_before_any_comes_again():
@@ -256,13 +275,14 @@ def test_a_training_that_fails_or_diverges_stops_no_other(camvid, tmp_path, caps
         (["--iterations", "0"], "--iterations: expected 1 to 1000000, got 0"),
         (["--network", "unet"], "invalid choice: 'unet'"),
         (["--keep", __file__], "--keep: expected a folder, got the file"),
+        (["--keep", f"{__file__}/folder"], "Not a directory"),
     ],
 )
 def test_bad_arguments_are_one_sentence(camvid, tmp_path, capsys, arguments, sentence):
     with pytest.raises(SystemExit, match="2"):
         call(camvid, tmp_path / "out", *arguments)
     assert sentence in capsys.readouterr().err.splitlines()[-1]
-    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.glob("out/*"))
 
 
 def bad_label(root):
