@@ -49,6 +49,22 @@ def test_every_queue_is_first_in_first_out(rng, pixels, regions):
         assert bank.counts.tolist() == [[len(q) for q in queues[name]] for name in ("pixels", "regions")]
 
 
+def test_no_place_is_written_twice_by_one_push(monkeypatch):
+    """On a GPU either of the two could stay. But the last row of the storage, which nobody reads, takes all others."""
+    places, index_copy = [], torch.Tensor.index_copy_
+    monkeypatch.setattr(
+        torch.Tensor,
+        "index_copy_",
+        lambda x, axis, index, rows: places.append(index) or index_copy(x, axis, index, rows),
+    )
+    bank = ck.MemoryBank(N, D, pixels=4, regions=3)
+    for queue in ("pixels", "regions"):
+        bank.push(queue, numbered(0, 40), torch.arange(40) % (N + 1) - 1)
+    for index, most in zip(places, (12, 9), strict=True):
+        written = index[index < len(bank.storage) - 1].tolist()
+        assert len(written) == len(set(written)) == most
+
+
 def test_the_oldest_entry_is_overwritten_place_by_place():
     """Where an entry stands does not change until it is the oldest."""
     bank = ck.MemoryBank(1, D, pixels=4, regions=0)

@@ -144,6 +144,16 @@ def test_semi_hard_mining_equals_the_loops(rng, own, hardest, positives, negativ
         assert loss.item() == pytest.approx(expected, **CLOSE)
 
 
+def test_mining_hides_no_broken_row_that_is_in_no_term(rng):
+    """A row without a positive adds 0, but not where it is NaN; what is ignored comes as zeros."""
+    rows, columns = torch.from_numpy(rng.standard_normal((3, D))), torch.from_numpy(rng.standard_normal((8, D)))
+    arguments = (torch.tensor([0, 5, -1]), columns, torch.tensor([0, 0, 0, 0, 1, 1, 1, 1]), 0.5, 0.5, 2, 2, 0)
+    rows[2] = 0
+    assert semi_hard_nce(rows, *arguments) > 0
+    rows[1, 0] = torch.nan
+    assert semi_hard_nce(rows, *arguments).isnan()
+
+
 def test_mining_holds_three_matrices_at_once(rng):
     step = pytest.importorskip("contextrast_kernels.kernels.step", reason="triton is not installed")
     R, C = 8, 20_000
@@ -243,6 +253,22 @@ def test_pne_draws_among_too_many_rows():
     values = [loss(x, labels, logits).item() for loss in fewer]
     assert all(loss.last["samples"] == rows // 2 for loss in fewer)
     assert np.mean(values) == pytest.approx(expected, rel=0.02)
+
+
+def test_pne_draws_from_all_images_alike():
+    """Not the first rows in raster order: in 20 draws of half of the hard pixels each is drawn at some time."""
+    (x, *_), labels, logits = batch(wrong=0.4)
+
+    def hard(**options):
+        """Pixels that get a gradient."""
+        [of] = leaves([x])
+        ck.PNELoss(N, set_size=40, **options)(of, labels, logits).backward()
+        return of.grad.any(1)
+
+    every = hard()
+    drawn = [hard(max_samples=int(every.sum()) // 2, seed=seed) for seed in range(20)]
+    assert {int(pixels.sum()) for pixels in drawn} == {int(every.sum()) // 2}
+    assert torch.equal(torch.stack(drawn).any(0), every)
 
 
 # ------------------------------------------------------------------------------------------------------------ gradient
