@@ -109,7 +109,10 @@ def info_nce(
             column_negatives = row_labels if itself else column_labels
     sets = (row_negatives, column_negatives, base, column_weights)
     options = (float(temperature), ignore_index, positives, reduction)
-    backend = _choose(rows)
+    unfit = ""
+    if rows.shape[1] > MOST_CHANNELS:
+        unfit = f"its kernels take at most {MOST_CHANNELS} channels, got {rows.shape[1]}"
+    backend = choose(rows, ("triton",), unfit)
     # Without a pair to look at there is nothing to launch.
     if backend == "triton" and rows.numel() > 0 and against[1].numel() > 0:
         return _info_nce(rows, row_labels, columns, column_labels, *sets, *options, backend)[0]
@@ -180,15 +183,6 @@ def _definition(
     # 0 · x and 0 · z carry a NaN or inf of a row or column that is in no term.
     of_row = torch.where(valid_row, of_row + (0.0 * x).sum(1) + (0.0 * z).sum() + (0.0 * w).sum(), 0.0)
     return of_row if reduction == "none" else of_row.sum() / valid_row.sum().clamp(min=1)
-
-
-def _choose(rows: Tensor) -> str:
-    unfit = (
-        ""
-        if rows.shape[1] <= MOST_CHANNELS
-        else f"its kernels take at most {MOST_CHANNELS} channels, got {rows.shape[1]}"
-    )
-    return choose(rows, ("triton",), unfit)
 
 
 def check_rows(name: str, rows: Tensor, labels_name: str, labels: Tensor) -> None:
