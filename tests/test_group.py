@@ -356,7 +356,9 @@ def run_rank(rank, folder, runs, whole):
 
 
 def spawned(folder, runs, whole):
-    torch.multiprocessing.spawn(run_rank, args=(str(folder), runs, whole), nprocs=4)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")  # these ranks compute on the CPU, also where there is a GPU
+        torch.multiprocessing.spawn(run_rank, args=(str(folder), runs, whole), nprocs=4)
     return [torch.load(f"{folder}/{rank}.pt", weights_only=False) for rank in range(4)]
 
 
@@ -507,3 +509,65 @@ def test_a_sampler_counts_one_rank_and_takes_no_group():
             ck.ContextrastLoss(N, base_sampler=ck.Sampler("common-count", 10, 2), group=dist.group.WORLD)
     finally:
         dist.destroy_process_group()
+
+
+# -------------------------------------------------------------------------------------------------------------- GPUs
+
+ON_GPUS = ("two ranks", "some base pixels, features as they are", "normalised anchors", "float32", "float16")
+
+
+def run_on_device(rank, folder, world, device, through):
+    """A share of every batch on a device of one's own: a step that may wait for the device, then one that may not."""
+    device = torch.device(device, rank)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group(through, init_method=f"file://{folder}/meet", rank=rank, world_size=world)
+    results = {}
+    for name in ON_GPUS:
+        features, labels, predictions = batch(name)
+        mine = np.array_split(np.arange(len(labels)), world)[rank]
+        share = [x[mine].to(device) for x in features], labels[mine].to(device), predictions[mine].to(device)
+        # The same draws in both steps.
+        criterion = loss_of(name, group=dist.group.WORLD).to(device).eval()
+        first = one_step(criterion, *share)  # compiles kernels; ranks agree
+        if device.type == "cuda":
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            again = one_step(criterion, *share)
+        finally:
+            if device.type == "cuda":
+                torch.cuda.set_sync_debug_mode("default")
+        scores = ck.metrics.ConfusionMatrix(N)
+        scores.update(share[2], share[1])
+        assert torch.equal(first[0], again[0]) and all(map(torch.equal, first[1], again[1]))
+        assert all(value.device.type == device.type for value in [again[0], *again[1], *again[2].values()])
+        results[name] = torch.utils._pytree.tree_map(lambda x: x.cpu(), (*again, scores.compute()))
+    dist.destroy_process_group()
+    torch.save(results, f"{folder}/{rank}.pt")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("world", [1, 2])
+def test_gpus_see_the_loss_and_the_gradient_of_one_process_and_wait_for_nothing(tmp_path, world):
+    if not dist.is_nccl_available():
+        pytest.skip("this torch has no NCCL")
+    if torch.cuda.device_count() < world:
+        pytest.skip(f"needs {world} CUDA devices; there is {torch.cuda.device_count()}")
+    torch.multiprocessing.spawn(run_on_device, args=(str(tmp_path), world, "cuda", "nccl"), nprocs=world)
+    check_devices([torch.load(tmp_path / f"{rank}.pt") for rank in range(world)])
+
+
+def check_devices(seen):
+    for name in ON_GPUS:
+        loss, gradients, report = single(name)
+        tolerance = TOLERANCE[CASES[name].dtype]
+        matrix = ck.metrics.ConfusionMatrix(N)
+        matrix.update(*batch(name)[:0:-1])
+        for my_loss, _, my_report, scores in (results[name] for results in seen):
+            close(my_loss, loss, tolerance)
+            for key in ("classes", "positives", "negatives", "errors"):
+                assert torch.equal(my_report[key], report[key]), key
+            torch.testing.assert_close(scores, matrix.compute(), rtol=0, atol=0, equal_nan=True)
+        for i, gradient in enumerate(gradients):
+            averaged = torch.cat([results[name][1][i] for results in seen]) / len(seen)
+            assert ((averaged - gradient).abs() <= tolerance * gradient.abs().max()).all()
