@@ -119,7 +119,7 @@ CONTEXTRAST_API int contextrast_select_nearest_cuda(const ContextrastMap *classe
 // Eqs. 6 and 7 and the selection, for several layers at once. Row r of a layer of h rows samples row (r*H)/h of a map
 // of H, columns likewise. distance_at = CONTEXTRAST_AT_LAYER: labels and predictions are each sampled from their own
 // size to the layer, where errors and distances are computed. CONTEXTRAST_AT_FULL: both are computed at the labels'
-// size and sampled. Each layer's negatives: the error class of the selected pixels; all others have none, which is -1 in
+// size and sampled. Each layer's negatives: the error class of the selected pixels; others have none, which is -1 in
 // CONTEXTRAST_INT32, and the largest number in CONTEXTRAST_UINT8 and CONTEXTRAST_INT16, of which all classes must be
 // smaller. errors (num_layers): the number of error pixels in each layer, left alone where the layer has no pixels. Of
 // labels, the scratch functions read the sizes alone.

@@ -696,7 +696,8 @@ int64_t contextrast_bane_negatives_scratch_cuda(const ContextrastMap *labels, in
                                                 const ContextrastLayer *layers, int num_layers, int type,
                                                 int distance_at) {
   char error[CONTEXTRAST_ERROR_SIZE];
-  if (check_sides("labels", labels->height, labels->width, error) || check_layers(*labels, num_classes, layers, num_layers, type, error))
+  if (check_sides("labels", labels->height, labels->width, error) ||
+      check_layers(*labels, num_classes, layers, num_layers, type, error))
     return 0;
   Scratch scratch(nullptr);
   BaneMemory(scratch, *labels, num_classes, layers, num_layers, type, nullptr, distance_at);

@@ -43,13 +43,16 @@ def test_a_relatives_sampler_draws_contextrasts_base_pixels(negatives):
 
 
 def test_a_sampler_of_every_pixel_is_a_base_rate_of_one():
+    """Of ignored pixels too, which take no part for all that: neither in the loss nor in what is reported."""
     layers, labels, logits = batch()
     for negatives in ("none", "bane"):
-        values = [
-            ck.contextrast_loss(layers, labels, logits, num_classes=N, negatives=negatives, **base)
+        by_rate, by_sampler = (
+            ck.ContextrastLoss(N, negatives=negatives, **base)
             for base in ({"base_rate": 1.0}, {"base_sampler": everywhere})
-        ]
-        assert torch.equal(*values)
+        )
+        assert torch.equal(by_rate(layers, labels, logits), by_sampler(layers, labels, logits))
+        assert by_rate.last.keys() == by_sampler.last.keys()
+        assert all(torch.equal(by_rate.last[name], by_sampler.last[name]) for name in by_rate.last)
 
 
 def test_samplers_take_each_others_place():
