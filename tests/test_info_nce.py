@@ -156,7 +156,10 @@ def test_a_weight_that_is_none_gives_nan_unless_ignored(rng, positives, weight):
     )
     assert torch.equal(ignored, clean)
     weights[valid.nonzero()[0]] = weight
-    assert ck.info_nce(rows, row_labels, columns, column_labels, column_weights=weights, positives=positives).isnan()
+    arguments = (rows, row_labels, columns, column_labels)
+    assert ck.info_nce(*arguments, column_weights=weights, positives=positives).isnan()
+    of_rows = ck.info_nce(*arguments, column_weights=weights, positives=positives, reduction="none")
+    assert torch.equal(of_rows.isnan(), row_labels != -1)  # every valid row, whether or not the column is in a term
 
 
 def test_supcon_of_rows_without_a_negative_still_evens_out_their_positives(rng):
