@@ -97,6 +97,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             tempfile.TemporaryFile(dir=folder).close()
     except (results.SchemaError, Absent, scenes.DataError, OSError) as error:
         parser.error(str(error))
+    if min(data.size) < training.MULTIPLE:
+        parser.error(f"--height: expected frames of at least 32 x 32 px, got {data.size[0]} x {data.size[1]}")
     augment, _ = scenes.augmentation()
     environment = results.environment(options.device) | {"libraries": libraries()}
     study = training.Study(setting, data, "plain" if augment is scenes.plain else "kornia", augment, environment)
@@ -126,7 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 run.resume(checkpoint(arm, seed))
             with tqdm(total=setting.iterations, initial=run.iteration, desc=name, unit="it", disable=None) as bar:
                 row = run.advance(ends, checkpoint(arm, seed), bar.update)
-        except (RuntimeError, training.CheckpointError) as error:  # out of memory, say: the others are still wanted
+        except (RuntimeError, ValueError, training.CheckpointError) as error:  # out of memory, say: go on without it
             print(f"{name} failed: {type(error).__name__}: {str(error).partition(chr(10))[0]}", flush=True)
             failed.append(left.pop(0))
             if not measure.answers(study.device):

@@ -331,6 +331,15 @@ def test_a_damaged_checkpoint_and_a_row_half_written_are_named(camvid, tmp_path,
     assert f"CheckpointError: cannot go on from {checkpoint} (" in capsys.readouterr().out
 
 
+def test_frames_too_narrow_for_the_network_are_refused(camvid, tmp_path, capsys):
+    root = shutil.copytree(camvid, tmp_path / "camvid")
+    for path in root.rglob("*.png"):
+        Image.open(path).crop((0, 0, 30, 64)).save(path)
+    with pytest.raises(SystemExit, match="2"):
+        call(root, tmp_path / "out")
+    assert "expected frames of at least 32 x 32 px, got 64 x 30" in capsys.readouterr().err.splitlines()[-1]
+
+
 @pytest.mark.parametrize("name", [name for name in NETWORKS if name != "small"])
 def test_a_network_whose_library_is_missing_is_a_sentence(camvid, tmp_path, capsys, monkeypatch, name):
     library = "timm" if name.startswith("hrnet") else "torchvision"
@@ -401,6 +410,21 @@ def test_a_full_training_is_one_of_the_papers_sizes():
     for setting, protocol in ((full, "full"), (replace(full, batch=8), "shortened"), (training.SHORTENED, "shortened")):
         blank = training.Study(setting, data, "plain", scenes.plain, {}).blank(arms.ARMS["bane"], 0)
         assert (blank.protocol, blank.height, blank.width) == (protocol, 360, 480)
+
+
+def test_a_training_is_known_by_arm_seed_and_setting():
+    row = made_up("bane", 0, 0.5)
+    others = {
+        "arm": "ccl",
+        "seed": 1,
+        "network": "hrnet_w48",
+        "augmentation": "kornia",
+        "width": 479,
+        "device": "B GPU",
+    }
+    for name, other in others.items():
+        assert replace(row, **{name: other}).measured != row.measured, name
+    assert replace(row, commit="fedcba9", torch="2.12.0", miou=0.6).measured == row.measured
 
 
 def test_differences_are_taken_seed_by_seed():
