@@ -64,6 +64,21 @@ def test_a_row_against_the_schema_is_refused(tmp_path, change):
     assert not (tmp_path / "x.csv").exists()
 
 
+def test_a_write_that_breaks_off_leaves_the_file_as_it_was(tmp_path, monkeypatch):
+    path = tmp_path / "gpu.csv"
+    results.record(path, ROW)
+    before = path.read_bytes()
+
+    def full(table, cells):
+        table.writer.writerow(["op"])
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(results.csv.DictWriter, "writerows", full)
+    with pytest.raises(OSError, match="no space"):
+        results.record(path, replace(ROW, by="another"))
+    assert path.read_bytes() == before
+
+
 def test_a_file_of_another_schema_is_refused(tmp_path):
     path = tmp_path / "x.csv"
     path.write_text("row,case\na,b\n")
@@ -397,6 +412,13 @@ def test_a_relative_is_a_multiple_of_ours_and_nothing_is_one_of_itself(tmp_path)
     assert report.main(where) == 0
     page = (tmp_path / "docs" / "performance.md").read_text()
     assert {cells[4] for cells in columns_of(page, f"relative's loss {run.BOTH}", "PNE_Loss")} == {"–"}
+
+
+def test_a_later_trial_without_times_hides_no_measurement():
+    later = replace(ROW, commit="7654321", status="untimed", median_ms=None, iqr_ms=None)
+    again = replace(ROW, commit="7654321", median_ms=3.0)
+    assert report.latest([ROW, later]) == [ROW]
+    assert report.latest([ROW, again]) == [again]
 
 
 def test_the_curves_go_through_their_case_alone():
