@@ -1,5 +1,6 @@
 """The benchmarks: one schema for all results, and that the runner runs."""
 
+import contextlib
 import re
 import time
 from dataclasses import replace
@@ -274,6 +275,14 @@ def test_a_row_that_takes_too_long_is_given_up(tmp_path, monkeypatch):
     monkeypatch.setattr(ck, "edge_distance", lambda *_, **__: time.sleep(10))
     assert runs(tmp_path, "--parts", "edt", "--row-seconds", "0.2", "--minutes", "2") == 1
     assert rows_in(tmp_path)[0].status == "failed: TimeoutError: took more than 0.2 s"
+
+
+def test_a_time_limit_that_went_unheard_rings_again():
+    """What is raised inside a callback of the garbage collector, say, is lost."""
+    with pytest.raises(TimeoutError, match=r"took more than 0\.05 s"), run.at_most(0.05):
+        with contextlib.suppress(TimeoutError):
+            time.sleep(20)
+        time.sleep(20)
 
 
 # --------------------------------------------------------------------------------------------------------- the report

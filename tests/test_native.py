@@ -1,15 +1,11 @@
 """The native library itself: what test_bane.py asks of every backend is asked there, here is what is peculiar to csrc/.
 
-Word borders every 32 rows, segments along rows, every type and stride, threads, selection at real sizes, refusals; and
-the same again in a build with AddressSanitizer and UndefinedBehaviorSanitizer.
+Word borders every 32 rows, segments along rows, every type and stride, threads, selection at real sizes, refusals.
+test_native_library.py runs it again in a build with AddressSanitizer and UndefinedBehaviorSanitizer.
 """
 
 import itertools
-import os
 import pathlib
-import shutil
-import subprocess
-import sys
 
 import literal
 import numpy as np
@@ -536,7 +532,7 @@ def test_refusals_are_sentences():
         native.select_nearest(classes, classes[:, :1].int(), 0.5, 4, seed(0))
 
 
-# ------------------------------------------------------------------------------------------------- as ops, as a library
+# --------------------------------------------------------------------------------------------------------------- as ops
 
 
 def test_ops_pass_opcheck(rng):
@@ -574,169 +570,3 @@ def test_compiles_whole(rng):
                 compiled(predictions, labels, seed(value)), negatives(predictions, labels, seed(value)), strict=True
             ):
                 assert torch.equal(a, b)
-
-
-@pytest.fixture
-def unopened(monkeypatch):
-    """The library as if it had not been opened yet; whatever a test finds is forgotten after it."""
-    native._library.cache_clear()
-    native.status.cache_clear()
-    yield monkeypatch
-    monkeypatch.undo()
-    native._library.cache_clear()
-    native.status.cache_clear()
-
-
-def test_a_missing_library_is_a_reason(unopened, tmp_path):
-    unopened.setattr(native, "_PATH", tmp_path / "_native.so")
-    assert "not built" in native.status("cpu")
-    assert "CONTEXTRAST_NATIVE=1" in native.status("cuda")
-    with pytest.raises(RuntimeError, match="not built"):
-        native.edge_distance(torch.zeros(1, 2, 2, dtype=torch.int64), True)
-    assert ck.edge_distance(torch.zeros(1, 2, 2, dtype=torch.int64)).isinf().all()  # the reference takes over
-
-
-@pytest.mark.parametrize("content", [b"", b"not a library"])
-def test_a_broken_library_is_a_reason(unopened, tmp_path, content):
-    path = tmp_path / "_native.so"
-    path.write_bytes(content)
-    unopened.setattr(native, "_PATH", path)
-    assert "cannot be opened" in native.status("cpu")
-
-
-def test_only_the_interface_is_visible():
-    nm = shutil.which("nm")
-    if nm is None:
-        pytest.skip("nm is not installed")
-    lines = subprocess.run(
-        [nm, "-D", "--defined-only", native._PATH], check=True, capture_output=True, text=True
-    ).stdout
-    names = {line.split()[-1] for line in lines.splitlines()}
-    assert {name for name in names if not name.startswith("contextrast_")} == set()
-    assert "contextrast_edge_distance_cpu" in names
-
-
-# ----------------------------------------------------------------------------------------------------------- sanitizers
-
-COMPILER = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
-
-
-@pytest.fixture(scope="session")
-def compiler():
-    if COMPILER is None:
-        pytest.skip("no C++ compiler: neither CXX, c++ nor g++")
-    probe = [COMPILER, "-fsanitize=address,undefined", "-x", "c++", "-", "-o", os.devnull]
-    if subprocess.run(probe, input="int main() {}", capture_output=True, text=True).returncode:
-        pytest.skip(f"{COMPILER} has no -fsanitize=address,undefined")
-    return COMPILER
-
-
-def test_lanes_of_the_kernels_emulated(compiler, tmp_path):
-    """The arithmetic of one lane, warp by warp, against loops; hash and bins too (lane_emulation.cpp)."""
-    program = tmp_path / "lanes"
-    flags = [
-        "-std=c++17",
-        "-O1",
-        "-Wall",
-        "-Wextra",
-        "-Werror",
-        "-fsanitize=address,undefined",
-        "-fno-sanitize-recover=all",
-    ]
-    source = ROOT / "tests" / "lane_emulation.cpp"
-    subprocess.run([compiler, *flags, f"-I{ROOT / 'csrc'}", source, "-o", program], check=True)
-    done = subprocess.run([program], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout.split()[0]) > 100_000
-
-
-@pytest.fixture(scope="session")
-def sanitized_library(compiler):
-    """csrc/ once more with AddressSanitizer and UBSan, in build/, where the next run finds most of it done."""
-    cmake = shutil.which("cmake", path=os.path.dirname(sys.executable)) or shutil.which("cmake")
-    if cmake is None:
-        pytest.skip("cmake is not installed")
-    folder = ROOT / "build" / "sanitized"
-    options = ["-DCMAKE_BUILD_TYPE=None", "-DCMAKE_CXX_FLAGS=-O1", "-DCONTEXTRAST_SANITIZE=address,undefined"]
-    for command in ([cmake, "-S", ROOT, "-B", folder, *options], [cmake, "--build", folder, "--parallel", "2"]):
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
-    return folder / "_native.so"
-
-
-def run_sanitized(compiler, library, program, *arguments):
-    """Python with the sanitizer's run time loaded first, and the sanitized library in place of the package's."""
-
-    def runtime(name):
-        command = [compiler, f"-print-file-name={name}"]
-        path = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
-        if not os.path.isabs(path):
-            pytest.skip(f"{compiler} does not say where its {name} is, which must be loaded before Python")
-        return path
-
-    prologue = (
-        f"import pathlib; from contextrast_kernels import native; native._PATH = pathlib.Path({str(library)!r})\n"
-    )
-    environment = os.environ | {
-        # The C++ library too: AddressSanitizer looks for its exceptions, of which torch throws some, when it starts.
-        "LD_PRELOAD": f"{runtime('libasan.so')} {runtime('libstdc++.so.6')}",
-        "ASAN_OPTIONS": "detect_leaks=0",  # of Python and torch there are many
-        "UBSAN_OPTIONS": "print_stacktrace=1",
-        "PYTHONPATH": str(ROOT),
-    }
-    command = [sys.executable, "-c", prologue + program, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
-
-
-RUN_TESTS = "import sys, pytest; sys.exit(pytest.main(['-s', '-p', 'no:cacheprovider', *sys.argv[1:]]))"
-
-
-def test_sanitizers_see_an_overrun(compiler, sanitized_library):
-    """The sanitized runs can fail: an output one row too short is noticed, and so is a scratch 16 bytes too short."""
-    calls = """
-import ctypes, os, torch
-classes = torch.zeros(1, 40, 70, dtype=torch.int64)
-classes[0, 5, 5] = -1
-library = native._library()
-size = library.contextrast_edge_distance_scratch_cpu(1, 40, 70, 1)
-text = ctypes.create_string_buffer(256)
-for rows, scratch_bytes in ((40, size), (39, size), (40, size - 16)):
-    child = os.fork()
-    if child == 0:
-        out, scratch = torch.empty(rows, 70, dtype=torch.int32), torch.empty(scratch_bytes, dtype=torch.uint8)
-        library.contextrast_edge_distance_cpu(native._Map(classes), 1, out.data_ptr(), scratch.data_ptr(), 1, text)
-        os._exit(0)
-    print("ended", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-"""
-    done = run_sanitized(compiler, sanitized_library, calls)
-    assert done.stdout.split() == ["ended", "0", "ended", "1", "ended", "1"], done.stdout + done.stderr[-3000:]
-    assert done.stderr.count("ERROR: AddressSanitizer") == 2
-
-
-def test_fuzz_under_sanitizers(compiler, sanitized_library):
-    tests = ["tests/test_native.py", "-k", "fuzzed or nothing_in or extreme"]
-    done = run_sanitized(compiler, sanitized_library, RUN_TESTS, *tests)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-
-
-@pytest.mark.slow
-def test_everything_under_sanitizers(compiler, sanitized_library):
-    """All tests of this file but those of the library file itself, and test_bane.py on this backend."""
-    tests = ["tests/test_native.py", "tests/test_bane.py"]
-    which = "not sanitizers and not lanes and not visible and not library and not [reference"
-    done = run_sanitized(compiler, sanitized_library, RUN_TESTS, *tests, "-k", which)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-
-
-def test_a_call_on_the_cpu_has_no_word_with_cuda(monkeypatch):
-    """A data loader's worker, forked from a process that uses CUDA, must be able to measure distances."""
-
-    def refuse(*_):
-        raise AssertionError("CUDA was asked")
-
-    for name in ("is_available", "current_device", "current_stream", "device_count", "_lazy_init"):
-        monkeypatch.setattr(torch.cuda, name, refuse)
-    native.status.cache_clear()
-    classes = torch.tensor([[[0, 0, 0, 1]]])
-    with ck.backend("native"):
-        assert ck.edge_distance(classes, squared=True).tolist() == [[[4, 1, 0, 0]]]
