@@ -296,6 +296,27 @@ def test_the_plain_augmentation_draws_from_the_ranges_it_names(monkeypatch):
     assert 0.05 < (bright == 1).float().mean() < 0.4  # as many as are left alone
 
 
+def test_the_plain_augmentation_scales_and_shifts_as_far_as_it_says(monkeypatch):
+    for name, value in {"JITTER": 0.0, "HUE": 0.0, "SHIFT": 0.0, "ZOOM": (1.25, 1.25), "OFTEN": 1.0}.items():
+        monkeypatch.setattr(scenes, name, value)
+    H, W = 20, 40
+    row, column = torch.meshgrid(torch.arange(H) / 50, torch.arange(W) / 50, indexing="ij")
+    images = torch.stack((row, column, row))[None].repeat(64, 1, 1, 1)
+    labels = torch.zeros(64, H, W, dtype=torch.long)
+    torch.manual_seed(0)
+    middle = torch.tensor([H - 1, W - 1]) / 100
+    expected = [(ramp - m) / 1.25 + m for ramp, m in zip((row, column), middle)]
+    for image in scenes.plain(images, labels)[0]:
+        torch.testing.assert_close(image[0], expected[0], rtol=0, atol=1e-4)
+        mirrored = image[1, 0, 0] > image[1, 0, -1]
+        torch.testing.assert_close(image[1].flip(-1) if mirrored else image[1], expected[1], rtol=0, atol=1e-4)
+
+    monkeypatch.setattr(scenes, "ZOOM", (1.0, 1.0))
+    monkeypatch.setattr(scenes, "SHIFT", 0.1)
+    rows = 50 * scenes.plain(images, labels)[0][:, 0, H // 2, W // 2] - H // 2
+    assert -2.01 < rows.min() < -1 and 1 < rows.max() < 2.01  # a tenth of 20 rows
+
+
 # ---------------------------------------------------------------------------------------------------------- training
 
 

@@ -432,8 +432,10 @@ def test_differences_are_taken_seed_by_seed():
     trainings = [made_up("baseline", seed, miou) for seed, miou in enumerate(of_baseline)]
     trainings += [made_up("bane", seed, miou) for seed, miou in reversed(list(enumerate(of_bane)))]
     trainings += [made_up("bane", 7, 0.9), made_up("ccl", 0, 0.4), made_up("bane", 0, 0.1, network="hrnet_w48")]
-    trainings += [made_up("semi-hard", 0, 0.6, height=90, width=120, protocol="shortened")]
-    [first, *_] = page.groups(trainings)
+    trainings += [made_up("semi-hard", seed, 0.6, height=90, protocol="shortened") for seed in range(20)]
+    trainings += [made_up("semi-hard", seed, 0.6, height=180, protocol="shortened") for seed in range(20)]
+    [first, _, third, fourth] = page.groups(trainings)  # the full protocol comes first, the shorter trainings last
+    assert first[0].protocol == "full" and len(first) == 8 and (third[0].height, fourth[0].height) == (180, 90)
     assert page.differences(first, "bane", "baseline", "miou") == pytest.approx([2.0, 1.0, 3.0])
     # t of 2 degrees of freedom at 97.5 % is 4.3027
     assert page.half_width([2.0, 1.0, 3.0]) == pytest.approx(4.3027 / 3**0.5, rel=1e-4)
