@@ -313,7 +313,7 @@ def test_a_damaged_checkpoint_and_a_row_half_written_are_named(camvid, tmp_path,
         (text[:-40], "line 2: expected"),
         (text.replace(f"{row.miou:.5g}", "", 1), "expected a finite miou of a finished training: take the row out"),
         (text.replace("shortened", "full"), "protocol: expected full"),
-        (text.replace(",bane,", ",", 1).replace("bane,", ","), "expected arm to be filled"),
+        (text.replace(",bane,", ",", 1).replace("bane,", ","), "arm: expected one of baseline, ccl, "),
     ):
         (tmp_path / rows.FILE).write_text(broken)
         with pytest.raises(SystemExit, match="2"):
@@ -393,6 +393,12 @@ def made_up(arm, seed, miou, **changes):
         **scores,
     )
     return replace(row, **changes)
+
+
+def test_every_committed_training_follows_the_schema():
+    committed = results.read(results.FOLDER / rows.FILE, Result)
+    assert len({row.measured for row in committed}) == len(committed) > 0
+    assert all(row.commit and not row.commit.endswith("+") for row in committed)
 
 
 def test_a_full_training_is_one_of_the_papers_sizes():

@@ -69,7 +69,8 @@ ARMS = {
     for arm in (
         Arm("baseline", "cross-entropy alone", loss="", weight=0.0),
         # Table 6
-        Arm("ccl", "contextual contrast alone: every pixel of another class is a negative", CCL),
+        # With every pixel among the base negatives BANE adds none: CCL is the far end of the base rate, too.
+        Arm("ccl", "contextual contrast alone: every pixel of another class is a negative", CCL, question=9),
         Arm("semi-hard", "random errors, as many as BANE takes", {"negatives": "semi-hard"}, question=17),
         Arm("bane", "errors nearest to their region's edge: our defaults"),
         # The same three where the base negatives are those of MS/CS's sampler
@@ -110,8 +111,8 @@ ARMS = {
         Arm("ratio-100", "all errors", {"ratio": 1.0}),
         # Where the paper is silent
         Arm("normalize-anchors", "anchors of unit length", {"normalize_anchors": True}, question=1),
-        Arm("base-rate-0.1", "and a tenth of all pixels as base negatives", {"base_rate": 0.1}, question=9),
-        Arm("base-rate-1", "and all pixels as base negatives", {"base_rate": 1.0}, question=9),
+        Arm("base-rate-0.01", "BANE, and a hundredth of all pixels", {"base_rate": 0.01}, question=9),
+        Arm("base-rate-0.1", "BANE, and a tenth of all pixels", {"base_rate": 0.1}, question=9),
         Arm("temperature-0.07", "τ = 0.07", {"temperature": 0.07}, question=10),
         Arm("weights-reversed", "λ = 0.1 … 1.0", {"layer_weights": (0.1, 0.4, 0.7, 1.0)}, question=13),
         Arm("detach-anchors", "no gradient through anchors", {"detach_anchors": True}, question=14),
@@ -125,7 +126,7 @@ TABLES: dict[str, Sequence[str]] = {
     "fusion": ("fusion-0", "fusion-0.3", "fusion-0.5", "ccl", "fusion-1"),
     "ratio": ("ccl", "ratio-10", "ratio-30", "bane", "ratio-70", "ratio-100"),
     "choices": (
-        *("bane", "normalize-anchors", "base-rate-0.1", "base-rate-1", "sampled-ccl", "sampled-semi-hard"),
+        *("bane", "normalize-anchors", "base-rate-0.01", "base-rate-0.1", "ccl", "sampled-ccl", "sampled-semi-hard"),
         *("sampled-bane", "temperature-0.07", "weights-reversed", "detach-anchors", "distance-at-full"),
     ),
 }

@@ -3,6 +3,8 @@
 import math
 from dataclasses import dataclass
 
+from benchmarks.camvid.arms import ARMS
+
 FILE = "camvid.csv"
 RADII = (5, 7, 10)
 NEAREST = (3, 5)
@@ -86,7 +88,9 @@ class Result:
 
     def flaw(self) -> str | None:
         """What it lacks, as a sentence."""
-        for name in ("arm", "network", "augmentation", "precision", "device", "torch"):
+        if self.arm not in ARMS:
+            return f"arm: expected one of {', '.join(ARMS)}, got {self.arm!r}."
+        for name in ("network", "augmentation", "precision", "device", "torch"):
             if not getattr(self, name):
                 return f"expected {name} to be filled."
         for name in ("seed", "iterations", "batch", "height", "width", "channels", "learning_rate"):
