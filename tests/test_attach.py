@@ -1,6 +1,7 @@
 """Features out of any model: what is found, what is recorded, what is refused."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -69,21 +70,28 @@ def test_a_mapping_of_named_outputs_is_read_by_its_keys():
     assert found(model) == {f"encoder[0][feature_maps][{i}]": (WIDTHS[i], 4 << i) for i in range(4)}
 
 
+def tokens(x, prefix):
+    """A sequence of the pixels, after tokens of the class, of distillation, or registers."""
+    return torch.cat((x.new_zeros(len(x), prefix, x.shape[1]), x.flatten(2).transpose(1, 2)), 1)
+
+
 def test_channels_last_maps_and_tokens_become_feature_maps():
     for to_output, layout in (
         (lambda m: m.permute(0, 2, 3, 1), "NHWC"),
-        (lambda m: m.flatten(2).transpose(1, 2), "tokens"),
-        (lambda m: torch.cat((m.new_zeros(len(m), 1, m.shape[1]), m.flatten(2).transpose(1, 2)), 1), "tokens"),
+        *((partial(tokens, prefix=prefix), "tokens") for prefix in (0, 1, 2, 5)),
     ):
-        model, tap = attached(Wrapped(lambda x, maps, f=to_output: [f(m) for m in maps]), example_input=None)
+        # float64, as a convolution adds up in another order in another layout
+        model, tap = attached(Wrapped(lambda x, maps, f=to_output: [f(m) for m in maps]).double(), example_input=None)
         assert [(layer.channels, layer.stride, layer.layout) for layer in tap.layers] == [
             (c, 4 << i, layout) for i, c in enumerate(WIDTHS)
         ]
-        images = torch.randn(2, 3, 64, 96)
-        model(images)
-        features = tap.features()
-        for head, x, m in zip(copy.deepcopy(tap.heads), features, copy.deepcopy(model).encoder.net.maps(images)):
-            torch.testing.assert_close(x, head(m))
+        for size in ((64, 96), (70, 100)):  # the second is rounded up at every stage
+            images = torch.randn(2, 3, *size, dtype=torch.float64)
+            model(images)
+            features = tap.features()
+            maps = copy.deepcopy(model).encoder.net.maps(images)
+            for head, x, m in zip(copy.deepcopy(tap.heads), features, maps, strict=True):
+                torch.testing.assert_close(x, head(m))
 
 
 class ToLast(nn.Module):
@@ -146,9 +154,9 @@ def test_what_is_not_of_each_image_is_no_map():
     """Such as the windows of an attention, which are as many in a batch as there are windows."""
 
     def windows(x, maps):
-        return [maps[0].unflatten(2, (4, 4)).unflatten(4, (4, 4)).permute(0, 2, 4, 1, 3, 5).flatten(0, 2), *maps]
+        return [*maps, maps[0].unflatten(2, (4, 4)).unflatten(4, (4, 4)).permute(0, 2, 4, 1, 3, 5).flatten(0, 2)]
 
-    stages = {f"encoder[0][{i + 1}]": (width, 4 << i) for i, width in enumerate(WIDTHS)}
+    stages = {f"encoder[0][{i}]": (width, 4 << i) for i, width in enumerate(WIDTHS)}
     assert found(Wrapped(windows)) == stages
 
 
@@ -230,6 +238,28 @@ def test_the_decoder_is_left_out():
     assert found(UNet()) == {"down.1": (8, 4), "down.2": (10, 8), "down.3": (12, 16)}
 
 
+def test_a_shorter_list_does_not_stand_for_the_stages_inside():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = Net()
+
+        def forward(self, x):
+            return self.body.maps(x)[::3]
+
+    assert found(nn.Sequential(Two())) == {f"0.body.stages.{i}": (c, 4 << i) for i, c in enumerate(WIDTHS)}
+
+
+def test_what_is_pooled_to_one_pixel_is_no_stage():
+    def listing(x, maps):
+        return [*maps, maps[-1].mean((2, 3), keepdim=True)]
+
+    assert found(Wrapped(listing)) == {f"encoder[0][{i}]": (c, 4 << i) for i, c in enumerate(WIDTHS)}
+    net = Net()
+    classifier = nn.Sequential(net.stem, *net.stages[:3], nn.AdaptiveAvgPool2d(1), nn.Conv2d(16, N, 1), nn.Flatten())
+    assert found(classifier) == {f"{i + 1}": (c, 4 << i) for i, c in enumerate(WIDTHS[:3])}
+
+
 def test_stages_win_over_a_pyramid_of_equal_width_around_them():
     """A neck, or deep supervision, lists four maps made of the stages."""
 
@@ -262,6 +292,7 @@ def test_explicit_layers_of_any_stride_are_taken_and_sorted():
         "stages.1": (12, 8),
         "stages.3": (20, 32),
     }
+    assert len(attached(layers=["stages.1", "stages.1"])[1].layers) == 1
     assert found(Net(), layers=("stages.2",)) == {"stages.2": (16, 16)}
 
 

@@ -196,6 +196,10 @@ def test_evaluation_records_nothing():
     model(IMAGES)
     tap.features()
     assert tap._maps is None
+    evaluated, its_tap = attached(Net().eval())
+    evaluated(IMAGES)
+    with pytest.raises(RuntimeError, match="evaluation mode"):
+        its_tap.features()
     model.stages.eval()  # frozen normalisation, while the model trains
     model(IMAGES)
     assert len(tap.features()) == 4

@@ -323,8 +323,8 @@ def test_the_plain_augmentation_scales_and_shifts_as_far_as_it_says(monkeypatch)
 def test_the_runs_differ_by_the_term_alone(mosaic):
     """With a vanishing weight, heads and Contextrast change nothing: same weights, same batches, same augmentation."""
     augment, _ = scenes.augmentation()
-    alone, _ = training.train(training.ALONE, mosaic, augment, seed=2, steps=3, batch=2)
-    beside, _ = training.train(
+    alone, *_ = training.train(training.ALONE, mosaic, augment, seed=2, steps=3, batch=2)
+    beside, *_ = training.train(
         replace(training.LOSSES["contextrast"], alpha=1e-38), mosaic, augment, seed=2, steps=3, batch=2
     )
     assert alone.cross_entropy == beside.cross_entropy
@@ -334,8 +334,8 @@ def test_the_runs_differ_by_the_term_alone(mosaic):
 
 def test_contextrast_reaches_the_network(mosaic):
     augment, _ = scenes.augmentation()
-    alone, _ = training.train(training.ALONE, mosaic, augment, seed=2, steps=3, batch=2)
-    added, _ = training.train(training.LOSSES["contextrast"], mosaic, augment, seed=2, steps=3, batch=2)
+    alone, *_ = training.train(training.ALONE, mosaic, augment, seed=2, steps=3, batch=2)
+    added, *_ = training.train(training.LOSSES["contextrast"], mosaic, augment, seed=2, steps=3, batch=2)
     assert alone.cross_entropy[0] == added.cross_entropy[0]
     assert alone.cross_entropy[1:] != added.cross_entropy[1:]
 
@@ -470,8 +470,8 @@ def test_a_quick_run_end_to_end(tmp_path):
     assert done.returncode == 0, done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["demo_out"]
     out = tmp_path / "demo_out"
-    assert {path.name for path in out.iterdir()} == {"metrics.json", "curves.png", "negatives.png"}
-    for name in ("curves.png", "negatives.png"):
+    assert {path.name for path in out.iterdir()} == {"metrics.json", *training.pictures.NAMES}
+    for name in training.pictures.NAMES:
         assert (out / name).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
     facts = json.loads((out / "metrics.json").read_text())

@@ -251,6 +251,15 @@ def test_instance_iou_against_literal_loops(first):
     close(scores.compute()["category_iiou"], loops.mean(per_category), 1e-8)
 
 
+def test_one_id_in_several_classes_and_images_is_as_many_instances():
+    labels, predictions, instances = maps()
+    instances[:] = 1
+    scores = InstanceIoU(N, INSTANCE_SIZES)
+    scores.update(predictions, labels, instances)
+    expected = loops.instance_iou(*images(labels, predictions, instances), INSTANCE_SIZES, 1)
+    close(scores.compute()["iiou_per_class"], expected, 1e-8)
+
+
 def test_the_figures_of_cityscapes_fit_its_classes():
     scores = InstanceIoU(
         19, metrics.CITYSCAPES_INSTANCE_SIZES, categories=metrics.CITYSCAPES_CATEGORIES, first_instance=1000

@@ -1,4 +1,5 @@
-"""The demo's pictures: curves.png and negatives.png. ImportError without matplotlib."""
+"""The demo's pictures: how the runs went, and what the contrastive one of them looks at and has learnt. ImportError
+without matplotlib."""
 
 from __future__ import annotations
 
@@ -6,18 +7,37 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor, nn
 
 from contextrast_kernels import viz
 from contextrast_kernels.demo import scenes
+from contextrast_kernels.metrics import AnchorSimilarity
 
 if TYPE_CHECKING:
     from contextrast_kernels.demo.training import Network, Run
 
 
-def draw(folder: Path, runs: list[Run], network: Network, data: scenes.Data) -> None:
-    """Write both pictures into a folder; `network` is one that was trained with a contrastive loss."""
-    _curves(runs).savefig(folder / "curves.png", dpi=110)
-    _negatives(network, data).savefig(folder / "negatives.png", dpi=110)
+NAMES = ("curves.png", "negatives.png", "embeddings.png", "similarity.png")
+MEASURED = 32
+"""Validation images, at most, of which similarity.png is made."""
+
+
+def draw(folder: Path, runs: list[Run], network: Network, heads: nn.ModuleList, data: scenes.Data) -> None:
+    """Write all pictures into a folder; network and heads are those of a run with a contrastive loss."""
+    network.eval(), heads.eval()
+    image, label = _richest(data)
+    with torch.no_grad():
+        logits, features = network(image[None])
+    sizes = [tuple(feature.shape[-2:]) for feature in features]
+    embeddings = _project(heads, features)
+    figures = (
+        _curves(runs),
+        viz.negatives(image, label, logits[0], num_classes=len(data.classes), sizes=sizes, class_names=data.classes),
+        viz.embeddings(image, [x[0] for x in embeddings]),
+        viz.similarity_curve(_similarity(network, heads, data)),
+    )
+    for name, figure in zip(NAMES, figures):
+        figure.savefig(folder / name, dpi=110)
 
 
 def _curves(runs: list[Run]):
@@ -56,15 +76,24 @@ def _curves(runs: list[Run]):
     return figure
 
 
-def _negatives(network: Network, data: scenes.Data):
-    """The hard negatives of the image with the most classes among those to be shown."""
+def _richest(data: scenes.Data) -> scenes.Batch:
+    """The image with the most classes among those to be shown, and its labels."""
     images, labels = data.shown
-    N = len(data.classes)
-    classes = torch.stack([(labels == n).flatten(1).any(1) for n in range(N)]).sum(0)
+    classes = torch.stack([(labels == n).flatten(1).any(1) for n in range(len(data.classes))]).sum(0)
     chosen = classes.argmax()
-    image, label = images[chosen], labels[chosen]
-    network.eval()
-    with torch.no_grad():
-        logits, features = network(image[None])
-    sizes = [tuple(feature.shape[-2:]) for feature in features]
-    return viz.negatives(image, label, logits[0], num_classes=N, sizes=sizes, class_names=data.classes)
+    return images[chosen], labels[chosen]
+
+
+@torch.no_grad()
+def _project(heads: nn.ModuleList, features: list[Tensor]) -> list[Tensor]:
+    return [head(feature) for head, feature in zip(heads, features)]
+
+
+@torch.no_grad()
+def _similarity(network: Network, heads: nn.ModuleList, data: scenes.Data) -> dict[str, Tensor]:
+    """Similarity of errors to anchors by distance, over some validation images."""
+    similarity = AnchorSimilarity(len(data.classes), ignore_index=scenes.VOID)
+    for images, labels in zip(*(tensor[:MEASURED].split(8) for tensor in data.validation)):
+        logits, features = network(images)
+        similarity.update(_project(heads, features), labels, logits)
+    return similarity.compute()

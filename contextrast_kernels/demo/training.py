@@ -193,8 +193,9 @@ def train(
     seed: int,
     steps: int,
     batch: int,
-) -> tuple[Run, Network]:
-    """One run on the data's device. Without a contrastive loss projection heads are not computed."""
+) -> tuple[Run, Network, nn.ModuleList]:
+    """One run on the data's device, its network and its projection heads, which nothing computes without a
+    contrastive loss."""
     N, device = len(data.classes), data.validation[0].device
     run = Run(objective.name, objective.alpha, seed)
     torch.manual_seed(seed)
@@ -240,7 +241,7 @@ def train(
             progress.update(evaluated=number in evaluations)
     run.seconds_per_step = seconds / (steps - warm_up)
     run.loss_seconds = statistics.fmean(loss_seconds or [0.0])
-    return run, network
+    return run, network, heads
 
 
 def time_loss(contrast: nn.Module, network: Network, heads: nn.ModuleList, data: scenes.Data, batch: int) -> float:
@@ -354,7 +355,9 @@ def table(runs: list[Run]) -> str:
     return "\n".join(lines)
 
 
-def write(folder: Path, runs: list[Run], network: Network, data: scenes.Data, settings: dict) -> str:
+def write(
+    folder: Path, runs: list[Run], network: Network, heads: nn.ModuleList, data: scenes.Data, settings: dict
+) -> str:
     """Replace `folder` by one with metrics.json and the pictures, all or nothing; a sentence says what is in it."""
     facts = {
         "settings": settings,
@@ -371,7 +374,7 @@ def write(folder: Path, runs: list[Run], network: Network, data: scenes.Data, se
         fresh.mkdir()
         (fresh / "metrics.json").write_text(json.dumps(without_nan(facts), indent=1, allow_nan=False) + "\n")
         try:
-            pictures.draw(fresh, runs, network, data)
+            pictures.draw(fresh, runs, network, heads, data)
             outcome = f"Wrote {', '.join(sorted(path.name for path in fresh.iterdir()))} to {folder}."
         except ImportError as error:
             outcome = f"Wrote metrics.json to {folder}; drew nothing, as the pictures need matplotlib ({error})."
@@ -455,7 +458,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if options.out.exists():
         if not options.out.is_dir():
             parser.error(f"--out: {options.out} is a file; give a folder.")
-        others = {path.name for path in options.out.iterdir()} - {"metrics.json", "curves.png", "negatives.png"}
+        others = {path.name for path in options.out.iterdir()} - {"metrics.json", *pictures.NAMES}
         if others:
             parser.error(f"--out: {options.out} would be replaced, but holds {min(others)}; give another folder.")
     if not os.access(options.out.parent, os.W_OK):
@@ -483,10 +486,10 @@ def main(argv: list[str] | None = None) -> int:
         print("Progress: a line for each evaluation, as a bar needs tqdm.")
     print(f"Training: {options.steps} steps with {options.batch} images each, on {options.device}.", flush=True)
 
-    runs, networks = [], {}
+    runs, trained = [], {}
     for seed in options.seed:
         for objective in (ALONE, *(LOSSES[name] for name in options.loss)):
-            run, networks[objective] = train(
+            run, *trained[objective] = train(
                 objective, data, augment, seed=seed, steps=options.steps, batch=options.batch
             )
             runs.append(run)
@@ -505,7 +508,7 @@ def main(argv: list[str] | None = None) -> int:
         "boundary_radius": RADIUS,
         "averaged_evaluations": AVERAGED,
     }
-    print(write(options.out, runs, networks[LOSSES[options.loss[0]]], data, settings))
+    print(write(options.out, runs, *trained[LOSSES[options.loss[0]]], data, settings))
     print(f"{time.perf_counter() - began:.0f} s in all.")
     failed = [run for run in runs if not run.rose]
     for run in failed:
