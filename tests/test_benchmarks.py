@@ -4,6 +4,7 @@ import contextlib
 import re
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import torch
 import contextrast_kernels as ck
 from benchmarks import report, results, run
 from contextrast_kernels import cases, measure
+from contextrast_kernels.backend import _requested
 
 ROW = results.Row(
     what="contextrast_loss forward",
@@ -115,6 +117,14 @@ def test_time_is_the_median_of_all_copies():
     timing = measure.time_calls([lambda: seen.append(0), lambda: seen.append(1)], torch.device("cpu"), seconds=1e-5)
     assert timing.repeats >= 5 and timing.median_ms > 0 and timing.iqr_ms >= 0
     assert abs(seen.count(0) - seen.count(1)) <= 2
+
+
+@pytest.mark.parametrize(("mebibytes", "copies"), [(0, 16), (1, 16), (15, 11), (16, 11), (149, 3), (150, 2), (4000, 2)])
+def test_copies_of_the_inputs_exceed_the_cache_three_times_over(monkeypatch, mebibytes, copies):
+    """Of 50 MiB here. While one is read the others pass through it; sixteen are enough."""
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(L2_cache_size=50 * 2**20))
+    assert measure.copies(mebibytes * 2**20, torch.device("cuda")) == copies
+    assert measure.copies(mebibytes * 2**20, torch.device("cpu")) == 1
 
 
 def test_peak_memory_is_above_what_the_call_returns():
@@ -231,6 +241,24 @@ def test_a_row_that_differs_or_crashes_is_written_down_as_failed(tmp_path, monke
     assert runs(tmp_path, "--parts", "edt") == 0  # what failed is tried again, and takes its row
     assert not any(row.status.startswith("failed") for row in rows_in(tmp_path))
     assert len({row.measured for row in rows_in(tmp_path)}) == len(rows_in(tmp_path))
+
+
+@cpu_only
+@pytest.mark.parametrize(
+    ("part", "broken"), [("step", "with contextrast"), pytest.param("loss", "triton", marks=pytest.mark.slow)]
+)
+def test_a_loss_that_is_not_the_definitions_is_not_timed(tmp_path, monkeypatch, part, broken):
+    pytest.importorskip("triton")
+    exact = ck.contextrast_loss
+    monkeypatch.setattr(
+        ck, "contextrast_loss", lambda *inputs, **o: exact(*inputs, **o) * (1.01 if _requested() == "triton" else 1)
+    )
+    assert runs(tmp_path, "--parts", part) == 1
+    rows = [row for row in rows_in(tmp_path) if not row.status.startswith("absent")]
+    differs = [
+        row for row in rows if row.status.startswith("failed: differs from the definition: relative error of the")
+    ]
+    assert differs == [row for row in rows if broken in (row.by, row.mode)] != []
 
 
 @cpu_only
