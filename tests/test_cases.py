@@ -74,6 +74,15 @@ def test_errors_lie_as_a_trained_networks_do():
         assert low <= float((distance == 0).sum() / (errors >= 0).sum()) <= high
 
 
+def test_what_a_caller_does_to_its_maps_stays_there():
+    """Maps are kept for the variants of a case."""
+    case = cases.CASES["camvid"].tiny()
+    labels, predictions = case.label_maps()
+    before = labels.clone(), predictions.clone()
+    labels.zero_(), predictions.zero_()
+    assert all(torch.equal(a, b) for a, b in zip(case.label_maps(), before, strict=True))
+
+
 def test_inputs_follow_from_case_and_seed_alone():
     case = cases.CASES["pascal-context"].tiny()
     first, again, other = (case.inputs(seed=seed) for seed in (4, 4, 5))
