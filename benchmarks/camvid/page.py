@@ -269,9 +269,9 @@ in plain torch |
 columns, with fewer samples |"""
 ON_SHORTENED = f"""\
 Anything less than the paper's sizes, batch and iterations, or the small network. Without a GPU that is the default: the
-small network, frames of {SHORTENED.height} rows, {SHORTENED.iterations} iterations. It shows that the study runs from
-end to end, goes on where it stopped and is counted, and nothing about how the losses compare where training is as long
-as the paper's: {NO_EVIDENCE}."""
+small network, frames of {SHORTENED.height} rows, batch {SHORTENED.batch}, {SHORTENED.iterations} iterations. It shows
+that the study runs from end to end, goes on where it stopped and is counted, and nothing about how the losses compare
+where training is as long as the paper's: {NO_EVIDENCE}."""
 
 
 def page(rows: Sequence[Result], drawn: Iterable[str]) -> str:
