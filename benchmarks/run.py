@@ -472,10 +472,7 @@ def selection_jobs(machine: Machine, case: Case) -> Iterator[Job]:
 
 # ------------------------------------------------------------------------------------------------------- training step
 
-
 STEPS = {"cross-entropy": None, "with contextrast": "triton", "with the definition": "reference"}
-
-
 NETWORKS_TIMED = ("hrnet_w18", "hrnet_w48", "deeplabv3_resnet101", "small")
 """Of the study's. The small one is always at hand, and the loss a large share of its step."""
 

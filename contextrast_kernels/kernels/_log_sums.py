@@ -1,7 +1,7 @@
 """Z_n = log Σ exp(s_np) over the negatives of every anchor n: the phase between the anchors and the loss.
 
-Hard negatives, each of one class, are few: they are read once for their s_ep, and what the second read of the phase
-takes is one number a pixel. With base pixels a pixel is a negative of many classes: the features are swept in whole.
+Hard negatives, each of one class, are few: their vectors are read once for s_ep, and all else works on that one number
+a pixel. With base pixels a pixel is a negative of many classes, and all features are swept.
 """
 
 from collections.abc import Sequence
