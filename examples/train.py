@@ -22,6 +22,8 @@ def train(steps: int, batch: int, dtype: torch.dtype) -> list[float]:
     device = (
         torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if torch.cuda.is_available() else torch.device("cpu")
     )
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     if many:
         distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
 

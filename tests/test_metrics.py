@@ -333,6 +333,7 @@ def test_identical_embeddings_have_alignment_zero():
     quality = AlignmentUniformity(2)
     quality.update(torch.full((1, 64, 8, 8), 0.3, dtype=torch.float16), torch.zeros(1, 8, 8, dtype=torch.long))
     assert quality.compute()["alignment"].item() == 0
+    assert quality.compute()["uniformity"].isnan()  # one class has no other
 
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf])
@@ -451,6 +452,8 @@ def test_merged_reset_saved_and_copied(name):
     if exact:
         same(one.compute(), both, exact=name != "BoundaryF1")
     other.load_state_dict(saved)
+    for value in (*saved.values(), *other.state_dict().values()):
+        value.zero_()  # what was saved is a copy, and so is what was loaded
     same(other.compute(), evaluated(name, first))
     other.update(*second)
     same(other.compute(), both)

@@ -76,6 +76,14 @@ def test_a_small_change_of_the_network_flips_no_colour():
         assert (viz.embedding_colours(x).int() - before).abs().double().mean() < 8
 
 
+def test_the_sign_of_a_component_is_no_matter_of_chance(monkeypatch):
+    [x] = pyramid(np.random.default_rng(3), B=1, D=5, sizes=((6, 7),))
+    colours, eigh = viz.embedding_colours(x), torch.linalg.eigh
+    for sign in (1, -1):
+        monkeypatch.setattr(torch.linalg, "eigh", lambda m, s=sign: (eigh(m).eigenvalues, s * eigh(m).eigenvectors))
+        assert torch.equal(viz.embedding_colours(x), colours)
+
+
 def test_two_kinds_of_pixels_have_two_colours():
     x = torch.zeros(1, 4, 2, 4)
     x[:, 0, :, :2], x[:, 1, :, 2:] = 1, 1

@@ -151,7 +151,7 @@ class AlignmentUniformity(Metric):
         apart = torch.cdist(centres, centres, compute_mode="donot_use_mm_for_euclid_dist")
         others = present.unsqueeze(0) & ~torch.eye(len(centres), dtype=torch.bool, device=centres.device)
         to_others = torch.where(others, apart, 0.0).sum(1) / (C - 1)
-        results["uniformity"] = torch.where(C > 1, _mean_where(to_others, present), torch.nan)
+        results["uniformity"] = _mean_where(to_others, present)  # 0 / 0 for one class, and for none
         from_nearest = torch.where(others, apart, torch.inf).sort(dim=1).values
         for k in self.nearest:
             mean = _mean_where(from_nearest[:, :k].mean(1), present)
