@@ -47,7 +47,9 @@ def parse(arguments: Sequence[str] | None) -> tuple[argparse.ArgumentParser, arg
     parser.add_argument("--minutes", type=float, default=8.0, help="stop after this, with a checkpoint; default: 8")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
-        "--pictures", action="store_true", help="also figure 5 and the negatives, in OUT, of the first seed"
+        "--pictures",
+        action="store_true",
+        help="of Contextrast and the first seed, also figure 5 and the negatives, in OUT",
     )
     for name, kind, least, most in NUMBERS:
         parser.add_argument(f"--{name}", type=kind, help=f"{least} to {most}; default: the protocol's")
@@ -139,7 +141,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{name}: stopped after {run.iteration} of {setting.iterations} iterations", flush=True)
             break
         results.record(path, row)
-        if options.pictures and seed == options.seeds[0] and run.tap is not None and row.status == "ok":
+        if options.pictures and arm.loss == "contextrast" and seed == options.seeds[0] and row.status == "ok":
             for what, figure in run.pictures().items():
                 figure.savefig(options.out / f"{arm.name}-{what}.png", dpi=110)
         checkpoint(arm, seed).unlink(missing_ok=True)
