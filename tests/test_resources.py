@@ -180,12 +180,10 @@ def test_the_plan_counts_launches_and_bytes():
     and a part, and write them once."""
     if ck.available()["triton"] != "ok":
         pytest.skip(ck.available()["triton"])
-    import torch
-
-    from contextrast_kernels.kernels.contextrast import plan
+    from contextrast_kernels.kernels.step import training_step
 
     sizes = [(128, 256), (64, 128), (32, 64), (16, 32)]
-    launches = plan(8, sizes, 256, 19)
+    launches = training_step(8, sizes, 256, 19).launches
     F = sum(8 * 256 * h * w * 2 for h, w in sizes)
     sweeps = [launch for launch in launches if launch.reads >= F]
     assert len(launches) <= 12
@@ -194,5 +192,5 @@ def test_the_plan_counts_launches_and_bytes():
     small = sum(launch.reads + launch.writes for launch in launches if launch not in sweeps)
     assert small < 0.15 * F
     # Layers whose rows cannot be read 16 bytes at a time share one more launch of each sweep.
-    camvid = plan(16, [(90, 120), (45, 60), (23, 30), (12, 15)], 256, 11, torch.bfloat16)
-    assert len(camvid) == len(launches) + len(sweeps)
+    camvid = training_step(16, [(90, 120), (45, 60), (23, 30), (12, 15)], 256, 11)
+    assert len(camvid.launches) == len(launches) + len(sweeps)
