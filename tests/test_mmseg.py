@@ -111,6 +111,21 @@ def test_the_head_adds_the_contrast_of_the_stages(registry):
     assert all(p.grad is not None for p in head.parameters())
 
 
+def test_what_the_head_ignores_the_contrast_ignores(registry):
+    options = {"in_channels": [4, 8], "dim": 8, "layer_weights": (1.0, 0.5)}
+    head = registry.build({"type": "ContextrastHead", "head": PLAIN | {"ignore_index": 1}, **options})
+    data = samples()
+    for sample in data:
+        sample.gt_sem_seg.data[sample.gt_sem_seg.data == 255] = 1
+    labels = torch.stack([sample.gt_sem_seg.data for sample in data])
+    loss = head.loss(STAGES, data, None)["loss_contrast"]
+    embeddings = [project(x) for project, x in zip(head.contrast_heads, STAGES)]
+    more = {"num_classes": N, "layer_weights": (1.0, 0.5), "seed": 0}
+    expected = ck.contextrast_loss(embeddings, labels, head.forward(STAGES), ignore_index=1, **more)
+    assert expected > 0 and expected != ck.contextrast_loss(embeddings, labels, head.forward(STAGES), **more)
+    torch.testing.assert_close(loss, 0.1 * expected, rtol=1e-4, atol=0)
+
+
 def test_checkpoints_and_predictions_of_the_plain_head_stay_good(registry):
     plain = registry.build(PLAIN)
     head = registry.build(
