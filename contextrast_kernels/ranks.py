@@ -5,6 +5,7 @@ A group goes by its name, a string that modules can copy and pickle and torch.co
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, distributed
@@ -51,12 +52,12 @@ def size(name: str) -> int:
 class _Agreed:
     """What the ranks of a group have told each other."""
 
-    group: object
     exchanges: int = 0
     kinds: set[str] = field(default_factory=set)
 
 
-_agreed: dict[str, _Agreed] = {}
+_agreed: WeakKeyDictionary[object, _Agreed] = WeakKeyDictionary()
+"""By process group, and as long as there is one: another may bear its name later."""
 
 
 def agree(name: str, kind: str, facts: str | None = None) -> None:
@@ -68,9 +69,7 @@ def agree(name: str, kind: str, facts: str | None = None) -> None:
     """
     facts = kind if facts is None else facts
     group = _resolved(name)
-    known = _agreed.get(name)
-    if known is None or known.group is not group:  # another group may have borne this name
-        known = _agreed[name] = _Agreed(group)
+    known = _agreed.setdefault(group, _Agreed())
     if kind in known.kinds:
         return
     store, ranks = group.get_group_store(), range(group.size())

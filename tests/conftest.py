@@ -69,5 +69,17 @@ def one_thread():
 
 
 @pytest.fixture
+def one_rank():
+    """torch.distributed with one gloo rank, which a test may itself destroy."""
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_gloo_available()):
+        pytest.skip("this torch has no gloo to run ranks on")
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
+@pytest.fixture
 def rng():
     return np.random.default_rng(20240)

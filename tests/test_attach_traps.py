@@ -205,16 +205,6 @@ def test_evaluation_records_nothing():
     assert len(tap.features()) == 4
 
 
-@pytest.fixture
-def one_rank():
-    distributed = pytest.importorskip("torch.distributed")
-    if not (distributed.is_available() and distributed.is_gloo_available()):
-        pytest.skip("this torch has no gloo")
-    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
-    yield
-    distributed.destroy_process_group()
-
-
 def test_ddp_trains_when_a_batch_has_nothing_to_contrast(one_rank):
     """An all-ignored batch still links every head to the loss; a loss without the heads is what DDP cannot bear."""
     model, tap = attached()

@@ -6,9 +6,11 @@ handed back and compared here.
 
 import copy
 import datetime
+import gc
 import itertools
 import pickle
 import re
+import weakref
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -312,7 +314,7 @@ def left_in_store(group):
         dist.barrier(group)
         for temperature in temperatures:
             loss_of("two ranks", group=group, temperature=temperature)(*inputs)
-            exchanges = ck.ranks._agreed[group.group_name].exchanges
+            exchanges = ck.ranks._agreed[group].exchanges
         dist.barrier(group)
         counts.append((store.num_keys() - before, exchanges))
     return counts
@@ -503,14 +505,19 @@ def test_a_group_that_is_gone_is_one_sentence(seen):
             assert sentence.startswith("RuntimeError: group: expected a process group of torch.distributed"), sentence
 
 
-def test_a_sampler_counts_one_rank_and_takes_no_group():
-    store = dist.HashStore()
-    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
-        with pytest.raises(ValueError, match="base_sampler: expected None with a group"):
-            ck.ContextrastLoss(N, base_sampler=ck.Sampler("common-count", 10, 2), group=dist.group.WORLD)
-    finally:
-        dist.destroy_process_group()
+def test_a_sampler_counts_one_rank_and_takes_no_group(one_rank):
+    with pytest.raises(ValueError, match="base_sampler: expected None with a group"):
+        ck.ContextrastLoss(N, base_sampler=ck.Sampler("common-count", 10, 2), group=dist.group.WORLD)
+
+
+def test_a_loss_does_not_keep_its_group(one_rank):
+    with ck.backend("reference"):
+        criterion = loss_of("one rank", group=dist.group.WORLD)
+        criterion(*batch("one rank"))
+    group = weakref.ref(dist.group.WORLD)
+    dist.destroy_process_group()
+    gc.collect()
+    assert group() is None
 
 
 # -------------------------------------------------------------------------------------------------------------- GPUs
