@@ -510,10 +510,8 @@ def test_a_sampler_counts_one_rank_and_takes_no_group(one_rank):
         ck.ContextrastLoss(N, base_sampler=ck.Sampler("common-count", 10, 2), group=dist.group.WORLD)
 
 
-def test_a_loss_does_not_keep_its_group(one_rank):
-    with ck.backend("reference"):
-        criterion = loss_of("one rank", group=dist.group.WORLD)
-        criterion(*batch("one rank"))
+def test_what_ranks_agreed_on_goes_with_their_group(one_rank):
+    ck.ranks.agree(ck.ranks.name_of(dist.group.WORLD), "a kind of loss")
     group = weakref.ref(dist.group.WORLD)
     dist.destroy_process_group()
     gc.collect()
