@@ -322,8 +322,8 @@ def main() -> None:
     parser.add_argument("--dtype", nargs="+", default=["bfloat16"])
     parser.add_argument("--layout", nargs="+", choices=LAYOUTS, default=["nchw", "channels_last"])
     parser.add_argument("--sizes", nargs="+", choices=(*SIZES, *ROWS_AND_COLUMNS), default=["cityscapes"])
-    forms = ("hard", "base", "all", "both", "each", "pooled", "supcon")
-    parser.add_argument("--negatives", nargs="+", choices=forms, default=["hard", "all"])
+    negatives, forms = ("hard", "base", "all", "both"), ("each", "pooled", "supcon")
+    parser.add_argument("--negatives", nargs="+", choices=(*negatives, *forms), default=["hard", "all"])
     parser.add_argument("--channels", nargs="+", type=int, default=[256])
     parser.add_argument("--classes", nargs="+", type=int, default=[19])
     parser.add_argument("--arch", nargs="+", type=int, default=[90])
@@ -338,6 +338,11 @@ def main() -> None:
         whole = sorted(set(matrix()), key=lambda case: (case.dtype, case.D, case.arch, case))
         cases = whole[len(whole) * part // parts : len(whole) * (part + 1) // parts]
     else:
+        for op in options.op:
+            known = (ROWS_AND_COLUMNS, forms) if op == "info_nce" else (SIZES, negatives)
+            for given, expected in zip((options.sizes, options.negatives), known):
+                if not set(given) <= set(expected):
+                    parser.error(f"--op {op}: expected {', '.join(expected)}, got {', '.join(given)}")
         axes = (options.op, options.dtype, options.channels, options.classes, options.layout, options.sizes)
         cases = [
             Case(*axis, negatives=negatives, arch=arch)
