@@ -37,8 +37,12 @@ class Case:
     """Of each rank."""
     dtype: torch.dtype = torch.float64
     ignored_ranks: tuple[int, ...] = ()
-    broken: str = ""
-    """"positive" or "quiet": where the last rank has a NaN."""
+    broken: bool = False
+    """The last rank has a NaN, at a pixel of class 3."""
+    quiet: bool = False
+    """No pixel is taken for class 3, which has no negative then."""
+    scale: float = 1.0
+    """Of the features."""
     options: dict = field(default_factory=dict)
 
 
@@ -50,7 +54,10 @@ CASES = {
     "nothing valid anywhere": Case(ignored_ranks=(0, 1)),
     "no image anywhere": Case(images=(0, 0)),
     "some base pixels": Case(options={"base_rate": 0.3}),
-    "some base pixels, features as they are": Case(images=(1, 1), options={"base_rate": 0.3, "normalize": False}),
+    "some base pixels, features as they are": Case(
+        images=(1, 1), scale=30.0, options={"base_rate": 0.3, "normalize": False}
+    ),
+    "features as they are, a class that has no negative": Case(quiet=True, options={"normalize": False}),
     "all negatives": Case(images=(1, 1, 1, 1), options={"negatives": "none", "base_rate": 1.0}),
     "features as they are": Case(options={"normalize": False}),
     "dense, features as they are": Case(images=(1, 1, 1, 1), options={"normalize": False, "base_rate": 0.5}),
@@ -60,8 +67,8 @@ CASES = {
     "a temperature whose exponentials float64 cannot hold": Case(options={"temperature": 0.0003}),
     "float32": Case(images=(1, 1, 1, 1), dtype=torch.float32),
     "float16": Case(images=(1, 1), dtype=torch.float16),
-    "a NaN on one rank": Case(images=(1, 1), broken="positive"),
-    "a NaN on one rank, in a class that has no negative": Case(broken="quiet", options={"temperature": 0.5}),
+    "a NaN on one rank": Case(images=(1, 1), broken=True),
+    "a NaN on one rank, in a class that has no negative": Case(broken=True, quiet=True, options={"temperature": 0.5}),
 }
 QUICK = (
     "four uneven ranks, one with an empty batch",
@@ -86,7 +93,7 @@ def batch(name):
     rng = np.random.default_rng(7)
     images = sum(case.images)
     labels, predictions = scene(rng, B=images, N=N, H=12, W=18)
-    features = [x.to(case.dtype) for x in pyramid(rng, B=images, D=D, sizes=SIZES)]
+    features = [(case.scale * x).to(case.dtype) for x in pyramid(rng, B=images, D=D, sizes=SIZES)]
     starts = np.cumsum((0, *case.images))
     for rank, (start, stop) in enumerate(itertools.pairwise(starts)):
         mine = labels[start:stop]
@@ -98,8 +105,8 @@ def batch(name):
     if case.broken:
         labels[-1, 0, 0] = 3
         features[0][-1, 2, 0, 0] = torch.nan
-        if case.broken == "quiet":
-            predictions[predictions == 3] = 2
+    if case.quiet:
+        predictions[predictions == 3] = 2
     return features, labels, predictions
 
 

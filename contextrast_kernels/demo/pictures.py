@@ -24,7 +24,7 @@ MEASURED = 32
 
 def draw(folder: Path, runs: list[Run], network: Network, heads: nn.ModuleList, data: scenes.Data) -> None:
     """Write all pictures into a folder; network and heads are those of a run with a contrastive loss."""
-    network.eval(), heads.eval()
+    nn.ModuleList((network, heads)).eval()
     image, label = _richest(data)
     with torch.no_grad():
         logits, features = network(image[None])
