@@ -296,9 +296,13 @@ def alone(rank, group):
     usual = store.timeout
     store.set_timeout(datetime.timedelta(seconds=1))
     said = sentence(lambda: criterion(*inputs)) if rank == 1 else None
+    for late in (1, 0):
+        dist.barrier(group)
+        if rank == late:
+            one_by_one = sentence(lambda: ck.ranks.agree(group.group_name, "a kind of loss"))
     dist.barrier(group)
     store.set_timeout(usual)
-    return said, sentence(lambda: criterion(*inputs))
+    return said, one_by_one, sentence(lambda: criterion(*inputs))
 
 
 def second_derivative(rank, group):
@@ -489,7 +493,8 @@ def test_ranks_that_disagree_say_so_on_every_rank(seen):
 
 
 def test_a_rank_that_comes_alone_does_not_wait_for_ever(seen):
-    said, together = zip(seen[0]["alone"], seen[1]["alone"])
+    said, one_by_one, together = zip(seen[0]["alone"], seen[1]["alone"])
+    assert all("expected all 2 ranks to come with a kind of loss, as rank" in each for each in one_by_one)
     assert said[1].startswith("RuntimeError: group: expected all 2 ranks to come with num_classes=5; ")
     assert together == ("no error", "no error")
 
