@@ -8,6 +8,7 @@ resolution. `python -m benchmarks.report` makes docs/camvid.md of the rows.
 """
 
 import argparse
+import contextlib
 import hashlib
 import importlib.util
 import pathlib
@@ -19,6 +20,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from benchmarks import results
@@ -80,34 +82,52 @@ def parse(arguments: Sequence[str] | None) -> tuple[argparse.ArgumentParser, arg
 
 
 NUMBERS = (("height", int, 32, 720), ("iterations", int, 1, 10**6), ("batch", int, 1, 256))
+LOCK = ".camvid.lock"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Train what is left. Exit status: 0; 1 if a training failed; 2 for unusable arguments or data."""
+    """Train what is left. Exit status: 0; 1 if a training failed or nothing can be written; 2 for unusable arguments or
+    data; 130 after Ctrl-C."""
     parser, options = parse(arguments)
     ends = time.monotonic() + 60 * options.minutes
-    path = options.out / rows.FILE
     numbers = {name: getattr(options, name) for name in ("network", *(name for name, *_ in NUMBERS))}
     setting = training.FULL if options.device == "cuda" else training.SHORTENED
     setting = replace(setting, **{name: value for name, value in numbers.items() if value is not None})
-    try:
-        known = {row.measured for row in results.read(path, Result)}
-        NETWORKS[setting.network](2)
-        data = scenes.CamVid(options.root, setting.height, device=options.device)
-        for folder in (options.out, options.keep):  # what cannot be written is said before a training, not after it
-            folder.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=folder).close()
-    except (results.SchemaError, Absent, scenes.DataError, OSError) as error:
-        parser.error(str(error))
-    if min(data.size) < training.MULTIPLE:
-        parser.error(f"--height: expected frames of at least 32 x 32 px, got {data.size[0]} x {data.size[1]}")
-    augment, _ = scenes.augmentation()
-    environment = results.environment(options.device) | {"libraries": libraries()}
-    study = training.Study(setting, data, "plain" if augment is scenes.plain else "kornia", augment, environment)
+    with contextlib.ExitStack() as locks:
+        try:
+            NETWORKS[setting.network](2)
+            data = scenes.CamVid(options.root, setting.height, device=options.device)
+            for folder in (options.out, options.keep):  # what cannot be written is said before a training, not after it
+                folder.mkdir(parents=True, exist_ok=True)
+                tempfile.TemporaryFile(dir=folder).close()
+            for folder in {options.out.resolve(), options.keep.resolve()}:
+                locks.enter_context(FileLock(folder / LOCK, timeout=0))
+            known = {row.measured for row in results.read(options.out / rows.FILE, Result)}
+        except Timeout as error:
+            parser.error(f"{error.lock_file}: another call trains here; wait for it, or give other --out and --keep")
+        except (results.SchemaError, Absent, scenes.DataError, OSError) as error:
+            parser.error(str(error))
+        if min(data.size) < training.MULTIPLE:
+            parser.error(f"--height: expected frames of at least 32 x 32 px, got {data.size[0]} x {data.size[1]}")
+        classes, least = int((data.validation[1].unique() < len(data.classes)).sum()), max(rows.NEAREST) + 1
+        if classes < least:
+            parser.error(f"--root: expected validation frames of at least {least} classes, got {classes}")
+        augment, _ = scenes.augmentation()
+        environment = results.environment(options.device) | {"libraries": libraries()}
+        study = training.Study(setting, data, "plain" if augment is scenes.plain else "kornia", augment, environment)
+        command = sys.argv[1:] if arguments is None else arguments
+        options.command = shlex.join(["python", "-m", "benchmarks.train_camvid", *map(str, command)])
+        return train(study, options, known, ends)
+
+
+def train(study: training.Study, options: argparse.Namespace, known: set[tuple], ends: float) -> int:
+    """One training after another until ``ends``, but for those known. Says what is left; returns the exit status."""
+    path, setting = options.out / rows.FILE, study.setting
 
     def checkpoint(arm: arms.Arm, seed: int) -> pathlib.Path:
-        digest = hashlib.sha1(repr(study.blank(arm, seed).measured).encode()).hexdigest()[:8]
-        return options.keep / f"{arm.name}-seed-{seed}-{digest}.pt"
+        # By what the arm is, too: one whose options were changed begins anew.
+        what = study.blank(arm, seed).measured, arm, setting
+        return options.keep / f"{arm.name}-seed-{seed}-{hashlib.sha1(repr(what).encode()).hexdigest()[:8]}.pt"
 
     left = [(arm, seed) for group in options.arms for seed in options.seeds for arm in group]
     for arm, seed in left:
@@ -120,7 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"{setting.iterations} iterations, {blank.precision}, augmentation: {study.augmentation}, {blank.device}",
         flush=True,
     )
-    failed = []
+    failed, status = [], 0
     while left and time.monotonic() < ends:
         run, (arm, seed) = None, left[0]  # the last training's memory is free before the next begins
         name = f"{arm.name}, seed {seed}"
@@ -130,6 +150,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 run.resume(checkpoint(arm, seed))
             with tqdm(total=setting.iterations, initial=run.iteration, desc=name, unit="it", disable=None) as bar:
                 row = run.advance(ends, checkpoint(arm, seed), bar.update)
+            if row is None:
+                print(f"{name}: stopped after {run.iteration} of {setting.iterations} iterations", flush=True)
+                break
+            results.record(path, row)
+            if options.pictures and arm.loss == "contextrast" and seed == options.seeds[0] and row.status == "ok":
+                for what, figure in run.pictures().items():
+                    figure.savefig(options.out / f"{arm.name}-{what}.png", dpi=110)
+        except KeyboardInterrupt:
+            print(f"{name}: interrupted; what is kept is the last tenth that was finished", flush=True)
+            status = 130
+            break
+        except OSError as error:  # what cannot be written now, the next training cannot write either
+            print(f"{name}: {error}", flush=True)
+            status = 1
+            break
         except (RuntimeError, ValueError, training.CheckpointError) as error:  # out of memory, say: go on without it
             print(f"{name} failed: {type(error).__name__}: {str(error).partition(chr(10))[0]}", flush=True)
             failed.append(left.pop(0))
@@ -137,13 +172,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 print("the device answers nothing any more in this process")
                 break
             continue
-        if row is None:
-            print(f"{name}: stopped after {run.iteration} of {setting.iterations} iterations", flush=True)
-            break
-        results.record(path, row)
-        if options.pictures and arm.loss == "contextrast" and seed == options.seeds[0] and row.status == "ok":
-            for what, figure in run.pictures().items():
-                figure.savefig(options.out / f"{arm.name}-{what}.png", dpi=110)
         checkpoint(arm, seed).unlink(missing_ok=True)
         left.pop(0)
         print(f"{name}: {told(row)}", flush=True)
@@ -151,11 +179,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if left:
         begun = ("" if not checkpoint(*job).exists() else ", begun" for job in left)
         print("left: " + "; ".join(f"{arm.name} {seed}{some}" for (arm, seed), some in zip(left, begun)))
-        command = sys.argv[1:] if arguments is None else arguments
-        print("go on with: " + shlex.join(["python", "-m", "benchmarks.train_camvid", *map(str, command)]))
+        print(f"go on with: {options.command}")
     outcome = f"{len(left)} rows left" if left else "complete"
     print(f"{len(failed)} trainings failed; {outcome}")
-    return 1 if failed else 0
+    return status or (1 if failed else 0)
 
 
 def told(row: Result) -> str:

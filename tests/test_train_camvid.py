@@ -1,5 +1,6 @@
 """The CamVid study: that it goes on where it stopped, compares like with like, and refuses what it cannot use."""
 
+import resource
 import shutil
 import statistics
 import sys
@@ -144,6 +145,17 @@ def test_arms_differ_by_the_weighted_loss_alone(study):
     assert not torch.equal(ends[0], ends[2]) and not torch.equal(ends[2], ends[3])
 
 
+def test_the_optimizer_and_the_weights_are_the_papers(study):
+    run = training.Training(arms.ARMS["baseline"], 3, study)
+    [group] = run.optimizer.param_groups
+    for done in range(4):
+        assert group["lr"] == pytest.approx(0.05 * (1 - done / 4) ** 0.9)
+        run.step()
+    assert group["momentum"] == 0.9 and group["weight_decay"] == 5e-4
+    weights = {arm.weight for arm in arms.ARMS.values() if arm.loss == "contextrast"}
+    assert weights == {0.1} and arms.ARMS["pne"].weight == 1.3 and arms.ARMS["pixel-contrast-bank"].weight == 1.0
+
+
 def test_every_frame_comes_once_before_any_comes_again():
     stream = torch.cat([training.frames(5, 3, 7, iteration) for iteration in range(10)]).tolist()
     epochs = [stream[i : i + 5] for i in range(0, 30, 5)]
@@ -190,6 +202,35 @@ def test_the_study_stops_in_time_goes_on_and_repeats_nothing(camvid, tmp_path, c
     steps.clear()
     assert call(camvid, tmp_path, "--pictures") == 0  # of what is trained in this call: nothing
     assert not steps and not list(tmp_path.glob("*.png")) and rows_in(tmp_path) == [baseline, bane]
+
+
+def test_an_evaluation_that_is_out_of_time_is_begun_anew_and_then_ends(camvid, tmp_path, capsys, monkeypatch):
+    evaluate, now, late = training.evaluate, training.time.monotonic(), []
+    monkeypatch.setattr(training.time, "monotonic", lambda: now + 3600 * len(late))
+
+    def slow(*arguments):
+        late.append(True)
+        return evaluate(*arguments)
+
+    monkeypatch.setattr(training, "evaluate", slow)
+    assert call(camvid, tmp_path, "--arms", "bane") == 0
+    assert "bane, seed 0: stopped after 4 of 4 iterations\nleft: bane 0, begun\n" in capsys.readouterr().out
+    assert rows_in(tmp_path) == [] and len(late) == 1
+    monkeypatch.setattr(training.time, "monotonic", lambda: now + 3600 * (len(late) - 1))
+    assert call(camvid, tmp_path, "--arms", "bane") == 0  # it needs longer than a call may take, and is alone
+    [row] = rows_in(tmp_path)
+    assert row.status == "ok" and len(late) == 2 and not list(tmp_path.glob("*.pt"))
+
+
+def test_a_checkpoint_of_other_options_is_not_gone_on_from(camvid, tmp_path, monkeypatch):
+    step, now, steps = training.Training.step, training.time.monotonic(), []
+    monkeypatch.setattr(training.Training, "step", lambda run: (steps.append(run.iteration), step(run)))
+    monkeypatch.setattr(training.time, "monotonic", lambda: now + 3600 * (len(steps) == 2))
+    assert call(camvid, tmp_path, "--arms", "bane") == 0 and steps == [0, 1]
+    monkeypatch.setattr(training.time, "monotonic", lambda: now)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(arms.ARMS, "bane", replace(arms.ARMS["bane"], options={"ratio": 0.4}))
+        assert call(camvid, tmp_path, "--arms", "bane") == 0 and steps == [0, 1, 0, 1, 2, 3]
 
 
 def test_pictures_change_nothing(camvid, study, tmp_path):
@@ -262,6 +303,78 @@ def test_a_training_that_fails_or_diverges_stops_no_other(camvid, tmp_path, caps
     assert {(row.arm, row.status == "ok") for row in rows_in(tmp_path)} == {("baseline", True), ("bane", False)}
 
 
+def test_weights_that_broke_in_the_last_step_are_a_divergence(camvid, tmp_path, monkeypatch):
+    """The losses were finite, and the scores of such weights would be numbers, too, but for A and U."""
+    step = training.Training.step
+
+    def broken(run):
+        step(run)
+        if run.iteration == 4:
+            next(run.network.parameters()).data.fill_(float("nan"))
+
+    monkeypatch.setattr(training.Training, "step", broken)
+    assert call(camvid, tmp_path, "--arms", "baseline") == 0
+    [row] = rows_in(tmp_path)
+    assert row.status.startswith("diverged: no finite alignment, uniformity") and row.miou is None
+
+
+def test_two_calls_do_not_train_into_one_folder(camvid, tmp_path, capsys, monkeypatch):
+    """The second is refused while the first trains: in its step."""
+    step = training.Training.step
+
+    def twice(run):
+        for folders in ([], ["--out", str(tmp_path / "other"), "--keep", str(tmp_path)]):
+            with pytest.raises(SystemExit, match="2"):
+                call(camvid, tmp_path, *folders)
+        step(run)
+
+    monkeypatch.setattr(training.Training, "step", twice)
+    assert call(camvid, tmp_path, "--iterations", "1", "--arms", "baseline") == 0
+    printed = capsys.readouterr().err.splitlines()
+    assert (
+        sum(f"{tmp_path / train_camvid.LOCK}: another call trains here; wait for it" in line for line in printed) == 2
+    )
+    assert len(rows_in(tmp_path)) == 1
+
+
+def test_ctrl_c_keeps_the_last_tenth(camvid, tmp_path, capsys, monkeypatch):
+    step = training.Training.step
+
+    def interrupted(run):
+        if run.iteration == 3:
+            raise KeyboardInterrupt
+        step(run)
+
+    monkeypatch.setattr(training.Training, "step", interrupted)
+    assert call(camvid, tmp_path) == 130
+    printed = capsys.readouterr().out
+    assert "baseline, seed 0: interrupted" in printed and "left: baseline 0, begun; bane 0\n" in printed
+    monkeypatch.setattr(training.Training, "step", step)
+    assert call(camvid, tmp_path) == 0 and len(rows_in(tmp_path)) == 2
+
+
+@pytest.mark.parametrize("most", [2000, 20000], ids=["row", "checkpoint"])
+def test_a_full_disk_is_a_sentence_and_loses_nothing(camvid, tmp_path, capsys, monkeypatch, most):
+    """Files above a size cannot be written, as where the disk is full: rows, or checkpoints alone."""
+    assert call(camvid, tmp_path, "--arms", "baseline") == 0
+    if most < 20000:
+        results.write(tmp_path / rows.FILE, [replace(rows_in(tmp_path)[0], seed=seed) for seed in range(1, 9)], Result)
+        monkeypatch.setattr(training.Training, "save", lambda run, path: None)
+    before = (tmp_path / rows.FILE).read_text()
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, unlimited[1]))
+    try:
+        status = call(camvid, tmp_path, "--arms", "bane")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    printed = capsys.readouterr().out
+    assert status == 1 and printed.endswith("0 trainings failed; 1 rows left\n")
+    assert "bane, seed 0: " + ("[Errno 27]" if most < 20000 else "torch could not write ") in printed
+    assert (tmp_path / rows.FILE).read_text() == before
+    monkeypatch.undo()
+    assert call(camvid, tmp_path, "--arms", "bane") == 0 and rows_in(tmp_path)[-1].arm == "bane"
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
@@ -285,6 +398,11 @@ def test_bad_arguments_are_one_sentence(camvid, tmp_path, capsys, arguments, sen
     assert not list(tmp_path.glob("out/*"))
 
 
+def few_classes(root):
+    for path in (root / "valannot").iterdir():
+        Image.fromarray(np.repeat(np.uint8([[0, 3, 11]]), 32, 1).repeat(64, 0)).save(path)
+
+
 def bad_label(root):
     Image.fromarray(np.full((64, 96), 12, np.uint8)).save(root / "valannot" / "1.png")
 
@@ -294,6 +412,7 @@ def bad_label(root):
     [
         (lambda root: shutil.rmtree(root / "valannot"), "valannot: SegNet's layout has train"),
         (lambda root: [path.unlink() for path in (root / "train").iterdir()], "no .png or .jpg image in"),
+        (few_classes, "--root: expected validation frames of at least 6 classes, got 2"),
         (bad_label, "1.png holds the value 12; expected 0..10 for the classes and 11 for void"),
     ],
 )
@@ -448,6 +567,20 @@ def test_differences_are_taken_seed_by_seed():
     assert page.signed([2.0, 1.0, 3.0]) == "+2.00 [-0.48, +4.48]"
     assert page.signed([2.0]) == "+2.00, one seed" and page.signed([]) == "–"
     assert page.spread([2.0, 1.0, 3.0], ".1f") == "2.0 ± 1.0"
+    # Of four seeds of BANE the baseline has three.
+    assert "| 4 | 65.25 ± 16.92 | +2.00 [-0.48, +4.48], 3 seeds |" in page.compared(first, "components")
+
+
+def test_the_page_says_what_was_trained_elsewhere_and_what_was_not_learnt():
+    trainings = [made_up("baseline", seed, 0.5, iou_per_class="0.9000 0.0000 0.0099 nan") for seed in range(2)]
+    trainings += [made_up("bane", 0, 0.5, commit="fedcba9", iou_per_class="0.9000 0.5000 0.5000 0.0100")]
+    places = "driver 580.1, torch 2.11.0, commit {}"
+    assert page.sources(trainings) == (
+        f"Trained on A GPU, {places.format('0123456')} (2 trainings); "
+        f"A GPU, {places.format('fedcba9')} (1 trainings, of `bane`)."
+    )
+    assert page.hardly_found(trainings) == " Of 4 classes 1.3, on average, have an IoU below 1 % at the end."
+    assert page.hardly_found(trainings[2:]) == page.hardly_found([made_up("bane", 0, 0.5)]) == ""
 
 
 def test_the_page_says_what_the_rows_say(tmp_path):

@@ -112,7 +112,9 @@ def compared(rows: Sequence[Result], name: str) -> str:
         cells = [f"`{arm}`", text, str(len(of_arm)) + (f", {diverged} diverged" if diverged else "")]
         for score in ("miou", "miou_multi_scale", "trimap_5"):
             cells.append(spread([100 * getattr(row, score) for row in of_arm], ".2f"))
-            cells.append("" if arm == base else signed(differences(rows, arm, base, score)))
+            found = differences(rows, arm, base, score)
+            of_fewer = f", {len(found)} seeds" if 1 < len(found) < len(of_arm) else ""
+            cells.append("" if arm == base else signed(found) + of_fewer)
         lines.append(cells + ([f"{paper[arm]:.2f}" if arm in paper else ""] if paper else []))
     less = "− ours" if name == "choices" else "− baseline"
     head = ["arm", "", "seeds", "mIoU", less, "multi-scale mIoU", less, "mIoU within 5 px", less]
@@ -142,12 +144,27 @@ def all_scores(rows: Sequence[Result]) -> str:
 
 
 def sources(rows: Sequence[Result]) -> str:
-    places = dict.fromkeys((row.device, row.driver, row.torch, row.triton, row.libraries, row.commit) for row in rows)
-    lines = []
-    for device, driver, torch, triton, libraries, commit in places:
+    """Where and with what, and which arms elsewhere than most."""
+    places: dict[tuple, list[Result]] = {}
+    for row in rows:
+        place = (row.device, row.driver, row.torch, row.triton, row.libraries, row.commit)
+        places.setdefault(place, []).append(row)
+    lines, most = [], max(map(len, places.values()))
+    for (device, driver, torch, triton, libraries, commit), there in places.items():
         versions = (("driver", driver), ("torch", torch), ("Triton", triton), ("", libraries), ("commit", commit))
-        lines.append(f"{device}, " + ", ".join(f"{name} {version}".strip() for name, version in versions if version))
+        named = ", ".join(f"{name} {version}".strip() for name, version in versions if version)
+        which = f", of {', '.join(f'`{arm}`' for arm in dict.fromkeys(row.arm for row in there))}"
+        lines.append(f"{device}, {named} ({len(there)} trainings{which if len(there) < most else ''})")
     return "Trained on " + "; ".join(lines) + "."
+
+
+def hardly_found(rows: Sequence[Result]) -> str:
+    """How many classes the trainings do not learn; "" where they learn all."""
+    ious = [[float(iou) for iou in row.iou_per_class.split()] for row in rows if row.iou_per_class]
+    low = [sum(iou < 0.01 for iou in of_row) for of_row in ious]
+    if not any(low):
+        return ""
+    return f" Of {len(ious[0])} classes {statistics.fmean(low):.1f}, on average, have an IoU below 1 % at the end."
 
 
 def described(row: Result) -> str:
@@ -249,8 +266,9 @@ seeds by `python -m benchmarks.train_camvid`; this page is generated from its ro
 
 Arms with the same seed start from the same weights and see the same images, so differences are taken seed by seed. ±
 is the standard deviation over seeds; in brackets stands the 95 % interval of the mean difference by Student's t. An
-interval that holds 0 shows no difference, and with three seeds it is wide. There are {len(ARMS) - 1} arms beside the
-baseline: some intervals miss 0 by chance alone. Scores are of the last iteration, on the validation frames, in percent.
+interval that holds 0 leaves open which is better, and with three seeds it is wide. There are {len(ARMS) - 1} arms
+beside the baseline: some intervals miss 0 by chance alone. Scores are of the last iteration, on the validation frames,
+in percent.
 
 | | the paper | full protocol here |
 | --- | --- | --- |
@@ -265,13 +283,16 @@ weight decay {FULL.weight_decay:g}, as MS/CS |
 in plain torch |
 | scores | mean over scales 0.75 to 2 and flips | that (multi-scale mIoU), and one forward (all others) |
 | boundary mIoU | not defined | within r px of a label boundary, and Boundary IoU with bands of r px |
+| A, U, U_k | of the last layer before the segmentation head | of what goes into the last convolution; A: lower is \
+better, U: higher |
 | relatives | their papers' settings | the same, but all on the same projected layers; on a CPU, which stores rows × \
 columns, with fewer samples |"""
 ON_SHORTENED = f"""\
 Anything less than the paper's sizes, batch and iterations, or the small network. Without a GPU that is the default: the
-small network, frames of {SHORTENED.height} rows, batch {SHORTENED.batch}, {SHORTENED.iterations} iterations. It shows
-that the study runs from end to end, goes on where it stopped and is counted, and nothing about how the losses compare
-where training is as long as the paper's: {NO_EVIDENCE}."""
+small network, frames of {SHORTENED.height} rows, batch {SHORTENED.batch}, {SHORTENED.iterations} iterations, scales \
+up to {SHORTENED.scales[-1]:g}.
+It shows that the study runs from end to end, goes on where it stopped and is counted, and nothing about how the losses
+compare where training is as long as the paper's: {NO_EVIDENCE}."""
 
 
 def page(rows: Sequence[Result], drawn: Iterable[str]) -> str:
@@ -288,7 +309,7 @@ def page(rows: Sequence[Result], drawn: Iterable[str]) -> str:
     for n, group in enumerate(found):
         if group[0].protocol == "shortened" and (n == 0 or found[n - 1][0].protocol == "full"):
             sections += ["## Shortened protocol: a test of the program", ON_SHORTENED]
-        sections.append(f"**{described(group[0])}.** {sources(group)}")
+        sections.append(f"**{described(group[0])}.** {sources(group)}{hardly_found(group)}")
         sections += images if n == 0 else []
         sections += [compared(group, name) for name in TABLES]
         sections.append(all_scores(group))

@@ -6,6 +6,7 @@ the past leaves (weights, momentum, the loss's own state, the random numbers of 
 
 import contextlib
 import io
+import math
 import pathlib
 import statistics
 import time
@@ -62,7 +63,11 @@ SHORTENED = Setting(
 
 
 class Diverged(Exception):
-    """A loss is not finite."""
+    """A loss, or a score, is not finite."""
+
+
+class OutOfTime(Exception):
+    """The evaluation was broken off."""
 
 
 class CheckpointError(Exception):
@@ -217,8 +222,10 @@ class Training:
 
     def advance(self, ends: float, checkpoint: pathlib.Path, told: Callable[[int], object]) -> Result | None:
         """Trains to the end and returns the row, or until ``ends`` (of time.monotonic) and returns None. Leaves a
-        checkpoint at every tenth and when it stops. ``told``: called with the iterations done since."""
+        checkpoint at every tenth and when it stops. ``told``: called with the iterations done since. The evaluation too
+        is broken off, to be begun anew by the next call; where it is all that is left, it takes the time it needs."""
         total, clock, before = self.setting.iterations, Clock(self.device), self.iteration
+        evaluation_ends = ends if before < total else math.inf
         try:
             while self.iteration < total and time.monotonic() < ends:
                 clock.tick()
@@ -229,13 +236,15 @@ class Training:
                     told(self.iteration - before)
                     before = self.iteration
             self.read(clock)
+            if time.monotonic() < ends:
+                return self.row(evaluation_ends)
+        except OutOfTime:
+            return None
         except Diverged as error:
             return replace(self.study.blank(self.arm, self.seed), status=f"diverged: {error}")
-        if time.monotonic() >= ends:
-            self.save(checkpoint)
-            told(self.iteration - before)
-            return None
-        return self.row()
+        self.save(checkpoint)
+        told(self.iteration - before)
+        return None
 
     def read(self, clock: Clock) -> None:
         clock.tick()
@@ -247,7 +256,7 @@ class Training:
     # ------------------------------------------------------------------------------------------------------ checkpoint
 
     def save(self, path: pathlib.Path) -> None:
-        """Replaces the checkpoint as a whole, so that one is always there."""
+        """Replaces the checkpoint as a whole, so that one is always there. OSError: it cannot be written."""
         on_gpu = self.device.type == "cuda"
         state = {
             "iteration": self.iteration,
@@ -261,7 +270,10 @@ class Training:
         }
         path.parent.mkdir(parents=True, exist_ok=True)
         half = path.with_suffix(".new")
-        torch.save(state, half)
+        try:
+            torch.save(state, half)
+        except RuntimeError as error:  # torch's writer calls a full disk an unexpected position
+            raise OSError(f"torch could not write {half}, as where the disk is full") from error
         half.replace(path)
 
     def resume(self, path: pathlib.Path) -> None:
@@ -286,12 +298,16 @@ class Training:
 
     # ------------------------------------------------------------------------------------------------------ evaluation
 
-    def row(self) -> Result:
-        """The finished training's."""
+    def row(self, ends: float = math.inf) -> Result:
+        """The finished training's. Raises OutOfTime at ``ends``, and Diverged where a score is not finite."""
+        scores = evaluate(self.network, self.data, self.setting.scales, ends)
+        broken = [name for name in rows.SCORES if not math.isfinite(scores[name])]
+        if broken:
+            raise Diverged(f"no finite {', '.join(broken)} after the last iteration")
         entropy, contrast = self.losses[-max(1, self.setting.iterations // TENTHS) :].double().mean(0).tolist()
         return replace(
             self.study.blank(self.arm, self.seed),
-            **evaluate(self.network, self.data, self.setting.scales),
+            **scores,
             cross_entropy=entropy,
             contrast=contrast if self.contrast is not None else None,
             median_step_ms=statistics.median(self.milliseconds) if self.device.type == "cuda" else None,
@@ -334,8 +350,9 @@ def input_of(module: nn.Module) -> Iterator[list[Tensor]]:
 
 
 @torch.no_grad()
-def evaluate(network: Segmenter, data: CamVid, scales: tuple[float, ...]) -> dict:
-    """The scores of ``rows.Result`` on the validation frames, whole and at the size that was read."""
+def evaluate(network: Segmenter, data: CamVid, scales: tuple[float, ...], ends: float = math.inf) -> dict:
+    """The scores of ``rows.Result`` on the validation frames, whole and at the size that was read. Raises OutOfTime at
+    ``ends`` (of time.monotonic)."""
     N, options = len(data.classes), {"group": None}
     regions, at_scales = (ck.metrics.ConfusionMatrix(N, **options) for _ in range(2))
     trimap = ck.metrics.TrimapIoU(N, rows.RADII, **options)
@@ -345,6 +362,10 @@ def evaluate(network: Segmenter, data: CamVid, scales: tuple[float, ...]) -> dic
     network.eval()
     with input_of(network.classify) as seen:
         for images, labels in zip(*(whole.split(8) for whole in data.validation)):
+            wait(images.device)
+            if time.monotonic() >= ends:
+                network.train(was_training)
+                raise OutOfTime
             logits = forward(network, images)
             embeddings.update(seen[0], padded(labels, VOID))
             for metric in (regions, trimap, boundary):
