@@ -571,6 +571,20 @@ def test_differences_are_taken_seed_by_seed():
     assert "| 4 | 65.25 ± 16.92 | +2.00 [-0.48, +4.48], 3 seeds |" in page.compared(first, "components")
 
 
+def test_a_shortened_training_is_never_evidence_of_the_full_protocol():
+    """Not where there are more of them, nor where there is no other."""
+    setting = {"network": "small", "protocol": "shortened", "iterations": 150}
+    trainings = [made_up(arm, seed, 0.1 * seed, **setting) for arm in ("bane", "detach-anchors") for seed in range(5)]
+    lines = {line.split("|")[2].strip(): line.split("|")[4:6] for line in page.evidence(trainings).splitlines()}
+    arm = f"`detach-anchors`: {arms.ARMS['detach-anchors'].text}"
+    assert lines[arm] == [" not measured yet ", " +0.00 [+0.00, +0.00], n = 5 "]
+    text = page.page(trainings, [])
+    assert text.index("## Full protocol\n\nNot measured yet.\n\n## Shortened") < text.index("`detach-anchors`")
+    trainings += [made_up("bane", 0, 0.5), made_up("detach-anchors", 0, 0.6)]
+    lines = {line.split("|")[2].strip(): line.split("|")[4:6] for line in page.evidence(trainings).splitlines()}
+    assert lines[arm] == [" +10.00, one seed, n = 1 ", " +0.00 [+0.00, +0.00], n = 5 "]
+
+
 def test_the_page_says_what_was_trained_elsewhere_and_what_was_not_learnt():
     trainings = [made_up("baseline", seed, 0.5, iou_per_class="0.9000 0.0000 0.0099 nan") for seed in range(2)]
     trainings += [made_up("bane", 0, 0.5, commit="fedcba9", iou_per_class="0.9000 0.5000 0.5000 0.0100")]
