@@ -43,14 +43,18 @@ PRODUCTS = {
 PARTS = 12
 
 
+def number(version: str) -> tuple[int, ...]:
+    return tuple(map(int, version.split(".")[:2]))
+
+
+def here() -> tuple[int, ...]:
+    """The version of this Triton."""
+    return number(importlib.metadata.version("triton"))
+
+
 def column() -> dict:
     """The budgets of this Triton."""
-
-    def number(version):
-        return tuple(map(int, version.split(".")[:2]))
-
-    here = number(importlib.metadata.version("triton"))
-    return BUDGETS[max((v for v in BUDGETS if number(v) <= here), key=number, default=min(BUDGETS, key=number))]
+    return BUDGETS[max((v for v in BUDGETS if number(v) <= here()), key=number, default=min(BUDGETS, key=number))]
 
 
 def compiled(*arguments) -> list[dict]:
@@ -78,6 +82,8 @@ def assert_lean(rows: list[dict]) -> None:
             continue
         wrong += [f"{name_of(row)}: {what} {row[what]} > {budget[what]}" for what in budget if row[what] > budget[what]]
         expected = PRODUCTS.get(kernel, {}).get(row["dtype"])
+        if row["dtype"] == "float64" and here() < (3, 9):
+            expected = None  # see _tiles.FLOAT64_DOT
         # Blackwell's own instructions do not name the type.
         if expected and not any(expected in kind or kind.startswith("UTC") for kind in row["kinds"]):
             wrong.append(f"{name_of(row)}: no {expected} product, but {row['kinds']}")

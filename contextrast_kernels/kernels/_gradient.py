@@ -27,6 +27,7 @@ from contextrast_kernels.kernels._tiles import (
     block_of,
     channels,
     class_rows,
+    dot_float64,
     image_codes,
     image_features,
     inverse_norm,
@@ -304,7 +305,7 @@ def _features_bwd_dense(
             for i in tl.static_range((D + COLUMNS - 1) // COLUMNS):
                 rows = tl.trans(class_rows(table, classes, i * COLUMNS, D, COLUMNS))
                 if tl.float64 == ACC:
-                    grown = grown + (tl.dot(rows, weights, gradients[i], input_precision="ieee", out_dtype=ACC),)  # noqa: RUF005
+                    grown = grown + (dot_float64(rows, weights, gradients[i]),)  # noqa: RUF005
                 else:
                     grown = grown + (tl.dot(rows, weights, gradients[i], input_precision="tf32x3"),)  # noqa: RUF005
             gradients = grown

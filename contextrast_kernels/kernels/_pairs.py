@@ -10,7 +10,7 @@ from torch import Tensor
 from triton import language as tl
 
 from contextrast_kernels.kernels import _launch
-from contextrast_kernels.kernels._tiles import plain
+from contextrast_kernels.kernels._tiles import dot_float64, plain
 
 
 class Matrix(NamedTuple):
@@ -156,7 +156,7 @@ def vector_tiles(
 def _dot(x, z, acc):
     """acc + x zᵀ, as exact as the accumulator."""
     if x.dtype == tl.float64:
-        return tl.dot(x, tl.trans(z), acc, input_precision="ieee", out_dtype=tl.float64)
+        return dot_float64(x, tl.trans(z), acc)
     elif x.dtype == tl.float32:
         return tl.dot(x, tl.trans(z), acc, input_precision="tf32x3")
     else:

@@ -14,6 +14,9 @@ LARGEST_REACH = tl.constexpr(2.0**100)
 """Unnormalised features beyond this have no fixed-point scale: their sums become NaN."""
 PUSHED_BITS = tl.constexpr(26)
 """Where A⁺ and A⁻ share a word, A⁻ has its low bits."""
+FLOAT64_DOT = tl.constexpr(tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9))
+"""Whether tl.dot takes float64. Triton 3.6 cannot compile it for Ampere and Hopper, nor always for Blackwell; 3.9 can;
+the versions between were not tried."""
 
 # -------------------------------------------------------------------------------------------------- layers and blocks
 
@@ -177,7 +180,16 @@ def dot_features(a, x, acc):
     elif x.dtype == tl.float32:
         return tl.dot(a, x, acc, input_precision="tf32x3")
     else:
+        return dot_float64(a, x, acc)
+
+
+@triton.jit
+def dot_float64(a, x, acc):
+    """acc + a · x of float64."""
+    if FLOAT64_DOT:
         return tl.dot(a, x, acc, input_precision="ieee", out_dtype=tl.float64)
+    else:
+        return acc + tl.sum(a[:, :, None] * x[None, :, :], 1)
 
 
 @triton.jit
