@@ -475,6 +475,23 @@ def test_opcheck(rng):
         opcheck(contextrast._contextrast_loss_backward, backward)
 
 
+@pytest.mark.parametrize("options", [{}, {"base_rate": 0.5}], ids=["hard", "dense"])
+@pytest.mark.skipif(DEVICE == "cuda", reason="compiled kernels keep the products that they were compiled with")
+def test_float64_without_products_of_its_own(rng, monkeypatch, options):
+    """As Triton before 3.9 has it: ``_tiles.FLOAT64_DOT``."""
+    from triton import language as tl
+
+    from contextrast_kernels.kernels import _tiles
+
+    monkeypatch.setattr(_tiles, "FLOAT64_DOT", tl.constexpr(False))
+    monkeypatch.setattr(tl, "dot", None)
+    labels, predictions = labels_and_predictions(rng, 1, 3, 6, 7)
+    xs = pyramid(rng, 1, 20, [(3, 5), (2, 2)], torch.float64)
+    assert_like_the_definition(total(labels, predictions, 3, 2, **options), xs)
+    y = torch.arange(6, device=DEVICE) % 2
+    assert_like_the_definition(lambda rows: ck.info_nce(rows, y), [xs[0][0].flatten(1).T[:6]])
+
+
 def every_op(rng):
     """Each op as a function of two feature maps, with no arithmetic after it: a compiler's sums are its own."""
     labels, predictions = labels_and_predictions(rng, 1, 3, 6, 7)
