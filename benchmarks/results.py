@@ -55,7 +55,8 @@ class Row:
     """"ok": validated, then measured. "untimed": ran and was validated where times mean nothing. Else "failed: " or
     "absent: " and the reason."""
     exact: str = ""
-    """Of peers: "yes" if its result is the definition's, else what it computes instead."""
+    """Of peers: "yes" if its result is the definition's, else "no", where the note says what it is, or what it computes
+    instead."""
     median_ms: float | None = None
     iqr_ms: float | None = None
     launches: int | None = None

@@ -59,7 +59,7 @@ def reference():
         yield
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def one_thread():
     """Tensors this small gain nothing from a second thread, and lose where it must wait for a core."""
     threads = torch.get_num_threads()

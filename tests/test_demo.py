@@ -16,16 +16,8 @@ import contextrast_kernels as ck
 from contextrast_kernels import viz
 from contextrast_kernels.demo import scenes, training
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 VOID = scenes.VOID
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Images this small gain nothing from a second thread, and lose where it must wait for a core."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -19,16 +19,8 @@ from benchmarks.camvid.rows import Result
 from contextrast_kernels import measure
 from contextrast_kernels.demo import scenes
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 SETTING = training.Setting("small", 64, iterations=4, batch=2, channels=8, learning_rate=0.05, scales=(1.0, 1.5))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def threads():
-    """Images this small gain nothing from a second thread, and lose where it must wait for a core."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

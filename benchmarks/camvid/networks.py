@@ -1,6 +1,7 @@
 """The study's networks, from random weights: each gives logits at the images' size."""
 
 import functools
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 import torch
@@ -11,20 +12,20 @@ from benchmarks.results import Absent
 from contextrast_kernels.demo.training import Network
 
 
-class Segmenter(nn.Module):
+class Segmenter(nn.Module, ABC):
     """Images (B,3,H,W) in 0..1, H and W multiples of 32 → logits (B,N,H,W)."""
 
     layers: tuple[str, ...]
     """What ``ck.attach`` is to tap."""
 
     @property
+    @abstractmethod
     def classify(self) -> nn.Module:
         """The last convolution. What goes into it is what A and U are measured on."""
-        raise NotImplementedError
 
+    @abstractmethod
     def logits(self, images: Tensor) -> Tensor:
         """At any size, for images of about zero mean and unit variance."""
-        raise NotImplementedError
 
     def forward(self, images: Tensor) -> Tensor:
         logits = self.logits((images - 0.45) / 0.25)
