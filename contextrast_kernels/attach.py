@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from contextrast_kernels.modules import ProjectionHead
 _NAME = "contextrast_heads"
 _MAX_LAYERS = 4
 _MIN_STRIDE = 4
+_MAX_STEP = 4
 _MAX_NAMES = 12
 _WEIGHTS = (1.0, 0.7, 0.4, 0.1)
 _FSDP = ("FullyShardedDataParallel", "FSDPModule")
@@ -498,11 +500,25 @@ def _deep(layers: list[Layer]) -> list[Layer]:
 
 
 def _lists(event: _Event) -> list[list[Layer]]:
-    """The last maps of each list, tuple or mapping in a module's output."""
+    """The stages that each list, tuple or mapping in a module's output holds."""
     lists: dict[tuple, list[Layer]] = {}
     for layer in _deep(event.layers):
         lists.setdefault(layer.path[:-1], []).append(layer)
-    return [found[-_MAX_LAYERS:] for found in lists.values()]
+    return [_of_each_stride(found) for found in lists.values() if _may_be_stages(found)]
+
+
+def _may_be_stages(found: list[Layer]) -> bool:
+    """Positions in a sequence are alike. Names may stand for anything, such as masks, queries and a last hidden state,
+    except where every one is a map of another stride."""
+    named = any(layer.path and isinstance(layer.path[-1], str) for layer in found)
+    strides, layouts = {layer.stride for layer in found}, {layer.layout for layer in found}
+    return not named or len(found) == 1 or (len(found) == len(strides) > 2 and len(layouts) == 1)
+
+
+def _of_each_stride(layers: list[Layer]) -> list[Layer]:
+    """At most four. More are blocks, and the last of each stride is taken; of one stride alone, the last four."""
+    last = list({layer.stride: layer for layer in layers}.values())
+    return (last if len(layers) > _MAX_LAYERS and len(last) > 1 else layers)[-_MAX_LAYERS:]
 
 
 @dataclass(frozen=True)
@@ -527,7 +543,8 @@ class _Group:
         if self.listed:
             # Maps of equal width may be logits, or a pyramid made of the stages inside.
             inside = _inside(other.parent, self.parent) and not (other.listed and other.parent == self.parent)
-            return inside and len(self.layers) >= len(other.layers) and (self.varied or not other.varied)
+            more = len(self.layers) >= len(other.layers) or self.strides >= other.strides
+            return inside and more and (self.varied or not other.varied)
         inside = any(_inside(other.parent, layer.module) for layer in self.layers)
         return inside and not other.listed and self.strides >= other.strides
 
@@ -546,15 +563,21 @@ def _find_stages(seen: list[_Event]) -> list[Layer]:
             # Two maps of one stride are logits and auxiliary logits, more are the depths of a plain transformer.
             if len(found) > 2 or len({layer.stride for layer in found}) > 1:
                 groups.append(_Group(event.module, True, order, tuple(found)))
-        if event.module and event.calls == 1 and len(event.layers) == 1:
+        # A stage may give its map in two layouts.
+        if event.module and event.calls == 1 and len({(layer.channels, layer.size) for layer in event.layers}) == 1:
             parent = event.module.rpartition(".")[0]
             while parent not in called:  # a ModuleList is never called itself
                 parent = parent.rpartition(".")[0]
             siblings.setdefault(parent, []).append((order, event))
+    parametric = [event.parametric for event in seen]
     for parent, events in siblings.items():
-        order, found = _descent(events)
-        if len({layer.stride for layer in found}) > 1:
-            groups.append(_Group(parent, False, order, tuple(found)))
+        stages = _descent(events)
+        strides = [layer.stride for _, layer in stages]
+        if len(set(strides)) < 2 or any(b > _MAX_STEP * a for a, b in pairwise(strides)):
+            continue
+        # What ends within the first tenth of the model is a stem.
+        if 10 * sum(parametric[: stages[-1][0] + 1]) >= sum(parametric):
+            groups.append(_Group(parent, False, stages[0][0], tuple(layer for _, layer in stages)))
     groups = [group for group in groups if not any(other.covers(group) for other in groups)]
     if not groups:
         known = [layer.name for event in seen for layer in _deep(event.layers)]
@@ -566,15 +589,15 @@ def _find_stages(seen: list[_Event]) -> list[Layer]:
     return list(max(groups, key=lambda g: (len(g.layers), g.listed and g.varied, -g.order)).layers)
 
 
-def _descent(events: list[tuple[int, _Event]]) -> tuple[int, list[Layer]]:
-    """The stages among siblings, until the resolution rises again, and the place of the first in the forward.
+def _descent(events: list[tuple[int, _Event]]) -> list[tuple[int, Layer]]:
+    """The stages among siblings, until the resolution rises again, each with its place in the forward.
 
     A stage begins with a module that has parameters and gives another number of channels or another size; what
     follows at that size, such as an activation, belongs to it.
     """
     stages: list[tuple[int, Layer]] = []
     for order, event in events:
-        [layer] = event.layers
+        layer = event.layers[0]
         if layer.size == (1, 1):
             continue
         before = stages[-1][1] if stages else None
@@ -584,7 +607,6 @@ def _descent(events: list[tuple[int, _Event]]) -> tuple[int, list[Layer]]:
             stages[-1] = (order, layer)
         elif event.parametric:
             stages.append((order, layer))
-    stages = [(order, layer) for order, layer in stages if layer.stride >= _MIN_STRIDE]
-    if len(stages) > _MAX_LAYERS:  # blocks, not stages
-        stages = list({layer.stride: (order, layer) for order, layer in stages}.values())[-_MAX_LAYERS:]
-    return (stages[0][0] if stages else 0), [layer for _, layer in stages]
+    places = {layer: order for order, layer in stages}
+    found = _of_each_stride([layer for _, layer in stages if layer.stride >= _MIN_STRIDE])
+    return [(places[layer], layer) for layer in found]

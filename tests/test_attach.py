@@ -2,6 +2,7 @@
 
 import copy
 from functools import partial
+from itertools import pairwise
 
 import pytest
 import torch
@@ -68,6 +69,62 @@ def test_an_output_that_lists_the_stages_is_taken_without_image_and_empty_maps()
 def test_a_mapping_of_named_outputs_is_read_by_its_keys():
     model = Wrapped(lambda x, maps: {"feature_maps": tuple(maps), "pooled": maps[-1].mean((2, 3))})
     assert found(model) == {f"encoder[0][feature_maps][{i}]": (WIDTHS[i], 4 << i) for i in range(4)}
+
+
+class Queries(nn.Module):
+    """An output of named fields that are no stages, as Mask2Former's: masks, queries, a last map and the pixels'."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+        self.queries = nn.Parameter(torch.randn(100, WIDTHS[0]))
+
+    def forward(self, x):
+        maps = self.inner(x)
+        queries = self.queries.expand(len(x), -1, -1)
+        masks = torch.einsum("bqc,bchw->bqhw", queries, maps[0])
+        return {"masks": masks, "queries": queries, "last_hidden_state": maps[-1], "pixels": maps[0]}
+
+
+class Listing(Net):
+    def forward(self, x):
+        return self.maps(x)
+
+
+def test_named_fields_that_are_no_stages_are_left_out():
+    assert found(Queries(Listing())) == {f"inner[{i}]": (c, 4 << i) for i, c in enumerate(WIDTHS)}
+    plain = nn.Sequential(nn.Conv2d(3, WIDTHS[0], 8, 8), nn.Conv2d(WIDTHS[0], WIDTHS[0], 1))
+    with pytest.raises(ValueError, match=r'"auto" found fewer; .*\[queries\]'):
+        found(Queries(nn.Sequential(plain, Shaped(lambda x: [x, x]))))
+    with pytest.raises(ValueError, match=r'"auto" found fewer; .*\[out\]'):
+        found(nn.Sequential(plain, Shaped(lambda x: {"out": x, "aux": x[:, :, ::2, ::2]})))
+
+
+class Shaped(nn.Module):
+    """Gives what ``shape`` makes of its input."""
+
+    def __init__(self, shape):
+        super().__init__()
+        self.shape = shape
+
+    def forward(self, x):
+        return self.shape(x)
+
+
+def test_a_mapping_of_maps_of_different_strides_is_a_list():
+    """As the backbones of detectron2."""
+    stages = {f"[res{i + 2}]": (c, 4 << i) for i, c in enumerate(WIDTHS)}
+    assert found(Named()) == stages
+    for layers in ("auto", ["backbone"]):
+        model = nn.Sequential()
+        model.backbone = Named()
+        model.head = Shaped(lambda maps: maps["res5"])
+        assert found(model, layers=layers) == {f"backbone{name}": layer for name, layer in stages.items()}
+
+
+class Named(Net):
+    def forward(self, x):
+        return {f"res{i + 2}": m for i, m in enumerate(self.maps(x))}
 
 
 def tokens(x, prefix):
@@ -203,6 +260,79 @@ def test_of_more_than_four_blocks_the_last_of_each_stride_is_taken():
     plan = [(3, 6, 2), (6, 8, 2), (8, 8, 1), (8, 10, 2), (10, 12, 1), (12, 14, 2), (14, 16, 1), (16, 18, 2)]
     model = nn.Sequential(nn.Sequential(*(Block(*p) for p in plan)), nn.Conv2d(18, N, 1))
     assert found(model) == {"0.2": (8, 4), "0.4": (12, 8), "0.6": (16, 16), "0.7": (18, 32)}
+
+
+class Blocks(nn.Module):
+    """Lists what every block gives, as MobileNet in transformers."""
+
+    def __init__(self, *plan):
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(*p) for p in plan)
+
+    def forward(self, x):
+        return tuple(x := block(x) for block in self.blocks)
+
+
+def test_of_a_list_of_more_than_four_the_last_of_each_stride_is_taken():
+    plan = [(3, 6, 2), (6, 8, 2), (8, 8, 1), (8, 10, 2), (10, 12, 1), (12, 14, 2), (14, 16, 1), (16, 18, 2)]
+    assert found(Blocks(*plan)) == {"[2]": (8, 4), "[4]": (12, 8), "[6]": (16, 16), "[7]": (18, 32)}
+    # Of fewer strides than a block has layers, the block's layers are still no stages.
+    dilated = [(3, 6, 4), (6, 8, 2), (8, 8, 1), (8, 10, 1), (10, 12, 1)]
+    assert found(Blocks(*dilated)) == {"[0]": (6, 4), "[4]": (12, 8)}
+
+
+def test_of_a_plain_transformer_s_depths_the_last_four_are_taken():
+    depths = nn.Sequential(nn.Conv2d(3, 8, 16, 16), Blocks(*[(8, 8, 1)] * 6))
+    assert list(found(depths)) == [f"[{i}]" for i in (2, 3, 4, 5)]
+
+
+def test_of_more_than_four_strides_the_coarsest_are_taken():
+    images = torch.zeros(1, 3, 128, 128)
+    widths = (3, 6, 8, 10, 12, 14, 16)
+    flat = nn.Sequential(*(stage(a, b) for a, b in pairwise(widths)))
+    strides = {2: (10, 8), 3: (12, 16), 4: (14, 32), 5: (16, 64)}
+    assert found(flat, example_input=images) == {str(i): layer for i, layer in strides.items()}
+    listing = Blocks(*((a, b, 2) for a, b in pairwise(widths)))
+    assert found(listing, example_input=images) == {f"[{i}]": layer for i, layer in strides.items()}
+
+
+def test_a_stem_is_no_encoder():
+    """Convolutions that lead into a plain transformer."""
+    stem = nn.Sequential(*(stage(a, b) for a, b in ((3, 4), (4, 6), (6, 8), (8, 8))))
+    blocks = nn.Sequential(*(nn.Sequential(nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)) for _ in range(40)))
+    with pytest.raises(ValueError, match=r'"auto" found fewer'):
+        found(nn.Sequential(stem, blocks))
+
+
+def test_siblings_that_leap_are_no_stages():
+    """The embeddings at the model's start and the normalisation at its end."""
+    assert found(nn.Sequential(nn.Conv2d(3, 8, 4, 4), nn.Conv2d(8, 12, 4, 4))) == {"0": (8, 4), "1": (12, 16)}
+    with pytest.raises(ValueError, match=r'"auto" found fewer'):
+        found(nn.Sequential(nn.Conv2d(3, 8, 4, 4), nn.Conv2d(8, 12, 8, 8)))
+
+
+def test_stages_that_give_their_map_in_two_layouts_are_stages():
+    """As Swin's in transformers: tokens for the next stage, and a map."""
+
+    class Both(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x):
+            x = self.inner(x[1] if isinstance(x, tuple) else x)
+            return tokens(x, 0), x
+
+    net = Net()
+    model = nn.Sequential(net.stem, *map(Both, net.stages))
+    assert found(model) == {f"{i + 1}[0]": (c, 4 << i) for i, c in enumerate(WIDTHS)}
+
+
+def test_stages_inside_win_over_siblings_of_fewer_strides():
+    halves = [[(3, 4), (4, 6), (6, 8)], [(10, 12), (12, 14)]]
+    first, last = (nn.Sequential(*(stage(a, b) for a, b in half)) for half in halves)
+    last = nn.Sequential(nn.Conv2d(8, 10, 1), *last)
+    assert found(nn.Sequential(first, last)) == {"1.0": (10, 8), "1.1": (12, 16), "1.2": (14, 32)}
 
 
 def test_an_activation_belongs_to_its_stage_and_a_shared_one_to_none():
