@@ -51,6 +51,30 @@ def upernet():
     return package.UperNetForSemanticSegmentation(config)
 
 
+def mask2former():
+    package = pytest.importorskip("transformers", reason="transformers is not installed")
+    backbone = package.SwinConfig(
+        embed_dim=16,
+        depths=[1, 1, 1, 1],
+        num_heads=[1, 2, 2, 2],
+        window_size=4,
+        out_features=["stage1", "stage2", "stage3", "stage4"],
+    )
+    config = package.Mask2FormerConfig(
+        backbone_config=backbone,
+        num_labels=N,
+        feature_size=32,
+        mask_feature_size=32,
+        hidden_dim=32,
+        encoder_feedforward_dim=32,
+        encoder_layers=1,
+        decoder_layers=2,
+        dim_feedforward=32,
+        num_attention_heads=2,
+    )
+    return package.Mask2FormerForUniversalSegmentation(config)
+
+
 def monai(name, **options):
     package = pytest.importorskip("monai.networks.nets", reason="monai is not installed")
     return getattr(package, name)(spatial_dims=2, in_channels=3, out_channels=N, **options)
@@ -153,6 +177,13 @@ MODELS = [
         "transformers UperNetForSemanticSegmentation, ConvNeXt",
         upernet,
         items("backbone[feature_maps]", 0, 1, 2, 3),
+        HIDDEN,
+        PYRAMID,
+    ),
+    (
+        "transformers Mask2FormerForUniversalSegmentation, Swin",
+        mask2former,
+        items("model[encoder_hidden_states]", 0, 1, 2, 3),
         HIDDEN,
         PYRAMID,
     ),
