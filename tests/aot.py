@@ -64,6 +64,8 @@ class Case(NamedTuple):
     normalize: bool = True
     detach_anchors: bool = False
     arch: int = 90
+    only: str = ""
+    """The one kernel to compile, of those that are launched."""
 
 
 OPS = ("class_anchors", "pixel_anchor_loss", "contextrast_loss", "info_nce")
@@ -80,7 +82,7 @@ ROWS_AND_COLUMNS = {"1024 x 20000": (1024, 20000), "24 x 190000": (24, 190000), 
 
 
 def matrix():
-    """Every kernel in every dtype on each architecture, with 256 channels and with many; with each option that changes
+    """Every kernel in every dtype on each architecture, with 256 channels, 512 and more; with each option that changes
     what is compiled, dtype and architecture take turns; the paths of cityscapes and ade20k in both layouts."""
     layouts = itertools.cycle(LAYOUTS[:2])
     for dtype, arch in itertools.product(DTYPES, ARCHITECTURES):
@@ -88,13 +90,14 @@ def matrix():
         yield case
         yield case._replace(negatives="all")
     yield from paths()
-    for dtype, arch in itertools.product(DTYPES, ARCHITECTURES):
-        case = Case("contextrast_loss", dtype, 720, layout=next(layouts), arch=arch)
+    for D, dtype, arch in itertools.product((512, 720), DTYPES, ARCHITECTURES):
+        case = Case("contextrast_loss", dtype, D, layout=next(layouts), arch=arch)
         yield case
         yield case._replace(negatives="all")
-        pairs = Case("info_nce", dtype, sizes="1024 x 20000", negatives="each", arch=arch)
-        yield pairs
-        yield pairs._replace(D=720)
+    for D, dtype, arch in itertools.product((256, 512, 720), DTYPES, ARCHITECTURES):
+        yield Case("info_nce", dtype, D, sizes="1024 x 20000", negatives="each", arch=arch)
+        yield Case("pixel_anchor_loss", dtype, D, arch=arch, only="_given_table")
+        yield Case("class_anchors", dtype, D, normalize=False, arch=arch, only="_largest_features")
     options = [
         Case("info_nce", sizes="24 x 190000", negatives="each"),
         Case("info_nce", sizes="1024 x itself", negatives="pooled"),
@@ -126,7 +129,8 @@ def matrix():
         Case("contextrast_loss", detach_anchors=True, negatives="base", layout="channels_last"),
         Case("contextrast_loss", D=1024, layout="channels_last"),
         Case("contextrast_loss", D=1024, negatives="all"),
-        Case("contextrast_loss", D=512, negatives="all"),
+        Case("contextrast_loss", D=480, negatives="all"),
+        Case("contextrast_loss", D=480),
     ]
     for i, case in enumerate(options):
         yield case._replace(dtype=DTYPES[i % 4], arch=ARCHITECTURES[i % 3])
@@ -152,7 +156,11 @@ def feature_map(case: Case, i: int, batch: int, h: int, w: int) -> torch.Tensor:
 
 
 def launches(case: Case) -> list[_launch.Launch]:
-    """What an op launches, forward and backward."""
+    """What an op launches, forward and backward, as far as the case asks for it."""
+    return [launch for launch in all_launches(case) if case.only in ("", launch.kernel.fn.__name__)]
+
+
+def all_launches(case: Case) -> list[_launch.Launch]:
     if case.op == "info_nce":
         R, C = ROWS_AND_COLUMNS[case.sizes]
         return info_nce.plan(R, C, case.D, getattr(torch, case.dtype), case.negatives)

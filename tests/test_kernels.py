@@ -22,7 +22,7 @@ from torch.autograd import gradcheck
 from torch.library import opcheck
 
 import contextrast_kernels as ck
-from contextrast_kernels import anchors, contextrast, pixel_anchor
+from contextrast_kernels import anchors, bane, contextrast, pixel_anchor
 
 pytestmark = NEEDS_TRITON
 
@@ -287,6 +287,49 @@ def test_tiny_float16_features(rng):
         expected = loss(*[x.double() for x in xs])
     with ck.backend("triton"):
         torch.testing.assert_close(loss(*xs).double(), expected, rtol=1e-6, atol=0)
+
+
+def test_normalised_anchors_that_were_short_keep_their_loss(rng):
+    """Vectors of a class that nearly cancel leave a mean of length 0.02, and an anchor of 1: similarities of up to 1/τ
+    whatever the mean was."""
+    h, w, D = 15, 17, 8
+    lower = 1e-3 * torch.from_numpy(rng.standard_normal((1, D, h, w)))
+    lower[:, 0] -= 1
+    lower[0, :, -1, -1] = torch.eye(D)[5]  # of class 1, predicted as 0
+    top = torch.zeros(1, D, 3, w)
+    top[:, 0] = 0.02
+    top[:, 1] = 1 - 2 * (torch.arange(w) % 2 == 0).double()
+    top[..., -1] = 0
+    labels = torch.zeros(1, h, w, dtype=torch.int64, device=DEVICE)
+    labels[0, -1, -1] = 1
+    loss = total(labels, torch.zeros_like(labels), 2, 2, normalize_anchors=True, fusion_weight=1.0, temperature=0.02)
+    assert_like_the_definition(loss, [x.float().to(DEVICE) for x in (lower, top)])
+
+
+@pytest.mark.parametrize("outlier", [1.0, 3e4])
+def test_one_long_vector_leaves_the_gradients_of_other_classes_fine(rng, outlier):
+    """Without normalisation, in 16 bits: the fixed point of all classes' sums follows the longest vector."""
+    x = 0.3 * feature_map(rng, 1, 16, 12, 24, torch.float16)
+    labels = torch.from_numpy(rng.integers(1, 3, (1, 12, 24))).to(DEVICE)
+    predictions = torch.from_numpy(rng.integers(0, 3, (1, 12, 24))).to(DEVICE)
+    x[0, 5, 3, 7], labels[0, 3, 7] = outlier, 0
+    loss = total(labels, predictions, 3, 1, normalize=False, temperature=1.0)
+    assert_like_the_definition(lambda x: 1e3 * loss(x), [x])
+
+
+def test_the_pull_of_anchors_in_sixteen_bits(rng):
+    """T, before the rounding of dx hides what the words that A⁺ and A⁻ share have lost."""
+    xs = pyramid(rng, 1, 24, [(12, 20), (6, 10)], torch.float16)
+    labels, predictions = labels_and_predictions(rng, 1, 4, 24, 40)
+    seed = torch.zeros((), dtype=torch.int64, device=DEVICE)
+    sizes = [x.shape[2:] for x in xs]
+    e, _ = bane.negative_codes(predictions, labels, sizes, 4, 0.5, "bane", "layer", 255, seed)
+    options = (4, 255, [1.0, 0.5], 0.1, 0.7, 0.0, True, False, False, "triton", None, None)
+    pulls = []
+    for features in (xs, [x.double() for x in xs]):
+        *_, pull = contextrast._contextrast_loss(features, labels, e, seed, *options)
+        pulls.append(pull[..., :24].double())
+    assert relative(*pulls) < 2e-6
 
 
 def test_layers_that_lie_differently_in_memory(rng):

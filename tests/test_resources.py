@@ -194,7 +194,7 @@ def test_the_plan_counts_launches_and_bytes():
     sweeps = [launch for launch in launches if launch.reads >= F]
     assert len(launches) <= 12
     assert len(sweeps) == 4
-    assert sum(launch.writes for launch in sweeps) == F
+    assert F < sum(launch.writes for launch in sweeps) < 1.02 * F
     small = sum(launch.reads + launch.writes for launch in launches if launch not in sweeps)
     assert small < 0.15 * F
     # Layers whose rows cannot be read 16 bytes at a time share one more launch of each sweep.

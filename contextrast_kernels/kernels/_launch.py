@@ -285,6 +285,7 @@ def sweep(
     tiles: dict,
     *,
     out: Sequence[Tensor] | None = None,
+    results: Sequence[str] = (),
     splits: int = 1,
 ) -> None:
     """Launches a kernel over all blocks of all layers, once for each group of layers whose memory lies alike.
@@ -293,7 +294,8 @@ def sweep(
         arguments, tiles: what the kernel takes besides the layers: tensors and numbers, and constants. ``tiles`` has
             the ROWS and P of a block; P shrinks to what the rows need.
         out: feature maps that are written.
-        splits: programs of a block.
+        results: names of the arguments that are written or added to.
+        splits: programs of a block, side by side: ``_tiles.program_and_part``.
     """
     for part in parts_of(places(features), None if out is None else places(out), tiles["ROWS"], tiles["P"]):
         picked = tuple(features[i] for i in part.layers)
@@ -303,9 +305,22 @@ def sweep(
             given["out"] = written
         launch(
             kernel,
-            (sum(part.blocks), splits),
+            (sum(part.blocks) * splits,),
             given,
             {**tiles, **part.constants},
-            reads=nbytes(*picked),
-            writes=nbytes(*written),
+            **(_moved(features, picked, written, arguments, results) if _recorded is not None else {}),
         )
+
+
+def _moved(
+    features: Sequence[Tensor], picked: Sequence[Tensor], written: Sequence[Tensor], arguments: dict, results
+) -> dict[str, int]:
+    """What a launch reads and writes at least once: its layers, their share of the maps with one number a pixel, and
+    tables whole."""
+    all_pixels, own_pixels = (pixel_starts(shapes(some))[-1] for some in (features, picked))
+    moved = {"reads": nbytes(*picked), "writes": nbytes(*written)}
+    for name, value in arguments.items():
+        if isinstance(value, Tensor):
+            numbers = own_pixels if value.shape == (all_pixels,) else value.numel()
+            moved["writes" if name in results else "reads"] += numbers * value.element_size()
+    return moved

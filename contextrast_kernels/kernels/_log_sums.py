@@ -58,6 +58,7 @@ def log_sums(
             features,
             {**shared, "similarity": similarity, "largest": sums.largest},
             {**tiles("_hard_similarities", dtype, D), **constants},
+            results=("similarity", "largest"),
         )
         runs, blocks = _launch.flat_geometry(shapes, PIXELS)
         headroom = _launch.headroom(_launch.pixels(shapes))
@@ -89,6 +90,7 @@ def log_sums(
             "partials": sum(blocks),
         },
         {**taken, **constants},
+        results=("partial",),
     )
     _launch.launch(
         _dense_log_sums,

@@ -131,10 +131,20 @@ def places(matrix, first, d0, N: tl.constexpr, K: tl.constexpr, LIES: tl.constex
 
 
 @triton.jit
-def vector_tile(matrix, first, wanted, d0, D: tl.constexpr, N: tl.constexpr, K: tl.constexpr, LIES: tl.constexpr):
-    """Channels d0 .. d0+K-1 of N vectors (N, K), zero where not wanted."""
+def vector_tile(
+    matrix,
+    first,
+    wanted,
+    d0,
+    D: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    LIES: tl.constexpr,
+    WITHIN: tl.constexpr = True,
+):
+    """Channels d0 .. d0+K-1 of N vectors (N, K), zero where not wanted. WITHIN: as in ``_tiles.channels``."""
     start, here = places(matrix, first, d0, N, K, LIES)
-    if D % K == 0:
+    if D % K == 0 and WITHIN:
         return tl.load(start + here, mask=wanted[:, None], other=0.0)
     else:
         return tl.load(start + here, mask=wanted[:, None] & (d0 + tl.arange(0, K) < D)[None, :], other=0.0)

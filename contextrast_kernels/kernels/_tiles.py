@@ -34,6 +34,14 @@ def plain(number):
 
 
 @triton.jit
+def program_and_part(D: tl.constexpr, COLUMNS: tl.constexpr):
+    """The number of a block among those of a launch, and which COLUMNS of the channels to sum there. Parts of a block
+    run side by side: what one reads from memory the others find in cache."""
+    PARTS: tl.constexpr = (D + COLUMNS - 1) // COLUMNS
+    return tl.program_id(0) // PARTS, tl.program_id(0) % PARTS
+
+
+@triton.jit
 def layer_of(program, starts):
     """The layer that a program works on; ``starts`` is the first program of each."""
     layer = 0
@@ -106,11 +114,12 @@ def image_features(pointers, strides, layer, b, UNIT: tl.constexpr, ALIGN: tl.co
 
 
 @triton.jit
-def channels(row, pixel, live, d0, sD, D: tl.constexpr, CHUNK: tl.constexpr):
+def channels(row, pixel, live, d0, sD, D: tl.constexpr, CHUNK: tl.constexpr, WITHIN: tl.constexpr = True):
     """Channels d0 .. d0+CHUNK-1 of a row of pixels: (CHUNK, P), zero outside. ``live`` may depend on the position
-    alone where w has stride 1: a mask that changes from pixel to pixel would break the wide loads."""
+    alone where w has stride 1: a mask that changes from pixel to pixel would break the wide loads. WITHIN: no chunk
+    begins beyond D, as one may where programs share out the channels."""
     d = d0 + tl.arange(0, CHUNK)
-    if D % CHUNK == 0:
+    if D % CHUNK == 0 and WITHIN:
         return tl.load(row + (d[:, None] * sD + pixel[None, :]), mask=live[None, :], other=0.0)
     else:
         return tl.load(row + (d[:, None] * sD + pixel[None, :]), mask=live[None, :] & (d < D)[:, None], other=0.0)

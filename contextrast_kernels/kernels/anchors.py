@@ -31,6 +31,7 @@ from contextrast_kernels.kernels._tiles import (
     is_finite,
     layer_of,
     pick,
+    program_and_part,
     real,
     size_term,
     vector_scale,
@@ -65,7 +66,8 @@ def largest_features(features: Sequence[Tensor], code: Codes, sums: Sums) -> Non
     """``sums.reach``: the largest finite |x| of each layer's valid pixels, by which unnormalised sums are scaled."""
     x = features[0]
     arguments = {"codes": code.y, "reach": sums.reach, "N": sums.counts.shape[1]}
-    _launch.sweep(_largest_features, features, arguments, tiles("_largest_features", x.dtype, x.shape[1]))
+    taken = tiles("_largest_features", x.dtype, x.shape[1])
+    _launch.sweep(_largest_features, features, arguments, taken, results=("reach",))
 
 
 def class_sums(features: Sequence[Tensor], code: Codes, sums: Sums, headroom: int) -> None:
@@ -92,6 +94,7 @@ def class_sums(features: Sequence[Tensor], code: Codes, sums: Sums, headroom: in
             "NORMALIZE": sums.reach is None,
             "ACC": _launch.triton_type(_launch.accumulator(x.dtype)),
         },
+        results=("sums", "broken"),
         splits=_launch.ceil_div(D, taken["COLUMNS"]),
     )
 
@@ -163,8 +166,8 @@ def _class_anchors_fwd(
     cache, for the product W · xᵀ with W = r_p [y_p = class of slot], which runs on the tensor cores and touches no
     element of x by hand. Moves: the features once, and 8 bytes x D for each class of each block into the sums.
     """
-    program = tl.program_id(0)
-    d0 = tl.program_id(1) * COLUMNS
+    program, part = program_and_part(D, COLUMNS)
+    d0 = part * COLUMNS
     layer = layer_of(program, geometry.block)
     number = pick(geometry.number, layer)
     b, r0, c0, h, w = block_of(program, geometry, layer, ROWS, P, UNIT, ALIGN)
@@ -201,7 +204,7 @@ def _class_anchors_fwd(
             )
             grown = ()
             for k in tl.static_range(COLUMNS // K):
-                tile = channels(row, c * sW, live, d0 + k * K, sD, D, K)
+                tile = channels(row, c * sW, live, d0 + k * K, sD, D, K, D % COLUMNS == 0)
                 if some_broken:
                     tile = tl.where(sound[None, :], tile, 0.0)
                 grown = grown + (dot_features(weight, tl.trans(tile), totals[k]),)  # noqa: RUF005

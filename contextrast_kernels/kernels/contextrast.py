@@ -51,8 +51,8 @@ def forward(
     if group is not None:
         headroom = _launch.headroom(ranks.size(group) * ranks.MOST_PIXELS)  # the same on every rank
         errors = errors.clone()
-    # 16 bits of a gradient are worth no more than the shared words hold.
-    sums = zeros(features, num_classes, normalize, pushed=features[0].element_size() > 2)
+    # 16 bits of a gradient are worth no more than the shared words hold, where no vector is longer than 1.
+    sums = zeros(features, num_classes, normalize, pushed=features[0].element_size() > 2 or not normalize)
     code = codes(features, labels, num_classes, ignore_index, sums, hard=e, base_rate=base_rate, seed=seed)
     if not normalize:
         largest_features(features, code, sums)

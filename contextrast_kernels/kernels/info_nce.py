@@ -595,7 +595,10 @@ def _info_nce_bwd(
                 )  # fmt: skip
             grown = ()
             for i in tl.static_range(CHANNELS // K):
-                tile = streamed[i] if HOLD else vector_tile(z, first, wanted, d0 + i * K, D, STREAM, K, Z_LIES)
+                if HOLD:
+                    tile = streamed[i]
+                else:
+                    tile = vector_tile(z, first, wanted, d0 + i * K, D, STREAM, K, Z_LIES, D % CHANNELS == 0)
                 grown = grown + (dot_features(slopes, tile, gradients[i]),)  # noqa: RUF005
             gradients = grown
     scale = inverse_temperature

@@ -46,6 +46,7 @@ from contextrast_kernels.kernels._tiles import (
     pick,
     plain,
     power_of_two,
+    program_and_part,
     pulled_scale,
     pushed_scale,
     real,
@@ -175,6 +176,7 @@ def moments(
             "NORMALIZE": scales.reach is None,
             "ACC": _launch.triton_type(table.dtype),
         },
+        results=("vectors", "pushed_vectors", "terms"),
         splits=_launch.ceil_div(D, taken["COLUMNS"]),
     )
 
@@ -247,7 +249,9 @@ def term_scale(Z, length, reach, layer, inverse_temperature, headroom, D: tl.con
     longest = 1.0
     if not NORMALIZE:
         longest = tl.load(reach + layer) * (D * 1.0)
-    bound = tl.where(-float("inf") == Z, 0.0, tl.abs(Z)) + length * inverse_temperature * longest + 1.0
+    # An anchor that was normalised is longer than the ``length`` that it had.
+    longest *= tl.maximum(length, 1.0)
+    bound = tl.where(-float("inf") == Z, 0.0, tl.abs(Z)) + longest * inverse_temperature + 1.0
     known = bound < 2.0**60
     return power_of_two(headroom - exponent_above(tl.where(known, bound, 1.0))), known
 
@@ -294,8 +298,7 @@ def _pixel_anchor_fwd(
     came; 1/‖x‖ is in the weights.
     Moves: the features once, 6 bytes a pixel, 16 D bytes into the sums for each class of a block.
     """
-    program = tl.program_id(0)
-    part = tl.program_id(1)
+    program, part = program_and_part(D, COLUMNS)
     d0 = part * COLUMNS
     layer = layer_of(program, geometry.block)
     number = pick(geometry.number, layer)
@@ -368,7 +371,7 @@ def _pixel_anchor_fwd(
             more_pulled = ()
             more_pushed = ()
             for k in tl.static_range(COLUMNS // K):
-                tile = channels(row, c * sW, live, d0 + k * K, sD, D, K)
+                tile = channels(row, c * sW, live, d0 + k * K, sD, D, K, D % COLUMNS == 0)
                 if some_broken:
                     tile = tl.where(sound[None, :], tile, 0.0)
                 more_pulled = more_pulled + (dot_features(pull, tl.trans(tile), pulled[k]),)  # noqa: RUF005
@@ -441,7 +444,7 @@ def _dL_dfused(
     return tl.where(count > 0, slope, 0.0), -strength / pixels, strength * share, count
 
 
-@triton.jit(do_not_specialize=["temperature", "headroom", "fusion_weight", "N"])
+@triton.jit(do_not_specialize=["temperature", "headroom", "layer_weights", "fusion_weight", "N"])
 def _finish(
     vectors,
     pushed_vectors,

@@ -1,0 +1,94 @@
+"""No program reads beyond the features: they end where memory without access begins, and whoever reads on is killed.
+
+In Triton's interpreter, whose loads are of this process's memory; on a GPU compute-sanitizer looks.
+"""
+
+import ctypes
+import itertools
+import mmap
+import multiprocessing
+
+import pytest
+import torch
+from kernel_checks import DEVICE, NEEDS_TRITON
+
+import contextrast_kernels as ck
+
+pytestmark = [
+    NEEDS_TRITON,
+    pytest.mark.skipif(DEVICE == "cuda", reason="guards the host's memory; see benchmarks/sanitize.sh"),
+    pytest.mark.skipif(not hasattr(mmap, "PROT_READ"), reason="needs mprotect"),
+]
+
+_guards = []
+
+
+def guarded(x: torch.Tensor) -> torch.Tensor:
+    """A copy that ends where a page without access begins."""
+    size = x.numel() * x.element_size()
+    pages = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+    memory = mmap.mmap(-1, pages + 64 * mmap.PAGESIZE)
+    _guards.append(memory)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.mprotect(ctypes.c_void_p(address + pages), ctypes.c_size_t(64 * mmap.PAGESIZE), 0) == 0
+    copy = torch.frombuffer(memory, dtype=x.dtype, count=x.numel(), offset=pages - size).as_strided(x.shape, x.stride())
+    return copy.copy_(x)
+
+
+def run(op: str, D: int, dtype: torch.dtype, layout: str) -> None:
+    torch.set_num_threads(1)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, D, 2, 16, generator=generator).to(dtype)
+    labels = torch.arange(32).view(1, 2, 16) % 3
+    if layout == "channels_last":
+        x = x.contiguous(memory_format=torch.channels_last)
+    x = guarded(x.flatten(2)[0].T.contiguous() if op == "info_nce" else x).requires_grad_()
+    with ck.backend("triton"):
+        if op == "class_anchors":
+            value = ck.class_anchors(x, labels, 3)[0].sum()
+        elif op == "info_nce":
+            value = ck.info_nce(x, labels.flatten())
+        else:
+            rate = {"hard": 0.0, "dense": 1.0}[op]
+            value = ck.contextrast_loss(
+                [x], labels, (labels + 1) % 3, num_classes=3, layer_weights=(1.0,), base_rate=rate
+            )
+        value.backward()
+    assert x.grad.isfinite().all()
+
+
+# Channels that programs share out unevenly, and that a tile divides.
+CASES = [
+    ("class_anchors", 576, torch.float16),
+    ("hard", 288, torch.float32),
+    ("hard", 480, torch.float16),
+    ("hard", 160, torch.float64),
+    ("dense", 480, torch.float32),
+    ("info_nce", 320, torch.float16),
+    ("info_nce", 160, torch.float32),
+]
+
+
+@pytest.mark.parametrize(
+    ("op", "D", "dtype", "layout"),
+    [(*case, layout) for case, layout in zip(CASES, itertools.cycle(["nchw", "channels_last"]))],
+    ids=str,
+)
+def test_nothing_is_read_beyond_the_features(op, D, dtype, layout):
+    process = multiprocessing.get_context("spawn").Process(target=run, args=(op, D, dtype, layout))
+    process.start()
+    process.join()
+    assert process.exitcode == 0, "killed by SIGSEGV" if process.exitcode == -11 else process.exitcode
+
+
+def test_a_read_beyond_is_noticed():
+    process = multiprocessing.get_context("spawn").Process(target=_read_beyond)
+    process.start()
+    process.join()
+    assert process.exitcode == -11
+
+
+def _read_beyond() -> None:
+    x = guarded(torch.zeros(5))
+    ctypes.c_float.from_address(x.data_ptr() + 5 * x.element_size()).value  # noqa: B018
