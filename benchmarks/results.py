@@ -5,6 +5,7 @@ accuracies of trainings and have schemas of their own: ``demo.csv``, and ``camvi
 """
 
 import csv
+import importlib.metadata
 import os
 import pathlib
 import platform
@@ -181,11 +182,14 @@ def _output(*command: str) -> str:
     return result.stdout.strip() if result.returncode == 0 else ""
 
 
-def version(module: str) -> str:
-    try:
-        return __import__(module).__version__
-    except ImportError:
-        return ""
+def version(library: str) -> str:
+    """Of what is installed, "" if it is not. Nothing is imported: a library that does not fit torch raises anything."""
+    for name in (library, f"pytorch-{library}"):  # as torch's nightly builds call Triton
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            pass
+    return ""
 
 
 def path_of(device: str, folder: pathlib.Path = FOLDER) -> pathlib.Path:
@@ -204,13 +208,17 @@ def read(path: pathlib.Path, kind: type = Row) -> list:
     if not path.exists():
         return []
     columns = [field.name for field in fields(kind)]
-    with path.open(newline="") as file:
+    with path.open(newline="", encoding="utf-8") as file:
         table = csv.DictReader(file)
-        if table.fieldnames != columns:
-            raise SchemaError(
-                f"{path}: expected the columns {', '.join(columns)}, got {', '.join(table.fieldnames or ())}."
-            )
-        return [_parsed(kind, cells, f"{path}, line {table.line_num}") for cells in table]
+        try:
+            found = table.fieldnames
+            if not found:
+                raise SchemaError(f"{path}: expected a line of columns, got an empty file: delete it.")
+            if found != columns:
+                raise SchemaError(f"{path}: expected the columns {', '.join(columns)}, got {', '.join(found)}.")
+            return [_parsed(kind, cells, f"{path}, line {table.line_num}") for cells in table]
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise SchemaError(f"{path}: expected comma-separated text, got another kind of file ({error}).") from error
 
 
 def read_all(folder: pathlib.Path = FOLDER) -> list[Row]:
@@ -231,7 +239,7 @@ def write(path: pathlib.Path, rows: list, kind: type = Row) -> None:
         _parsed(kind, of_row, f"{path}, row {number}")
     path.parent.mkdir(parents=True, exist_ok=True)
     half = path.with_suffix(".csv.new")
-    with half.open("w", newline="") as file:
+    with half.open("w", newline="", encoding="utf-8") as file:
         table = csv.DictWriter(file, [field.name for field in fields(kind)], lineterminator="\n")
         table.writeheader()
         table.writerows(cells)

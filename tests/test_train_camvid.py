@@ -454,10 +454,29 @@ def test_frames_too_narrow_for_the_network_are_refused(camvid, tmp_path, capsys)
 @pytest.mark.parametrize("name", [name for name in NETWORKS if name != "small"])
 def test_a_network_whose_library_is_missing_is_a_sentence(camvid, tmp_path, capsys, monkeypatch, name):
     library = "timm" if name.startswith("hrnet") else "torchvision"
-    monkeypatch.setitem(sys.modules, library, None)
+    for module in (library, *(module for module in sys.modules if module.startswith(f"{library}."))):
+        monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(SystemExit, match="2"):
         call(camvid, tmp_path, "--network", name)
     assert f"{name} needs {library} (" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, OSError])
+@pytest.mark.parametrize("library", ["timm", "torchvision"])
+def test_a_library_built_for_another_torch_is_a_sentence(camvid, tmp_path, capsys, monkeypatch, library, error):
+    """torchvision raises a RuntimeError of several lines, or an OSError of its shared object."""
+    (tmp_path / library).mkdir()
+    (tmp_path / library / "__init__.py").write_text(f"raise {error.__name__}('no operator nms\\nof many')")
+    for module in [module for module in sys.modules if module.partition(".")[0] == library]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert call(camvid, tmp_path / "small", "--minutes", "0") == 0, "no other network needs it"
+    network = "hrnet_w18" if library == "timm" else "deeplabv3_resnet50"
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match="2"):
+        call(camvid, tmp_path / "out", "--network", network)
+    [said] = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
+    assert f"{network} needs {library} (no operator nms): install the one that fits torch" in said
 
 
 @pytest.mark.parametrize(("name", "library"), [("hrnet_w18", "timm"), ("deeplabv3_resnet50", "torchvision")])

@@ -1,8 +1,9 @@
 """The study's networks, from random weights: each gives logits at the images' size."""
 
+import contextlib
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +30,20 @@ class Segmenter(nn.Module, ABC):
 
     def forward(self, images: Tensor) -> Tensor:
         logits = self.logits((images - 0.45) / 0.25)
-        return F.interpolate(logits, size=images.shape[-2:], mode="bilinear")
+        # In float32: half precision rounds neighbouring classes' logits to ties.
+        return F.interpolate(logits.float(), size=images.shape[-2:], mode="bilinear")
+
+
+@contextlib.contextmanager
+def needed(library: str, network: str) -> Iterator[None]:
+    """Around a library's import: what it raises where it is missing, or built for another torch, is a sentence."""
+    try:
+        yield
+    except (ImportError, RuntimeError, OSError) as error:
+        reason = str(error).partition("\n")[0]
+        raise Absent(
+            f"{network} needs {library} ({reason}): install the one that fits torch {torch.__version__}."
+        ) from error
 
 
 class Small(Segmenter):
@@ -56,10 +70,8 @@ class HRNet(Segmenter):
 
     def __init__(self, num_classes: int, name: str):
         super().__init__()
-        try:
+        with needed("timm", name):
             import timm
-        except ImportError as error:
-            raise Absent(f"{name} needs timm ({error}): pip install timm.") from error
         options = {"features_only": True, "feature_location": "", "out_indices": (1, 2, 3, 4)}  # "": the branches
         self.backbone = timm.create_model(name, pretrained=False, **options)
         width = sum(self.backbone.feature_info.channels())
@@ -83,10 +95,8 @@ class DeepLabV3(Segmenter):
 
     def __init__(self, num_classes: int, name: str):
         super().__init__()
-        try:
+        with needed("torchvision", name):
             from torchvision.models import segmentation
-        except ImportError as error:
-            raise Absent(f"{name} needs torchvision ({error}): pip install torchvision.") from error
         self.network = getattr(segmentation, name)(weights=None, weights_backbone=None, num_classes=num_classes)
 
     @property
