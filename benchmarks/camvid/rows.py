@@ -11,9 +11,10 @@ NEAREST = (3, 5)
 PAPER = {"height": 360, "batch": 16, "iterations": 6000}
 SETTING = (
     *("protocol", "network", "augmentation", "iterations", "batch", "height", "width", "channels", "learning_rate"),
-    *("precision", "device"),
+    "precision",
 )
-"""What rows that are compared with each other have in common."""
+"""What rows that are compared with each other have in common. Not the device: a study can go on on another of its kind,
+which the precision names."""
 SCORES = (
     *("miou", "miou_multi_scale", *(f"trimap_{r}" for r in RADII), *(f"boundary_{r}" for r in RADII)),
     *("alignment", "uniformity", *(f"uniformity_{k}" for k in NEAREST)),
