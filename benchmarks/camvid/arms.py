@@ -83,8 +83,8 @@ ARMS = {
             against="semi-hard",
         ),
         Arm("sampled-bane", "MS/CS's sample, and BANE", SAMPLED, question=9),
-        # The relatives, as their official code sets them, ContrastiveSeg's even for CamVid. RegionContrast keeps a region
-        # of each training image.
+        # The relatives, as their official code sets them, ContrastiveSeg's even for CamVid. RegionContrast keeps a
+        # region of each training image.
         Arm(
             "pixel-contrast",
             "ContrastiveSeg",
