@@ -583,6 +583,19 @@ def test_options_are_refused_at_the_call_and_at_construction(options, exception,
     assert_one_sentence(lambda: module(**options), exception, argument, quoted)
 
 
+@pytest.mark.skipif(ck.available()["triton"] != "ok", reason=f"triton: {ck.available()['triton']}")
+def test_sentences_are_the_same_where_kernels_run_and_come_before_any_launch():
+    from contextrast_kernels.kernels import _launch
+
+    with ck.backend("triton"), _launch.recording() as launches:
+        for name, call, exception, argument, quoted in TABLE:
+            assert_one_sentence(call, exception, argument, quoted)
+            assert not launches, name
+        for options, exception, argument, quoted in OPTIONS:
+            assert_one_sentence(lambda options=options: loss(**options), exception, argument, quoted)
+            assert not launches, options
+
+
 def test_names_of_the_table_are_unique():
     assert len({row[0] for row in TABLE}) == len(TABLE)
 

@@ -574,6 +574,29 @@ def test_torch_compile(rng, op, compiler, dynamic):
     assert frames[0] == frames[1]
 
 
+@pytest.mark.slow
+def test_batches_of_other_sizes_are_compiled_once(rng):
+    """With dynamic shapes the third batch and size finds the graph of the second."""
+    torch._dynamo.reset()
+    graphs = CompileCounterWithBackend("aot_eager")
+
+    def loss(x, top, labels, predictions):
+        return total(labels, predictions, 3, 2)(x, top)
+
+    compiled = torch.compile(loss, backend=graphs, fullgraph=True, dynamic=True)
+    frames = []
+    with ck.backend("triton"):
+        for B, h, w in ((2, 4, 6), (3, 5, 8), (4, 6, 7)):
+            xs = [x.requires_grad_() for x in pyramid(rng, B, 8, [(h, w), (h // 2, w // 2)], torch.float32)]
+            maps = labels_and_predictions(rng, B, 3, 2 * h, 2 * w)
+            for ours, theirs in zip(
+                *((x, *torch.autograd.grad(x, xs)) for x in (f(*xs, *maps) for f in (compiled, loss)))
+            ):
+                assert torch.equal(ours, theirs)
+            frames.append(graphs.frame_count)
+    assert frames[1] == frames[2]
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_autocast_changes_nothing(rng, op):
     function = every_op(rng)[op]

@@ -158,12 +158,12 @@ def test_flags_for_tf32_move_no_bit():
         assert torch.equal(gradient, results[0][1])
 
 
-def training_step(name: str, layout: str = "nchw", **changes):
+def training_step(name: str, layout: str = "nchw", base_rate: float = 0.0, **changes):
     """A step whose parameters are the features and logits themselves: cross-entropy + 0.1 of the loss, backward, SGD.
     Predictions follow from the logits, so they change with every step. Returns step() and what it reads and writes."""
     xs, inputs, _, case = at_real_size(name, layout=layout, **changes)
     logits = inputs.logits.detach().float().requires_grad_()
-    criterion = ck.ContextrastLoss(**case.loss_options, base_rate=0.01).to(DEVICE)
+    criterion = ck.ContextrastLoss(**case.loss_options, base_rate=base_rate).to(DEVICE)
     labels = inputs.labels
     h, w = logits.shape[2:]
     # Of means over pixels each pixel gets little: by their number, or a step is lost in bfloat16's rounding.
@@ -182,11 +182,15 @@ def training_step(name: str, layout: str = "nchw", **changes):
     return step, labels, criterion, [*xs, logits]
 
 
+BASE_RATES = pytest.mark.parametrize("base_rate", [0.0, 0.01], ids=["hard", "dense"])
+
+
 @AT_REAL_SIZE
-def test_a_step_learns():
+@BASE_RATES
+def test_a_step_learns(base_rate):
     """What the captured step does, in eager mode: features and logits move, the loss falls by more than other seeds
     move it, and the seed advances."""
-    step, _, criterion, parameters = training_step("cityscapes", batch=1)
+    step, _, criterion, parameters = training_step("cityscapes", base_rate=base_rate, batch=1)
     before = [x.detach().clone() for x in parameters]
     with ck.backend("triton"):
         losses = [step().item() for _ in range(6)]
@@ -197,12 +201,15 @@ def test_a_step_learns():
 
 
 @pytest.mark.gpu
+@BASE_RATES
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])
-def test_a_training_step_in_a_cuda_graph(layout):
+def test_a_training_step_in_a_cuda_graph(layout, base_rate):
     """Captured once and replayed 25 times with other labels, other predictions and an advancing seed: after each
     replay loss and parameters are, bit by bit, what the same steps give in eager mode."""
-    step, labels, criterion, parameters = training_step("cityscapes", layout, batch=2)
-    eager_step, eager_labels, eager_criterion, eager_parameters = training_step("cityscapes", layout, batch=2)
+    step, labels, criterion, parameters = training_step("cityscapes", layout, base_rate, batch=2)
+    eager_step, eager_labels, eager_criterion, eager_parameters = training_step(
+        "cityscapes", layout, base_rate, batch=2
+    )
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -226,9 +233,10 @@ def test_a_training_step_in_a_cuda_graph(layout):
 
 
 @pytest.mark.gpu
+@BASE_RATES
 @pytest.mark.parametrize("name", ["cityscapes", "ade20k", "camvid"])
-def test_a_step_never_synchronises(name):
-    step, *_ = training_step(name, batch=2)
+def test_a_step_never_synchronises(name, base_rate):
+    step, *_ = training_step(name, base_rate=base_rate, batch=2)
     step()
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
@@ -256,12 +264,17 @@ def test_memory_beside_features_and_gradients(name, layout):
 
 @pytest.mark.gpu
 def test_another_stream():
+    """The features come late on that stream: a kernel on any other would read what was there before."""
     xs, _, loss, _ = at_real_size("cityscapes", batch=2)
     expected = run(loss, xs)
+    late = [torch.zeros_like(x).requires_grad_() for x in xs]
+    torch.cuda.synchronize()
     stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        ours = run(loss, xs)
+        torch.cuda._sleep(200_000_000)  # clock cycles: about a tenth of a second
+        for x, given in zip(late, xs):
+            x.data.copy_(given)
+        ours = run(loss, late)
     torch.cuda.current_stream().wait_stream(stream)
     assert torch.equal(ours[0], expected[0])
     assert torch.equal(ours[1], expected[1])

@@ -2,8 +2,9 @@
 are spilled to) and the shared memory that tests/budgets.json grants.
 
 No GPU is needed. Compiling runs in a process of its own (tests/aot.py), because Triton decides at import whether
-kernels are interpreted. Budgets have a column for each Triton that they were written with, since another compiler
-allots registers otherwise; a Triton without one is held to the newest before it, else to the first. They are written by
+kernels are interpreted. Budgets have a column for each Triton that they were written with, since every compiler allots
+registers in its own way; a Triton without one is held to what does not depend on that: instructions, and the stack on
+the paths of cityscapes and ade20k. Budgets are written by
 
     for i in 0 1 2 3 4 5 6 7 8 9 10 11; do python tests/aot.py --matrix $i/12 --grant; done
 
@@ -43,18 +44,14 @@ PRODUCTS = {
 PARTS = 12
 
 
-def number(version: str) -> tuple[int, ...]:
-    return tuple(map(int, version.split(".")[:2]))
-
-
 def here() -> tuple[int, ...]:
     """The version of this Triton."""
-    return number(importlib.metadata.version("triton"))
+    return tuple(map(int, importlib.metadata.version("triton").split(".")[:2]))
 
 
-def column() -> dict:
+def column() -> dict | None:
     """The budgets of this Triton."""
-    return BUDGETS[max((v for v in BUDGETS if number(v) <= here()), key=number, default=min(BUDGETS, key=number))]
+    return BUDGETS.get(".".join(map(str, here())))
 
 
 def compiled(*arguments) -> list[dict]:
@@ -76,7 +73,7 @@ def assert_lean(rows: list[dict]) -> None:
     """Within budget; products on the tensor cores; features read and written 16 bytes at a time where they lie so."""
     budgets, wrong = column(), []
     for row in rows:
-        budget, kernel = budgets.get(row["budget"]), row["kernel"]
+        budget, kernel = {} if budgets is None else budgets.get(row["budget"]), row["kernel"]
         if budget is None:
             wrong.append(f"{name_of(row)}: no budget {row['budget']!r}")
             continue
@@ -115,6 +112,14 @@ def test_every_kernel_has_a_budget():
                 called.add(ast.unparse(node.func))
     for version, budgets in BUDGETS.items():
         assert {key.split()[0] for key in budgets} == kernels - called, version
+
+
+def test_this_triton_has_budgets():
+    if column() is None:
+        pytest.skip(
+            f"Triton {importlib.metadata.version('triton')} has no budgets; write them: tests/test_resources.py"
+        )
+    assert all(budget.keys() == {"registers", "stack", "shared"} for budget in column().values())
 
 
 def test_the_tile_table_serves_every_dtype_and_number_of_channels():
