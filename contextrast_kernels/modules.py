@@ -185,7 +185,13 @@ class ContextrastCriterion(nn.Module):
                     f"class_weights: expected a list or tensor of {num_classes} numbers, "
                     f"got {checks.describe(class_weights)}"
                 )
-            class_weights = torch.as_tensor(class_weights, dtype=torch.float32).clone()
+            try:
+                class_weights = torch.as_tensor(class_weights, dtype=torch.float32).clone()
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise TypeError(
+                    f"class_weights: expected {num_classes} finite numbers, one for each class, "
+                    f"got {checks.describe(class_weights)}"
+                ) from error
             if class_weights.shape != (num_classes,) or not (class_weights.isfinite() & (class_weights >= 0)).all():
                 raise ValueError(
                     f"class_weights: expected {num_classes} finite numbers of at least 0, one for each class, "

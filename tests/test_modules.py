@@ -231,9 +231,16 @@ def test_criterion_is_cross_entropy_and_contrast(rng, smoothing, weighted):
     torch.testing.assert_close(loss, entropy + 0.3 * contrast, rtol=1e-12, atol=0)
     torch.testing.assert_close(criterion.last["cross_entropy"], entropy.detach(), rtol=1e-12, atol=0)
     assert torch.equal(criterion.last["contrast"], contrast.detach())
+    assert not any(value.requires_grad for value in criterion.last.values())
     assert criterion.last["errors"].shape == (4,)
     [gradient] = torch.autograd.grad(loss, logits)
     torch.testing.assert_close(gradient, torch.autograd.grad(entropy, logits)[0], rtol=1e-9, atol=1e-15)
+
+
+@pytest.mark.parametrize("weights", [["a"] * 4, [[1.0], [1.0, 2.0]], [1.0, None, 1.0, 1.0]])
+def test_class_weights_that_are_no_numbers_are_one_sentence(weights):
+    with pytest.raises(TypeError, match=r"^class_weights: expected 4 finite numbers, one for each class, got list \["):
+        ck.ContextrastCriterion(4, class_weights=weights)
 
 
 def test_criterion_resizes_small_logits(rng):
