@@ -1,5 +1,6 @@
 """The training loops of examples/ run, and their losses fall."""
 
+import os
 import pathlib
 import re
 import subprocess
@@ -30,6 +31,7 @@ def test_plain_loop_with_two_processes():
     result = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "train.py", "--steps", "20"],
         cwd=EXAMPLES,
+        env={**os.environ, "PYTHONPATH": str(EXAMPLES.parent)},
         capture_output=True,
         text=True,
         timeout=300,
