@@ -7,6 +7,7 @@ drawn. ``embedding_colours`` gives an array and needs none.
 
 from __future__ import annotations
 
+import colorsys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -25,18 +26,28 @@ if TYPE_CHECKING:
 
 VOID_COLOUR = (0.55, 0.55, 0.55)  # ignored pixels
 CORRECT_COLOUR = (1.0, 1.0, 1.0)  # pixels outside of every error region
+NO_EDGE_COLOUR = (0.0, 0.0, 0.0)  # errors of a class that fills the whole image
+PALE = 0.75  # share of white in an error that was not chosen
+
+# tab10 without its grey; then each is the colour farthest (CIEDE2000) from those before it, from their pale versions
+# and from the colours above, among those of moderate chroma.
+DISTINCT = (
+    "1f77b4", "ff7f0e", "2ca02c", "d62728", "9467bd", "8c564b", "e377c2", "bcbd22", "17becf", "1e5a3c",
+    "0f2d87", "00f0b4", "5a4b00", "a50069", "ff9696", "8796ff", "69001e", "ffc35a", "4b2d4b", "965a0f",
+    "0fb4ff", "1e9678", "005a69", "a5e178",
+)  # fmt: skip
 
 
 def class_colours(num_classes: int) -> Tensor:
-    """The colour of each class in every picture: float32 (N, 3) in 0..1. None is near void's grey or white."""
-    from matplotlib import colormaps
+    """The colour of each class in every picture: float32 (N, 3) in 0..1. None is near void's grey, white or black.
 
+    Up to 24 are told apart at a glance; more are hues, in turn bright, soft, dark and muted.
+    """
     checks.num_classes(num_classes)
-    colours = [colour for n, colour in enumerate(colormaps["tab10"].colors) if n != 7]  # 7 is a grey
-    colours += colormaps["Set2"].colors[:7]
-    if num_classes > len(colours):
-        colours = [colormaps["hsv"](n / num_classes)[:3] for n in range(num_classes)]
-    return torch.tensor(colours[:num_classes])
+    if num_classes <= len(DISTINCT):
+        return torch.tensor([list(bytes.fromhex(colour)) for colour in DISTINCT[:num_classes]]) / 255
+    shades = ((1.0, 1.0), (0.45, 1.0), (1.0, 0.55), (0.6, 0.75))  # saturation, value
+    return torch.tensor([colorsys.hsv_to_rgb(n / num_classes, *shades[n % 4]) for n in range(num_classes)])
 
 
 def negatives(
@@ -106,7 +117,7 @@ def negatives(
     columns = ("image", "labels", "prediction", "error map", "edge distance", "chosen negatives")
     figure = Figure(figsize=(12.5, 0.7 + 2.0 * len(sizes) * H / W), layout="constrained")
     axes = figure.subplots(len(sizes), len(columns), squeeze=False)
-    distance_map = colormaps["viridis"].with_extremes(bad=CORRECT_COLOUR, over="black")
+    distance_map = colormaps["viridis"].with_extremes(bad=CORRECT_COLOUR, over=NO_EDGE_COLOUR)
     for axis, title in zip(axes[0], columns):
         axis.set_title(title, fontsize=11)
     for row, (h, w) in zip(axes, sizes):
@@ -119,7 +130,7 @@ def negatives(
         distance = edge_distance(errors)[0]
         around = torch.where(at_layer < 0, void, correct)
         error_colours = painted(errors, around)
-        pale = torch.where(errors[0, ..., None] >= 0, 0.25 * error_colours + 0.75, error_colours)
+        pale = torch.where(errors[0, ..., None] >= 0, (1 - PALE) * error_colours + PALE, error_colours)
         pictures = (
             image,
             painted(at_layer, void),

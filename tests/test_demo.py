@@ -528,13 +528,6 @@ def test_the_picture_shows_what_the_loss_chooses():
         assert torch.equal(exact, negatives >= 0)
 
 
-def test_the_colours_of_many_classes_differ():
-    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
-    for N in (1, 7, 11, 16, 17, 150):
-        colours = viz.class_colours(N)
-        assert colours.shape == (N, 3) and len(colours.unique(dim=0)) == N
-
-
 def test_wrong_arguments_of_the_picture_are_named():
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     image, labels = torch.rand(3, 8, 8), torch.zeros(8, 8, dtype=torch.long)

@@ -134,6 +134,31 @@ def test_figures_are_drawn_without_a_warning():
         figure.savefig(io.BytesIO(), format="png")
 
 
+@pytest.mark.parametrize("N", [11, 21, 24])
+def test_the_colours_of_up_to_24_classes_are_told_apart(N):
+    """In CIEDE2000: two colours side by side are seen to differ from about 2.3, and are not mistaken from about 10."""
+    color = pytest.importorskip("skimage.color", reason="scikit-image is not installed")
+
+    def distances(a, b):
+        a, b = (color.rgb2lab(np.asarray(colours)) for colours in (a, b))
+        return color.deltaE_ciede2000(a[:, None], b[None])
+
+    colours, backgrounds = viz.class_colours(N), [viz.VOID_COLOUR, viz.CORRECT_COLOUR, viz.NO_EDGE_COLOUR]
+    pale = torch.lerp(colours, torch.ones(3), viz.PALE)
+    others = ~np.eye(N, dtype=bool)
+    assert distances(colours, colours)[others].min() > 10
+    assert distances(pale, colours).min() > 10
+    assert distances(torch.cat((colours, pale)), backgrounds).min() > 10
+    assert distances(pale, pale)[others].min() > 2 * 2.3
+
+
+@pytest.mark.parametrize("N", [1, 24, 25, 150])
+def test_the_colours_of_any_number_of_classes_differ(N):
+    colours = viz.class_colours(N)
+    assert colours.shape == (N, 3) and len(colours.unique(dim=0)) == N
+    assert colours.min() >= 0 and colours.max() <= 1
+
+
 def test_colours_need_no_matplotlib_and_figures_no_pyplot():
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     program = (
