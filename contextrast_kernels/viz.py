@@ -66,8 +66,8 @@ def negatives(
 
     Labels and prediction are shown as the layer sees them, sampled to its size. Errors and negatives have the
     colour of the *predicted* class (Eq. 6), whose anchor the pixel is pushed away from; errors that were not chosen
-    are paler. Distances are in pixels of the layer, white outside of errors and black where a class fills the whole
-    image.
+    are paler. Distances are in pixels of the layer; they are black where a class fills the whole image, as its errors
+    then have no edge.
 
     Args:
         image: (3, H, W), float in 0..1 or uint8; shown as it is in every row.
@@ -115,9 +115,10 @@ def negatives(
 
     place = {"extent": (0, W, H, 0), "interpolation": "nearest"}  # every layer is drawn as large as the image
     columns = ("image", "labels", "prediction", "error map", "edge distance", "chosen negatives")
-    figure = Figure(figsize=(12.5, 0.7 + 2.0 * len(sizes) * H / W), layout="constrained")
+    figure = Figure(layout="compressed")
     axes = figure.subplots(len(sizes), len(columns), squeeze=False)
-    distance_map = colormaps["viridis"].with_extremes(bad=CORRECT_COLOUR, over=NO_EDGE_COLOUR)
+    distance_map = colormaps["viridis"].with_extremes(bad=CORRECT_COLOUR, under=VOID_COLOUR, over=NO_EDGE_COLOUR)
+    without_edge = False
     for axis, title in zip(axes[0], columns):
         axis.set_title(title, fontsize=11)
     for row, (h, w) in zip(axes, sizes):
@@ -143,11 +144,13 @@ def negatives(
             axis.set(xticks=[], yticks=[])
             if picture is not None:
                 axis.imshow(picture.numpy(), **place)
-        row[0].set_ylabel("\n".join(_size(h, w, H, W)), fontsize=11)
+        row[0].set_ylabel("\n".join(_size(h, w, H, W)), fontsize=10)
 
         reached = distance[(distance >= 0) & distance.isfinite()]
         highest = max(reached.max().item(), 1.0) if len(reached) else 1.0
-        shown = torch.where(distance >= 0, distance.clamp(max=highest + 1), torch.nan).numpy()
+        without_edge |= distance.isinf().any().item()
+        elsewhere = torch.where(at_layer[0] < 0, -1.0, torch.nan)
+        shown = torch.where(distance >= 0, distance.clamp(max=highest + 1), elsewhere).numpy()
         drawn = row[4].imshow(shown, cmap=distance_map, vmin=0, vmax=highest, **place)
         bar = figure.colorbar(drawn, ax=row[4], fraction=0.05, pad=0.02, ticks=[0, int(highest)])
         bar.ax.tick_params(labelsize=8, length=2)
@@ -159,15 +162,22 @@ def negatives(
         Patch(facecolor=VOID_COLOUR, label="void"),
         Patch(facecolor=CORRECT_COLOUR, edgecolor="0.7", label="correct"),
     ]
+    if without_edge:
+        patches.append(Patch(facecolor=NO_EDGE_COLOUR, label="error without an edge"))
+    width, em = 12.5, 9 / 72
+    longest = max(len(patch.get_label()) for patch in patches)
+    fitting = max(1, int(width / em / (4.8 + 0.65 * longest)))  # an entry: patch and gaps, and its wide letters
+    lines = -(-len(patches) // fitting)
     figure.legend(
         handles=patches,
         loc="outside lower center",
-        ncols=min(len(patches), 10),
+        ncols=-(-len(patches) // lines),
         frameon=False,
         fontsize=9,
         title="errors and negatives in the predicted class's colour, pale where not chosen; distance in the layer's px",
         title_fontsize=9,
     )
+    figure.set_size_inches(width, 0.75 + 0.2 * lines + len(sizes) * max(2.0 * H / W, 0.9))  # 0.9: a row's name
     return figure
 
 
@@ -283,8 +293,9 @@ def anchor_similarity(
     top, top_counts = of_layers[-1]
     fused = [(fuse_anchors(a, n, top, top_counts, fusion_weight), n) for a, n in of_layers[:-1]] + of_layers[-1:]
 
-    side = max(2.6, 0.8 + 0.24 * num_classes)
-    figure = Figure(figsize=(0.8 + side * len(fused), side + 0.3), layout="constrained")
+    side = max(1.8, 0.24 * num_classes)
+    beside = 0.3 + 0.08 * max(map(len, names))  # inches that the names take, at 8 pt
+    figure = Figure(figsize=(0.9 + beside + (0.2 + side) * len(fused), side + beside + 0.3), layout="compressed")
     axes = figure.subplots(1, len(fused), squeeze=False)[0]
     colours = colormaps["RdBu_r"].with_extremes(bad=VOID_COLOUR)
     for axis, (a, n), x in zip(axes, fused, features):
@@ -297,7 +308,9 @@ def anchor_similarity(
         axis.set_yticks(range(num_classes), names if axis is axes[0] else [], fontsize=8)
         axis.tick_params(length=0)
         axis.spines[:].set_visible(False)
-    figure.colorbar(drawn, ax=axes, fraction=0.05, pad=0.01, label="cosine")
+    bar = figure.colorbar(drawn, ax=axes, fraction=0.05, pad=0.01)
+    bar.set_label("cosine", fontsize=9)
+    bar.ax.tick_params(labelsize=8)
     return figure
 
 
@@ -331,7 +344,7 @@ def similarity_curve(results: dict[str, Tensor]) -> Figure:
     occupied = results["pixels"].sum(0).nonzero().flatten().tolist()
     shown = slice(0, 1 + max(occupied, default=0))
     distance = results["distance"][shown].tolist()
-    figure = Figure(figsize=(3.1 * layers, 2.7), layout="constrained")
+    figure = Figure(figsize=(max(3.1 * layers, 4.7), 2.7), layout="constrained")  # 4.7: the legend's width
     axes = figure.subplots(1, layers, squeeze=False, sharey=True)[0]
     for i, axis in enumerate(axes):
         of_pixels = axis.twinx()
@@ -370,7 +383,7 @@ def _shown(image: Tensor) -> Tensor:
 
 
 def _names(class_names: Sequence[str] | None, num_classes: int) -> list[str]:
-    names = [str(n) for n in range(num_classes)] if class_names is None else list(class_names)
+    names = [str(n) for n in range(num_classes)] if class_names is None else list(map(str, class_names))
     if len(names) != num_classes:
         raise ValueError(f"class_names: expected {num_classes} names (num_classes), got {len(names)}")
     return names

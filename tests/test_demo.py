@@ -13,7 +13,6 @@ import pytest
 import torch
 
 import contextrast_kernels as ck
-from contextrast_kernels import viz
 from contextrast_kernels.demo import scenes, training
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -493,66 +492,3 @@ sys.exit(training.main(["--quick", "--steps", "2", "--device", "cpu"]))
     for package in ("scikit-image", "kornia", "tqdm", "matplotlib"):
         assert f"need {package}" in done.stdout or f"needs {package}" in done.stdout
     assert [path.name for path in (tmp_path / "demo_out").iterdir()] == ["metrics.json"]
-
-
-# ---------------------------------------------------------------------------------------------------------- pictures
-
-
-def test_the_picture_shows_what_the_loss_chooses():
-    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
-    generator = torch.Generator().manual_seed(1)
-    H, W, N = 24, 36, 4
-    labels = torch.randint(N, (H // 6, W // 6), generator=generator).repeat_interleave(6, 0).repeat_interleave(6, 1)
-    labels[:5, :5] = VOID
-    logits = torch.randn(N, H // 4, W // 4, generator=generator)
-    sizes = [(12, 18), (5, 7)]
-    figure = viz.negatives(torch.rand(3, H, W), labels, logits, num_classes=N, sizes=sizes, class_names="abcd")
-    axes = [axis for axis in figure.axes if axis.get_label() != "<colorbar>"]
-    assert len(axes) == len(sizes) * 6
-    assert [axis.get_title() for axis in axes[:6]] == [
-        "image", "labels", "prediction", "error map", "edge distance", "chosen negatives",
-    ]  # fmt: skip
-    colours = viz.class_colours(N)
-    for i, (h, w) in enumerate(sizes):
-        errors, distance, chosen = (torch.tensor(np.ma.getdata(a.images[0].get_array())) for a in axes[6 * i + 3 :][:3])
-        negatives = ck.bane_negatives(logits[None], labels[None], num_classes=N, size=(h, w))[0]
-        rows, columns = torch.arange(h) * H // h, torch.arange(w) * W // w
-        target = labels[rows[:, None], columns]
-        predicted = logits.argmax(0)[(torch.arange(h) * (H // 4) // h)[:, None], torch.arange(w) * (W // 4) // w]
-        wrong = (target != VOID) & (predicted != target)
-        assert wrong.any() and (negatives >= 0).any()
-        assert torch.equal(errors[wrong], colours[predicted[wrong]])
-        assert torch.equal(errors[target == VOID], torch.tensor(viz.VOID_COLOUR).expand(int((target == VOID).sum()), 3))
-        assert torch.equal(distance.isfinite(), wrong)
-        exact = (chosen == colours[predicted]).all(-1) & wrong
-        assert torch.equal(exact, negatives >= 0)
-
-
-def test_wrong_arguments_of_the_picture_are_named():
-    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
-    image, labels = torch.rand(3, 8, 8), torch.zeros(8, 8, dtype=torch.long)
-    good = {"num_classes": 2, "sizes": [(4, 4)]}
-    for name, arguments in (
-        ("image", (image[0], labels, labels)),
-        ("labels", (image, labels[None], labels)),
-        ("predictions", (image, labels, labels.float())),
-    ):
-        with pytest.raises(ValueError, match=f"^{name}: expected"):
-            viz.negatives(*arguments, **good)
-    for name, change in (
-        ("sizes", {"sizes": []}),
-        ("sizes", {"sizes": [(4, 0)]}),
-        ("class_names", {"class_names": ["one"]}),
-        ("ratio", {"ratio": 2}),
-    ):
-        with pytest.raises((TypeError, ValueError), match=f"^{name}: expected"):
-            viz.negatives(image, labels, labels, **{**good, **change})
-
-
-def test_a_picture_of_one_class_that_fills_the_image():
-    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
-    labels = torch.zeros(8, 8, dtype=torch.uint8)
-    figure = viz.negatives(torch.zeros(3, 8, 8, dtype=torch.uint8), labels, labels + 1, num_classes=2, sizes=[(8, 8)])
-    axis = next(axis for axis in figure.axes if axis.get_title() == "edge distance")
-    drawn = axis.images[0]
-    assert (drawn.to_rgba(drawn.get_array())[..., :3] == 0).all(), "a distance without an edge is black"

@@ -12,19 +12,25 @@ from inputs import pyramid, scene
 
 import contextrast_kernels as ck
 from contextrast_kernels import viz
+from contextrast_kernels.demo.scenes import CamVid
 
 N = 4
 SIZES = ((8, 12), (4, 6), (2, 3), (1, 2))
+LONG = ("traffic light", "traffic sign", "vegetation", "motorcycle")
+CITYSCAPES = (
+    "road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign", "vegetation", "terrain",
+    "sky", "person", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle",
+)  # fmt: skip
 
 
-def batch(B=2):
+def batch(B=2, N=N, sizes=SIZES, H=32, W=48):
     rng = np.random.default_rng(5)
-    labels, predictions = scene(rng, B=B, N=N, H=32, W=48)
-    return pyramid(rng, B=B, D=6, sizes=SIZES, dtype=torch.float32), labels, predictions
+    labels, predictions = scene(rng, B=B, N=N, H=H, W=W)
+    return pyramid(rng, B=B, D=6, sizes=sizes, dtype=torch.float32), labels, predictions
 
 
 def drawn(figure):
-    """Draws a figure as a file would be, with every warning an error; its pixels."""
+    """Draws a figure as a file would be, with every warning an error; the canvas with its pixels."""
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
@@ -32,7 +38,24 @@ def drawn(figure):
         warnings.simplefilter("error")
         canvas = FigureCanvasAgg(figure)
         canvas.draw()
-    return np.asarray(canvas.buffer_rgba())
+    return canvas
+
+
+def shown(axis):
+    """What an axis holds as its picture."""
+    [picture] = axis.get_images()
+    return np.ma.getdata(picture.get_array())
+
+
+def words(texts):
+    return [text.get_text() for text in texts]
+
+
+def legend(figure):
+    """The entries of a figure's legend: (name, colour)."""
+    [entries] = figure.legends
+    colours = [patch.get_facecolor()[:3] for patch in entries.get_patches()]
+    return list(zip(words(entries.get_texts()), colours, strict=True))
 
 
 # ------------------------------------------------------------------------------------------------ embedding_colours
@@ -114,24 +137,37 @@ def test_what_has_no_colour_is_grey():
 # ------------------------------------------------------------------------------------------------------------ figures
 
 
-def figures():
+def figures(names="abcd", sizes=SIZES, H=32, W=48):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
-    features, labels, predictions = batch()
+    N, image = len(names), torch.rand(3, H, W)
+    features, labels, predictions = batch(N=N, sizes=sizes, H=H, W=W)
     similarity = ck.metrics.AnchorSimilarity(N, 6)
     similarity.update(features, labels, predictions)
+    named = {"num_classes": N, "class_names": names}
     return {
-        "negatives": viz.negatives(torch.rand(3, 32, 48), labels[0], predictions[0], num_classes=N, sizes=SIZES),
-        "embeddings": viz.embeddings(torch.rand(3, 32, 48), [x[0] for x in features]),
-        "anchor_similarity": viz.anchor_similarity(features, labels, num_classes=N),
+        "negatives": viz.negatives(image, labels[0], predictions[0], sizes=sizes, **named),
+        "embeddings": viz.embeddings(image, [x[0] for x in features]),
+        "anchor_similarity": viz.anchor_similarity(features, labels, **named),
         "similarity_curve": viz.similarity_curve(similarity.compute()),
     }
 
 
 def test_figures_are_drawn_without_a_warning():
     for figure in figures().values():
-        picture = drawn(figure)
-        assert picture.std() > 5
+        assert np.asarray(drawn(figure).buffer_rgba()).std() > 5
         figure.savefig(io.BytesIO(), format="png")
+
+
+@pytest.mark.parametrize("layers", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("names", "H", "W"), [(LONG, 36, 48), (CamVid.classes, 36, 48), (CITYSCAPES, 32, 64)], ids=["4", "11", "19"]
+)
+def test_no_text_lies_outside_of_the_canvas(names, H, W, layers):
+    sizes = [(max(H >> i, 1), max(W >> i, 1)) for i in range(1, 1 + layers)]
+    for name, figure in figures(names, sizes, H, W).items():
+        extent = figure.get_tightbbox(drawn(figure).get_renderer())  # of all that is visible, in inches
+        width, height = figure.get_size_inches()
+        assert min(extent.x0, extent.y0) >= 0 and extent.x1 <= width and extent.y1 <= height, name
 
 
 @pytest.mark.parametrize("N", [11, 21, 24])
@@ -157,6 +193,74 @@ def test_the_colours_of_any_number_of_classes_differ(N):
     colours = viz.class_colours(N)
     assert colours.shape == (N, 3) and len(colours.unique(dim=0)) == N
     assert colours.min() >= 0 and colours.max() <= 1
+
+
+def test_each_column_of_the_negatives_is_what_its_title_says():
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    generator = torch.Generator().manual_seed(1)
+    H, W, sizes = 24, 36, [(12, 18), (9, 14)]
+    image = torch.rand(3, H, W, generator=generator)
+    labels = torch.randint(N, (H // 6, W // 6), generator=generator).repeat_interleave(6, 0).repeat_interleave(6, 1)
+    labels[:5, :5] = 255
+    logits = torch.randn(N, H // 4, W // 4, generator=generator)
+    figure = viz.negatives(image, labels, logits, num_classes=N, sizes=sizes)
+    axes = [axis for axis in figure.axes if axis.get_label() != "<colorbar>"]
+    assert [axes[0].get_ylabel(), axes[6].get_ylabel()] == ["stride 2\n12 × 18", "9 × 14"]
+    colours = torch.cat((viz.class_colours(N), torch.tensor([viz.VOID_COLOUR, viz.CORRECT_COLOUR])))
+    pale = torch.lerp(colours, torch.ones(3), viz.PALE)
+
+    def sampled(of_pixels, h, w):
+        rows, columns = ((torch.arange(n) * total // n) for n, total in zip((h, w), of_pixels.shape))
+        return of_pixels[rows[:, None], columns]
+
+    for i, (h, w) in enumerate(sizes):
+        target, predicted = sampled(labels, h, w), sampled(logits.argmax(0), h, w)
+        void = target == 255
+        wrong = ~void & (predicted != target)
+        distance = ck.edge_distance(torch.where(wrong, predicted, -1)[None])[0]
+        chosen = ck.bane_negatives(logits[None], labels[None], num_classes=N, size=(h, w))[0] >= 0
+        assert void.any() and chosen.any() and (wrong & ~chosen).any() and (distance > 0).any()
+        error_colours = colours[torch.where(wrong, predicted, torch.where(void, N, N + 1))]
+        expected = {
+            "image": image.permute(1, 2, 0),
+            "labels": colours[torch.where(void, N, target)],
+            "prediction": colours[predicted],
+            "error map": error_colours,
+            "edge distance": torch.where(wrong, distance, torch.where(void, -1.0, torch.nan)),
+            "chosen negatives": torch.where((wrong & ~chosen)[..., None], pale[predicted], error_colours),
+        }
+        row = axes[6 * i :][:6]
+        assert [axis.get_title() for axis in axes[:6]] == list(expected)
+        for axis, (title, picture) in zip(row, expected.items()):
+            np.testing.assert_allclose(shown(axis), picture, rtol=0, atol=1e-6, err_msg=title)
+        [distances] = row[4].get_images()
+        painted = distances.to_rgba(distances.get_array())[..., :3]
+        assert (painted[void] == viz.VOID_COLOUR).all() and (painted[~void & ~wrong] == viz.CORRECT_COLOUR).all()
+
+
+def test_the_legend_of_the_negatives_names_the_classes_that_are_shown():
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    labels = torch.tensor([0, 2]).repeat(8, 4)
+    predictions = torch.where(torch.arange(8)[:, None] < 2, 3, labels)
+    image, names = torch.rand(3, 8, 8), ("sky", "road", "tree", "car")
+    colours = viz.class_colours(N).tolist()
+    entries = legend(viz.negatives(image, labels, predictions, num_classes=N, sizes=[(8, 8)], class_names=names))
+    assert entries == [
+        ("sky", pytest.approx(colours[0])),
+        ("tree", pytest.approx(colours[2])),
+        ("car", pytest.approx(colours[3])),
+        ("void", viz.VOID_COLOUR),
+        ("correct", viz.CORRECT_COLOUR),
+    ]
+
+
+def test_an_error_without_an_edge_is_black_and_the_legend_says_so():
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    labels = torch.zeros(8, 8, dtype=torch.uint8)
+    figure = viz.negatives(torch.zeros(3, 8, 8, dtype=torch.uint8), labels, labels + 1, num_classes=2, sizes=[(8, 8)])
+    [picture] = next(axis for axis in figure.axes if axis.get_title() == "edge distance").get_images()
+    assert (picture.to_rgba(picture.get_array())[..., :3] == viz.NO_EDGE_COLOUR).all()
+    assert legend(figure)[-1] == ("error without an edge", viz.NO_EDGE_COLOUR)
 
 
 def test_colours_need_no_matplotlib_and_figures_no_pyplot():
@@ -189,15 +293,24 @@ def test_any_number_of_layers(layers):
 def test_the_matrix_is_that_of_the_fused_anchors_with_absent_classes_blank():
     features, labels, _ = batch()
     labels[labels == 1] = 255
-    figure = viz.anchor_similarity(features, labels, num_classes=N, fusion_weight=0.4)
+    figure = viz.anchor_similarity(features, labels, num_classes=N, fusion_weight=0.4, class_names="abcd")
     anchors = [ck.class_anchors(x, labels, N) for x in features]
     a = ck.fuse_anchors(*anchors[1], *anchors[-1], 0.4).double()
     a = a / a.norm(dim=1, keepdim=True)
-    shown = figure.axes[1].get_images()[0].get_array()
+    cosines = figure.axes[1].get_images()[0].get_array()
     present = [0, 2, 3]
-    np.testing.assert_allclose(shown[np.ix_(present, present)], (a @ a.T)[present][:, present], atol=1e-6)
-    mask = np.ma.getmaskarray(np.ma.masked_invalid(shown))
+    np.testing.assert_allclose(cosines[np.ix_(present, present)], (a @ a.T)[present][:, present], atol=1e-6)
+    mask = np.ma.getmaskarray(np.ma.masked_invalid(cosines))
     assert mask[1].all() and mask[:, 1].all() and not mask[np.ix_(present, present)].any()
+    for axis, (h, w) in zip(figure.axes, SIZES):
+        assert axis.get_title() == f"{h} × {w}"
+        assert words(axis.get_xticklabels()) == list("abcd") and axis.get_xticks().tolist() == [0, 1, 2, 3]
+    assert words(figure.axes[0].get_yticklabels()) == list("abcd") and figure.axes[0].get_yticks().tolist() == [
+        0,
+        1,
+        2,
+        3,
+    ]
 
 
 def test_the_curve_shows_the_numbers():
@@ -206,11 +319,18 @@ def test_the_curve_shows_the_numbers():
     similarity.update(features, labels, predictions)
     results = similarity.compute()
     figure = viz.similarity_curve(results)
-    for i, axis in enumerate(figure.axes[: len(SIZES)]):
-        true, predicted = (line.get_ydata() for line in axis.get_lines())
-        assert len(true) == max(results["pixels"].sum(0).nonzero()) + 1 < 4
-        np.testing.assert_array_equal(true, results["true_class"][i, : len(true)])
-        np.testing.assert_array_equal(predicted, results["predicted_class"][i, : len(true)])
+    known = max(results["pixels"].sum(0).nonzero()) + 1
+    assert known < 4
+    lines = {"anchor of the true class": "true_class", "anchor of the predicted class": "predicted_class"}
+    assert words(figure.legends[0].get_texts()) == list(lines)
+    layers = len(SIZES)
+    for i, (axis, of_pixels) in enumerate(zip(figure.axes[:layers], figure.axes[layers:], strict=True)):
+        assert axis.get_title() == f"layer {i}"
+        assert [line.get_label() for line in axis.get_lines()] == list(lines)
+        for line in axis.get_lines():
+            np.testing.assert_array_equal(line.get_xdata(), results["distance"][:known])
+            np.testing.assert_array_equal(line.get_ydata(), results[lines[line.get_label()]][i, :known])
+        assert [bar.get_height() for bar in of_pixels.patches] == results["pixels"][i, :known].tolist()
 
 
 def test_a_summary_writer_takes_the_figures(tmp_path):
@@ -250,6 +370,10 @@ def picture(**change):
         (lambda: picture(sizes=8), TypeError, "^sizes: expected a list .* got int 8"),
         (lambda: picture(sizes=(8, 12)), TypeError, "^sizes: expected a pair .* got int 8"),
         (lambda: picture(sizes=[(8, 0)]), ValueError, "^sizes: expected an integer between 1 .* got 0"),
+        (lambda: picture(sizes=[]), TypeError, "^sizes: expected a list"),
+        (lambda: picture(image=IMAGE[0]), ValueError, r"^image: expected \(3, H, W\)"),
+        (lambda: picture(class_names=["one"]), ValueError, "^class_names: expected 4 names"),
+        (lambda: picture(ratio=2), ValueError, "^ratio: expected"),
         (lambda: viz.embeddings(IMAGE, [LAYER[0, :, :0]]), ValueError, r"^features\[0\]: expected .* \(4, 0, 12\)"),
         (lambda: viz.embeddings(IMAGE[:1], [LAYER[0]]), ValueError, r"^image: expected \(3, H, W\)"),
         (lambda: viz.embeddings([0], [LAYER[0]]), TypeError, "^image: expected an image .* got list"),
