@@ -46,10 +46,13 @@ class Layer:
     stride: int
     prefix: int
     """Tokens before the first pixel's."""
+    calls: int
+    """How often one forward calls the module; the map is the last call's."""
     overwritten: bool
     """A later module writes into this tensor, so that the tap keeps a copy."""
 
 
+@torch.inference_mode(False)  # the heads would be born without gradients
 def attach(
     model: nn.Module,
     layers: str | Sequence[str] = "auto",
@@ -62,7 +65,8 @@ def attach(
     parameters. Attach after loading pretrained weights, and before the optimizer, DDP, FSDP and torch.compile are made.
 
     Args:
-        model: any module whose layers give maps (B, C, h, w), (B, h, w, C), or tokens (B, L, C).
+        model: any module whose layers give maps (B, C, h, w), (B, h, w, C), or tokens (B, L, C), which are taken to lie
+            row by row. Where a model orders them otherwise, as Hiera does, name layers that give maps.
         layers: names of modules, as in ``model.named_modules()``; ``"encoder[2]"`` is one map of an output that holds
             several, ``"encoder"`` its last four of stride 4 or more. ``"auto"`` looks for the encoder's stages: the one
             output that lists them, or else the siblings that lower the resolution one after another; of more than four
@@ -126,12 +130,13 @@ class FeatureTap(nn.Module):
         self._maps: list[tuple | None] | None = None
         self._image: tuple[int, int] | None = None
         self._open = False
-        self._why_empty = "the model has not run since attach()"
+        self._why_empty = "the model has not run since attach(); call model(images), not model.forward or its parts"
         modules = dict(model.named_modules())
         self._handles = [model.register_forward_pre_hook(self._begin, with_kwargs=True)]
         for i, layer in enumerate(layers):
             self._handles.append(modules[layer.module].register_forward_hook(_Recorder(self, i)))
         self._handles.append(model.register_forward_hook(self._end))
+        self._handles.append(model.register_forward_hook(self._fail, always_call=True))
         model.add_module(_NAME, self)
         self.train(model.training)
 
@@ -161,8 +166,9 @@ class FeatureTap(nn.Module):
         if taken is None:
             raise RuntimeError(
                 f"features: layer {layer.name!r} gave no feature map in the last forward: the model did not call it, "
-                "it was replaced since attach(), as by convert_sync_batchnorm, or the model was compiled before; "
-                "choose a layer that the model calls, or convert first, then attach, then compile"
+                "it was replaced since attach(), as by convert_sync_batchnorm, the model was compiled before, or this "
+                "is a copy made by way of a module that registers a part before the model; choose a layer that the "
+                "model calls, convert first, then attach, then compile, and register the model before its parts"
             )
         x, version, dtype = taken
         if version is not None and x._version != version:
@@ -174,6 +180,12 @@ class FeatureTap(nn.Module):
             raise RuntimeError(
                 f"features: layer {layer.name!r} carries no gradient, so the loss could not train the encoder; leave "
                 "it out of layers, unfreeze it, take it out of torch.no_grad, or checkpoint with use_reentrant=False"
+            )
+        if head[0].weight.ndim != 4:
+            raise RuntimeError(
+                f"features: expected whole projection heads, got a weight {checks.describe(head[0].weight)}, as "
+                "FullyShardedDataParallel leaves it after its forward; compute the loss inside of the wrapped module's "
+                "forward"
             )
         if hasattr(head[0].weight, "to_local") and not hasattr(head, "unshard"):
             raise RuntimeError(
@@ -202,7 +214,9 @@ class FeatureTap(nn.Module):
                 str(layer.stride),
                 str(layer.channels),
                 "{} × {}".format(*layer.size),
-                layer.layout + (", copied: overwritten later" if layer.overwritten else ""),
+                layer.layout
+                + (", copied: overwritten later" if layer.overwritten else "")
+                + (f", called {layer.calls} ×: the last call is used" if layer.calls > 1 else ""),
             )
             for layer in self.layers
         ]
@@ -225,8 +239,12 @@ class FeatureTap(nn.Module):
         self._open = self.training and torch.is_grad_enabled()
         self._maps = [None] * len(self.layers) if self._open else None
         if not self._open:
-            mode = "under torch.no_grad" if self.training else "in evaluation mode"
-            self._why_empty = f"the last forward ran {mode}, where nothing is recorded"
+            mode, remedy = (
+                ("under torch.no_grad", "train with gradients on")
+                if self.training
+                else ("in evaluation mode", "call model.train(), and freeze normalisation layers one by one")
+            )
+            self._why_empty = f"the last forward ran {mode}, where nothing is recorded; {remedy}"
         image = _image(args, kwargs)
         self._image = None if image is None else tuple(image[-2:])
 
@@ -246,6 +264,11 @@ class FeatureTap(nn.Module):
 
     def _end(self, model: nn.Module, args: tuple, output) -> None:
         self._open = False
+
+    def _fail(self, model: nn.Module, args: tuple, output) -> None:
+        # Called after every forward, and alone after one that raised.
+        if self._open:
+            self._open, self._maps, self._why_empty = False, None, "the last forward raised an exception"
 
     def forward(self, x):
         """Returns ``x``: where the model is a container that runs its children in turn, the tap is one of them."""
@@ -284,12 +307,12 @@ def _check_model(model) -> None:
     sharded = any(c.__name__ in _FSDP for module in model.modules() for c in type(module).__mro__)
     if sharded or isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
         raise RuntimeError(f"model: expected the plain model, got {kind}; attach to it first, then wrap or shard it")
-    if kind == "OptimizedModule" or model._compiled_call_impl is not None:
-        raise RuntimeError(
-            "model: expected it before torch.compile, which never sees hooks that come later; "
-            "attach to the plain model first, then compile it"
-        )
     for name, module in model.named_modules():
+        if type(module).__name__ == "OptimizedModule" or module._compiled_call_impl is not None:
+            raise RuntimeError(
+                f"model: expected it before torch.compile, which never sees hooks that come later, got {name!r} "
+                "compiled; attach to the plain model first, then compile it or its parts"
+            )
         if isinstance(module, FeatureTap):
             raise RuntimeError(f"model: attached already, at {name!r}; use that tap, or call its detach() first")
     if hasattr(model, _NAME):
@@ -414,13 +437,14 @@ def _watch(model: nn.Module, example, own_example: bool) -> list[_Event]:
             readings = []
             for layout, channels, size, prefix in _read(x, image):
                 stride = max(1, round(math.sqrt(image[2] * image[3] / (size[0] * size[1]))))
-                readings.append(Layer(label, name, path, layout, channels, size, stride, prefix, False))
+                readings.append(Layer(label, name, path, layout, channels, size, stride, prefix, 1, False))
             if not readings:
                 continue
             found.append(readings[0])
             if len(readings) == 2:
                 others[label] = readings[1]
-            kept.append((x, x._version, label))
+            if not x.is_inference():  # these cannot be written into, and count no versions
+                kept.append((x, x._version, label))
         before = events.pop(name, None)
         parametric = any(True for _ in module.parameters())
         events[name] = _Event(name, found, others, parametric, 1 if before is None else before.calls + 1)
@@ -450,7 +474,7 @@ def _watch(model: nn.Module, example, own_example: bool) -> list[_Event]:
             event.layers = [event.others.get(layer.name, layer) for layer in event.layers]
     for event in seen:
         event.layers = [
-            replace(layer, overwritten=True) if layer.name in overwritten else layer for layer in event.layers
+            replace(layer, calls=event.calls, overwritten=layer.name in overwritten) for layer in event.layers
         ]
     return seen
 

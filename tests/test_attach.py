@@ -454,6 +454,42 @@ def test_looking_leaves_the_model_as_it_was():
     assert not torch.equal(torch.get_rng_state(), random)  # the heads were drawn, nothing else
 
 
+def test_looking_keeps_no_graph():
+    """Its memory would be that of a training step."""
+    grad = []
+    net = Net()
+    net.classifier.register_forward_hook(lambda module, args, output: grad.append(output.requires_grad))
+    attached(net)
+    assert grad == [False]
+
+
+def test_attach_in_inference_mode_gives_a_model_that_trains():
+    """Also with an example that was made there and that a module hands on as it is."""
+    for model, example in ((Net(), None), (nn.Sequential(nn.Identity(), Listing()), IMAGES[:1])):
+        with torch.inference_mode():
+            _, tap = attached(model, example_input=None if example is None else example.clone())
+        model(IMAGES)
+        sum(x.square().sum() for x in tap.features()).backward()
+        assert len(tap.layers) == 4 and all(p.grad is not None for p in tap.parameters())
+
+
+def test_a_layer_that_is_called_twice_says_so():
+    """As the encoder of a siamese network: the last call is the one that is heard."""
+
+    class Siamese(Wrapped):
+        def forward(self, x):
+            return super().forward(x.flip(0)) + super().forward(x)
+
+    model, tap = attached(Siamese(lambda x, maps: maps))
+    assert [layer.calls for layer in tap.layers] == [2] * 4
+    assert all(line.endswith("NCHW, called 2 ×: the last call is used") for line in tap.table().splitlines()[1:])
+    model(IMAGES)
+    expected = copy.deepcopy(model).encoder.net.maps(IMAGES)
+    for head, x, y in zip(copy.deepcopy(tap.heads), tap.features(), expected):
+        torch.testing.assert_close(x, head(y))
+    assert "called" not in attached()[1].table()
+
+
 def test_a_container_that_runs_its_children_runs_as_before():
     model = nn.Sequential(*Net().stages[:0], nn.Conv2d(3, 8, 3, 2, 1), *Net().stages)
     expected = copy.deepcopy(model)(IMAGES)
@@ -477,6 +513,9 @@ def test_heads_run_in_the_precision_of_the_layers():
     model.bfloat16()
     model(IMAGES.bfloat16())
     assert {x.dtype for x in tap.features()} == {torch.bfloat16}
+    tap.heads.float()  # kept in float32 beside a model in half precision, without autocast
+    model(IMAGES.bfloat16())
+    assert {x.dtype for x in tap.features()} == {torch.float32}
     _, tap = attached(Net().bfloat16(), example_input=None)
     assert {p.dtype for p in tap.parameters()} == {torch.bfloat16}
 

@@ -49,6 +49,50 @@ def test_a_copy_of_a_part_is_only_that_part():
     assert len(part._forward_hooks) == 4 and all(hook.tap is None for hook in part._forward_hooks.values())
 
 
+def test_a_copy_that_meets_a_part_before_the_model_says_so():
+    """The part is copied without a tap, and the model's copy then holds it."""
+    for order in (("model", "encoder"), ("encoder", "model")):
+        parent, (model, _) = nn.Module(), attached(Wrapped(lambda x, maps: maps))
+        for name in order:
+            parent.add_module(name, {"model": model, "encoder": model.encoder}[name])
+        twin = copy.deepcopy(parent).model
+        twin(IMAGES)
+        if order[0] == "model":
+            assert len(twin.contextrast_heads.features()) == 4
+        else:
+            with pytest.raises(RuntimeError, match=r"gave no feature map .* register the model before its parts"):
+                twin.contextrast_heads.features()
+
+
+def test_a_forward_that_raises_leaves_nothing_behind():
+    class Broken(Net):
+        broken = False
+
+        def forward(self, x):
+            logits = super().forward(x)
+            if self.broken:
+                raise ValueError("out of patience")
+            return logits
+
+    model, tap = attached(Broken())
+    model.broken = True
+    with pytest.raises(ValueError, match="out of patience"):
+        model(IMAGES)
+    assert tap._maps is None
+    model.stages[0](model.stem(IMAGES))  # by hand: nobody listens
+    with pytest.raises(RuntimeError, match=r"got none: the last forward raised an exception$"):
+        tap.features()
+    model.broken = False
+    assert step(model, tap) > 0
+    twin = copy.deepcopy(model)
+    twin.broken = True
+    with pytest.raises(ValueError, match="out of patience"):
+        twin(IMAGES)
+    assert twin.contextrast_heads._maps is None
+    tap.detach()
+    assert not model._forward_hooks and not model._forward_hooks_always_called
+
+
 def test_an_attached_model_can_be_saved_whole():
     model, tap = attached()
     model(IMAGES)
@@ -102,6 +146,14 @@ def test_attaching_after_compile_is_noticed():
     in_place.compile(backend="aot_eager")
     with pytest.raises(RuntimeError, match=r"before torch\.compile"):
         attached(in_place)
+    parts = Net()
+    parts.stages[1].compile(backend="aot_eager")
+    with pytest.raises(RuntimeError, match=r"before torch\.compile.* got 'stages\.1' compiled; .* or its parts"):
+        attached(parts)
+    parts = Net()
+    parts.stages[2] = torch.compile(parts.stages[2], backend="aot_eager")
+    with pytest.raises(RuntimeError, match=r"got 'stages\.2' compiled"):
+        attached(parts)
 
 
 def test_a_layer_that_is_overwritten_is_copied():
@@ -180,12 +232,13 @@ def test_a_layer_that_is_replaced_says_so_and_heads_may_be():
 
 def test_evaluation_records_nothing():
     model, tap = attached()
-    with pytest.raises(RuntimeError, match="not run since attach"):
+    model.forward(IMAGES)
+    with pytest.raises(RuntimeError, match=r"not run since attach\(\); call model\(images\), not model\.forward"):
         tap.features()
     model.eval()
     model(IMAGES)
     assert tap._maps is None
-    with pytest.raises(RuntimeError, match="evaluation mode"):
+    with pytest.raises(RuntimeError, match=r"evaluation mode.*; call model\.train\(\), and freeze normalisation"):
         tap.features()
     model.train()
     with torch.no_grad():
@@ -244,6 +297,15 @@ def test_sharded_models(one_rank):
     for late in (fully_shard(Net(), mesh=mesh), nn.Sequential(fully_shard(Net(), mesh=mesh))):
         with pytest.raises(RuntimeError, match=r"^model: expected the plain model, got (FSDPNet|Sequential); .* shard"):
             attached(late)
+
+
+def test_weights_that_a_sharder_put_away_are_one_sentence():
+    """FullyShardedDataParallel leaves flat ones after its forward, on two ranks and more."""
+    model, tap = attached()
+    model(IMAGES)
+    tap.heads[0][0].weight = nn.Parameter(tap.heads[0][0].weight.detach().flatten()[:5])
+    with pytest.raises(RuntimeError, match=r"whole projection heads, got .* \(5,\) .*inside of the wrapped module's"):
+        tap.features()
 
 
 def _train_on_a_rank(rank, port, outcome):
