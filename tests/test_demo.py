@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import contextrast_kernels as ck
+from contextrast_kernels import viz
 from contextrast_kernels.demo import scenes, training
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -492,3 +493,26 @@ sys.exit(training.main(["--quick", "--steps", "2", "--device", "cpu"]))
     for package in ("scikit-image", "kornia", "tqdm", "matplotlib"):
         assert f"need {package}" in done.stdout or f"needs {package}" in done.stdout
     assert [path.name for path in (tmp_path / "demo_out").iterdir()] == ["metrics.json"]
+
+
+# ---------------------------------------------------------------------------------------------------------- pictures
+
+
+def test_the_picture_of_the_anchors_is_of_validation_images_as_the_loss_sees_them(mosaic, tmp_path, monkeypatch):
+    figure_module = pytest.importorskip("matplotlib.figure", reason="matplotlib is not installed")
+    run, network, heads = training.train(
+        training.LOSSES["contextrast"], mosaic, scenes.augmentation()[0], seed=0, steps=1, batch=2
+    )
+    figures = {}
+    monkeypatch.setattr(figure_module.Figure, "savefig", lambda self, path, **_: figures.update({path.name: self}))
+    training.pictures.draw(tmp_path, [run], network, heads, mosaic)
+    assert tuple(figures) == training.pictures.NAMES
+
+    images, labels = (tensor[: training.pictures.TOGETHER] for tensor in mosaic.validation)
+    with torch.no_grad():
+        embeddings = [head(feature) for head, feature in zip(heads, network(images)[1])]
+    N = len(mosaic.classes)
+    expected = viz.anchor_similarity(embeddings, labels, num_classes=N, class_names=mosaic.classes)
+    for axis, of_layer in zip(figures["anchors.png"].axes, expected.axes[: len(embeddings)]):
+        assert [name.get_text() for name in axis.get_xticklabels()] == list(mosaic.classes)
+        assert torch.equal(*(torch.tensor(each.get_images()[0].get_array()) for each in (axis, of_layer)))

@@ -3,6 +3,7 @@ without matplotlib."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,9 @@ if TYPE_CHECKING:
     from contextrast_kernels.demo.training import Network, Run
 
 
-NAMES = ("curves.png", "negatives.png", "embeddings.png", "similarity.png")
+NAMES = ("curves.png", "negatives.png", "embeddings.png", "anchors.png", "similarity.png")
+TOGETHER = 8
+"""Validation images, at most, that go through the network at once; anchors.png is of the first so many."""
 MEASURED = 32
 """Validation images, at most, of which similarity.png is made."""
 
@@ -30,10 +33,13 @@ def draw(folder: Path, runs: list[Run], network: Network, heads: nn.ModuleList, 
         logits, features = network(image[None])
     sizes = [tuple(feature.shape[-2:]) for feature in features]
     embeddings = _project(heads, features)
+    several, labels, _ = next(_embedded(network, heads, data))
+    named = {"num_classes": len(data.classes), "ignore_index": scenes.VOID, "class_names": data.classes}
     figures = (
         _curves(runs),
-        viz.negatives(image, label, logits[0], num_classes=len(data.classes), sizes=sizes, class_names=data.classes),
+        viz.negatives(image, label, logits[0], sizes=sizes, **named),
         viz.embeddings(image, [x[0] for x in embeddings]),
+        viz.anchor_similarity(several, labels, **named),
         viz.similarity_curve(_similarity(network, heads, data)),
     )
     for name, figure in zip(NAMES, figures):
@@ -90,10 +96,18 @@ def _project(heads: nn.ModuleList, features: list[Tensor]) -> list[Tensor]:
 
 
 @torch.no_grad()
+def _embedded(
+    network: Network, heads: nn.ModuleList, data: scenes.Data
+) -> Iterator[tuple[list[Tensor], Tensor, Tensor]]:
+    """Embeddings, labels and logits of validation images, a batch at a time."""
+    for images, labels in zip(*(tensor[:MEASURED].split(TOGETHER) for tensor in data.validation)):
+        logits, features = network(images)
+        yield _project(heads, features), labels, logits
+
+
 def _similarity(network: Network, heads: nn.ModuleList, data: scenes.Data) -> dict[str, Tensor]:
     """Similarity of errors to anchors by distance, over some validation images."""
     similarity = AnchorSimilarity(len(data.classes), ignore_index=scenes.VOID)
-    for images, labels in zip(*(tensor[:MEASURED].split(8) for tensor in data.validation)):
-        logits, features = network(images)
-        similarity.update(_project(heads, features), labels, logits)
+    for embeddings, labels, logits in _embedded(network, heads, data):
+        similarity.update(embeddings, labels, logits)
     return similarity.compute()
