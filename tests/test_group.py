@@ -18,8 +18,10 @@ import pytest
 import torch
 from inputs import leaves, pyramid, scene
 from torch import distributed as dist
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import contextrast_kernels as ck
+from contextrast_kernels import contextrast, ranks
 
 N, D, LAYERS = 4, 5, 2
 SIZES = ((6, 9), (3, 4))
@@ -160,10 +162,20 @@ def cases_of(rank, groups, runs):
     return results
 
 
-def counted(rank, group, **options):
+COUNTED = {
+    "float64": {},
+    "float32": {"dtype": torch.float32},
+    "float16": {"dtype": torch.float16},
+    "features as they are": {"normalize": False},
+    "a cold temperature": {"temperature": 0.001},
+}
+"""Kinds of losses whose reductions are counted."""
+
+
+def counted(rank, group, dtype=torch.float64, **options):
     """Element numbers of the collectives forward, and backward."""
     features, labels, predictions = share_of(rank)
-    features = leaves(features)
+    features = leaves([x.to(dtype) for x in features])
     counts = []
     criterion = loss_of("two ranks", group=group, **options)
     loss = criterion(features, labels, predictions)  # ranks agree here
@@ -246,12 +258,16 @@ def compiled(rank, group, backend):
             group=group,
         )
 
+    graphs = CompileCounterWithBackend("aot_eager")
+    frames = []
     with ck.backend(backend):
-        step = torch.compile(function if backend == "reference" else criterion, fullgraph=True, backend="aot_eager")
-        features = leaves(features)
-        loss = step(features, *maps)
-        loss.backward()
-    return loss.detach(), [x.grad for x in features]
+        step = torch.compile(function if backend == "reference" else criterion.eval(), fullgraph=True, backend=graphs)
+        for _ in range(2):
+            features = leaves(features)
+            loss = step(features, *maps)
+            loss.backward()
+            frames.append(graphs.frame_count)
+    return loss.detach(), [x.grad for x in features], frames
 
 
 def sentence(call):
@@ -349,7 +365,8 @@ def run_rank(rank, folder, runs, whole):
         pair = groups[2]
         for backend in BACKENDS if whole else ():
             with ck.backend(backend):
-                results["counted", backend] = counted(rank, pair)
+                for name, options in COUNTED.items():
+                    results["counted", backend, name] = counted(rank, pair, **options)
             results["compiled", backend] = compiled(rank, pair, backend)
         results["trained"] = trained(rank, pair, "reference" if whole else "triton")
         if whole:
@@ -427,19 +444,24 @@ def test_many_ranks_see_the_loss_and_the_gradient_of_one_process(request, name, 
             assert ((averaged - gradient).abs() <= TOLERANCE[case.dtype] * scale).all()
 
 
-@pytest.mark.parametrize(
-    ("backend", "forward", "backward"),
-    [
-        ("reference", (N * (D + 1) + 2, N, N + 1), (N * (D + 1) + 2,)),
-        # A⁺ and A⁻ of float64 have words of their own, and a class its mark of a broken term.
-        ("triton", (N * (D + 2) + 2, N, N * (2 * D + 3)), ()),
-    ],
-)
-def test_a_step_reduces_three_times_forward_and_at_most_once_backward(seen, backend, forward, backward):
-    """As many numbers a layer as docs/distributed.md says."""
+@pytest.mark.parametrize("name", COUNTED)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_step_reduces_three_times_forward_and_at_most_once_backward(seen, backend, name):
+    """As many numbers a layer as docs/distributed.md says; one maximum more where exponents have no small bound, and in
+    the fused loss one where features have none."""
+    if backend == "reference":
+        first, third, backward = N * (D + 1) + 2, N + 1, [N * (D + 1) + 2]
+    else:
+        # Normalised features of 16 bits share their words among A⁺ and A⁻.
+        first, third, backward = N * (D + 2) + 2, N * (D + 3 if name == "float16" else 2 * D + 3), []
+    forward = [first, N, third]
+    if name in ("features as they are", "a cold temperature"):
+        forward.insert(1, N)
+    if name == "features as they are" and backend == "triton":
+        forward.insert(0, 1)
     for rank in range(2):
-        counts = [[np.prod(shape) / LAYERS for shape in pass_] for pass_ in seen[rank]["counted", backend]]
-        assert counts == [list(forward), list(backward)]
+        counts = [[np.prod(shape) / LAYERS for shape in pass_] for pass_ in seen[rank]["counted", backend, name]]
+        assert counts == [forward, backward]
 
 
 @pytest.mark.parametrize("ranks", ["seen", pytest.param("seen_slowly", marks=pytest.mark.slow)])
@@ -460,7 +482,8 @@ def test_ddp_steps_are_the_steps_of_one_process(request, ranks):
 def test_compiled_in_one_graph_it_is_the_same(seen, backend):
     for rank in range(2):
         loss, gradients, _ = seen[rank]["cases"]["two ranks", "reference"]
-        compiled_loss, compiled_gradients = seen[rank]["compiled", backend]
+        compiled_loss, compiled_gradients, frames = seen[rank]["compiled", backend]
+        assert frames == [1, 1]
         close(compiled_loss, loss, 1e-9)
         for compiled_gradient, gradient in zip(compiled_gradients, gradients, strict=True):
             close(compiled_gradient, gradient, 1e-9)
@@ -520,6 +543,50 @@ def test_a_group_that_is_gone_is_one_sentence(seen):
 def test_a_sampler_counts_one_rank_and_takes_no_group(one_rank):
     with pytest.raises(ValueError, match="base_sampler: expected None with a group"):
         ck.ContextrastLoss(N, base_sampler=ck.Sampler("common-count", 10, 2), group=dist.group.WORLD)
+
+
+@pytest.mark.parametrize("bound", [None, 1.0, 300.0, 301.0, 745.0, 5000.0])
+def test_log_sums_keep_their_range(one_rank, bound):
+    """Whether they are shifted by a bound, or by the largest where float64 cannot hold the exponentials."""
+    size = 5000.0 if bound is None else bound
+    log_sums = torch.tensor([-size, -0.5 * size, 0.0, size, -torch.inf], dtype=torch.float64)
+    found = ranks.log_sum_exp(log_sums, ranks.name_of(dist.group.WORLD), bound)
+    torch.testing.assert_close(found, log_sums, rtol=1e-12, atol=1e-12)
+    assert ranks.log_sum_exp(torch.tensor([torch.nan]), ranks.name_of(dist.group.WORLD), bound).isnan()
+
+
+@pytest.mark.skipif(ck.available()["triton"] != "ok", reason=f"triton: {ck.available()['triton']}")
+def test_more_pixels_than_the_fixed_point_has_room_for_are_refused(one_rank, monkeypatch):
+    inputs = batch("two ranks")
+    with ck.backend("triton"):
+        loss_of("two ranks", group=dist.group.WORLD)(*inputs)
+        monkeypatch.setattr(ranks, "MOST_PIXELS", 3 * SIZES[0][0] * SIZES[0][1] - 1)
+        with pytest.raises(ValueError, match=r"^features\[0\]: expected at most 161 pixels on each rank"):
+            loss_of("two ranks", group=dist.group.WORLD)(*inputs)
+
+
+@pytest.mark.skipif(ck.available()["triton"] != "ok", reason=f"triton: {ck.available()['triton']}")
+def test_sums_over_ranks_leave_the_inputs_as_they_were(one_rank, monkeypatch):
+    monkeypatch.setattr(ranks, "reduced", lambda x, *_: 2 * x.detach())
+    features, labels, _ = batch("two ranks")
+    errors = torch.tensor([7, 3])
+    e = torch.full((3 * sum(h * w for h, w in SIZES),), 255, dtype=torch.uint8)
+    options = (N, 255, list(WEIGHTS), 0.2, 0.7, 0.0, True, False, False, "triton", errors)
+    seed, name = torch.zeros((), dtype=torch.int64), ranks.name_of(dist.group.WORLD)
+    _, _, report, *_ = contextrast._contextrast_loss(features, labels, e, seed, *options, name)
+    assert report[3].tolist() == [14, 6]
+    assert errors.tolist() == [7, 3]
+
+
+def test_the_criterion_hands_its_group_to_the_contrast(one_rank):
+    features, labels, predictions = batch("two ranks")
+    logits = torch.nn.functional.one_hot(predictions, N).movedim(-1, 1).double()
+    losses = []
+    for group in (None, dist.group.WORLD):
+        criterion = ck.ContextrastCriterion(N, layer_weights=WEIGHTS, group=group)
+        assert criterion.contrast.options.group == ranks.name_of(group)
+        losses.append(criterion(features, labels, logits))
+    close(losses[1], losses[0], 1e-9)
 
 
 def test_what_ranks_agreed_on_goes_with_their_group(one_rank):
