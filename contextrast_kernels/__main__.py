@@ -1,5 +1,6 @@
 """``python -m contextrast_kernels doctor | demo | bench``"""
 
+import os
 import sys
 
 USAGE = """usage: python -m contextrast_kernels {doctor,demo,bench} [options]
@@ -32,4 +33,10 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    try:
+        status = main(sys.argv[1:])
+        sys.stdout.flush()
+    except BrokenPipeError:  # a reader, such as head, has seen enough; what is not yet written goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 1
+    sys.exit(status)

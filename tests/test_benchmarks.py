@@ -1,7 +1,10 @@
 """The benchmarks: one schema for all results, and that the runner runs."""
 
 import contextlib
+import os
 import re
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from types import SimpleNamespace
@@ -90,6 +93,25 @@ def test_a_file_of_another_schema_is_refused(tmp_path):
     path.write_text(",".join(results.COLUMNS) + "\na,b\n")
     with pytest.raises(results.SchemaError, match="line 2"):
         results.read(path)
+    for content, sentence in (
+        (b"", "expected a line of columns, got an empty file: delete it."),
+        (b"\x89PNG\r\n", "expected comma-separated text, got another kind of file"),
+        (",".join(results.COLUMNS).encode() + b"\n" + b"a" * 200000, "expected comma-separated text"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(results.SchemaError, match=f"{path}: {sentence}"):
+            results.read(path)
+
+
+@pytest.mark.parametrize("buffered", [True, False])
+def test_a_reader_that_has_seen_enough_is_no_error(buffered):
+    """Of a pipe: `bench --plan | head -1`."""
+    command = [sys.executable, "-m", "contextrast_kernels", "bench", "--plan"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    environment = os.environ | {"PYTHONUNBUFFERED": "" if buffered else "1"}
+    with subprocess.Popen(command, **pipes, cwd=report.ROOT, env=environment) as bench:
+        bench.stdout.close()
+        assert bench.stderr.read() == b"" and bench.wait() == 1
 
 
 # --------------------------------------------------------------------------------------------------------- measuring
