@@ -26,7 +26,7 @@
 #                 take build/on_gpu, which git ignores, where OUT is emptied before each command
 #   PYTHON        python3 unless set
 #   PEERS         folder with checkouts of the relatives (benchmarks/peers.py), CAMVID: folder with CamVid's frames
-#   STUDY         more arguments of train/camvid, such as "--arms components --network small --iterations 3000"
+#   STUDY         more arguments of train/camvid, such as "--arms components --network small --iterations 1500"
 #   CONTEXTRAST_COMMIT   what to write into the results where there is no git
 #
 # The first half hour on a GPU, in commands of ten minutes:
@@ -177,6 +177,7 @@ for step in "${wanted[@]}"; do
     elif ((code)); then
       state="FAILED ($code)" failed+=("$step")
       tail -n 25 "$log"
+      ! tail -n 1 "$log" | grep -q 'rows left' || { state+=": $(tail -n 1 "$log")"; unfinished+=("$step"); }
     elif tail -n 1 "$log" | grep -q 'rows left'; then
       state=$(tail -n 1 "$log") unfinished+=("$step")
     else

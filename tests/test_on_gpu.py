@@ -23,10 +23,11 @@ case "$*" in
   *"--parts loss"*) touch "$RESULTS/a-gpu.csv"; echo complete ;;
   *"--parts parts"*) echo "2 rows left" ;;
   *"--parts edt"*) sleep 60 ;;
+  *"--parts step"*) echo "1 rows failed; 3 rows left"; exit 1 ;;
   *) echo fine ;;
 esac
 """
-QUICK = ("build/doctor", "test", "bench/host", "bench/loss", "bench/parts", "train/demo")
+QUICK = ("build/doctor", "test", "bench/host", "bench/loss", "bench/parts", "bench/step", "train/demo")
 
 pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
 
@@ -93,14 +94,15 @@ def test_a_failing_step_stops_nothing_and_a_finished_one_is_not_repeated(without
         "bench/host": "ok",
         "bench/loss": "ok",
         "bench/parts": "2 rows left",
+        "bench/step": "FAILED (1): 1 rows failed; 3 rows left",
         "test/suite": "ok",
         "test/slow": "not here: needs a GPU; make test-all runs the long sweeps without one",
         "train/demo": "ok",
     }
     assert "broken" in done.stdout  # the end of a failing step's log
     *_, left, failed = done.stdout.splitlines()
-    assert left == "left: bench/parts; run the same command again"
-    assert failed.startswith("failed: build/doctor; logs are in ")
+    assert left == "left: bench/parts bench/step; run the same command again"
+    assert failed.startswith("failed: build/doctor bench/step; logs are in ")
     assert "--parts loss --tiny --cases camvid" in without_gpu.calls.read_text()
     assert {path.name for path in without_gpu.out.iterdir()} == {"summary.txt", "a-gpu.csv", "logs.tar.gz"}
     assert (without_gpu.out / "summary.txt").read_text() in done.stdout
