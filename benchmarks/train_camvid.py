@@ -5,6 +5,12 @@
 trains what is not yet in OUT/camvid.csv, leaves a checkpoint when the time is over, and goes on from it when it is
 called again. Without a GPU it runs a shortened protocol, a test of itself: a small network at a quarter of the
 resolution. `python -m benchmarks.report` makes docs/camvid.md of the rows.
+
+All arms and seeds are 486000 iterations of the full protocol: 13.5 hours of a GPU at 0.1 s each. Into a quarter of an
+hour, in two calls, fit the arms of table 6, with three seeds and at the paper's resolution, where one of their 18000
+iterations takes at most 40 ms:
+
+    --arms components --network small --iterations 1500
 """
 
 import argparse
@@ -16,12 +22,11 @@ import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
 from filelock import FileLock, Timeout
-from tqdm import tqdm
 
 from benchmarks import results
 from benchmarks.camvid import arms, rows, training
@@ -29,6 +34,11 @@ from benchmarks.camvid.networks import NETWORKS, Absent
 from benchmarks.camvid.rows import Result
 from contextrast_kernels import measure
 from contextrast_kernels.demo import scenes
+
+try:
+    from tqdm import tqdm
+except ImportError:
+    tqdm = None
 
 
 def libraries() -> str:
@@ -38,7 +48,11 @@ def libraries() -> str:
 
 
 def parse(arguments: Sequence[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.train_camvid", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.train_camvid",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--root", type=pathlib.Path, required=True, help="CamVid's folder in SegNet's layout")
     parser.add_argument("--out", type=pathlib.Path, required=True, metavar="FOLDER", help=f"where {rows.FILE} is kept")
     parser.add_argument("--keep", type=pathlib.Path, metavar="FOLDER", help="where checkpoints are kept; default: OUT")
@@ -83,6 +97,8 @@ def parse(arguments: Sequence[str] | None) -> tuple[argparse.ArgumentParser, arg
 
 NUMBERS = (("height", int, 32, 720), ("iterations", int, 1, 10**6), ("batch", int, 1, 256))
 LOCK = ".camvid.lock"
+KEPT = "what is kept is the last tenth that was finished"
+NOTHING_KEPT = "nothing of it is kept, as its first tenth was not finished"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -114,6 +130,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.error(f"--root: expected validation frames of at least {least} classes, got {classes}")
         augment, _ = scenes.augmentation()
         environment = results.environment(options.device) | {"libraries": libraries()}
+        if not environment["commit"]:
+            print("these rows will name no commit, as git knows none here: set CONTEXTRAST_COMMIT", file=sys.stderr)
         study = training.Study(setting, data, "plain" if augment is scenes.plain else "kornia", augment, environment)
         command = sys.argv[1:] if arguments is None else arguments
         options.command = shlex.join(["python", "-m", "benchmarks.train_camvid", *map(str, command)])
@@ -129,11 +147,15 @@ def train(study: training.Study, options: argparse.Namespace, known: set[tuple],
         what = study.blank(arm, seed).measured, arm, setting
         return options.keep / f"{arm.name}-seed-{seed}-{hashlib.sha1(repr(what).encode()).hexdigest()[:8]}.pt"
 
+    def failure(arm: arms.Arm, seed: int) -> pathlib.Path:
+        return checkpoint(arm, seed).with_suffix(".failed")
+
     left = [(arm, seed) for group in options.arms for seed in options.seeds for arm in group]
     for arm, seed in left:
         if study.blank(arm, seed).measured in known:
             checkpoint(arm, seed).unlink(missing_ok=True)  # of a call that ended between row and deletion
     left = [(arm, seed) for arm, seed in left if study.blank(arm, seed).measured not in known]
+    left.sort(key=lambda job: failure(*job).exists())  # what failed in an earlier call must not use up every later one
     blank = study.blank(arms.ARMS["baseline"], 0)
     print(
         f"{blank.protocol} protocol: {setting.network}, {blank.height} x {blank.width} px, batch {setting.batch}, "
@@ -148,8 +170,8 @@ def train(study: training.Study, options: argparse.Namespace, known: set[tuple],
             run = training.Training(arm, seed, study)
             if checkpoint(arm, seed).exists():
                 run.resume(checkpoint(arm, seed))
-            with tqdm(total=setting.iterations, initial=run.iteration, desc=name, unit="it", disable=None) as bar:
-                row = run.advance(ends, checkpoint(arm, seed), bar.update)
+            with progress(name, run) as told_of:
+                row = run.advance(ends, checkpoint(arm, seed), told_of)
             if row is None:
                 print(f"{name}: stopped after {run.iteration} of {setting.iterations} iterations", flush=True)
                 break
@@ -158,7 +180,7 @@ def train(study: training.Study, options: argparse.Namespace, known: set[tuple],
                 for what, figure in run.pictures().items():
                     figure.savefig(options.out / f"{arm.name}-{what}.png", dpi=110)
         except KeyboardInterrupt:
-            print(f"{name}: interrupted; what is kept is the last tenth that was finished", flush=True)
+            print(f"{name}: interrupted; {KEPT if checkpoint(arm, seed).exists() else NOTHING_KEPT}", flush=True)
             status = 130
             break
         except OSError as error:  # what cannot be written now, the next training cannot write either
@@ -167,22 +189,39 @@ def train(study: training.Study, options: argparse.Namespace, known: set[tuple],
             break
         except (RuntimeError, ValueError, training.CheckpointError) as error:  # out of memory, say: go on without it
             print(f"{name} failed: {type(error).__name__}: {str(error).partition(chr(10))[0]}", flush=True)
+            with contextlib.suppress(OSError):
+                failure(arm, seed).touch()
             failed.append(left.pop(0))
             if not measure.answers(study.device):
                 print("the device answers nothing any more in this process")
                 break
             continue
-        checkpoint(arm, seed).unlink(missing_ok=True)
+        for path_of in (checkpoint, failure):
+            path_of(arm, seed).unlink(missing_ok=True)
         left.pop(0)
         print(f"{name}: {told(row)}", flush=True)
 
+    left += failed
     if left:
-        begun = ("" if not checkpoint(*job).exists() else ", begun" for job in left)
-        print("left: " + "; ".join(f"{arm.name} {seed}{some}" for (arm, seed), some in zip(left, begun)))
+        states = (
+            ", failed" if failure(*job).exists() else ", begun" if checkpoint(*job).exists() else "" for job in left
+        )
+        print("left: " + "; ".join(f"{arm.name} {seed}{state}" for (arm, seed), state in zip(left, states)))
         print(f"go on with: {options.command}")
-    outcome = f"{len(left)} rows left" if left else "complete"
-    print(f"{len(failed)} trainings failed; {outcome}")
+    again = ", to be tried again" if failed else ""
+    print(f"{len(failed)} trainings failed{again}; {f'{len(left)} rows left' if left else 'complete'}")
     return status or (1 if failed else 0)
+
+
+@contextlib.contextmanager
+def progress(name: str, run: training.Training) -> Iterator[Callable[[int], object]]:
+    """A bar in a terminal, where there is tqdm; gives what it is told by, in iterations done since."""
+    if tqdm is None:
+        yield lambda done: None
+    else:
+        total = run.setting.iterations
+        with tqdm(total=total, initial=run.iteration, desc=name, unit="it", disable=None) as bar:
+            yield bar.update
 
 
 def told(row: Result) -> str:

@@ -1,5 +1,7 @@
 """The CamVid study: that it goes on where it stopped, compares like with like, and refuses what it cannot use."""
 
+import importlib.util
+import itertools
 import resource
 import shutil
 import statistics
@@ -11,10 +13,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.nn import functional as F
 
+import contextrast_kernels as ck
 from benchmarks import report, results, train_camvid
 from benchmarks.camvid import arms, page, rows, training
-from benchmarks.camvid.networks import NETWORKS
+from benchmarks.camvid.networks import NETWORKS, Segmenter
 from benchmarks.camvid.rows import Result
 from contextrast_kernels import measure
 from contextrast_kernels.demo import scenes
@@ -156,6 +160,14 @@ def test_every_frame_comes_once_before_any_comes_again():
     assert stream[:3] != training.frames(5, 3, 8, 0).tolist()
 
 
+def test_the_help_counts_the_iterations(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        train_camvid.main(["--help"])
+    text = capsys.readouterr().out
+    assert f"All arms and seeds are {len(arms.ARMS) * 3 * 6000} iterations" in text
+    assert f"one of their {len(arms.TABLES['components']) * 3 * 1500}\niterations" in text
+
+
 def rows_in(out):
     return results.read(out / rows.FILE, Result)
 
@@ -254,6 +266,23 @@ def test_a_step_waits_for_nothing(camvid, study, arm, device):
     assert run.iteration == 3 and run.losses[:3, 0].all()
 
 
+@pytest.mark.parametrize("before", [False, True])
+def test_cudnn_tries_its_algorithms_while_shapes_are_fixed(study, tmp_path, monkeypatch, before):
+    seen = []
+
+    def step(run):
+        seen.append(torch.backends.cudnn.benchmark)
+        run.iteration += 1
+        if run.iteration == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(training.Training, "step", step)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", before)
+    with pytest.raises(KeyboardInterrupt):
+        training.Training(arms.ARMS["baseline"], 0, study).advance(float("inf"), tmp_path / "a.pt", lambda done: None)
+    assert seen == [True] * 3 and torch.backends.cudnn.benchmark == before
+
+
 @pytest.mark.gpu
 def test_on_a_gpu_a_training_is_stopped_and_ends_with_a_time(camvid, tmp_path, monkeypatch):
     def on_gpu(*arguments):
@@ -285,14 +314,21 @@ def test_a_training_that_fails_or_diverges_stops_no_other(camvid, tmp_path, caps
     monkeypatch.setattr(training.Training, "step", broken)
     assert call(camvid, tmp_path) == 1
     printed = capsys.readouterr().out
-    assert "baseline, seed 0 failed: OutOfMemoryError: out of\n" in printed
-    assert printed.endswith("1 trainings failed; complete\n")
+    assert "baseline, seed 0 failed: OutOfMemoryError: out of\nbane, seed 0: diverged: " in printed
+    assert "left: baseline 0, failed\n" in printed
+    assert printed.endswith("1 trainings failed, to be tried again; 1 rows left\n")
     [row] = rows_in(tmp_path)
     assert (row.arm, row.status, row.miou) == ("bane", "diverged: the loss is not finite from iteration 3 on", None)
     assert "1 diverged" in page.page([row], [])
+    more = ("--arms", "baseline", "bane", "ccl")
+    assert call(camvid, tmp_path, *more) == 1  # what failed comes last
+    printed = capsys.readouterr().out
+    assert printed.index("ccl, seed 0: diverged: ") < printed.index("baseline, seed 0 failed: ")
     monkeypatch.undo()
-    assert call(camvid, tmp_path) == 0  # what failed is tried again, what diverged is not
-    assert {(row.arm, row.status == "ok") for row in rows_in(tmp_path)} == {("baseline", True), ("bane", False)}
+    assert call(camvid, tmp_path, *more) == 0  # what failed is tried again, what diverged is not
+    ended = [("bane", False), ("ccl", False), ("baseline", True)]
+    assert [(row.arm, row.status == "ok") for row in rows_in(tmp_path)] == ended
+    assert not list(tmp_path.glob("*.failed"))
 
 
 def test_weights_that_broke_in_the_last_step_are_a_divergence(camvid, tmp_path, monkeypatch):
@@ -340,7 +376,11 @@ def test_ctrl_c_keeps_the_last_tenth(camvid, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(training.Training, "step", interrupted)
     assert call(camvid, tmp_path) == 130
     printed = capsys.readouterr().out
-    assert "baseline, seed 0: interrupted" in printed and "left: baseline 0, begun; bane 0\n" in printed
+    assert "baseline, seed 0: interrupted; what is kept is the last tenth that was finished\n" in printed
+    assert "left: baseline 0, begun; bane 0\n" in printed
+    monkeypatch.setattr(training.Training, "step", lambda run: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert call(camvid, tmp_path, "--arms", "bane") == 130
+    assert "bane, seed 0: interrupted; nothing of it is kept" in capsys.readouterr().out
     monkeypatch.setattr(training.Training, "step", step)
     assert call(camvid, tmp_path) == 0 and len(rows_in(tmp_path)) == 2
 
@@ -365,6 +405,22 @@ def test_a_full_disk_is_a_sentence_and_loses_nothing(camvid, tmp_path, capsys, m
     assert (tmp_path / rows.FILE).read_text() == before
     monkeypatch.undo()
     assert call(camvid, tmp_path, "--arms", "bane") == 0 and rows_in(tmp_path)[-1].arm == "bane"
+
+
+def test_without_tqdm_there_is_no_bar(camvid, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    found = importlib.util.find_spec("benchmarks.train_camvid")
+    module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    monkeypatch.setattr(train_camvid, "main", module.main)
+    assert call(camvid, tmp_path, "--arms", "bane", "--iterations", "1") == 0 and len(rows_in(tmp_path)) == 1
+
+
+@pytest.mark.parametrize("commit", ["", "0123456"])
+def test_rows_that_will_name_no_commit_are_announced(camvid, tmp_path, capsys, monkeypatch, commit):
+    monkeypatch.setattr(results, "commit", lambda: commit)
+    assert call(camvid, tmp_path, "--minutes", "0") == 0
+    assert ("will name no commit" in capsys.readouterr().err) == (not commit)
 
 
 @pytest.mark.parametrize(
@@ -425,6 +481,7 @@ def test_a_damaged_checkpoint_and_a_row_half_written_are_named(camvid, tmp_path,
         (text.replace(f"{row.miou:.5g}", "", 1), "expected a finite miou of a finished training: take the row out"),
         (text.replace("shortened", "full"), "protocol: expected full"),
         (text.replace(",bane,", ",", 1).replace("bane,", ","), "arm: expected one of baseline, ccl, "),
+        ("", "expected a line of columns, got an empty file: delete it."),
     ):
         (tmp_path / rows.FILE).write_text(broken)
         with pytest.raises(SystemExit, match="2"):
@@ -499,6 +556,84 @@ def test_every_arm_is_a_loss_and_in_a_table():
     assert [len(group) for group in groups] == [4, 5, 0, 1]
 
 
+PAPERS = {
+    **{
+        "layer_weights": (1.0, 0.7, 0.4, 0.1),
+        "temperature": 0.1,
+        "fusion_weight": 0.7,
+        "negatives": "bane",
+        "ratio": 0.5,
+    },
+    **{"base_rate": 0.0, "base_sampler": None, "distance_at": "layer"},
+    **{"normalize": True, "normalize_anchors": False, "detach_anchors": False},
+}
+OF_MS_CS = ck.Sampler("common-count", 10000, 2500)
+CCL = {"negatives": "none", "base_rate": 1.0}
+BUILT = {
+    "bane": {},
+    "ccl": CCL,
+    "semi-hard": {"negatives": "semi-hard"},
+    "sampled-ccl": {"negatives": "none", "base_sampler": OF_MS_CS},
+    "sampled-semi-hard": {"negatives": "semi-hard", "base_sampler": OF_MS_CS},
+    "sampled-bane": {"base_sampler": OF_MS_CS},
+    **{f"fusion-{weight:g}": CCL | {"fusion_weight": weight} for weight in (0.0, 0.3, 0.5, 1.0)},
+    **{f"ratio-{percent}": {"ratio": percent / 100} for percent in (10, 30, 70, 100)},
+    "normalize-anchors": {"normalize_anchors": True},
+    "base-rate-0.01": {"base_rate": 0.01},
+    "base-rate-0.1": {"base_rate": 0.1},
+    "temperature-0.07": {"temperature": 0.07},
+    "weights-reversed": {"layer_weights": (0.1, 0.4, 0.7, 1.0)},
+    "detach-anchors": {"detach_anchors": True},
+    "distance-at-full": {"distance_at": "full"},
+}
+"""Of each arm of the paper's loss, what is not as in PAPERS."""
+OF_CONTRASTIVE_SEG = {"temperature": 0.07, "mining": None, "factor": 1.0, "layer": 0}
+RELATIVES = {
+    "pixel-contrast": (ck.PixelContrastLoss, 0.1, OF_CONTRASTIVE_SEG, None),
+    "pixel-contrast-bank": (ck.PixelContrastLoss, 0.1, OF_CONTRASTIVE_SEG | {"bank_pixels": 10}, (5000, 5000)),
+    "multi-scale": (
+        *(ck.MultiScaleContrastLoss, 0.1),
+        {
+            "temperature": 0.1,
+            "layer_weights": (1.0, 0.7, 0.4, 0.1),
+            "cross_weights": (1.0, 1.0),
+            "detach_deepest": False,
+        },
+        None,
+    ),
+    "region-contrast": (ck.RegionContrastLoss, 0.1, {"temperature": 0.2, "regions": "labels"}, (0, 367)),
+    "pne": (ck.PNELoss, 1.3, {"temperature": 1.0, "set_size": 100, "max_hard": 199, "max_samples": 4096}, None),
+}
+"""Kind, weight, attributes, and the places of the bank."""
+
+
+def test_every_arm_trains_what_its_name_says():
+    assert {*BUILT, *RELATIVES, "baseline"} == set(arms.ARMS)
+    for name, changes in BUILT.items():
+        for device in ("cuda", "cpu"):
+            options = vars(arms.ARMS[name].build(11, 8, 0, device).options)
+            assert {key: options[key] for key in PAPERS} == PAPERS | changes, name
+        assert arms.ARMS[name].weight == 0.1, name
+    for name, (kind, weight, attributes, places) in RELATIVES.items():
+        loss = arms.ARMS[name].build(11, 8, 0, "cuda")
+        assert type(loss) is kind and arms.ARMS[name].weight == weight, name
+        assert {key: getattr(loss, key) for key in attributes} == attributes, name
+        assert (loss.bank.lengths if places else getattr(loss, "bank", None)) == places, name
+    assert all(one != other for one, other in itertools.combinations(BUILT.values(), 2))
+
+
+def test_the_full_protocol_is_the_papers():
+    paper = {
+        "height": 360,
+        "iterations": 6000,
+        "batch": 16,
+        "scales": (0.75, 1.0, 1.25, 1.5, 1.75, 2.0),
+        "momentum": 0.9,
+    }
+    open_there = {"network": "hrnet_w18", "channels": 256, "learning_rate": 0.01, "weight_decay": 5e-4, "power": 0.9}
+    assert vars(training.FULL) == paper | open_there
+
+
 def test_scores_are_of_whole_frames_at_any_size(study):
     """360 rows are no multiple of 32: what pads them for the network must not count."""
     network = training.Training(arms.ARMS["baseline"], 0, study).network.eval()
@@ -507,10 +642,94 @@ def test_scores_are_of_whole_frames_at_any_size(study):
     scores = training.evaluate(network, data, (1.0,))
     with torch.no_grad():
         logits = network(training.padded(images, 0.0))[..., :50, :70]
-    expected = training.ck.metrics.ConfusionMatrix(11)
+    expected = ck.metrics.ConfusionMatrix(11)
     expected.update(logits, labels)
     assert scores["miou"] == expected.compute()["miou"].item()
     assert expected.counts.sum() == (labels < 11).sum()
+
+
+class Lopsided(Segmenter):
+    """One convolution, whose mirror image is another."""
+
+    layers = ()
+
+    def __init__(self):
+        super().__init__()
+        self.last = torch.nn.Conv2d(3, 11, 3, padding=1)
+        torch.nn.init.normal_(self.last.weight, generator=torch.Generator().manual_seed(0))
+
+    @property
+    def classify(self):
+        return self.last
+
+    def logits(self, images):
+        return self.last(images)
+
+
+@pytest.fixture
+def padded_frames(study):
+    """Two frames of 50 x 70 px, which the network sees as 64 x 96, with their labels."""
+    images, labels = (whole[:2, ..., :50, :70] for whole in study.data.validation)
+    return SimpleNamespace(classes=study.data.classes, validation=(images, labels))
+
+
+def test_the_multi_scale_score_is_of_the_mean_over_scales_and_mirror_images(padded_frames):
+    network, expected = Lopsided().eval(), ck.metrics.ConfusionMatrix(11)
+    parts = {}
+    with torch.no_grad():
+        for image, label in zip(*padded_frames.validation):
+            for scale, (h, w) in ((0.75, (38, 52)), (1.5, (75, 105))):
+                scaled = F.interpolate(image[None], (h, w), mode="bilinear", antialias=scale < 1)
+                for mirrored in (False, True):
+                    frame = torch.zeros(1, 3, -(-h // 32) * 32, -(-w // 32) * 32)
+                    frame[..., :h, :w] = scaled.flip(3) if mirrored else scaled
+                    logits = network(frame)[..., :h, :w]
+                    logits = F.interpolate(logits.flip(3) if mirrored else logits, (50, 70), mode="bilinear")
+                    parts[scale, mirrored] = logits.softmax(1)
+            expected.update(sum(parts.values()) / 4, label[None])
+    scores = training.evaluate(network, padded_frames, (0.75, 1.5))
+    assert scores["miou_multi_scale"] == pytest.approx(expected.compute()["miou"].item(), rel=1e-5)
+    assert scores["miou"] != pytest.approx(scores["miou_multi_scale"], rel=1e-2)
+
+
+def test_boundary_scores_are_the_metrics_of_one_forward(padded_frames):
+    network, (images, labels) = Lopsided().eval(), padded_frames.validation
+    scores = training.evaluate(network, padded_frames, (1.0,))
+    metrics = {
+        "trimap_miou_{}px": ck.metrics.TrimapIoU(11, (5, 7, 10)),
+        "boundary_miou_{}px": ck.metrics.BoundaryIoU(11, (5, 7, 10)),
+    }
+    with torch.no_grad():
+        logits = network(training.padded(images, 0.0))[..., :50, :70]
+    for key, metric in metrics.items():
+        metric.update(logits, labels)
+        for r in (5, 7, 10):
+            name = f"{key.partition('_')[0]}_{r}"
+            assert scores[name] == metric.compute()[key.format(r)].item(), name
+    assert len({scores[f"{kind}_{r}"] for kind in ("trimap", "boundary") for r in (5, 7, 10)}) == 6
+
+
+def test_a_and_u_are_of_the_frame_without_its_padding(padded_frames):
+    """U alone: A draws its pixels by their place in the frame, which the padding changes."""
+    network, (images, labels) = Lopsided().eval(), padded_frames.validation
+    expected = ck.metrics.AlignmentUniformity(11, (3, 5))
+    expected.update((images - 0.45) / 0.25, labels)  # what goes into the last convolution
+    scores = training.evaluate(network, padded_frames, (1.0,))
+    for name in ("uniformity", "uniformity_3", "uniformity_5"):
+        assert scores[name] == pytest.approx(expected.compute()[name].item(), rel=1e-4), name
+
+
+def test_half_precision_is_that_of_the_network_and_not_of_its_enlarged_logits(study, monkeypatch):
+    """Rounded to half precision, logits tie, and their largest is the first."""
+    monkeypatch.setattr(training, "mixed_precision", lambda device: torch.autocast(device.type, torch.bfloat16))
+    run, seen = training.Training(arms.ARMS["bane"], 0, study), []
+    run.network.classify.register_forward_hook(lambda _, inputs, output: seen.append(output.dtype))
+    run.network.register_forward_hook(lambda _, inputs, output: seen.append(output.dtype))
+    run.step()
+    assert seen == [torch.bfloat16, torch.float32] and run.losses[0].all()
+    seen.clear()
+    training.evaluate(run.network, study.data, (1.0,))
+    assert set(seen[::2]) == {torch.bfloat16} and set(seen[1::2]) == {torch.float32}
 
 
 def made_up(arm, seed, miou, **changes):

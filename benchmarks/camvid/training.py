@@ -1,4 +1,5 @@
-"""One training of the study, which can be left at any iteration and taken up again to the same end.
+"""One training of the study, which can be left at any iteration and taken up again: on a CPU to the same bits, on a GPU
+as far as its backward passes repeat themselves.
 
 Frames, augmentation and first weights are functions of seed and iteration alone, so that all arms see the same; what
 the past leaves (weights, momentum, the loss's own state, the random numbers of dropout) is in the checkpoint.
@@ -100,6 +101,17 @@ def random_numbers(seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         yield
+
+
+@contextlib.contextmanager
+def fixed_shapes() -> Iterator[None]:
+    """cuDNN tries its algorithms at the first batch, since all that follow have its shape."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 def cropped(images: Tensor, labels: Tensor) -> Batch:
@@ -227,14 +239,15 @@ class Training:
         total, clock, before = self.setting.iterations, Clock(self.device), self.iteration
         evaluation_ends = ends if before < total else math.inf
         try:
-            while self.iteration < total and time.monotonic() < ends:
-                clock.tick()
-                self.step()
-                if self.iteration * TENTHS // total > before * TENTHS // total:
-                    self.read(clock)
-                    self.save(checkpoint)
-                    told(self.iteration - before)
-                    before = self.iteration
+            with fixed_shapes():
+                while self.iteration < total and time.monotonic() < ends:
+                    clock.tick()
+                    self.step()
+                    if self.iteration * TENTHS // total > before * TENTHS // total:
+                        self.read(clock)
+                        self.save(checkpoint)
+                        told(self.iteration - before)
+                        before = self.iteration
             self.read(clock)
             if time.monotonic() < ends:
                 return self.row(evaluation_ends)
