@@ -147,9 +147,12 @@ class Options:
 def check_layers(features, layer_weights: Sequence[float] | None = None) -> None:
     """The feature maps of all layers: one for each weight, of one dtype and D, from high to low resolution."""
     if not isinstance(features, Sequence) or len(features) == 0:
+        hint = "pass [x] for one map, list(features.values()) for a dict"
+        if callable(features):  # a tap, or its method, in place of what that returns
+            hint = "call it, as in tap.features()"
         raise TypeError(
-            f"features: expected a list of feature maps (B, D, h, w), one a layer, got {checks.describe(features)}; "
-            "pass [x] for one map, list(features.values()) for a dict"
+            "features: expected a list of feature maps (B, D, h, w), one a layer, "
+            f"got {checks.describe(features)}; {hint}"
         )
     for i, x in enumerate(features):
         checks.feature_map(f"features[{i}]", x)

@@ -476,6 +476,8 @@ TABLE = [
         "AnchorSimilarity",
         r"\(2, 2, 16\) after \(4, 2, 16\)",
     ),
+    ("a tap in place of its features", lambda: loss(torch.nn.Identity()), TypeError, "features", r"tap\.features\(\)"),
+    ("a tap's method", lambda: loss(torch.nn.Identity().forward), TypeError, "features", r"tap\.features\(\)"),
     ("similarity of one map", lambda: anchor_similarity(FEATURES), TypeError, "features", "float32"),
     (
         "similarity: a layer of other width",

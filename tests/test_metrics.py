@@ -617,9 +617,9 @@ def test_a_gpu_gives_the_same_without_waiting(name):
     torch.cuda.set_sync_debug_mode("error")
     try:
         metric.update(*on_gpu)
-        results = metric.compute()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    results = metric.compute()
     assert all(value.is_cuda for value in results.values())
     exact = name not in ("AlignmentUniformity", "AnchorSimilarity", "BoundaryF1")
     expected = evaluated(name, batch, batch)
@@ -657,12 +657,21 @@ def on_rank(rank, folder, ranks):
             subset = METRICS[name][0](group=only_first)
             subset.load_state_dict(metric.state_dict())
             outcome[name, "subset"] = subset.compute()
-    disagreeing = ConfusionMatrix(4 + rank)
-    disagreeing.update(torch.zeros(1, 2, 2).long(), torch.zeros(1, 2, 2).long())
-    try:
-        disagreeing.compute()
-    except ValueError as error:
-        outcome["disagreement"] = str(error)
+    maps = torch.zeros(1, 2, 2).long(), torch.zeros(1, 2, 2).long()
+    features = torch.ones(1, 2 + rank, 2, 2), maps[1]
+    for what, metric, batch in (
+        ("classes", ConfusionMatrix(4 + rank), maps),
+        ("radii", TrimapIoU(4, radii=(1, 2 + rank)), maps),
+        ("kind", (ConfusionMatrix, BoundaryF1)[rank](4), maps),
+        ("nothing seen", ConfusionMatrix(4, ignore_index=255 - rank), None if rank else maps),
+        ("channels", AlignmentUniformity(4), features),
+    ):
+        if batch is not None:
+            metric.update(*batch)
+        try:
+            metric.compute()
+        except ValueError as error:
+            outcome["disagreement", what] = str(error)
     torch.save(outcome, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -691,8 +700,11 @@ def test_two_ranks_see_what_one_process_sees(tmp_path):
             batches = arguments(name, 2, B=1), arguments(name, 1), arguments(name, 3, B=2)
             same(first[name, "both"], evaluated(name, *batches), exact=name != "BoundaryF1")
         same(first[name, "nothing"], evaluated(name))
-    expected = "ConfusionMatrix: expected the same options, channels and layers on every rank"
-    assert first["disagreement"] == second["disagreement"] and first["disagreement"].startswith(expected)
+    for what in ("classes", "radii", "kind", "nothing seen"):
+        for said in (first["disagreement", what], second["disagreement", what]):
+            assert ": expected the same metric and options on every rank, got others on the ranks [1]" in said
+    said = first["disagreement", "channels"]
+    assert said == second["disagreement", "channels"] and "expected the same channels and layers on every rank" in said
 
 
 def test_ranks_draw_different_samples():

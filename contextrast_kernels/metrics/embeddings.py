@@ -31,7 +31,8 @@ class AlignmentUniformity(Metric):
 
     F_i are the embeddings v = x / ‖x‖₂ of the pixels with label i, c_i is their mean at unit length, C the number of
     classes present. The centres use every pixel. A takes the pairs of ``samples`` pixels a class, drawn at random from
-    all batches and ranks: exact for a class with no more pixels, else an unbiased estimate.
+    all batches and ranks: exact for a class with no more pixels, else an unbiased estimate. Of metrics that one
+    process merges, pixels at equal places of the stream are drawn together: a bias that fades as 1 / ``samples``.
 
     ``compute()`` gives "alignment", "alignment_per_class" (N,), "uniformity" and "uniformity_{k}"; NaN where there are
     too few classes. NaN or inf in a valid pixel's features gives NaN.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 
 import torch
@@ -15,7 +16,8 @@ class Metric(ABC):
     """Counts of what was seen, and what follows from them.
 
     The counts live on the device of the maps, and are integers wherever they can be, so that neither the order of
-    batches nor the number of ranks changes a result. Outside of ``compute()`` nothing synchronises or communicates.
+    batches nor the number of ranks changes a result. Outside of ``compute()`` nothing synchronises or communicates; the
+    first batch alone may copy options to the device.
 
     A metric is no ``nn.Module``: DistributedDataParallel would broadcast the counts of rank 0 over those of the others.
     """
@@ -138,6 +140,14 @@ class Metric(ABC):
         home = next((value.device for value in self._state.values()), device)
         if home.type == device.type:
             device = home  # which need not be the current one
+        kind = f"{type(self).__name__} with the options {self._options()}"
+        kinds = _gather(torch.tensor([_number(kind)], dtype=torch.int64, device=device), group).flatten().tolist()
+        others = [rank for rank, other in enumerate(kinds) if other != kinds[0]]
+        if others:
+            raise ValueError(
+                f"{type(self).__name__}: expected the same metric and options on every rank, got others on the ranks "
+                f"{others} than on rank 0, here {kind}; build the metric from the same arguments everywhere"
+            )
         shapes = {name: tuple(value.shape) for name, value in self._state.items()} or nothing
         sizes = [n for name in self._layout for n in shapes[name]]
         own = torch.tensor([bool(self._state), *sizes], dtype=torch.int64, device=device)
@@ -145,8 +155,8 @@ class Metric(ABC):
         known = {tuple(sizes) for seen, *sizes in all_sizes.tolist() if seen}
         if len(known) > 1:
             raise ValueError(
-                f"{type(self).__name__}: expected the same options, channels and layers on every rank, got counts of "
-                f"the sizes {sorted(known)}; build the metric from the same arguments everywhere"
+                f"{type(self).__name__}: expected the same channels and layers on every rank, got counts of the sizes "
+                f"{sorted(known)}; give all ranks features of one kind"
             )
         if not known:
             return self._blank(nothing, "cpu")
@@ -160,6 +170,11 @@ class Metric(ABC):
         for rank in range(1, len(all_sizes)):
             total = self._combine(total, {name: values[rank] for name, values in gathered.items()})
         return {name: value.to(home) for name, value in total.items()}
+
+
+def _number(text: str) -> int:
+    """63 bits of a text, the same in every process."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
 def _gather(value: Tensor, group) -> Tensor:
