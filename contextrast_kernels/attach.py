@@ -310,8 +310,8 @@ def _check_model(model) -> None:
     for name, module in model.named_modules():
         if type(module).__name__ == "OptimizedModule" or module._compiled_call_impl is not None:
             raise RuntimeError(
-                f"model: expected it before torch.compile, which never sees hooks that come later, got {name!r} "
-                "compiled; attach to the plain model first, then compile it or its parts"
+                "model: expected it before torch.compile, which never sees hooks that come later, got "
+                f"{name or 'the model itself'!r} compiled; attach first, then compile the model or its parts"
             )
         if isinstance(module, FeatureTap):
             raise RuntimeError(f"model: attached already, at {name!r}; use that tap, or call its detach() first")
