@@ -2,6 +2,7 @@
 
 import importlib.util
 import itertools
+import re
 import resource
 import shutil
 import statistics
@@ -803,16 +804,19 @@ def test_differences_are_taken_seed_by_seed():
 
 def test_a_shortened_training_is_never_evidence_of_the_full_protocol():
     """Not where there are more of them, nor where there is no other."""
+
+    def lines():
+        table = [line.split("|") for line in page.evidence(trainings).splitlines() if line.startswith("|")]
+        return {cells[2].strip(): cells[4:6] for cells in table}
+
     setting = {"network": "small", "protocol": "shortened", "iterations": 150}
     trainings = [made_up(arm, seed, 0.1 * seed, **setting) for arm in ("bane", "detach-anchors") for seed in range(5)]
-    lines = {line.split("|")[2].strip(): line.split("|")[4:6] for line in page.evidence(trainings).splitlines()}
     arm = f"`detach-anchors`: {arms.ARMS['detach-anchors'].text}"
-    assert lines[arm] == [" not measured yet ", " +0.00 [+0.00, +0.00], n = 5 "]
+    assert lines()[arm] == [" not measured yet ", " +0.00 [+0.00, +0.00], n = 5 "]
     text = page.page(trainings, [])
     assert text.index("## Full protocol\n\nNot measured yet.\n\n## Shortened") < text.index("`detach-anchors`")
     trainings += [made_up("bane", 0, 0.5), made_up("detach-anchors", 0, 0.6)]
-    lines = {line.split("|")[2].strip(): line.split("|")[4:6] for line in page.evidence(trainings).splitlines()}
-    assert lines[arm] == [" +10.00, one seed, n = 1 ", " +0.00 [+0.00, +0.00], n = 5 "]
+    assert lines()[arm] == [" +10.00, one seed, n = 1 ", " +0.00 [+0.00, +0.00], n = 5 "]
 
 
 def test_the_page_says_what_was_trained_elsewhere_and_what_was_not_learnt():
@@ -825,6 +829,37 @@ def test_the_page_says_what_was_trained_elsewhere_and_what_was_not_learnt():
     )
     assert page.hardly_found(trainings) == " Of 4 classes 1.3, on average, have an IoU below 1 % at the end."
     assert page.hardly_found(trainings[2:]) == page.hardly_found([made_up("bane", 0, 0.5)]) == ""
+
+
+def test_step_times_are_those_of_one_device():
+    trainings = [made_up("baseline", seed, 0.5, median_step_ms=80.0 + seed) for seed in range(2)]
+    trainings += [made_up("bane", 0, 0.5), made_up("bane", 1, 0.5, device="B GPU", median_step_ms=40.0)]
+    assert len(page.groups(trainings)) == 1, "scores are compared all the same"
+    text = page.all_scores(trainings)
+    [baseline] = [line for line in text.splitlines() if line.startswith("| `baseline`")]
+    [bane] = [line for line in text.splitlines() if line.startswith("| `bane`")]
+    assert baseline.endswith("| A GPU: 80.5 ± 0.7 |") and bane.endswith("| A GPU: 80.0, B GPU: 40.0 |")
+    assert page.ON_TIMES in text
+    assert "| 80.0 |" in page.all_scores(trainings[:3])
+    without = page.all_scores([made_up("bane", 0, 0.5, median_step_ms=None)])
+    assert without.endswith("| – |") and page.ON_TIMES not in without
+
+
+def test_the_page_names_where_a_relative_is_not_as_it_was_published():
+    for name, value in arms.ARMS["pixel-contrast-bank"].on_cpu.items():
+        assert f"{name} {value}" in page.INTRODUCTION
+    for words in ("weight 0.1, τ = 0.07", "a bank of 5000", "warm-up is left out", "367 training images", "OHEM"):
+        assert words in page.INTRODUCTION
+
+
+def test_what_no_arm_can_answer_is_named():
+    named = {int(number) for number in re.findall(r"\((\d+)\)", page.UNANSWERED)}
+    assert named == {3, 6, 11, 12} and not named & {arm.question for arm in page.other_readings()}
+    assert page.evidence([]).endswith(page.UNANSWERED)
+    asked = re.findall(
+        r"^\| (\d+) \| [^|]* \| [^|]* \| [^|]* \| (.*)\|$", (report.ROOT / "docs/method.md").read_text(), re.M
+    )
+    assert {int(number) for number, otherwise in asked if not otherwise} >= named
 
 
 def test_the_page_says_what_the_rows_say(tmp_path):
@@ -849,7 +884,7 @@ def test_the_page_says_what_the_rows_say(tmp_path):
     assert report.main(where) == 0 and report.main([*where, "--check"]) == 0
     full, evidence = (text.read_text() for text in texts)
     assert "not measured yet" not in full.lower() and "## Shortened" not in full
-    for name in ("arms", "sweeps"):
+    for name in ("arms", "choices", "sweeps"):
         assert f"camvid/{name}.png" in full and report.drawn_from(tmp_path / "docs" / "camvid" / f"{name}.png")
     number = list(arms.ARMS).index("ccl")
     assert f"| `ccl` | {arms.ARMS['ccl'].text} | 3 | {50 + 1.1 * number:.2f} ± {0.1 * number:.2f} |" in full

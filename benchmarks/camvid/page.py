@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 
 from benchmarks.camvid import rows as schema
-from benchmarks.camvid.arms import ARMS, TABLES
+from benchmarks.camvid.arms import ARMS, TABLES, Arm
 from benchmarks.camvid.networks import NETWORKS
 from benchmarks.camvid.rows import Result
 from benchmarks.camvid.training import FULL, SHORTENED
@@ -35,7 +35,16 @@ SWEEPS = {
     "ratio": ("% of the errors, 0: contextual contrast alone", (0, 10, 30, 50, 70, 100)),
 }
 OTHERS = ", ".join(name for name in NETWORKS if name not in ("small", FULL.network))
+COMPARED = {"miou": "mIoU", "trimap_5": "mIoU within 5 px of a boundary"}
 NOTHING = "not measured yet"
+UNANSWERED = """\
+The study says nothing about a ◇ without a row. Of some the package has no other reading, so that no arm could answer
+them: a class that the last layer lacks (3), a selection in each image (6), the mean over the present classes (11), a
+class without a negative (12)."""
+ON_TIMES = """\
+The time is the median of a training's steps, with data, augmentation, network and optimizer. A step of a network of
+many small layers, such as HRNet, takes as long as the host needs to launch them, and says little about the loss, whose
+[own times](performance.md) are elsewhere. Times are compared on one device alone."""
 NO_EVIDENCE = "shortened protocol, no evidence for the full one"
 
 
@@ -122,6 +131,7 @@ def compared(rows: Sequence[Result], name: str) -> str:
 
 
 def all_scores(rows: Sequence[Result]) -> str:
+    devices = {row.device for row in rows}
     percent = {"miou", "miou_multi_scale", *(f"{kind}_{r}" for kind in ("trimap", "boundary") for r in schema.RADII)}
     lines = []
     for arm in ARMS:
@@ -131,8 +141,13 @@ def all_scores(rows: Sequence[Result]) -> str:
                 spread([(100 if score in percent else 1) * getattr(row, score) for row in of_arm], form)
                 for score, form in [(name, ".2f" if name in percent else ".3f") for name in schema.SCORES[2:]]
             ]
-            times = [row.median_step_ms for row in of_arm if row.median_step_ms]
-            lines.append([f"`{arm}`", *cells, spread(times, ".1f")])
+            timed = [row for row in of_arm if row.median_step_ms]
+            times = {
+                device: spread([row.median_step_ms for row in timed if row.device == device], ".1f")
+                for device in dict.fromkeys(row.device for row in timed)
+            }
+            on_each = [time if len(devices) == 1 else f"{device}: {time}" for device, time in times.items()]
+            lines.append([f"`{arm}`", *cells, ", ".join(on_each) or "–"])
     head = [
         "arm",
         *(f"within {r} px" for r in schema.RADII),
@@ -140,7 +155,8 @@ def all_scores(rows: Sequence[Result]) -> str:
         *("A", "U", *(f"U_{k}" for k in schema.NEAREST)),
         "ms a step",
     ]
-    return "### Boundaries, embeddings, time\n\n" + table(head, lines)
+    said = f"\n\n{ON_TIMES}" if any(row.median_step_ms for row in rows) else ""
+    return "### Boundaries, embeddings, time\n\n" + table(head, lines) + said
 
 
 def sources(rows: Sequence[Result]) -> str:
@@ -175,6 +191,11 @@ def described(row: Result) -> str:
     )
 
 
+def other_readings() -> list[Arm]:
+    """The arms that answer a ◇ otherwise than we do, in the order of docs/method.md."""
+    return sorted((arm for arm in ARMS.values() if arm.question), key=lambda arm: arm.question)
+
+
 def evidence(rows: Sequence[Result]) -> str:
     """For docs/method.md: what other readings change, of each protocol's first setting."""
     full, shortened = (
@@ -182,81 +203,107 @@ def evidence(rows: Sequence[Result]) -> str:
         for protocol in ("full", "shortened")
     )
     lines = []
-    for arm in sorted((arm for arm in ARMS.values() if arm.question), key=lambda arm: arm.question):
+    for arm in other_readings():
         cells = []
         for group in (full, shortened):
             found = differences(group, arm.name, arm.against, "miou")
             cells.append(f"{signed(found)}, n = {len(found)}" if found else NOTHING)
         lines.append([str(arm.question), f"`{arm.name}`: {arm.text}", f"`{arm.against}`", *cells])
-    return table(["◇", "other reading", "ours", "full protocol", NO_EVIDENCE], lines)
+    return table(["◇", "other reading", "ours", "full protocol", NO_EVIDENCE], lines) + "\n\n" + UNANSWERED
 
 
 # ---------------------------------------------------------------------------------------------------------------- plots
 
 
 def plot_arms(axes_of, rows: Sequence[Result]):
-    """The difference from the baseline: a dot for each seed, the mean with its interval."""
-    names = [arm for arm in ARMS if arm != "baseline" and differences(rows, arm, "baseline", "miou")]
-    panels = axes_of(2, (11, 1.2 + 0.24 * len(names)))
-    for axes, (score, title) in zip(panels, (("miou", "mIoU"), ("trimap_5", "mIoU within 5 px of a boundary"))):
-        for place, arm in enumerate(names):
-            values = differences(rows, arm, "baseline", score)
+    """What each arm changes against the baseline."""
+    pairs = {arm: (arm, "baseline") for arm in ARMS if arm != "baseline"}
+    plot_differences(axes_of, rows, pairs, "points above the baseline")
+
+
+def plot_choices(axes_of, rows: Sequence[Result]):
+    """What each other reading of an open question changes against ours."""
+    pairs = {f"◇ {arm.question}: {arm.name} − {arm.against}": (arm.name, arm.against) for arm in other_readings()}
+    plot_differences(axes_of, rows, pairs, "points above ours")
+
+
+def plot_differences(axes_of, rows: Sequence[Result], pairs: dict[str, tuple[str, str]], label: str):
+    """Of an arm from another: a dot for each seed, the mean with its interval."""
+    pairs = {name: pair for name, pair in pairs.items() if differences(rows, *pair, "miou")}
+    panels = axes_of(2, (11, 1.2 + 0.24 * len(pairs)))
+    for axes, (score, title) in zip(panels, COMPARED.items()):
+        for place, pair in enumerate(pairs.values()):
+            values = differences(rows, *pair, score)
             mean = statistics.fmean(values)
             if len(values) > 2:  # of two, the interval would be all that is seen
                 axes.errorbar(mean, place, xerr=half_width(values), color="0.6", capsize=3, linewidth=1, zorder=1)
             axes.plot(values, [place] * len(values), "o", color="C0", markersize=3, alpha=0.7)
             axes.plot(mean, place, "D", color="C3", markersize=4)
         axes.axvline(0, color="black", linewidth=0.8)
-        axes.set_yticks(range(len(names)), names if axes is panels[0] else [], fontsize=8)
+        axes.set_yticks(range(len(pairs)), pairs if axes is panels[0] else [], fontsize=8)
         axes.invert_yaxis()
-        axes.set_xlabel(f"{title}: points above the baseline")
+        axes.set_xlabel(f"{title}: {label}")
         axes.grid(axis="x", alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-    panels[0].set_title(
-        f"{rows[0].protocol} protocol: {rows[0].network}, {rows[0].iterations} iterations", loc="left", size=10
-    )
-    panels[1].set_title("dots: seeds; diamond: mean, 95 % interval", fontsize=9, loc="right")
+    explained(panels, rows)
 
 
 def plot_sweeps(axes_of, rows: Sequence[Result]):
-    """Tables 7 and 8: a dot for each seed, a line through the means."""
-    panels = axes_of(len(SWEEPS), (10, 3.4))
+    """Tables 7 and 8, each arm against the baseline: a dot for each seed, a line through the means."""
+    panels = axes_of(len(SWEEPS), (11, 4))
     for axes, (name, (label, values)) in zip(panels, SWEEPS.items()):
-        found = {x: by_seed(rows, arm) for x, arm in zip(values, TABLES[name])}
-        for score, colour, text in (("miou", "C0", "mIoU"), ("trimap_5", "C1", "within 5 px of a boundary")):
-            points = [
-                (x, [100 * getattr(row, score) for row in of_arm.values()]) for x, of_arm in found.items() if of_arm
-            ]
-            axes.plot([x for x, _ in points], [statistics.fmean(y) for _, y in points], "-D", color=colour, label=text)
-            for x, y in points:
+        for place, (score, text) in enumerate(COMPARED.items()):
+            colour, shift = f"C{place}", (place - 0.5) * 0.02 * (max(values) - min(values))
+            points = [(x + shift, differences(rows, arm, "baseline", score)) for x, arm in zip(values, TABLES[name])]
+            means = [statistics.fmean(y) for _, y in points]
+            axes.plot([x for x, _ in points], means, "-D", color=colour, label=text, markersize=5, linewidth=1)
+            for (x, y), mean in zip(points, means):
                 axes.plot([x] * len(y), y, "o", color=colour, markersize=3, alpha=0.5)
-            of_baseline = [100 * getattr(row, score) for row in by_seed(rows, "baseline").values()]
-            if of_baseline:
-                axes.axhline(statistics.fmean(of_baseline), color=colour, linestyle=":", linewidth=1)
+                if len(y) > 2:
+                    axes.errorbar(x, mean, yerr=half_width(y), color=colour, alpha=0.5, capsize=3, linewidth=1)
+        axes.axhline(0, color="black", linewidth=0.8)
         axes.set_xticks(values)
         axes.set_xlabel(label)
+        axes.sharey(panels[0])
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-    panels[0].set_ylabel("%, dotted: the baseline's mean")
+    panels[0].set_ylabel("points above the baseline")
+    panels[0].legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, frameon=False, fontsize=8)
+    explained(panels, rows)
+
+
+def explained(panels, rows: Sequence[Result]) -> None:
+    seeds = len({row.seed for row in rows})
     panels[0].set_title(
         f"{rows[0].protocol} protocol: {rows[0].network}, {rows[0].iterations} iterations", loc="left", size=10
     )
-    panels[-1].legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False, fontsize=8)
+    panels[-1].set_title(f"dots: {seeds} seeds; diamond: mean, 95 % interval", fontsize=9, loc="right")
 
 
 def plots(rows: Sequence[Result]) -> dict[str, tuple[Callable, list[Result]]]:
     """Name → how it is drawn and from which rows, those of the first setting; without rows it is left out."""
     first = next(iter(groups(rows)), [])
-    names = {row.arm for row in first if row.status == "ok"}
-    with_others = any(differences(first, arm, "baseline", "miou") for arm in names - {"baseline"})
-    found = {"arms": plot_arms} if with_others else {}
-    if all(names >= set(TABLES[name]) for name in SWEEPS):
+
+    def compared_with(other: str) -> set[str]:
+        return {arm for arm in ARMS if differences(first, arm, other, "miou")} - {other}
+
+    with_baseline, found = compared_with("baseline"), {}
+    if with_baseline:
+        found["arms"] = plot_arms
+    if any(arm.name in compared_with(arm.against) for arm in other_readings()):
+        found["choices"] = plot_choices
+    if all(with_baseline >= set(TABLES[name]) for name in SWEEPS):
         found["sweeps"] = plot_sweeps
     return {name: (draw, first) for name, draw in found.items()}
 
 
 # ----------------------------------------------------------------------------------------------------------------- page
 
+FEWER = "; ".join(
+    f"`{arm.name}` with {', '.join(f'{name} {value}' for name, value in arm.on_cpu.items())}"
+    for arm in ARMS.values()
+    if arm.on_cpu
+)
 INTRODUCTION = f"""\
 # The CamVid study
 
@@ -267,7 +314,8 @@ seeds by `python -m benchmarks.train_camvid`; this page is generated from its ro
 Arms with the same seed start from the same weights and see the same images, so differences are taken seed by seed. ±
 is the standard deviation over seeds; in brackets stands the 95 % interval of the mean difference by Student's t. An
 interval that holds 0 leaves open which is better, and with three seeds it is wide. There are {len(ARMS) - 1} arms
-beside the baseline: some intervals miss 0 by chance alone. Scores are of the last iteration, on the validation frames,
+beside the baseline: some intervals miss 0 by chance alone. On another device, or with other versions, the rounding is
+another, too, which alone moves where a short training ends. Scores are of the last iteration, on the validation frames,
 in percent.
 
 | | the paper | full protocol here |
@@ -285,12 +333,26 @@ in plain torch |
 | boundary mIoU | not defined | within r px of a label boundary, and Boundary IoU with bands of r px |
 | A, U, U_k | of the last layer before the segmentation head | of what goes into the last convolution; A: lower is \
 better, U: higher |
-| relatives | their papers' settings | the same, but all on the same projected layers; on a CPU, which stores rows × \
-columns, with fewer samples |"""
+| relatives | not said | their official code's settings, but for what follows |
+
+The relatives share network, optimizer and batches with all arms, and so are not quite as they were published:
+
+- All take the projections of the network's layers, by the head of MS/CS; ContrastiveSeg, RegionContrast and PNE, which
+  take one layer, the first. On their own they take HRNet's branches side by side (ContrastiveSeg) or the decoder's
+  features, RegionContrast's without a projection.
+- The cross-entropy is plain. RegionContrast's own mines hard pixels (OHEM) and has an auxiliary head of weight 0.4.
+- ContrastiveSeg is as its official CamVid configuration has it: weight 0.1, τ = 0.07, 1024 pixels, 100 of a class and
+  image, a bank of 5000 pixels and 5000 regions a class. But its warm-up is left out, in which the contrast does not
+  count: 5000 iterations there, 3000 with the bank.
+- RegionContrast's bank has a place for each of CamVid's 367 training images, as the published 2975 are those of
+  Cityscapes. For it and PNE no configuration of CamVid is published; weight, τ and sizes are those of Cityscapes.
+- Where official code and paper differ, the docstring of each loss says what it computes.
+- On a CPU, which stores rows × columns, they take less: {FEWER}."""
 ON_SHORTENED = f"""\
 Anything less than the paper's sizes, batch and iterations, or the small network. Without a GPU that is the default: the
 small network, frames of {SHORTENED.height} rows, batch {SHORTENED.batch}, {SHORTENED.iterations} iterations, scales \
-up to {SHORTENED.scales[-1]:g}.
+up to {SHORTENED.scales[-1]:g}. For a quarter of an hour of a GPU, `python -m benchmarks.train_camvid --help` has a
+protocol: `--arms components --network small --iterations 1500`, 12 trainings, if an iteration takes 40 ms or less.
 It shows that the study runs from end to end, goes on where it stopped and is counted, and nothing about how the losses
 compare where training is as long as the paper's: {NO_EVIDENCE}."""
 
@@ -300,7 +362,8 @@ def page(rows: Sequence[Result], drawn: Iterable[str]) -> str:
     drawn, found = set(drawn), groups(rows)
     pictures = {
         "arms": "Difference of each arm from the baseline, seed by seed",
-        "sweeps": "Scores over the fusion weight and the ratio",
+        "choices": "Difference of each other reading from ours, seed by seed",
+        "sweeps": "Difference from the baseline over the fusion weight and the ratio",
     }
     images = [f"![{text}](camvid/{name}.png)" for name, text in pictures.items() if name in drawn]
     sections = [INTRODUCTION, "## Full protocol"]
