@@ -59,11 +59,12 @@ class Row(NamedTuple):
 
 TABLE = {
     "_class_anchors_fwd": (
-        # 176-233 registers, no stack, 12 KiB: 2 blocks. A row of 64 two-byte pixels is one cache line.
+        # bfloat16 172-251 registers, no stack, 12 KiB; float16 255, 8-24 B of stack, 24 KiB: 2 blocks. D 480 and 512
+        # spill 32 B. A row of 64 two-byte pixels is one cache line.
         Row((2,), 512, Tiles(P=64, COLUMNS=512)),
         # D 720: 224-236 registers, no stack, 8 KiB: 2 blocks; P 64 spills 48 B.
         Row((2,), 1024, Tiles(P=32, COLUMNS=512)),
-        # 181-234 registers, no stack, 20 KiB: 2 blocks.
+        # 178-230 registers, no stack, 20 KiB: 2 blocks.
         Row((4,), 1024, Tiles(P=32, COLUMNS=512)),
         # 186 registers, no stack, 6 KiB: 2 blocks; P 32 spills 48 B.
         Row((8,), 1024, Tiles(P=16, K=32, COLUMNS=256)),
@@ -82,9 +83,9 @@ TABLE = {
         Row((8,), 1024, Tiles(P=16, K=32, CLASSES=32)),
     ),
     "_pixel_anchor_fwd": (
-        # bfloat16: 253-255 registers, 0-120 B of stack, 4 KiB: 2 blocks; float16 0-48 B. 32 classes at a time take
+        # bfloat16: 242-255 registers, 0-8 B of stack, 4 KiB: 2 blocks; float16 8-24 B. 32 classes at a time take
         # 30 % more instructions, since the weights are formed for every class. float32 spills 150-490 B with K 64,
-        # 72-376 B with K 32. What spills less costs more: 128 columns 48 B, but form the products twice, a third more
+        # 88-376 B with K 32. What spills less costs more: 128 columns 48 B, but form the products twice, a third more
         # instructions; rows of 16 pixels 16-56 B, and 54 % more instructions a pixel. 8 warps spill 120-224 B.
         Row((2, 4), 1024, Tiles(P=32, K=32, COLUMNS=256)),
         # 255 registers, 0-8 B of stack, 8 KiB: 2 blocks; P 32 with all columns spilled 1.9 KB.
