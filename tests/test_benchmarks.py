@@ -175,15 +175,20 @@ cpu_only = pytest.mark.skipif(
 
 
 @cpu_only
-def test_the_runner_goes_through_maps_peers_steps_and_compilers(tmp_path, capsys):
+@pytest.mark.parametrize(
+    "networks", [("small",), pytest.param(run.NETWORKS_TIMED, marks=pytest.mark.slow)], ids=["small", "all"]
+)
+def test_the_runner_goes_through_maps_peers_steps_and_compilers(tmp_path, capsys, monkeypatch, networks):
+    monkeypatch.setattr(run, "NETWORKS_TIMED", networks)
     parts = ("--parts", "edt", "peers", "step", "compiled")
+    expected = 18 + 3 * len(networks)
     assert runs(tmp_path, *parts, "--minutes", "0") == 0
     assert rows_in(tmp_path) == []
-    assert int(capsys.readouterr().out.split(";")[-1].split()[0]) == 30
+    assert int(capsys.readouterr().out.split(";")[-1].split()[0]) == expected
     assert runs(tmp_path, *parts) == 0
     assert capsys.readouterr().out.endswith("complete\n")
     rows = rows_in(tmp_path)
-    assert len(rows) == 30
+    assert len(rows) == expected
     for row in rows:
         assert row.status == "untimed" or row.status.startswith("absent: "), row
         assert row.case == "camvid tiny" and row.device and row.torch
@@ -271,6 +276,7 @@ def test_a_row_that_differs_or_crashes_is_written_down_as_failed(tmp_path, monke
 )
 def test_a_loss_that_is_not_the_definitions_is_not_timed(tmp_path, monkeypatch, part, broken):
     pytest.importorskip("triton")
+    monkeypatch.setattr(run, "NETWORKS_TIMED", ("small",))
     exact = ck.contextrast_loss
     monkeypatch.setattr(
         ck, "contextrast_loss", lambda *inputs, **o: exact(*inputs, **o) * (1.01 if _requested() == "triton" else 1)
