@@ -1,6 +1,6 @@
 """No program reads beyond the features: they end where memory without access begins, and whoever reads on is killed.
 
-In Triton's interpreter, whose loads are of this process's memory; on a GPU compute-sanitizer looks.
+In Triton's interpreter, whose loads are of this process's memory.
 """
 
 import ctypes
@@ -17,7 +17,7 @@ import contextrast_kernels as ck
 
 pytestmark = [
     NEEDS_TRITON,
-    pytest.mark.skipif(DEVICE == "cuda", reason="guards the host's memory; see benchmarks/sanitize.sh"),
+    pytest.mark.skipif(DEVICE == "cuda", reason="guards the host's memory, which kernels on a GPU do not read"),
     pytest.mark.skipif(not hasattr(mmap, "PROT_READ"), reason="needs mprotect"),
 ]
 

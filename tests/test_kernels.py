@@ -329,6 +329,7 @@ def test_the_pull_of_anchors_in_sixteen_bits(rng):
     for features in (xs, [x.double() for x in xs]):
         *_, pull = contextrast._contextrast_loss(features, labels, e, seed, *options)
         pulls.append(pull[..., :24].double())
+    # A⁻, at most 1 long, is counted in steps of 2⁻²⁴, and every block rounds once.
     assert relative(*pulls) < 2e-6
 
 

@@ -75,7 +75,7 @@ class Scales(NamedTuple):
     """What the fixed-point scales of the sums follow from."""
 
     lengths: Tensor
-    """(layers, N): a bound of ‖â‖."""
+    """(layers, N): ‖â‖, as it was before it was normalised if it was."""
     reach: Tensor | None
     temperature: float
     headroom: int
