@@ -4,7 +4,7 @@ VENV ?= .venv
 RUN := $(VENV)/bin/python
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*)
 
-.PHONY: demo test test-all test-floor bench lint format clean
+.PHONY: demo test test-all test-floor bench gpu lint format clean
 
 # make demo                                    texture mosaics
 # make demo DATA=camvid ROOT=<folder>          real street scenes in SegNet's CamVid layout
@@ -26,6 +26,15 @@ test-floor: .venv-floor/.all
 
 bench: $(VENV)/.all
 	$(RUN) -m pytest benchmarks --benchmark-enable --benchmark-only $(ARGS)
+
+# On a machine with a GPU: builds the CUDA kernels, runs what needs a device, and times everything.
+# make gpu RUN=python3         in an environment that already has torch, Triton, CMake, Ninja and nvcc
+gpu: $(if $(filter $(VENV)/%,$(RUN)),$(VENV)/.all)
+	PATH="$(dir $(RUN)):$$PATH" cmake -S . -B build/native -G Ninja -DCONTEXTRAST_CUDA=ON
+	PATH="$(dir $(RUN)):$$PATH" cmake --build build/native
+	install build/native/_native.so contextrast_kernels/_native.so
+	$(RUN) -m pytest -m gpu $(ARGS)
+	$(RUN) -m benchmarks.run --out benchmarks/results
 
 lint: $(VENV)/.all
 	$(VENV)/bin/ruff check .
