@@ -29,11 +29,15 @@ def on_files(files, config):
     tree = f"{config.repo_url}/blob/main"
     readme = (ROOT / "README.md").read_text()
     readme = re.sub(r"\]\(docs/", "](", readme)
-    outside = r"\]\((?!https?:|#)((?:[\w-]+/)*(?:LICENSE|CONTRIBUTING\.md|CHANGELOG\.md|[\w-]+\.(?:py|csv))|examples/?)\)"
+    outside = (
+        r"\]\((?!https?:|#)((?:[\w-]+/)*(?:LICENSE|CONTRIBUTING\.md|CHANGELOG\.md|[\w-]+\.(?:py|csv))|examples/?)\)"
+    )
     readme = re.sub(outside, rf"]({tree}/\1)", readme)
     files.append(File.generated(config, "index.md", content=readme))
     for name in api_names():
-        text = f"# {name}\n\n::: contextrast_kernels.{name}\n    options: {{show_root_heading: false, heading_level: 2}}\n"
+        text = (
+            f"# {name}\n\n::: contextrast_kernels.{name}\n    options: {{show_root_heading: false, heading_level: 2}}\n"
+        )
         files.append(File.generated(config, f"api/{name}.md", content=text))
     return files
 
