@@ -41,8 +41,8 @@ lint: $(VENV)/.all
 	$(VENV)/bin/ruff format --check .
 
 # The documentation's site, in build/site.
-docs: $(VENV)/.docs
-	$(RUN) -m mkdocs build --strict --site-dir build/site
+docs: $(VENV)/.all
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --site-dir build/site
 
 # One manylinux wheel for every Python and torch, in dist/, checked and tried in an empty environment.
 wheel: $(VENV)/bin/python
@@ -61,12 +61,8 @@ $(VENV)/.demo: $(VENV)/bin/python $(SOURCES)
 	touch $@
 
 $(VENV)/.all: $(VENV)/bin/python $(SOURCES)
-	$(RUN) -m pip install --quiet --editable '.[demo,test,bench,models]'
+	$(RUN) -m pip install --quiet --editable '.[demo,test,bench,models,docs]'
 	touch $@ $(VENV)/.demo
-
-$(VENV)/.docs: $(VENV)/.all
-	$(RUN) -m pip install --quiet --editable '.[docs]'
-	touch $@
 
 .venv-floor/.all: .venv-floor/bin/python $(SOURCES)
 	.venv-floor/bin/python -m pip install --quiet 'torch==2.11.0' 'numpy<2.4' --editable '.[demo,test]'

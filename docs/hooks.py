@@ -3,6 +3,7 @@
 import pathlib
 import re
 
+from mkdocs.plugins import event_priority
 from mkdocs.structure.files import File
 
 import contextrast_kernels as ck
@@ -25,6 +26,7 @@ def on_config(config):
     return config
 
 
+@event_priority(100)  # before the plugin that turns notebooks into pages
 def on_files(files, config):
     tree = f"{config.repo_url}/blob/main"
     readme = (ROOT / "README.md").read_text()
@@ -35,10 +37,9 @@ def on_files(files, config):
     readme = re.sub(outside, rf"]({tree}/\1)", readme)
     files.append(File.generated(config, "index.md", content=readme))
     for name in api_names():
-        text = (
-            f"# {name}\n\n::: contextrast_kernels.{name}\n    options: {{show_root_heading: false, heading_level: 2}}\n"
-        )
+        text = f"::: contextrast_kernels.{name}\n"
         files.append(File.generated(config, f"api/{name}.md", content=text))
+    files.append(File("tour.ipynb", str(ROOT / "examples"), config.site_dir, config.use_directory_urls))
     return files
 
 
