@@ -15,12 +15,12 @@ import functools
 import importlib.util
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from contextrast_kernels import native
+from contextrast_kernels import maps, native
 
 CHOICES = ("auto", "reference", "triton", "native")
 
@@ -129,15 +129,23 @@ def choose(tensor: Tensor, offered: tuple[str, ...], unfit: str = "") -> str:
     return "reference"
 
 
-def choose_kernels(features: Tensor, num_classes: int) -> str:
-    """``choose`` for the losses, whose Triton kernels hold one row of channels and one of classes."""
-    unfit = ""
-    if num_classes > MOST_CLASSES or features.shape[1] > MOST_CHANNELS:
+def choose_kernels(features: Sequence[Tensor], num_classes: int) -> str:
+    """``choose`` for the losses, whose Triton kernels hold one row of channels and one of classes, and read volumes as
+    the rows of their planes."""
+    unfit, first = "", features[0]
+    if num_classes > MOST_CLASSES or first.shape[1] > MOST_CHANNELS:
         unfit = (
             f"its kernels take at most {MOST_CLASSES} classes and {MOST_CHANNELS} channels, "
-            f"got {num_classes} and {features.shape[1]}"
+            f"got {num_classes} and {first.shape[1]}"
         )
-    return choose(features, ("triton",), unfit)
+    for x in features:
+        if maps.plane_stack(x) is None:
+            unfit = (
+                "its kernels read a volume as rows at one distance from each other, as in contiguous and "
+                f"channels_last_3d memory, got strides {x.stride()} for the shape {tuple(x.shape)}; "
+                "call .contiguous() on the features"
+            )
+    return choose(first, ("triton",), unfit)
 
 
 def empty_codes(features: list[Tensor], num_classes: int, dtype: torch.dtype | None = None) -> Tensor:

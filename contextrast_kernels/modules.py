@@ -14,25 +14,30 @@ from contextrast_kernels.embedding import compute_dtype
 class ProjectionHead(nn.Sequential):
     """Projects one encoder layer's features to the common embedding size: (B, in_channels, h, w) → (B, dim, h, w).
 
+    With ``spatial_dims=3`` it projects features (B, in_channels, z, h, w) of volumes.
+
     Two 1x1 convolutions with ReLU and batch normalisation between them, as in MS/CS, on whose code Contextrast was
     very likely built (docs/method.md). The output is not normalised: the loss does that. Used in training only.
 
     Args:
         in_channels: channels of the layer.
         dim: D, the same for all layers.
+        spatial_dims: 2 for features of maps, 3 for features of volumes.
 
     Raises:
-        TypeError, ValueError: an argument that is no positive integer; the sentence names it.
+        TypeError, ValueError: an argument that is no integer or out of range; the sentence names it.
     """
 
-    def __init__(self, in_channels: int, dim: int = 256):
+    def __init__(self, in_channels: int, dim: int = 256, *, spatial_dims: int = 2):
         checks.integer("in_channels", in_channels, low=1)
         checks.integer("dim", dim, low=1)
+        checks.integer("spatial_dims", spatial_dims, low=2, high=3)
+        convolution, norm = (nn.Conv2d, nn.BatchNorm2d) if spatial_dims == 2 else (nn.Conv3d, nn.BatchNorm3d)
         super().__init__(
-            nn.Conv2d(in_channels, in_channels, 1, bias=False),
+            convolution(in_channels, in_channels, 1, bias=False),
             nn.ReLU(),
-            nn.BatchNorm2d(in_channels),
-            nn.Conv2d(in_channels, dim, 1),
+            norm(in_channels),
+            convolution(in_channels, dim, 1),
         )
 
 
@@ -75,6 +80,7 @@ class ContextrastLoss(nn.Module):
         normalize: bool = True,
         normalize_anchors: bool = False,
         detach_anchors: bool = False,
+        sampling: float | Sequence[float] | None = None,
         seed: int | Tensor = 0,
         group=None,
         debug: bool = False,
@@ -94,6 +100,7 @@ class ContextrastLoss(nn.Module):
             normalize=normalize,
             normalize_anchors=normalize_anchors,
             detach_anchors=detach_anchors,
+            sampling=sampling,
             group=ranks.name_of(group),
         )
         checks.seed(seed, seed.device if isinstance(seed, Tensor) else None)
@@ -128,7 +135,7 @@ class ContextrastLoss(nn.Module):
                     f"got {classes[wrong][0].item()} ({int(wrong.sum())} of {classes.numel()} pixels are out of range)"
                 )
         for i, x in enumerate(features):
-            valid = maps.targets(labels, *x.shape[-2:], num_classes, ignore_index) >= 0
+            valid = maps.targets(labels, x.shape[2:], num_classes, ignore_index) >= 0
             broken = ~x.isfinite().all(1) & valid
             if broken.any():
                 raise ValueError(
@@ -205,23 +212,25 @@ class ContextrastCriterion(nn.Module):
 
         Args:
             features, labels: as in ``contextrast_loss``.
-            logits: the network's (B, N, H', W'). Where they are not as large as the labels they are resized bilinearly
-                (align_corners=False) for the cross-entropy and for the predictions of the contrast.
+            logits: the network's (B, N, H', W'), or (B, N, Z', H', W') of a volume. Where they are not as large as the
+                labels they are resized bilinearly, in a volume trilinearly (align_corners=False), for the
+                cross-entropy and for the predictions of the contrast.
 
         Returns:
             A scalar, float32, or float64 for float64 features and logits.
         """
         options = self.contrast.options
-        labels = checks.class_map("labels", labels)
-        checks.logits("logits", logits, options.num_classes)
+        dims = checks.dims_of(logits, labels)
+        labels = checks.class_map("labels", labels, dims=dims)
+        checks.logits("logits", logits, options.num_classes, dims)
         checks.together("labels", labels, "logits", logits)
-        size = labels.shape[-2:]
+        size = labels.shape[1:]
         checks.samples_from("logits", logits, *size)
         logits = logits.to(compute_dtype(logits.dtype))
-        if logits.shape[-2:] != size:
-            logits = interpolate(logits, size, mode="bilinear", align_corners=False)
+        if logits.shape[2:] != size:
+            logits = interpolate(logits, size, mode="bilinear" if dims == 2 else "trilinear", align_corners=False)
         contrast = self.contrast(features, labels, logits)
-        targets = maps.targets(labels, *size, options.num_classes, options.ignore_index)
+        targets = maps.targets(labels, size, options.num_classes, options.ignore_index)
         entropy = self._cross_entropy(logits, targets)
         self.last = {"cross_entropy": entropy.detach(), "contrast": contrast.detach(), **self.contrast.last}
         return entropy + self.weight * contrast

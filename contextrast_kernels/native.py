@@ -176,14 +176,28 @@ def _device(**tensors: Tensor) -> torch.device:
 @torch.library.custom_op("contextrast::error_map", mutates_args=())
 def error_map(predictions: Tensor, labels: Tensor, num_classes: int, ignore_index: int) -> Tensor:
     """predictions (B, H', W') integers or (B, N, H', W') floats, labels (B, H, W) → int32 (B, H, W), -1 = no error.
+    Volumes have an axis Z before H.
 
     num_classes -1: the channels of the logits, or every value >= 0.
     """
     device = _device(labels=labels, predictions=predictions)
     errors = torch.empty(labels.shape, dtype=torch.int32, device=device)
-    arguments = (_Map(predictions), _Map(labels), num_classes, ignore_index, errors.data_ptr())
-    _call("error_map", device, arguments)
+    pairs = [(predictions, labels, errors)]
+    if labels.ndim == 4:  # errors know no neighbours: the planes of one volume are a batch of maps
+        pairs = [(_planes(p, y.shape[0]), y, e) for p, y, e in zip(predictions, labels, errors, strict=True)]
+    for predicted, labelled, into in pairs:
+        arguments = (_Map(predicted), _Map(labelled), num_classes, ignore_index, into.data_ptr())
+        _call("error_map", device, arguments)
     return errors
+
+
+def _planes(predictions: Tensor, depth: int) -> Tensor:
+    """One volume's class map (Z', H', W') or logits (N, Z', H', W') as ``depth`` maps, its planes brought to that
+    number by nearest sampling."""
+    planes = predictions if predictions.ndim == 3 else predictions.movedim(1, 0)
+    if len(planes) == depth:
+        return planes
+    return planes[torch.arange(depth, device=planes.device) * len(planes) // max(depth, 1)]
 
 
 @error_map.register_fake

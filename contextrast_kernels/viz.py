@@ -125,7 +125,7 @@ def negatives(
         chosen = bane_negatives(
             predictions, labels, num_classes=num_classes, size=(h, w), ratio=ratio, ignore_index=ignore_index, seed=seed
         )
-        at_layer = targets(labels, h, w, num_classes, ignore_index)
+        at_layer = targets(labels, (h, w), num_classes, ignore_index)
         predicted = predicted_classes(predictions, h, w)
         errors = error_map(predicted, at_layer, num_classes=num_classes, ignore_index=-1)
         distance = edge_distance(errors)[0]
@@ -155,7 +155,7 @@ def negatives(
         bar = figure.colorbar(drawn, ax=row[4], fraction=0.05, pad=0.02, ticks=[0, int(highest)])
         bar.ax.tick_params(labelsize=8, length=2)
 
-    present = targets(labels, *labels.shape[-2:], num_classes, ignore_index).unique().tolist()
+    present = targets(labels, labels.shape[1:], num_classes, ignore_index).unique().tolist()
     present = sorted({*present, *predicted_classes(predictions, *predictions.shape[-2:]).unique().tolist()})
     patches = [Patch(facecolor=colours[n].tolist(), label=names[n]) for n in present if 0 <= n < num_classes]
     patches += [

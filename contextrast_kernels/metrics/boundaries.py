@@ -43,7 +43,7 @@ def boundary_mask(labels: Tensor, radius: float, *, num_classes: int | None = No
     if num_classes is not None:
         checks.num_classes(num_classes)
     checks.ignore_index(ignore_index)
-    classes = targets(labels, *labels.shape[-2:], num_classes, ignore_index)
+    classes = targets(labels, labels.shape[1:], num_classes, ignore_index)
     return _within(_boundary(classes), radius) & (classes >= 0)
 
 

@@ -92,7 +92,7 @@ class AlignmentUniformity(Metric):
         N = self.num_classes
         anchors, counts = class_anchors(features, labels, N, ignore_index=self.ignore_index)
         labels = checks.class_map("labels", labels)
-        classes = maps.targets(labels, *features.shape[-2:], N, self.ignore_index).flatten()
+        classes = maps.targets(labels, features.shape[2:], N, self.ignore_index).flatten()
         seen = self._state["seen"].to(features.device) if self._state else 0
         rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
         numbers = (seen + torch.arange(len(classes), device=features.device)) % 2**32
@@ -206,16 +206,16 @@ class AnchorSimilarity(Metric):
         labels = checks.class_map("labels", labels)
         for name, value in (("labels", labels), ("predictions", predictions)):
             checks.together("features[0]", features[0], name, value)
-            checks.samples_from(name, value, *features[0].shape[-2:])
+            checks.samples_from(name, value, *features[0].shape[2:])
         anchors, counts = zip(*(class_anchors(x, labels, N, ignore_index=self.ignore_index) for x in features))
         layers = []
         for i, x in enumerate(features):
             a = anchors[i]
             if i < len(features) - 1:
                 a = fuse_anchors(a, counts[i], anchors[-1], counts[-1], self.fusion_weight)
-            classes = maps.targets(labels, *x.shape[-2:], N, self.ignore_index)
+            classes = maps.targets(labels, x.shape[2:], N, self.ignore_index)
             errors = error_map(
-                maps.predicted_classes(predictions, *x.shape[-2:]), classes, num_classes=N, ignore_index=-1
+                maps.predicted_classes(predictions, *x.shape[2:]), classes, num_classes=N, ignore_index=-1
             )
             squared = edge_distance(errors, squared=True).double()
             distance = squared.clamp(min=0).sqrt().floor().clamp(max=self.bins - 1).long()  # exact below 2**52

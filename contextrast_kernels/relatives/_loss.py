@@ -1,5 +1,6 @@
 """What the losses of this folder share: the three inputs, and a seed that advances."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -26,18 +27,19 @@ class RelativeLoss(nn.Module):
 
     def _batch(self, layers: Sequence[Tensor], labels, predictions) -> tuple[Tensor, Tensor]:
         """The checked label map and predictions of one batch."""
-        labels = checks.class_map("labels", labels)
-        predictions = checks.predictions("predictions", predictions, self.num_classes)
+        dims = layers[0].ndim - 2
+        labels = checks.class_map("labels", labels, dims=dims)
+        predictions = checks.predictions("predictions", predictions, self.num_classes, dims)
         for i, x in enumerate(layers):
             for name, value in (("labels", labels), ("predictions", predictions)):
                 checks.together(f"features[{i}]", x, name, value)
-                checks.samples_from(name, value, *x.shape[-2:])
+                checks.samples_from(name, value, *x.shape[2:])
         return labels, predictions.detach()
 
     def _at_layer(self, x: Tensor, labels: Tensor, predictions: Tensor) -> tuple[Tensor, Tensor]:
-        """Targets, -1 = no part, and predicted classes at a layer's size: int64 (B, h, w)."""
-        size = x.shape[-2:]
-        targets = maps.targets(labels, *size, self.num_classes, self.ignore_index)
+        """Targets, -1 = no part, and predicted classes at a layer's size: int64 (B, *size)."""
+        size = x.shape[2:]
+        targets = maps.targets(labels, size, self.num_classes, self.ignore_index)
         return targets, maps.predicted_classes(predictions, *size)
 
     def extra_repr(self) -> str:
@@ -90,9 +92,9 @@ class Rows:
         chosen = self.sampler(targets, predicted, num_classes, seed, stream)
         checks.chosen("sampler", chosen, targets.shape)
         of = self.sampler if isinstance(self.sampler, Sampler) else self.default
-        most = of.most(x.shape[0], num_classes, x.shape[2] * x.shape[3])
+        most = of.most(x.shape[0], num_classes, math.prod(x.shape[2:]))
         if of is not self.sampler:  # a rule of the user's, which keeps no cap
-            order = image_hash(seed, stream, *x.shape[2:], x.device).expand_as(targets)
+            order = image_hash(seed, stream, x.shape[2:], x.device).expand_as(targets)
             chosen = thinned(chosen & (targets >= 0), most, order)
         return sampled_rows(x, targets, chosen, most, normalize)
 
