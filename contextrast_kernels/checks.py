@@ -192,21 +192,6 @@ def real(name: str, value, *, low: float, high: float = math.inf, open_low: bool
         raise ValueError(f"{name}: expected a finite number {bound}, got {value}")
 
 
-def sampling(value, dims: int) -> tuple[float, ...] | None:
-    """The size of a pixel along each axis."""
-    if value is None:
-        return None
-    if isinstance(value, numbers.Real) and not isinstance(value, bool):
-        value = (value,) * dims
-    if not isinstance(value, tuple | list) or len(value) != dims:
-        raise ValueError(
-            f"sampling: expected a number, or {dims} of them, one for each axis of a pixel, got {describe(value)}"
-        )
-    for side in value:
-        real("sampling", side, low=0.0, open_low=True)
-    return tuple(float(side) for side in value)
-
-
 def weights(name: str, value) -> None:
     if not isinstance(value, Sequence) or isinstance(value, str) or len(value) == 0:
         raise TypeError(f"{name}: expected a list of numbers, one for each layer, got {describe(value)}")

@@ -15,6 +15,7 @@ from torch import Tensor
 from contextrast_kernels import bane, checks, maps, ranks
 from contextrast_kernels.anchors import class_anchors, class_sums, fuse_anchors, means
 from contextrast_kernels.backend import choose_kernels, differentiable_once, empty_codes, on_device
+from contextrast_kernels.distance import check_sampling
 from contextrast_kernels.embedding import compute_dtype, unit
 from contextrast_kernels.hashing import STREAM_BASE, image_hash, seed_tensor
 from contextrast_kernels.pixel_anchor import anchor_contrast, pixel_anchor_loss, positive_terms, slope_of_log_sums
@@ -132,7 +133,7 @@ class Options:
         checks.flag("normalize", self.normalize)
         checks.flag("normalize_anchors", self.normalize_anchors)
         checks.flag("detach_anchors", self.detach_anchors)
-        checks.sampling(self.sampling, 2 if isinstance(self.sampling, Sequence) and len(self.sampling) == 2 else 3)
+        check_sampling(self.sampling, 2 if isinstance(self.sampling, Sequence) and len(self.sampling) == 2 else 3)
         if self.base_sampler is not None and (not callable(self.base_sampler) or self.base_rate > 0):
             raise ValueError(
                 f"base_sampler: expected a callable as ck.Sampler, and base_rate 0 beside it, "
@@ -223,7 +224,7 @@ def total_loss(
         options.distance_at,
         options.ignore_index,
         seed,
-        checks.sampling(options.sampling, len(sizes[0])),
+        check_sampling(options.sampling, len(sizes[0])),
     )
     backend = choose_kernels(features, options.num_classes)
     if options.group is not None:

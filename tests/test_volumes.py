@@ -389,7 +389,7 @@ def test_a_volume_may_have_more_rows_than_a_map_has(map_backend):
     assert chosen.flatten().nonzero().flatten().tolist() == sorted(order[:2000])
 
 
-# ------------------------------------------------------------------------------------------------------------ degenerate
+# ----------------------------------------------------------------------------------------------------------- degenerate
 
 
 NOTHING = ("no image", "nothing valid", "no error", "no plane", "a broken ignored voxel")
