@@ -98,6 +98,8 @@ def distance_transform(mask: Tensor, *, squared: bool = False) -> Tensor:
     batched = mask.unsqueeze(0) if mask.ndim == 2 else mask.flatten(0, -3)
     if batched.is_floating_point():
         batched = batched != 0
+    elif batched.dtype in (torch.uint16, torch.uint32, torch.uint64):
+        batched = batched.view(getattr(torch, f"int{8 * batched.itemsize}"))  # what is 0 stays 0
     if choose(mask, ("native",)) == "native":
         distance = native.distance_transform(batched, squared)
     else:
@@ -112,7 +114,8 @@ def select_nearest(
 
     Args:
         classes: (B, h, w) integers, negative = none; as ``error_map`` returns them.
-        distance_sq: (B, h, w) int32, as ``edge_distance(squared=True)`` returns them.
+        distance_sq: (B, h, w) numbers of any integer or floating-point type, as ``edge_distance(squared=True)`` returns
+            them. They are compared exactly; NaN comes last.
         ratio: between 0 and 1. The product is rounded once, in float64.
         num_classes: N; values from N on are no class. None: every value >= 0 is a class.
         seed: int, or an int64 tensor of one element on the maps' device.
@@ -125,21 +128,18 @@ def select_nearest(
         RuntimeError: a backend was asked for that cannot run.
     """
     classes = checks.class_map("classes", classes)
-    distance_sq = checks.class_map("distance_sq", distance_sq, shape=classes.shape)
-    if distance_sq.dtype != torch.int32:
-        raise TypeError(
-            f"distance_sq: expected int32, as edge_distance(squared=True) gives, got {checks.describe(distance_sq)}"
-        )
+    distance_sq = checks.distances("distance_sq", distance_sq, classes.shape)
     checks.together("classes", classes, "distance_sq", distance_sq)
     checks.real("ratio", ratio, low=0.0, high=1.0)
     if num_classes is not None:
         checks.num_classes(num_classes)
     checks.seed(seed, classes.device)
+    order = _in_order(distance_sq)
     if choose(classes, ("native",)) == "native":
         return native.select_nearest(
-            classes, distance_sq, ratio, -1 if num_classes is None else num_classes, seed_tensor(seed, classes.device)
+            classes, order, ratio, -1 if num_classes is None else num_classes, seed_tensor(seed, classes.device)
         )
-    return _select_nearest(classes.long(), distance_sq.long(), ratio, num_classes, seed)
+    return _select_nearest(classes.long(), order.long(), ratio, num_classes, seed)
 
 
 def bane_negatives(
@@ -371,6 +371,29 @@ def _in_pixels(distance_sq: Tensor, squared: bool) -> Tensor:
         return distance_sq.int()
     distance = torch.where(distance_sq == NO_EDGE, torch.inf, distance_sq.double()).abs().sqrt()
     return torch.where(distance_sq < 0, -1.0, distance).float()
+
+
+def _in_order(distances: Tensor) -> Tensor:
+    """Numbers (B, h, w) as int32 in the same order within each image; equal ones stay equal, and NaN comes last."""
+    dtype = distances.dtype
+    if not dtype.is_floating_point and (dtype.itemsize < 4 or dtype == torch.int32):
+        return distances.int()
+    if dtype.is_floating_point:
+        bits = distances.view(torch.int64) if dtype == torch.float64 else distances.float().view(torch.int32)
+        # The bits of a number that is not negative have its order. -0 becomes 0.
+        largest = torch.iinfo(bits.dtype).max
+        magnitude = bits & largest
+        image = torch.where(distances.isnan(), largest, torch.where(bits < 0, -magnitude, magnitude))
+    elif dtype == torch.uint64:
+        image = distances.view(torch.int64) ^ torch.iinfo(torch.int64).min
+    else:
+        image = distances.long()
+    if image.dtype == torch.int32:
+        return image
+    # 64 bits do not fit: the place of each value among the different values of its image stands for it.
+    values, at = image.flatten(1).sort(1)
+    place = F.pad((values[:, 1:] != values[:, :-1]).cumsum(1), (1, 0))[:, : values.shape[1]]
+    return torch.zeros_like(at).scatter(1, at, place).int().reshape(distances.shape)
 
 
 def _select_nearest(

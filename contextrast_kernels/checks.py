@@ -11,7 +11,8 @@ MAX_SIDE = 16384
 """Longest side of a map: squared distances and their sums stay inside 32 bits."""
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+_WIDER = {torch.uint16: torch.int32, torch.uint32: torch.int64, torch.uint64: torch.int64}
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, *_WIDER)
 
 
 def name_of(dtype: torch.dtype) -> str:
@@ -39,6 +40,14 @@ def tensor(name: str, value, expected: str) -> None:
         raise TypeError(f"{name}: expected {expected}, got {type(value).__name__}")
 
 
+def signed(value: Tensor) -> Tensor:
+    """Integers in a type that PyTorch computes with: it can do little with unsigned ones of more than 8 bits.
+
+    A number from 2**63 on becomes negative, which is no class.
+    """
+    return value.to(_WIDER[value.dtype]) if value.dtype in _WIDER else value
+
+
 def sides(name: str, value: Tensor) -> None:
     if value.shape[-2] > MAX_SIDE or value.shape[-1] > MAX_SIDE:
         raise ValueError(
@@ -59,7 +68,7 @@ def feature_map(name: str, value) -> None:
 
 
 def class_map(name: str, value, *, shape: tuple | None = None) -> Tensor:
-    """A map of class numbers (B, H, W); (B, 1, H, W) is brought to it."""
+    """A map of class numbers (B, H, W); (B, 1, H, W) is brought to it, and wide unsigned types to signed ones."""
     expected = "an integer map (B, H, W)"
     tensor(name, value, expected)
     if value.dtype not in _INTEGERS:
@@ -73,6 +82,19 @@ def class_map(name: str, value, *, shape: tuple | None = None) -> Tensor:
     sides(name, value)
     if shape is not None and tuple(value.shape) != tuple(shape):
         raise ValueError(f"{name}: expected shape {tuple(shape)}, got {describe(value)}")
+    return signed(value)
+
+
+def distances(name: str, value, shape: tuple) -> Tensor:
+    """A map of numbers (B, H, W), one a pixel; (B, 1, H, W) is brought to it."""
+    expected = f"integers or floats of shape {tuple(shape)}"
+    tensor(name, value, expected)
+    if value.dtype not in _INTEGERS + _FLOATS:
+        raise TypeError(f"{name}: expected {expected}, got {describe(value)}")
+    if value.ndim == 4 and value.shape[1] == 1:
+        value = value[:, 0]
+    if tuple(value.shape) != tuple(shape):
+        raise ValueError(f"{name}: expected {expected}, got {describe(value)}")
     return value
 
 

@@ -184,7 +184,7 @@ def select_nearest(classes, distance_sq, ratio, num_classes=None, seed=0):
         for r in range(H):
             for c in range(W):
                 if is_class(classes[b, r, c], num_classes):
-                    rank = (int(distance_sq[b, r, c]), hash32(seed, 0, r * W + c))
+                    rank = (distance_sq[b, r, c].item(), hash32(seed, 0, r * W + c))
                     members.setdefault(int(classes[b, r, c]), []).append((rank, r, c))
         for pixels in members.values():
             k = math.ceil(ratio * len(pixels))

@@ -88,7 +88,7 @@ class MemoryBank(nn.Module):
             TypeError, ValueError: an argument of the wrong type or size; the sentence names it.
         """
         checks.choice("queue", queue, self.QUEUES)
-        check_rows("embeddings", embeddings, "labels", labels)
+        labels = check_rows("embeddings", embeddings, "labels", labels)
         self.check_dim("embeddings", embeddings)
         self.follow(embeddings.device)
         which = self.QUEUES.index(queue)
