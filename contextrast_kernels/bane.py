@@ -34,9 +34,9 @@ def error_map(
         predictions: class map (B, H', W') of integers or logits (B, N, H', W') of floats, brought to the labels' size
             by nearest sampling. Ties of the argmax go to the lowest class.
         labels: (B, H, W) or (B, 1, H, W) integers.
-        num_classes: N; None takes the channels of the logits, and with a class map every value >= 0 (below 2**31) is
-            a class.
-        ignore_index: the label of pixels that take no part.
+        num_classes: N, at least 2; None takes the channels of the logits, and with a class map every value >= 0 (below
+            2**31) is a class. With 2, logits may have one channel, as a binary network's: class 1 where it is positive.
+        ignore_index: the label of pixels that take no part. A prediction of it is no error either.
 
     Returns:
         int32 (B, H, W): the predicted class where the pixel is valid and the prediction is wrong, else -1.
@@ -269,7 +269,7 @@ def _native_arguments(predictions, labels, sizes, num_classes, ratio, negatives,
 
 def _check_maps(predictions, labels, num_classes, ignore_index) -> tuple[Tensor, Tensor, int | None]:
     if num_classes is not None:
-        checks.num_classes(num_classes)
+        checks.several_classes(num_classes)
     checks.ignore_index(ignore_index)
     predictions = checks.predictions("predictions", predictions, num_classes)
     labels = checks.class_map("labels", labels)
@@ -287,7 +287,7 @@ def _error_map(
         sampled = maps.to_size(labels, height, width)
         return native.error_map(predictions, sampled, -1 if num_classes is None else num_classes, ignore_index)
     target = maps.targets(labels, height, width, num_classes, ignore_index)
-    predicted = maps.predicted_classes(predictions, height, width)
+    predicted = maps.predicted_classes(predictions, height, width, ignore_index)
     limit = NO_EDGE if num_classes is None else num_classes - 1
     wrong = (target >= 0) & (predicted != target) & (predicted >= 0) & (predicted <= limit)
     return torch.where(wrong, predicted, -1).int()

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 MAX_SIDE = 16384
 """Longest side of a map: squared distances and their sums stay inside 32 bits."""
@@ -106,7 +107,10 @@ def chosen(name: str, value, shape: tuple) -> Tensor:
 
 
 def predictions(name: str, value, num_classes: int | None) -> Tensor:
-    """A class map (B, H', W') of integers, or logits (B, N, H', W') of floats."""
+    """A class map (B, H', W') of integers, or logits (B, N, H', W') of floats.
+
+    Logits of one channel z with two classes are a binary network's: they become the two channels (0, z).
+    """
     expected = "a class map (B, H', W') of integers or logits (B, N, H', W') of floats"
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected {expected}, got {type(value).__name__}; pass the tensor, as output['out']")
@@ -116,21 +120,24 @@ def predictions(name: str, value, num_classes: int | None) -> Tensor:
         raise TypeError(f"{name}: expected {expected}, got {describe(value)}")
     if value.ndim != 4:
         raise ValueError(f"{name}: expected {expected}, got {describe(value)}")
-    if value.shape[1] == 0 or (num_classes is not None and value.shape[1] != num_classes):
-        channels = "at least one channel" if num_classes is None else f"{num_classes} channels (num_classes)"
-        raise ValueError(
-            f"{name}: expected logits with {channels}, got {describe(value)}; pass the classifier's output"
-        )
     sides(name, value)
+    if value.shape[1] == 1 and num_classes == 2:
+        return pad(value, (0, 0, 0, 0, 1, 0))  # sigmoid(z) is the softmax of (0, z)
+    if value.shape[1] < 2 or (num_classes is not None and value.shape[1] != num_classes):
+        channels = "at least 2 channels" if num_classes is None else f"{num_classes} channels (num_classes)"
+        remedy = "pass the classifier's output"
+        if value.shape[1] == 1:
+            remedy += ", or num_classes=2 for a binary network with one channel"
+        raise ValueError(f"{name}: expected logits with {channels}, got {describe(value)}; {remedy}")
     return value
 
 
-def logits(name: str, value, num_classes: int) -> None:
+def logits(name: str, value, num_classes: int) -> Tensor:
     if isinstance(value, Tensor) and value.dtype in _INTEGERS:
         raise TypeError(
             f"{name}: expected logits (B, N, H', W') of floats, got {describe(value)}; pass them before the argmax"
         )
-    predictions(name, value, num_classes)
+    return predictions(name, value, num_classes)
 
 
 def together(first_name: str, first: Tensor, name: str, value: Tensor, *, batch: bool = True) -> None:
@@ -162,6 +169,16 @@ def integer(name: str, value, *, low: int | None = None, high: int | None = None
 
 def num_classes(value) -> None:
     integer("num_classes", value, low=1, high=2**31 - 1)
+
+
+def several_classes(value) -> None:
+    """The number of classes of what is contrasted or scored."""
+    num_classes(value)
+    if value == 1:
+        raise ValueError(
+            "num_classes: expected at least 2, got 1, which has nothing to be told from; for a network with one output "
+            "channel set num_classes=2, where class 1 means that its logits (B, 1, H, W) are positive"
+        )
 
 
 def ignore_index(value) -> None:

@@ -2,6 +2,9 @@
 
 import torch
 from torch import Tensor
+from torch.nn.functional import interpolate
+
+from contextrast_kernels.embedding import compute_dtype
 
 
 def to_size(values: Tensor, height: int, width: int) -> Tensor:
@@ -30,10 +33,36 @@ def targets(labels: Tensor, height: int, width: int, num_classes: int | None, ig
     return torch.where(valid, classes, -1)
 
 
-def predicted_classes(predictions: Tensor, height: int, width: int) -> Tensor:
+def predicted_classes(predictions: Tensor, height: int, width: int, ignore_index: int) -> Tensor:
     """Class map or logits at a size: int64 (B, height, width). Ties of the argmax go to the lowest class.
 
-    Logits are sampled first, so that only the pixels which are needed are compared.
+    Where ``ignore_index`` is predicted, the class is -1. Logits are sampled first, so that only the pixels which are
+    needed are compared.
     """
     sampled = to_size(predictions, height, width)
-    return sampled.argmax(1) if predictions.is_floating_point() else sampled.long()
+    classes = sampled.argmax(1) if predictions.is_floating_point() else sampled.long()
+    return torch.where(classes == ignore_index, -1, classes)
+
+
+_CLASSES_AT_ONCE = 4
+
+
+def resized_classes(predictions: Tensor, height: int, width: int, ignore_index: int) -> Tensor:
+    """``predicted_classes`` for scoring: logits are resized bilinearly (align_corners=False) before the argmax.
+
+    A few classes are resized at a time, so that the logits are never held at the larger size.
+    """
+    same_size = predictions.shape[-2:] == (height, width)
+    if not predictions.is_floating_point() or same_size or height * width == 0:
+        return predicted_classes(predictions, height, width, ignore_index)
+    largest = classes = None
+    for first, logits in enumerate(predictions.split(_CLASSES_AT_ONCE, 1)):
+        logits = interpolate(logits.to(compute_dtype(logits.dtype)), (height, width), mode="bilinear")
+        value, place = logits.max(1)
+        place = place + first * _CLASSES_AT_ONCE
+        if first == 0:
+            largest, classes = value, place
+            continue
+        larger = (value > largest) | (value.isnan() & ~largest.isnan())  # NaN counts as the largest, as in argmax
+        largest, classes = torch.where(larger, value, largest), torch.where(larger, place, classes)
+    return torch.where(classes == ignore_index, -1, classes)

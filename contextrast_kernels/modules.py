@@ -213,7 +213,7 @@ class ContextrastCriterion(nn.Module):
         """
         options = self.contrast.options
         labels = checks.class_map("labels", labels)
-        checks.logits("logits", logits, options.num_classes)
+        logits = checks.logits("logits", logits, options.num_classes)
         checks.together("labels", labels, "logits", logits)
         size = labels.shape[-2:]
         checks.samples_from("logits", logits, *size)

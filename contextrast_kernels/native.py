@@ -17,7 +17,7 @@ from torch import Tensor
 
 _PATH = pathlib.Path(__file__).with_name("_native.so")
 _ERROR_SIZE = 256
-_INTERFACE = 2
+_INTERFACE = 3
 _TYPES = (
     torch.uint8,
     torch.int8,

@@ -90,7 +90,7 @@ def negatives(
     from matplotlib.patches import Patch
 
     image = _shown(image)
-    checks.num_classes(num_classes)
+    checks.several_classes(num_classes)
     checks.tensor("labels", labels, "the map (H, W) of one image")
     checks.tensor("predictions", predictions, "the class map (H', W') or the logits (N, H', W') of one image")
     if labels.ndim != 2:
@@ -126,7 +126,7 @@ def negatives(
             predictions, labels, num_classes=num_classes, size=(h, w), ratio=ratio, ignore_index=ignore_index, seed=seed
         )
         at_layer = targets(labels, h, w, num_classes, ignore_index)
-        predicted = predicted_classes(predictions, h, w)
+        predicted = predicted_classes(predictions, h, w, ignore_index)
         errors = error_map(predicted, at_layer, num_classes=num_classes, ignore_index=-1)
         distance = edge_distance(errors)[0]
         around = torch.where(at_layer < 0, void, correct)
@@ -156,7 +156,8 @@ def negatives(
         bar.ax.tick_params(labelsize=8, length=2)
 
     present = targets(labels, *labels.shape[-2:], num_classes, ignore_index).unique().tolist()
-    present = sorted({*present, *predicted_classes(predictions, *predictions.shape[-2:]).unique().tolist()})
+    predicted = predicted_classes(predictions, *predictions.shape[-2:], ignore_index)
+    present = sorted({*present, *predicted.unique().tolist()})
     patches = [Patch(facecolor=colours[n].tolist(), label=names[n]) for n in present if 0 <= n < num_classes]
     patches += [
         Patch(facecolor=VOID_COLOUR, label="void"),
@@ -287,7 +288,7 @@ def anchor_similarity(
     from matplotlib.figure import Figure
 
     check_layers(features)
-    checks.num_classes(num_classes)
+    checks.several_classes(num_classes)
     names = _names(class_names, num_classes)
     of_layers = [class_anchors(x.detach(), labels, num_classes, ignore_index=ignore_index) for x in features]
     top, top_counts = of_layers[-1]

@@ -26,7 +26,7 @@ class Metric(ABC):
     """Shape and dtype of each count; None is a size that the first batch tells."""
 
     def __init__(self, num_classes: int, ignore_index: int, group: object):
-        checks.num_classes(num_classes)
+        checks.several_classes(num_classes)
         checks.ignore_index(ignore_index)
         if not (group is None or group == "auto" or (dist.is_available() and isinstance(group, dist.ProcessGroup))):
             raise TypeError(
@@ -85,7 +85,8 @@ class Metric(ABC):
     def _class_maps(self, predictions: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Predicted and true class of every pixel, at the labels' size: int64 (B, H, W) each.
 
-        True class -1: the pixel takes no part. Predicted class N: no class, a miss for the true one.
+        True class -1: the pixel takes no part. Predicted class N: no class, a miss for the true one. A class that is
+        ``ignore_index`` is neither a true nor a predicted one.
         """
         N = self.num_classes
         predictions = checks.predictions("predictions", predictions, N)
@@ -93,7 +94,7 @@ class Metric(ABC):
         checks.together("predictions", predictions, "labels", labels)
         height, width = labels.shape[-2:]
         checks.samples_from("predictions", predictions, height, width)
-        predicted = maps.predicted_classes(predictions, height, width)
+        predicted = maps.resized_classes(predictions, height, width, self.ignore_index)
         predicted = torch.where((predicted >= 0) & (predicted < N), predicted, N)
         return predicted, maps.targets(labels, height, width, N, self.ignore_index)
 
