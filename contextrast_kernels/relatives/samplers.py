@@ -86,6 +86,7 @@ class Sampler:
         labels = checks.class_map("labels", labels)
         predictions = checks.class_map("predictions", predictions, shape=labels.shape)
         checks.together("labels", labels, "predictions", predictions)
+        checks.several_classes(num_classes)
         labels, predictions = labels.long(), predictions.long()
         labels = torch.where(labels < num_classes, labels, -1)
         batch, height, width = labels.shape
