@@ -25,6 +25,7 @@ NO_EDGE = torch.iinfo(torch.int32).max
 """Squared distance where there is nothing to measure to."""
 
 
+@checks.takes_subclasses
 def error_map(
     predictions: Tensor, labels: Tensor, *, num_classes: int | None = None, ignore_index: int = 255
 ) -> Tensor:
@@ -51,6 +52,7 @@ def error_map(
     return _error_map(predictions, labels, num_classes, ignore_index, height, width)
 
 
+@checks.takes_subclasses
 def edge_distance(classes: Tensor, *, squared: bool = False) -> Tensor:
     """Distance of every pixel to the nearest edge pixel of its own class in its image (Eq. 7). Exact.
 
@@ -76,6 +78,7 @@ def edge_distance(classes: Tensor, *, squared: bool = False) -> Tensor:
     return _in_pixels(torch.where(inside, distance, -1), squared)
 
 
+@checks.takes_subclasses
 def distance_transform(mask: Tensor, *, squared: bool = False) -> Tensor:
     """Euclidean distance of every nonzero pixel to the nearest zero of its map. Exact, batched; SciPy's meaning.
 
@@ -107,6 +110,7 @@ def distance_transform(mask: Tensor, *, squared: bool = False) -> Tensor:
     return distance.reshape(mask.shape)
 
 
+@checks.takes_subclasses
 def select_nearest(
     classes: Tensor, distance_sq: Tensor, ratio: float, *, num_classes: int | None = None, seed: int | Tensor = 0
 ) -> Tensor:
@@ -142,6 +146,7 @@ def select_nearest(
     return _select_nearest(classes.long(), order.long(), ratio, num_classes, seed)
 
 
+@checks.takes_subclasses
 def bane_negatives(
     predictions: Tensor,
     labels: Tensor,

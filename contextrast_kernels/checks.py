@@ -1,11 +1,13 @@
 """Arguments are checked here: one sentence says which one, what was expected and what came. Nothing synchronises."""
 
+import functools
 import math
 import numbers
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 from torch.nn.functional import pad
 
 MAX_SIDE = 16384
@@ -14,6 +16,35 @@ MAX_SIDE = 16384
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _WIDER = {torch.uint16: torch.int32, torch.uint32: torch.int64, torch.uint64: torch.int64}
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, *_WIDER)
+
+
+def plain(value):
+    """A tensor of a subclass (MONAI's MetaTensor, torchvision's Mask, ...) as the tensor it holds, also in a list.
+
+    Everything else is returned as it is, and so are subclasses that dispatch by themselves, such as FakeTensor and
+    DTensor, which may hold no single tensor. torch.compile cannot unwrap a subclass: convert
+    labels and images before the compiled function.
+    """
+    if torch.compiler.is_compiling():
+        return value
+    if isinstance(value, Tensor):
+        kind = type(value)
+        if kind is Tensor or kind is Parameter or kind.__torch_dispatch__ is not Tensor.__torch_dispatch__:
+            return value
+        return value.as_subclass(Tensor)
+    if isinstance(value, list | tuple) and any(plain(x) is not x for x in value):
+        return list(map(plain, value))
+    return value
+
+
+def takes_subclasses(function):
+    """Decorate a public function so that it sees tensor subclasses as the tensors they hold."""
+
+    @functools.wraps(function)
+    def wrapper(*args, **kwargs):
+        return function(*map(plain, args), **{name: plain(value) for name, value in kwargs.items()})
+
+    return wrapper
 
 
 def name_of(dtype: torch.dtype) -> str:

@@ -20,6 +20,7 @@ from contextrast_kernels.hashing import STREAM_BASE, image_hash, seed_tensor
 from contextrast_kernels.pixel_anchor import anchor_contrast, pixel_anchor_loss, positive_terms, slope_of_log_sums
 
 
+@checks.takes_subclasses
 def contextrast_loss(
     features: Sequence[Tensor],
     labels: Tensor,

@@ -27,6 +27,7 @@ POSITIVES = ("each", "supcon", "pooled")
 REDUCTIONS = ("mean", "none")
 
 
+@checks.takes_subclasses
 def info_nce(
     rows: Tensor,
     row_labels: Tensor,

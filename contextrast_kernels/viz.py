@@ -50,6 +50,7 @@ def class_colours(num_classes: int) -> Tensor:
     return torch.tensor([colorsys.hsv_to_rgb(n / num_classes, *shades[n % 4]) for n in range(num_classes)])
 
 
+@checks.takes_subclasses
 def negatives(
     image: Tensor,
     labels: Tensor,
@@ -182,6 +183,7 @@ def negatives(
     return figure
 
 
+@checks.takes_subclasses
 def embedding_colours(features: Tensor) -> Tensor:
     """Embeddings as colours: the three principal components of v = x / ‖x‖₂ over all pixels as red, green and blue.
 
@@ -221,6 +223,7 @@ def embedding_colours(features: Tensor) -> Tensor:
     return (colours * 255).round().to(torch.uint8).view(B, height, width, 3)
 
 
+@checks.takes_subclasses
 def embeddings(image: Tensor, features: Sequence[Tensor]) -> Figure:
     """One image and the embeddings of each layer as colours (``embedding_colours``), drawn as large as the image.
 
@@ -261,6 +264,7 @@ def embeddings(image: Tensor, features: Sequence[Tensor]) -> Figure:
     return figure
 
 
+@checks.takes_subclasses
 def anchor_similarity(
     features: Sequence[Tensor],
     labels: Tensor,

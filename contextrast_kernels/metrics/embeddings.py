@@ -81,6 +81,7 @@ class AlignmentUniformity(Metric):
         self.samples = samples
         self.seed = seed
 
+    @checks.takes_subclasses
     @torch.no_grad()
     def update(self, features: Tensor, labels: Tensor) -> None:
         """Add a batch.
@@ -197,6 +198,7 @@ class AnchorSimilarity(Metric):
         self.bins = bins
         self.fusion_weight = fusion_weight
 
+    @checks.takes_subclasses
     @torch.no_grad()
     def update(self, features: Sequence[Tensor], labels: Tensor, predictions: Tensor) -> None:
         """Add a batch; arguments as in ``contextrast_loss``, which samples labels and predictions to each layer too."""

@@ -45,6 +45,7 @@ class ConfusionMatrix(Metric):
         N = self.num_classes
         return self._state.get("counts", torch.zeros(N, N + 1, dtype=torch.int64))
 
+    @checks.takes_subclasses
     @torch.no_grad()
     def update(self, predictions: Tensor, labels: Tensor, *, mask: Tensor | None = None) -> None:
         """Add a batch.
@@ -169,6 +170,7 @@ class InstanceIoU(Metric):
         self.first_instance = first_instance
         self._category = torch.tensor((*(range(N) if categories is None else categories), -1))
 
+    @checks.takes_subclasses
     @torch.no_grad()
     def update(self, predictions: Tensor, labels: Tensor, instances: Tensor) -> None:
         """Add a batch.

@@ -74,6 +74,7 @@ class MemoryBank(nn.Module):
         entries, classes = self.columns()
         return entries.to(rows.dtype, copy=True), classes
 
+    @checks.takes_subclasses
     @torch.no_grad()
     def push(self, queue: str, embeddings: Tensor, labels: Tensor) -> None:
         """Write embeddings, each over the oldest entry of its class.

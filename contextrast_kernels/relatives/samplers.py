@@ -69,6 +69,7 @@ class Sampler:
             chosen = min(max(self.max_samples, pairs), pairs * self.max_views)
         return min(chosen, batch * pixels)
 
+    @checks.takes_subclasses
     def __call__(
         self, labels: Tensor, predictions: Tensor, num_classes: int, seed: int | Tensor, stream: int = STREAM_ROWS
     ) -> Tensor:
