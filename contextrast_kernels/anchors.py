@@ -20,6 +20,7 @@ from contextrast_kernels.backend import (
 from contextrast_kernels.embedding import compute_dtype, pixel_embeddings
 
 
+@checks.takes_subclasses
 def class_anchors(
     features: Tensor, labels: Tensor, num_classes: int, *, ignore_index: int = 255, normalize: bool = True
 ) -> tuple[Tensor, Tensor]:
@@ -87,6 +88,7 @@ def means(sums: Tensor, counts: Tensor) -> Tensor:
     return sums / counts.clamp(min=1).unsqueeze(-1)
 
 
+@checks.takes_subclasses
 def fuse_anchors(
     anchors: Tensor, counts: Tensor, top_anchors: Tensor, top_counts: Tensor, weight: float = 0.7
 ) -> Tensor:

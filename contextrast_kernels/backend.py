@@ -11,9 +11,11 @@ auto
 """
 
 import contextlib
+import contextvars
 import functools
 import importlib.util
 import os
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 
@@ -27,7 +29,21 @@ CHOICES = ("auto", "reference", "triton", "native")
 MOST_CLASSES, MOST_CHANNELS = 256, 1024
 """What the Triton kernels take."""
 
-_forced: str | None = None
+_forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("contextrast_kernels.backend", default=None)
+
+
+class _Traced(threading.local):
+    """The forced backend as code under torch.compile reads it.
+
+    Dynamo guards on this attribute and lets a traced function set it. It cannot set a ContextVar, and before
+    PyTorch 2.14 it cannot read one.
+    """
+
+    def __init__(self):
+        self.forced: str | None = None
+
+
+_traced = _Traced()
 
 
 @contextlib.contextmanager
@@ -36,21 +52,25 @@ def backend(name: str) -> Iterator[None]:
 
     ``name`` is "auto", "reference", "triton" or "native". A forced backend holds for the ops it has and raises
     RuntimeError if it cannot run on the given tensors; ops that it does not have choose as "auto" does. The choice
-    holds for all threads of the process. Outside of any block the environment variable CONTEXTRAST_BACKEND decides,
-    read at each call.
+    holds for the thread or asyncio task that makes it: other threads choose for themselves. Outside of any block the
+    environment variable CONTEXTRAST_BACKEND decides, read at each call.
     """
-    global _forced
     if name not in CHOICES:
         raise ValueError(f"backend: expected one of {', '.join(map(repr, CHOICES))}, got {name!r}")
-    previous, _forced = _forced, name
+    compiling = torch.compiler.is_compiling()
+    token = None if compiling else _forced.set(name)
+    previous, _traced.forced = _traced.forced, name
     try:
         yield
     finally:
-        _forced = previous
+        _traced.forced = previous
+        if not compiling:
+            _forced.reset(token)
 
 
 def _requested() -> str:
-    name = _forced if _forced is not None else os.environ.get("CONTEXTRAST_BACKEND", "auto")
+    forced = _traced.forced if torch.compiler.is_compiling() else _forced.get()
+    name = forced if forced is not None else os.environ.get("CONTEXTRAST_BACKEND", "auto")
     if name not in CHOICES:
         raise ValueError(
             f"CONTEXTRAST_BACKEND: expected one of {', '.join(map(repr, CHOICES))}, got {name!r}; unset it"

@@ -24,6 +24,7 @@ NEGATIVES = ("bane", "semi-hard", "none")
 DISTANCE_AT = ("layer", "full")
 
 
+@checks.takes_subclasses
 def error_map(
     predictions: Tensor, labels: Tensor, *, num_classes: int | None = None, ignore_index: int = 255
 ) -> Tensor:
@@ -35,9 +36,9 @@ def error_map(
         labels: (B, H, W) or (B, 1, H, W) integers. Volumes have one axis more: labels (B, Z, H, W) with predictions
             (B, Z', H', W') or logits (B, N, Z', H', W'). (B, 1, H, W) is a volume of depth one beside logits of a
             volume, else a map.
-        num_classes: N; None takes the channels of the logits, and with a class map every value >= 0 (below 2**31) is
-            a class.
-        ignore_index: the label of pixels that take no part.
+        num_classes: N, at least 2; None takes the channels of the logits, and with a class map every value >= 0 (below
+            2**31) is a class. With 2, logits may have one channel, as a binary network's: class 1 where it is positive.
+        ignore_index: the label of pixels that take no part. A prediction of it is no error either.
 
     Returns:
         int32, of the labels' size: the predicted class where the pixel is valid and the prediction is wrong, else -1.
@@ -53,6 +54,7 @@ def error_map(
     return _error_map(predictions, labels, num_classes, ignore_index, size)
 
 
+@checks.takes_subclasses
 def select_nearest(
     classes: Tensor, distance_sq: Tensor, ratio: float, *, num_classes: int | None = None, seed: int | Tensor = 0
 ) -> Tensor:
@@ -61,8 +63,8 @@ def select_nearest(
     Args:
         classes: (B, h, w) or (B, z, h, w) integers, negative = none; as ``error_map`` returns them. (B, 1, h, w) is
             read as maps with a channel axis.
-        distance_sq: numbers of the same shape, of any integer or floating dtype, as ``edge_distance(squared=True)``
-            returns them. NaN comes last, with inf.
+        distance_sq: numbers of the same shape, of any integer or floating-point type, as
+            ``edge_distance(squared=True)`` returns them. They are compared exactly; NaN comes last.
         ratio: between 0 and 1. The product is rounded once, in float64.
         num_classes: N; values from N on are no class. None: every value >= 0 is a class.
         seed: int, or an int64 tensor of one element on the maps' device.
@@ -75,7 +77,7 @@ def select_nearest(
         RuntimeError: a backend was asked for that cannot run.
     """
     classes = checks.class_map("classes", classes, dims=checks.dims_of(None, classes))
-    distance_sq = _checked_distances(distance_sq, classes)
+    distance_sq = checks.distances("distance_sq", distance_sq, classes.shape)
     checks.together("classes", classes, "distance_sq", distance_sq)
     checks.real("ratio", ratio, low=0.0, high=1.0)
     if num_classes is not None:
@@ -84,6 +86,7 @@ def select_nearest(
     return _selected(classes, distance_sq, ratio, num_classes, seed)
 
 
+@checks.takes_subclasses
 def bane_negatives(
     predictions: Tensor,
     labels: Tensor,
@@ -215,7 +218,7 @@ def _native_arguments(predictions, labels, sizes, num_classes, ratio, negatives,
 
 def _check_maps(predictions, labels, num_classes, ignore_index, dims) -> tuple[Tensor, Tensor, int | None]:
     if num_classes is not None:
-        checks.num_classes(num_classes)
+        checks.several_classes(num_classes)
     checks.ignore_index(ignore_index)
     predictions = checks.predictions("predictions", predictions, num_classes, dims)
     labels = checks.class_map("labels", labels, dims=dims)
@@ -233,7 +236,7 @@ def _error_map(
         sampled = maps.to_size(labels, *size)
         return native.error_map(predictions, sampled, -1 if num_classes is None else num_classes, ignore_index)
     target = maps.targets(labels, size, num_classes, ignore_index)
-    predicted = maps.predicted_classes(predictions, *size)
+    predicted = maps.predicted_classes(predictions, size, ignore_index)
     limit = NO_EDGE if num_classes is None else num_classes - 1
     wrong = (target >= 0) & (predicted != target) & (predicted >= 0) & (predicted <= limit)
     return torch.where(wrong, predicted, -1).int()
@@ -244,40 +247,6 @@ def _distances(errors: Tensor, sampling: tuple[float, ...] | None) -> Tensor:
     if errors.ndim == 4 and errors.shape[1] == 1:
         return _distances(errors[:, 0], None if sampling is None else sampling[1:]).unsqueeze(1)
     return edge_distance(errors, squared=True, sampling=sampling)
-
-
-def _checked_distances(value, classes: Tensor) -> Tensor:
-    """Squared distances, brought to the shape of the classes."""
-    checks.tensor("distance_sq", value, "squared distances of the shape of classes")
-    if not (checks.is_integer(value.dtype) or checks.is_floating(value.dtype)):
-        raise TypeError(f"distance_sq: expected integers or floating-point numbers, got {checks.describe(value)}")
-    if value.ndim == classes.ndim + 1 and value.shape[1] == 1:
-        value = value[:, 0]
-    if value.shape != classes.shape:
-        raise ValueError(
-            f"distance_sq: expected shape {tuple(classes.shape)}, that of classes, got {checks.describe(value)}"
-        )
-    return value
-
-
-def _in_order(distance_sq: Tensor) -> Tensor:
-    """int32 numbers in the order of these of any dtype, equal where they are; NaN as inf."""
-    if distance_sq.dtype == torch.int32 or distance_sq.numel() == 0:
-        return distance_sq.int()
-    if distance_sq.is_floating_point():
-        distance_sq = torch.where(distance_sq.isnan(), torch.inf, distance_sq) + 0.0  # -0 becomes 0
-    if distance_sq.is_floating_point() and distance_sq.dtype != torch.float64:
-        bits = distance_sq.float().view(torch.int32)
-        return torch.where(bits < 0, bits ^ NO_EDGE, bits)  # of negative numbers the larger size is the lower number
-    if distance_sq.dtype.itemsize < 4:
-        return distance_sq.int()
-    if distance_sq.dtype == torch.uint64:
-        distance_sq = distance_sq.view(torch.int64) ^ torch.iinfo(torch.int64).min
-    elif not distance_sq.is_floating_point():
-        distance_sq = distance_sq.long()
-    values, order = distance_sq.flatten().sort()
-    place = F.pad(values[1:] != values[:-1], (1, 0)).cumsum(0, dtype=torch.int32)
-    return torch.empty_like(place).scatter(0, order, place).view(distance_sq.shape)
 
 
 def _selected(
@@ -292,6 +261,29 @@ def _selected(
         classes, distance_sq = classes.flatten(1, 2), distance_sq.flatten(1, 2)
     selected = native.select_nearest(classes, distance_sq, ratio, limit, seed_tensor(seed, classes.device))
     return selected.view(shape)
+
+
+def _in_order(distances: Tensor) -> Tensor:
+    """Numbers (B, ...) as int32 in the same order within each image; equal ones stay equal, and NaN comes last."""
+    dtype = distances.dtype
+    if not dtype.is_floating_point and (dtype.itemsize < 4 or dtype == torch.int32):
+        return distances.int()
+    if dtype.is_floating_point:
+        bits = distances.view(torch.int64) if dtype == torch.float64 else distances.float().view(torch.int32)
+        # The bits of a number that is not negative have its order. -0 becomes 0.
+        largest = torch.iinfo(bits.dtype).max
+        magnitude = bits & largest
+        image = torch.where(distances.isnan(), largest, torch.where(bits < 0, -magnitude, magnitude))
+    elif dtype == torch.uint64:
+        image = distances.view(torch.int64) ^ torch.iinfo(torch.int64).min
+    else:
+        image = distances.long()
+    if image.dtype == torch.int32:
+        return image
+    # 64 bits do not fit: the place of each value among the different values of its image stands for it.
+    values, at = image.flatten(1).sort(1)
+    place = F.pad((values[:, 1:] != values[:, :-1]).cumsum(1), (1, 0))[:, : values.shape[1]]
+    return torch.zeros_like(at).scatter(1, at, place).int().reshape(distances.shape)
 
 
 def _select_nearest(

@@ -1,11 +1,14 @@
 """Arguments are checked here: one sentence says which one, what was expected and what came. Nothing synchronises."""
 
+import functools
 import math
 import numbers
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
+from torch.nn.functional import pad
 
 MAX_SIDE = 16384
 """Longest side of a map: squared distances and their sums stay inside 32 bits."""
@@ -13,7 +16,37 @@ MAX_VOXELS = 2**31 - 1
 """Most voxels of a volume: their indices stay inside 32 bits."""
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+_WIDER = {torch.uint16: torch.int32, torch.uint32: torch.int64, torch.uint64: torch.int64}
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, *_WIDER)
+
+
+def plain(value):
+    """A tensor of a subclass (MONAI's MetaTensor, torchvision's Mask, ...) as the tensor it holds, also in a list.
+
+    Everything else is returned as it is, and so are subclasses that dispatch by themselves, such as FakeTensor and
+    DTensor, which may hold no single tensor. torch.compile cannot unwrap a subclass: convert
+    labels and images before the compiled function.
+    """
+    if torch.compiler.is_compiling():
+        return value
+    if isinstance(value, Tensor):
+        kind = type(value)
+        if kind is Tensor or kind is Parameter or kind.__torch_dispatch__ is not Tensor.__torch_dispatch__:
+            return value
+        return value.as_subclass(Tensor)
+    if isinstance(value, list | tuple) and any(plain(x) is not x for x in value):
+        return list(map(plain, value))
+    return value
+
+
+def takes_subclasses(function):
+    """Decorate a public function so that it sees tensor subclasses as the tensors they hold."""
+
+    @functools.wraps(function)
+    def wrapper(*args, **kwargs):
+        return function(*map(plain, args), **{name: plain(value) for name, value in kwargs.items()})
+
+    return wrapper
 
 
 def name_of(dtype: torch.dtype) -> str:
@@ -39,6 +72,14 @@ def is_floating(dtype: torch.dtype) -> bool:
 def tensor(name: str, value, expected: str) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected {expected}, got {type(value).__name__}")
+
+
+def signed(value: Tensor) -> Tensor:
+    """Integers in a type that PyTorch computes with: it can do little with unsigned ones of more than 8 bits.
+
+    A number from 2**63 on becomes negative, which is no class.
+    """
+    return value.to(_WIDER[value.dtype]) if value.dtype in _WIDER else value
 
 
 def sides(name: str, value: Tensor, dims: int = 2) -> None:
@@ -81,7 +122,10 @@ def feature_map(name: str, value) -> None:
 
 
 def class_map(name: str, value, *, shape: tuple | None = None, dims: int = 2) -> Tensor:
-    """A map of class numbers (B, H, W), or (B, Z, H, W) where ``dims`` is 3; a channel axis of one goes."""
+    """A map of class numbers (B, H, W), or (B, Z, H, W) where ``dims`` is 3.
+
+    A channel axis of one goes, and wide unsigned types become signed ones.
+    """
     expected, channel = "an integer map (B, H, W)", "(B, 1, H, W)"
     if dims == 3:
         expected, channel = "an integer map (B, Z, H, W) of a volume", "(B, 1, Z, H, W)"
@@ -99,6 +143,19 @@ def class_map(name: str, value, *, shape: tuple | None = None, dims: int = 2) ->
     sides(name, value, dims)
     if shape is not None and tuple(value.shape) != tuple(shape):
         raise ValueError(f"{name}: expected shape {tuple(shape)}, got {describe(value)}")
+    return signed(value)
+
+
+def distances(name: str, value, shape: tuple) -> Tensor:
+    """A map of numbers, one a pixel, of the shape of a class map; a channel axis of one goes."""
+    expected = f"integers or floats of shape {tuple(shape)}"
+    tensor(name, value, expected)
+    if value.dtype not in _INTEGERS + _FLOATS:
+        raise TypeError(f"{name}: expected {expected}, got {describe(value)}")
+    if value.ndim == len(shape) + 1 and value.shape[1] == 1:
+        value = value[:, 0]
+    if tuple(value.shape) != tuple(shape):
+        raise ValueError(f"{name}: expected {expected}, got {describe(value)}")
     return value
 
 
@@ -110,7 +167,10 @@ def chosen(name: str, value, shape: tuple) -> Tensor:
 
 
 def predictions(name: str, value, num_classes: int | None, dims: int = 2) -> Tensor:
-    """A class map (B, H', W') of integers or logits (B, N, H', W') of floats; where ``dims`` is 3, of volumes."""
+    """A class map (B, H', W') of integers or logits (B, N, H', W') of floats; where ``dims`` is 3, of volumes.
+
+    Logits of one channel z with two classes are a binary network's: they become the two channels (0, z).
+    """
     axes = "H', W'" if dims == 2 else "Z', H', W'"
     expected = f"a class map (B, {axes}) of integers or logits (B, N, {axes}) of floats"
     if not isinstance(value, Tensor):
@@ -121,21 +181,24 @@ def predictions(name: str, value, num_classes: int | None, dims: int = 2) -> Ten
         raise TypeError(f"{name}: expected {expected}, got {describe(value)}")
     if value.ndim != dims + 2:
         raise ValueError(f"{name}: expected {expected}, got {describe(value)}")
-    if value.shape[1] == 0 or (num_classes is not None and value.shape[1] != num_classes):
-        channels = "at least one channel" if num_classes is None else f"{num_classes} channels (num_classes)"
-        raise ValueError(
-            f"{name}: expected logits with {channels}, got {describe(value)}; pass the classifier's output"
-        )
     sides(name, value, dims)
+    if value.shape[1] == 1 and num_classes == 2:
+        return pad(value, (*(0, 0) * dims, 1, 0))  # sigmoid(z) is the softmax of (0, z)
+    if value.shape[1] < 2 or (num_classes is not None and value.shape[1] != num_classes):
+        channels = "at least 2 channels" if num_classes is None else f"{num_classes} channels (num_classes)"
+        remedy = "pass the classifier's output"
+        if value.shape[1] == 1:
+            remedy += ", or num_classes=2 for a binary network with one channel"
+        raise ValueError(f"{name}: expected logits with {channels}, got {describe(value)}; {remedy}")
     return value
 
 
-def logits(name: str, value, num_classes: int, dims: int = 2) -> None:
+def logits(name: str, value, num_classes: int, dims: int = 2) -> Tensor:
     if isinstance(value, Tensor) and value.dtype in _INTEGERS:
         raise TypeError(
             f"{name}: expected logits (B, N, H', W') of floats, got {describe(value)}; pass them before the argmax"
         )
-    predictions(name, value, num_classes, dims)
+    return predictions(name, value, num_classes, dims)
 
 
 def together(first_name: str, first: Tensor, name: str, value: Tensor, *, batch: bool = True) -> None:
@@ -167,6 +230,16 @@ def integer(name: str, value, *, low: int | None = None, high: int | None = None
 
 def num_classes(value) -> None:
     integer("num_classes", value, low=1, high=2**31 - 1)
+
+
+def several_classes(value) -> None:
+    """The number of classes of what is contrasted or scored."""
+    num_classes(value)
+    if value == 1:
+        raise ValueError(
+            "num_classes: expected at least 2, got 1, which has nothing to be told from; for a network with one output "
+            "channel set num_classes=2, where class 1 means that its logits (B, 1, H, W) are positive"
+        )
 
 
 def ignore_index(value) -> None:

@@ -21,6 +21,7 @@ from contextrast_kernels.hashing import STREAM_BASE, image_hash, seed_tensor
 from contextrast_kernels.pixel_anchor import anchor_contrast, pixel_anchor_loss, positive_terms, slope_of_log_sums
 
 
+@checks.takes_subclasses
 def contextrast_loss(
     features: Sequence[Tensor],
     labels: Tensor,
@@ -53,8 +54,10 @@ def contextrast_loss(
             volume of depth one.
         predictions: the network's final logits (B, N, H', W') or their class map (B, H', W'), of any size, or the same
             of volumes. No gradient.
-        num_classes: N.
-        ignore_index: the label of pixels that take no part.
+        num_classes: N, at least 2. With 2, logits may have one channel, as a binary network's: class 1 where it is
+            positive.
+        ignore_index: the label of pixels that take no part. Where it is one of 0..N-1, that class is left out of the
+            predictions too.
         layer_weights: λ_i, one for each layer.
         temperature: τ.
         fusion_weight: w_h, the share of the last layer in the anchors of the lower ones.
@@ -123,7 +126,7 @@ class Options:
     """The name of the process group."""
 
     def __post_init__(self):
-        checks.num_classes(self.num_classes)
+        checks.several_classes(self.num_classes)
         checks.ignore_index(self.ignore_index)
         checks.weights("layer_weights", self.layer_weights)
         checks.real("temperature", self.temperature, low=0.0, open_low=True)
@@ -262,7 +265,7 @@ def _composed_loss(
         base = _base_pixels(target, i, options, seed)
         drawn_here = chosen >= 0
         if options.base_sampler is not None:
-            predicted = maps.predicted_classes(predictions, *size)
+            predicted = maps.predicted_classes(predictions, size, options.ignore_index)
             base = options.base_sampler(target, predicted, N, seed, STREAM_BASE + i)
             base = checks.chosen("base_sampler", base, target.shape) & (target >= 0)
         if base is not None:

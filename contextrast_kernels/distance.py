@@ -33,6 +33,7 @@ _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, *_U
 _NATIVE = (torch.bool, *_INTEGERS, torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
+@checks.takes_subclasses
 def distance_transform(
     mask: Tensor,
     *,
@@ -89,6 +90,7 @@ def distance_transform(
     return (distance, indices.reshape(spatial_dims, *mask.shape)) if return_indices else distance
 
 
+@checks.takes_subclasses
 def edge_distance(
     classes: Tensor, *, sampling: float | tuple[float, ...] | None = None, squared: bool = False
 ) -> Tensor:

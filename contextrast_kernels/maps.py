@@ -7,6 +7,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import interpolate
+
+from contextrast_kernels.embedding import compute_dtype
 
 
 def to_size(values: Tensor, *size: int) -> Tensor:
@@ -35,13 +38,41 @@ def targets(labels: Tensor, size: tuple[int, ...], num_classes: int | None, igno
     return torch.where(valid, classes, -1)
 
 
-def predicted_classes(predictions: Tensor, *size: int) -> Tensor:
+def predicted_classes(predictions: Tensor, size: tuple[int, ...], ignore_index: int) -> Tensor:
     """Class map or logits at a size: int64 (B, *size). Ties of the argmax go to the lowest class.
 
-    Logits are sampled first, so that only the pixels which are needed are compared.
+    Where ``ignore_index`` is predicted, the class is -1. Logits are sampled first, so that only the pixels which are
+    needed are compared.
     """
     sampled = to_size(predictions, *size)
-    return sampled.argmax(1) if predictions.is_floating_point() else sampled.long()
+    classes = sampled.argmax(1) if predictions.is_floating_point() else sampled.long()
+    return torch.where(classes == ignore_index, -1, classes)
+
+
+_CLASSES_AT_ONCE = 4
+
+
+def resized_classes(predictions: Tensor, size: tuple[int, ...], ignore_index: int) -> Tensor:
+    """``predicted_classes`` for scoring: logits are resized bilinearly (of volumes trilinearly,
+    align_corners=False) before the argmax.
+
+    A few classes are resized at a time, so that the logits are never held at the larger size.
+    """
+    same_size = predictions.shape[2:] == size
+    if not predictions.is_floating_point() or same_size or 0 in size:
+        return predicted_classes(predictions, size, ignore_index)
+    mode = "bilinear" if len(size) == 2 else "trilinear"
+    largest = classes = None
+    for first, logits in enumerate(predictions.split(_CLASSES_AT_ONCE, 1)):
+        logits = interpolate(logits.to(compute_dtype(logits.dtype)), size, mode=mode)
+        value, place = logits.max(1)
+        place = place + first * _CLASSES_AT_ONCE
+        if first == 0:
+            largest, classes = value, place
+            continue
+        larger = (value > largest) | (value.isnan() & ~largest.isnan())  # NaN counts as the largest, as in argmax
+        largest, classes = torch.where(larger, value, largest), torch.where(larger, place, classes)
+    return torch.where(classes == ignore_index, -1, classes)
 
 
 def volume_sides(features: Sequence[Tensor]) -> list[int] | None:

@@ -109,6 +109,7 @@ class ContextrastLoss(nn.Module):
         self.register_buffer("seed", torch.tensor(int(seed), dtype=torch.int64))
         self.last: dict[str, Tensor] = {}
 
+    @checks.takes_subclasses
     def forward(self, features: Sequence[Tensor], labels: Tensor, predictions: Tensor) -> Tensor:
         """The loss of one batch: see ``contextrast_loss``."""
         if self.debug:
@@ -193,7 +194,7 @@ class ContextrastCriterion(nn.Module):
                     f"got {checks.describe(class_weights)}"
                 )
             try:
-                class_weights = torch.as_tensor(class_weights, dtype=torch.float32).clone()
+                class_weights = torch.as_tensor(checks.plain(class_weights), dtype=torch.float32).clone()
             except (TypeError, ValueError, RuntimeError) as error:
                 raise TypeError(
                     f"class_weights: expected {num_classes} finite numbers, one for each class, "
@@ -207,6 +208,7 @@ class ContextrastCriterion(nn.Module):
         self.register_buffer("class_weights", class_weights)
         self.last: dict[str, Tensor] = {}
 
+    @checks.takes_subclasses
     def forward(self, features: Sequence[Tensor], labels: Tensor, logits: Tensor) -> Tensor:
         """The objective of one batch.
 
@@ -222,7 +224,7 @@ class ContextrastCriterion(nn.Module):
         options = self.contrast.options
         dims = checks.dims_of(logits, labels)
         labels = checks.class_map("labels", labels, dims=dims)
-        checks.logits("logits", logits, options.num_classes, dims)
+        logits = checks.logits("logits", logits, options.num_classes, dims)
         checks.together("labels", labels, "logits", logits)
         size = labels.shape[1:]
         checks.samples_from("logits", logits, *size)

@@ -25,6 +25,7 @@ from contextrast_kernels.backend import (
 from contextrast_kernels.embedding import compute_dtype, pixel_embeddings
 
 
+@checks.takes_subclasses
 def pixel_anchor_loss(
     features: Tensor,
     labels: Tensor,

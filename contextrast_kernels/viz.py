@@ -51,6 +51,7 @@ def class_colours(num_classes: int) -> Tensor:
     return torch.tensor([colorsys.hsv_to_rgb(n / num_classes, *shades[n % 4]) for n in range(num_classes)])
 
 
+@checks.takes_subclasses
 def negatives(
     image: Tensor,
     labels: Tensor,
@@ -91,7 +92,7 @@ def negatives(
     from matplotlib.patches import Patch
 
     image = _shown(image)
-    checks.num_classes(num_classes)
+    checks.several_classes(num_classes)
     checks.tensor("labels", labels, "the map (H, W) of one image")
     checks.tensor("predictions", predictions, "the class map (H', W') or the logits (N, H', W') of one image")
     if labels.ndim != 2:
@@ -127,7 +128,7 @@ def negatives(
             predictions, labels, num_classes=num_classes, size=(h, w), ratio=ratio, ignore_index=ignore_index, seed=seed
         )
         at_layer = targets(labels, (h, w), num_classes, ignore_index)
-        predicted = predicted_classes(predictions, h, w)
+        predicted = predicted_classes(predictions, (h, w), ignore_index)
         errors = error_map(predicted, at_layer, num_classes=num_classes, ignore_index=-1)
         distance = edge_distance(errors)[0]
         around = torch.where(at_layer < 0, void, correct)
@@ -157,7 +158,8 @@ def negatives(
         bar.ax.tick_params(labelsize=8, length=2)
 
     present = targets(labels, labels.shape[1:], num_classes, ignore_index).unique().tolist()
-    present = sorted({*present, *predicted_classes(predictions, *predictions.shape[-2:]).unique().tolist()})
+    predicted = predicted_classes(predictions, predictions.shape[-2:], ignore_index)
+    present = sorted({*present, *predicted.unique().tolist()})
     patches = [Patch(facecolor=colours[n].tolist(), label=names[n]) for n in present if 0 <= n < num_classes]
     patches += [
         Patch(facecolor=VOID_COLOUR, label="void"),
@@ -182,6 +184,7 @@ def negatives(
     return figure
 
 
+@checks.takes_subclasses
 def embedding_colours(features: Tensor) -> Tensor:
     """Embeddings as colours: the three principal components of v = x / ‖x‖₂ over all pixels as red, green and blue.
 
@@ -221,6 +224,7 @@ def embedding_colours(features: Tensor) -> Tensor:
     return (colours * 255).round().to(torch.uint8).view(B, height, width, 3)
 
 
+@checks.takes_subclasses
 def embeddings(image: Tensor, features: Sequence[Tensor]) -> Figure:
     """One image and the embeddings of each layer as colours (``embedding_colours``), drawn as large as the image.
 
@@ -261,6 +265,7 @@ def embeddings(image: Tensor, features: Sequence[Tensor]) -> Figure:
     return figure
 
 
+@checks.takes_subclasses
 def anchor_similarity(
     features: Sequence[Tensor],
     labels: Tensor,
@@ -288,7 +293,7 @@ def anchor_similarity(
     from matplotlib.figure import Figure
 
     check_layers(features)
-    checks.num_classes(num_classes)
+    checks.several_classes(num_classes)
     names = _names(class_names, num_classes)
     of_layers = [class_anchors(x.detach(), labels, num_classes, ignore_index=ignore_index) for x in features]
     top, top_counts = of_layers[-1]

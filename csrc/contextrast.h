@@ -78,8 +78,8 @@ typedef struct ContextrastLayer {
 
 // Eq. 6. errors (B, H, W), sized as the labels: the predicted class where the pixel is valid and the prediction,
 // brought to the labels' size, is another class; else -1. Valid: 0 <= label < num_classes and label != ignore_index. A
-// prediction outside 0..num_classes-1 is no error. num_classes = -1: the channels of the logits; for a class map every
-// value from 0 to INT32_MAX is a class.
+// prediction outside 0..num_classes-1 or equal to ignore_index is no error. num_classes = -1: the channels of the
+// logits; for a class map every value from 0 to INT32_MAX is a class.
 CONTEXTRAST_API int contextrast_error_map_cpu(const ContextrastMap *predictions, const ContextrastMap *labels,
                                               int64_t num_classes, int64_t ignore_index, int32_t *errors, int threads,
                                               char *error);

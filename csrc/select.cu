@@ -201,10 +201,12 @@ __global__ void __launch_bounds__(BLOCK)
                                      source.limit, source.ignore_index);
     const int64_t at = sampled_at(source.predictions, spot.image, r, c, layer);
     if constexpr (std::is_void_v<Bits>)
-      errors[i] = error_class(target, prediction_of(value_at(source.predictions, at), source.limit));
+      errors[i] = error_class(
+          target, prediction_of(value_at(source.predictions, at), source.limit, source.ignore_index));
     else if (target != NO_CLASS)
       errors[i] = error_class(
-          target, prediction_of(argmax_at(source.predictions, at, static_cast<Bits>(source.infinity)), source.limit));
+          target, prediction_of(argmax_at(source.predictions, at, static_cast<Bits>(source.infinity)), source.limit,
+                                source.ignore_index));
     layer.set_class(static_cast<int64_t>(spot.image) * layer.num_pixels() + pixel, errors[i]);
   }
   if (!layer.sizes) return;

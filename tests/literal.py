@@ -26,6 +26,27 @@ def resize(image, size):
     return out
 
 
+def resize_bilinear(logits, size):
+    """Bilinear interpolation of (B, N, H, W) between pixel centres (align_corners=False), in float64."""
+    B, N, H, W = logits.shape
+    h, w = size
+
+    def between(i, to, of):
+        at = min(max((i + 0.5) * of / to - 0.5, 0.0), of - 1)
+        low = math.floor(at)
+        return low, min(low + 1, of - 1), at - low
+
+    out = np.empty((B, N, h, w))
+    for r in range(h):
+        r0, r1, v = between(r, h, H)
+        for c in range(w):
+            c0, c1, u = between(c, w, W)
+            above = (1 - u) * logits[:, :, r0, c0] + u * logits[:, :, r0, c1]
+            below = (1 - u) * logits[:, :, r1, c0] + u * logits[:, :, r1, c1]
+            out[:, :, r, c] = (1 - v) * above + v * below
+    return out
+
+
 def predicted_classes(predictions):
     """A class map as it is; of logits the largest channel, the lowest class among equals."""
     if predictions.ndim == 3 or predictions.dtype.kind in "iu":
@@ -135,7 +156,7 @@ def error_map(predictions, labels, num_classes=None, ignore_index=255):
     for at in np.ndindex(labels.shape):
         if (
             is_valid(labels[at], num_classes, ignore_index)
-            and is_class(p[at], num_classes)
+            and is_valid(p[at], num_classes, ignore_index)
             and int(p[at]) != int(labels[at])
         ):
             e[at] = int(p[at])
@@ -213,7 +234,7 @@ def select_nearest(classes, distance_sq, ratio, num_classes=None, seed=0):
         for at in pixels(size):
             n = classes[(b, *at)]
             if is_class(n, num_classes):
-                rank = (distance_sq[(b, *at)], hash32(seed, 0, number(at, size)))
+                rank = (distance_sq[(b, *at)].item(), hash32(seed, 0, number(at, size)))
                 members.setdefault(int(n), []).append((rank, at))
         for of_class in members.values():
             k = math.ceil(ratio * len(of_class))

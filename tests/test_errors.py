@@ -196,7 +196,8 @@ TABLE = [
     # select_nearest
     ("select: float classes", lambda: select(classes=CLASSES.float()), TypeError, "classes", "float32"),
     ("select: classes of rank 2", lambda: select(classes=CLASSES[0]), ValueError, "classes", r"\(8, 8\)"),
-    ("select: float distances", lambda: select(squared=SQUARED.float()), TypeError, "distance_sq", "float32"),
+    ("select: complex distances", lambda: select(squared=SQUARED + 0j), TypeError, "distance_sq", "complex64"),
+    ("select: bool distances", lambda: select(squared=SQUARED > 0), TypeError, "distance_sq", "bool"),
     (
         "select: distances of other size",
         lambda: select(squared=SQUARED[:, 1:]),

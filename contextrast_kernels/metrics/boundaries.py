@@ -20,6 +20,7 @@ from contextrast_kernels.metrics.regions import confusion, iou
 from contextrast_kernels.metrics.streaming import Metric, count
 
 
+@checks.takes_subclasses
 def boundary_mask(labels: Tensor, radius: float, *, num_classes: int | None = None, ignore_index: int = 255) -> Tensor:
     """The trimap of a label map: the valid pixels at most ``radius`` px from a boundary between two classes.
 
@@ -77,6 +78,7 @@ class TrimapIoU(Metric):
         self.radii = tuple(sorted(set(radii)))
         self._layout = {"counts": ((len(self.radii), num_classes, num_classes + 1), torch.int64)}
 
+    @checks.takes_subclasses
     @torch.no_grad()
     def update(self, predictions: Tensor, labels: Tensor) -> None:
         """Add a batch; arguments as in ``ConfusionMatrix.update``."""
@@ -120,6 +122,7 @@ class BoundaryIoU(Metric):
         self.widths = tuple(sorted(set(widths)))
         self._layout = {"counts": ((len(self.widths), 3, num_classes), torch.int64)}
 
+    @checks.takes_subclasses
     @torch.no_grad()
     def update(self, predictions: Tensor, labels: Tensor) -> None:
         """Add a batch; arguments as in ``ConfusionMatrix.update``."""
@@ -168,6 +171,7 @@ class BoundaryF1(Metric):
         self.radius = radius
         self._layout = {"f1": ((num_classes,), torch.float64), "images": ((num_classes,), torch.int64)}
 
+    @checks.takes_subclasses
     @torch.no_grad()
     def update(self, predictions: Tensor, labels: Tensor) -> None:
         """Add a batch; arguments as in ``ConfusionMatrix.update``."""

@@ -82,6 +82,7 @@ class AlignmentUniformity(Metric):
         self.samples = samples
         self.seed = seed
 
+    @checks.takes_subclasses
     @torch.no_grad()
     def update(self, features: Tensor, labels: Tensor) -> None:
         """Add a batch.
@@ -198,9 +199,10 @@ class AnchorSimilarity(Metric):
         self.bins = bins
         self.fusion_weight = fusion_weight
 
+    @checks.takes_subclasses
     @torch.no_grad()
     def update(self, features: Sequence[Tensor], labels: Tensor, predictions: Tensor) -> None:
-        """Add a batch; arguments as in ``contextrast_loss``."""
+        """Add a batch; arguments as in ``contextrast_loss``, which samples labels and predictions to each layer too."""
         check_layers(features)
         N = self.num_classes
         predictions = checks.predictions("predictions", predictions, N)
@@ -215,9 +217,8 @@ class AnchorSimilarity(Metric):
             if i < len(features) - 1:
                 a = fuse_anchors(a, counts[i], anchors[-1], counts[-1], self.fusion_weight)
             classes = maps.targets(labels, x.shape[2:], N, self.ignore_index)
-            errors = error_map(
-                maps.predicted_classes(predictions, *x.shape[2:]), classes, num_classes=N, ignore_index=-1
-            )
+            predicted = maps.predicted_classes(predictions, x.shape[2:], self.ignore_index)
+            errors = error_map(predicted, classes, num_classes=N, ignore_index=-1)
             squared = edge_distance(errors, squared=True).double()
             distance = squared.clamp(min=0).sqrt().floor().clamp(max=self.bins - 1).long()  # exact below 2**52
             similarity = _cosines(x, a)

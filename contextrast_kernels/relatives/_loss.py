@@ -17,7 +17,7 @@ class RelativeLoss(nn.Module):
 
     def __init__(self, num_classes: int, ignore_index: int, temperature: float, normalize: bool):
         super().__init__()
-        checks.num_classes(num_classes)
+        checks.several_classes(num_classes)
         checks.ignore_index(ignore_index)
         checks.real("temperature", temperature, low=0.0, open_low=True)
         checks.flag("normalize", normalize)
@@ -40,7 +40,7 @@ class RelativeLoss(nn.Module):
         """Targets, -1 = no part, and predicted classes at a layer's size: int64 (B, *size)."""
         size = x.shape[2:]
         targets = maps.targets(labels, size, self.num_classes, self.ignore_index)
-        return targets, maps.predicted_classes(predictions, *size)
+        return targets, maps.predicted_classes(predictions, size, self.ignore_index)
 
     def extra_repr(self) -> str:
         told = int | float | str | tuple | Rows

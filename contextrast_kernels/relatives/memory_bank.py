@@ -41,7 +41,7 @@ class MemoryBank(nn.Module):
 
     def __init__(self, num_classes: int, dim: int, *, pixels: int = 5000, regions: int = 5000, group=None):
         super().__init__()
-        checks.num_classes(num_classes)
+        checks.several_classes(num_classes)
         checks.integer("dim", dim, low=1)
         checks.integer("pixels", pixels, low=0)
         checks.integer("regions", regions, low=0)
@@ -74,6 +74,7 @@ class MemoryBank(nn.Module):
         entries, classes = self.columns()
         return entries.to(rows.dtype, copy=True), classes
 
+    @checks.takes_subclasses
     @torch.no_grad()
     def push(self, queue: str, embeddings: Tensor, labels: Tensor) -> None:
         """Write embeddings, each over the oldest entry of its class.
@@ -88,7 +89,7 @@ class MemoryBank(nn.Module):
             TypeError, ValueError: an argument of the wrong type or size; the sentence names it.
         """
         checks.choice("queue", queue, self.QUEUES)
-        check_rows("embeddings", embeddings, "labels", labels)
+        labels = check_rows("embeddings", embeddings, "labels", labels)
         self.check_dim("embeddings", embeddings)
         self.follow(embeddings.device)
         which = self.QUEUES.index(queue)

@@ -80,6 +80,7 @@ class MultiScaleContrastLoss(SampledLoss):
         self.detach_deepest = detach_deepest
         self.rows = Rows(sampler, Sampler("common-count", max_samples, max_views, min_pixels))
 
+    @checks.takes_subclasses
     def forward(self, features: Sequence[Tensor], labels: Tensor, predictions: Tensor) -> Tensor:
         """The loss of one batch.
 

@@ -114,6 +114,7 @@ class PixelContrastLoss(SampledLoss):
         self.mining = None if mining == "none" else (hardest, mined_positives, mined_negatives)
         self.factor = temperature / CODE_BASE_TEMPERATURE if parity else 1.0
 
+    @checks.takes_subclasses
     def forward(self, features: Tensor | Sequence[Tensor], labels: Tensor, predictions: Tensor) -> Tensor:
         """The loss of one batch.
 

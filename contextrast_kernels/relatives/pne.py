@@ -90,6 +90,7 @@ class PNELoss(SampledLoss):
         self.set_size, self.max_hard, self.max_samples = set_size, max_hard, max_samples
         self.layer, self.parity = layer, parity
 
+    @checks.takes_subclasses
     def forward(self, features: Tensor | Sequence[Tensor], labels: Tensor, predictions: Tensor) -> Tensor:
         """The loss of one batch.
 

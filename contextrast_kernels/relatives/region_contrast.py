@@ -70,6 +70,7 @@ class RegionContrastLoss(RelativeLoss):
         checks.integer("layer", layer)
         self.bank, self.regions, self.layer = bank, regions, layer
 
+    @checks.takes_subclasses
     def forward(self, features: Tensor | Sequence[Tensor], labels: Tensor, predictions: Tensor) -> Tensor:
         """The loss of one batch.
 

@@ -70,6 +70,7 @@ class Sampler:
             chosen = min(max(self.max_samples, pairs), pairs * self.max_views)
         return min(chosen, batch * pixels)
 
+    @checks.takes_subclasses
     def __call__(
         self, labels: Tensor, predictions: Tensor, num_classes: int, seed: int | Tensor, stream: int = STREAM_ROWS
     ) -> Tensor:
@@ -88,6 +89,7 @@ class Sampler:
         labels = checks.class_map("labels", labels, dims=dims)
         predictions = checks.class_map("predictions", predictions, shape=labels.shape, dims=dims)
         checks.together("labels", labels, "predictions", predictions)
+        checks.several_classes(num_classes)
         labels, predictions = labels.long(), predictions.long()
         labels = torch.where(labels < num_classes, labels, -1)
         batch, image = labels.shape[0], images_of(labels)
