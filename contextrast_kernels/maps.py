@@ -49,6 +49,13 @@ def predicted_classes(predictions: Tensor, size: tuple[int, ...], ignore_index: 
     return torch.where(classes == ignore_index, -1, classes)
 
 
+def resized(logits: Tensor, size: tuple[int, ...]) -> Tensor:
+    """Logits at a size, interpolated linearly along each axis (align_corners=False)."""
+    if len(size) == 3 and logits.shape[2] == size[0] == 1:  # the bits of a map
+        return resized(logits.squeeze(2), size[1:]).unsqueeze(2)
+    return interpolate(logits, size, mode="bilinear" if len(size) == 2 else "trilinear", align_corners=False)
+
+
 _CLASSES_AT_ONCE = 4
 
 
@@ -61,10 +68,9 @@ def resized_classes(predictions: Tensor, size: tuple[int, ...], ignore_index: in
     same_size = predictions.shape[2:] == size
     if not predictions.is_floating_point() or same_size or 0 in size:
         return predicted_classes(predictions, size, ignore_index)
-    mode = "bilinear" if len(size) == 2 else "trilinear"
     largest = classes = None
     for first, logits in enumerate(predictions.split(_CLASSES_AT_ONCE, 1)):
-        logits = interpolate(logits.to(compute_dtype(logits.dtype)), size, mode=mode)
+        logits = resized(logits.to(compute_dtype(logits.dtype)), size)
         value, place = logits.max(1)
         place = place + first * _CLASSES_AT_ONCE
         if first == 0:

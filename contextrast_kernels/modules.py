@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, interpolate
+from torch.nn.functional import cross_entropy
 
 from contextrast_kernels import checks, maps, ranks
 from contextrast_kernels.contextrast import Options, check_inputs, total_loss
@@ -230,7 +230,7 @@ class ContextrastCriterion(nn.Module):
         checks.samples_from("logits", logits, *size)
         logits = logits.to(compute_dtype(logits.dtype))
         if logits.shape[2:] != size:
-            logits = interpolate(logits, size, mode="bilinear" if dims == 2 else "trilinear", align_corners=False)
+            logits = maps.resized(logits, size)
         contrast = self.contrast(features, labels, logits)
         targets = maps.targets(labels, size, options.num_classes, options.ignore_index)
         entropy = self._cross_entropy(logits, targets)

@@ -22,10 +22,11 @@ BACKENDS = [pytest.param(backend, marks=marks) for backend, marks in MARKS.items
 
 def crossed(names, quick=()):
     """Each name on every backend; on Triton's, whose interpreter is slow, every day those of ``quick`` alone."""
-    for name in names:
-        for backend, marks in MARKS.items():
-            slow = [pytest.mark.slow] * (backend == "triton" and name not in quick)
-            yield pytest.param(name, backend, marks=[*marks, *slow], id=f"{name}-{backend}")
+    return [
+        pytest.param(name, backend, marks=[*marks, *[pytest.mark.slow] * (backend == "triton" and name not in quick)])
+        for name in names
+        for backend, marks in MARKS.items()
+    ]
 
 
 # float64: means of softplus terms of size <= 2/tau over a few hundred voxels; the kernels' sums have a fixed point.
@@ -222,7 +223,7 @@ def test_depth_one_gives_the_bits_of_the_map_in_every_function(rng, backend):
     (x,) = pyramid(rng, D=D, sizes=((4, 5),), dtype=torch.float32)
     anchors = torch.from_numpy(rng.standard_normal((N, D))).float()
     negatives, base = torch.from_numpy(rng.integers(-1, N, (2, 4, 5))), torch.from_numpy(rng.random((2, 4, 5)) < 0.3)
-    criterion = ck.ContextrastCriterion(N, layer_weights=(1.0,))
+    criterion = ck.ContextrastCriterion(N, layer_weights=(1.0,)).eval()
     head, deep_head = ck.ProjectionHead(D, 3).double(), ck.ProjectionHead(D, 3, spatial_dims=3).double()
     deep_head.load_state_dict({name: v.unsqueeze(-1) if v.ndim == 4 else v for name, v in head.state_dict().items()})
     v, y, e, z = map(one_plane, (x, labels, predictions, logits))
@@ -245,7 +246,8 @@ def test_depth_one_gives_the_bits_of_the_map_in_every_function(rng, backend):
         ):
             for one, other in zip(flat, deep, strict=True):
                 assert torch.equal(one, other)
-        assert torch.equal(criterion([x], labels, logits), criterion.requires_grad_()([v], y, z))
+        assert torch.equal(criterion([x], labels, logits), criterion([v], y, z))
+        assert torch.equal(criterion([x], labels, logits[..., :9, :7]), criterion([v], y, z[..., :9, :7]))
     torch.testing.assert_close(head(x.double()), deep_head(v.double()).squeeze(2), rtol=1e-12, atol=1e-12)
 
 
