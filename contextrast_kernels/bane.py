@@ -184,7 +184,7 @@ def layer_negatives(
             chosen = torch.full_like(errors, -1)
         else:
             distance = torch.zeros_like(errors) if distance is None else distance  # semi-hard: by hash alone
-            chosen = torch.where(_selected(errors, distance, ratio, None, seed), errors, -1)
+            chosen = torch.where(_selected(errors, distance, ratio, num_classes, seed), errors, -1)
         layers.append(chosen)
         counts.append((errors >= 0).sum())
     return layers, torch.stack(counts)

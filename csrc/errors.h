@@ -7,7 +7,8 @@
 namespace contextrast {
 
 // Row (or column) of a map of size `from` that index i of a map of size `to` samples.
-CONTEXTRAST_HD int sample(int i, int from, int to) { return i * from / to; }  // below 2^28
+// Sizes that differ are at most CONTEXTRAST_MAX_SIDE, so that the product stays below 2^28.
+CONTEXTRAST_HD int sample(int i, int from, int to) { return from == to ? i : i * from / to; }
 
 // Classes are 0..limit-1. num_classes = -1: the channels of the logits, or all values of 63 bits.
 CONTEXTRAST_HD uint64_t class_limit(int64_t num_classes, int64_t channels) {

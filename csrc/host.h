@@ -46,10 +46,14 @@ inline int check_sides(const char *name, int64_t height, int64_t width, char *er
                 static_cast<long long>(height), static_cast<long long>(width), CONTEXTRAST_MAX_SIDE);
 }
 
+inline int check_integers(const char *name, const ContextrastMap &map, char *error) {
+  if (is_integer(map.type) && map.channels == 0) return CONTEXTRAST_OK;
+  return refuse(error, "%s must be a map of uint8, int8, int16, int32 or int64, got type %d with %lld channels", name,
+                static_cast<int>(map.type), static_cast<long long>(map.channels));
+}
+
 inline int check_integer_map(const char *name, const ContextrastMap &map, char *error) {
-  if (!is_integer(map.type) || map.channels != 0)
-    return refuse(error, "%s must be a map of uint8, int8, int16, int32 or int64, got type %d with %lld channels", name,
-                  static_cast<int>(map.type), static_cast<long long>(map.channels));
+  if (const int code = check_integers(name, map, error)) return code;
   return check_sides(name, map.height, map.width, error);
 }
 
@@ -138,11 +142,19 @@ inline int check_pair(const ContextrastMap &predictions, const ContextrastMap &l
   return CONTEXTRAST_OK;
 }
 
+// The size of one selection. Sides may be of any length, as the rows may be those of all planes of a volume.
+inline int check_pixels(const char *name, int64_t height, int64_t width, char *error) {
+  constexpr int64_t most = CONTEXTRAST_MAX_SELECTION;
+  if (height >= 0 && width >= 0 && height <= most && width <= most && height * width <= most) return CONTEXTRAST_OK;
+  return refuse(error, "%s has %lld x %lld pixels, but at most 2^29 are supported: tile or downsample it", name,
+                static_cast<long long>(height), static_cast<long long>(width));
+}
+
 // classes and distance_sq of one selection
 inline int check_selection(const ContextrastMap &classes, const ContextrastMap &distance_sq, char *error) {
-  if (const int code = check_integer_map("classes", classes, error)) return code;
-  if (const int code = check_integer_map("distance_sq", distance_sq, error)) return code;
-  if (distance_sq.type != CONTEXTRAST_INT32 || distance_sq.batch != classes.batch ||
+  if (const int code = check_integers("classes", classes, error)) return code;
+  if (const int code = check_pixels("classes", classes.height, classes.width, error)) return code;
+  if (distance_sq.type != CONTEXTRAST_INT32 || distance_sq.channels != 0 || distance_sq.batch != classes.batch ||
       distance_sq.height != classes.height || distance_sq.width != classes.width)
     return refuse(error, "distance_sq must be an int32 map of the size of classes, (%lld, %lld, %lld)",
                   static_cast<long long>(classes.batch), static_cast<long long>(classes.height),

@@ -669,7 +669,7 @@ int contextrast_error_map_cuda(const ContextrastMap *predictions, const Contextr
 // The scratch of a call that will be refused is none.
 int64_t contextrast_select_nearest_scratch_cuda(int64_t batch, int64_t height, int64_t width, int64_t num_classes) {
   char error[CONTEXTRAST_ERROR_SIZE];
-  if (check_sides("classes", height, width, error)) return 0;
+  if (check_pixels("classes", height, width, error)) return 0;
   Scratch scratch(nullptr);
   SelectMemory(scratch, batch, height, width, num_classes);
   return scratch.used();
