@@ -121,6 +121,11 @@ def feature_map(name: str, value) -> None:
     sides(name, value, value.ndim - 2)
 
 
+def maps_alone(name: str, value: Tensor) -> None:
+    if value.ndim != 4:
+        raise ValueError(f"{name}: expected feature maps (B, D, h, w), got {describe(value)}; pass planes as a batch")
+
+
 def class_map(name: str, value, *, shape: tuple | None = None, dims: int = 2) -> Tensor:
     """A map of class numbers (B, H, W), or (B, Z, H, W) where ``dims`` is 3.
 

@@ -73,7 +73,8 @@ def negatives(
 
     Args:
         image: (3, H, W), float in 0..1 or uint8; shown as it is in every row.
-        labels: (H, W) integers.
+        labels: (H, W) integers. Of a volume pass one plane of each, such as ``labels[z]`` and ``logits[:, z]``: it is
+            shown as a map, whose distances are those within the plane.
         predictions: class map (H', W') of integers or logits (N, H', W') of floats.
         num_classes: N.
         sizes: (h, w) of each layer, from high to low resolution.

@@ -3,6 +3,9 @@
 The paper's table of boundary mIoU at 5, 7 and 10 px does not say which of the first two it means; both are here. In all
 three an ignored pixel is neither a boundary nor a neighbour that makes one, in labels as in predictions, so that what a
 network says there has no effect and a right prediction scores 1.
+
+They score maps. Score a volume plane by plane: pass its planes as a batch, such as ``labels.flatten(0, 1)`` of
+(B, Z, H, W).
 """
 
 from __future__ import annotations

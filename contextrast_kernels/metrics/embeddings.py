@@ -93,6 +93,7 @@ class AlignmentUniformity(Metric):
         """
         N = self.num_classes
         anchors, counts = class_anchors(features, labels, N, ignore_index=self.ignore_index)
+        checks.maps_alone("features", features)
         labels = checks.class_map("labels", labels)
         classes = maps.targets(labels, features.shape[2:], N, self.ignore_index).flatten()
         seen = self._state["seen"].to(features.device) if self._state else 0
@@ -204,6 +205,7 @@ class AnchorSimilarity(Metric):
     def update(self, features: Sequence[Tensor], labels: Tensor, predictions: Tensor) -> None:
         """Add a batch; arguments as in ``contextrast_loss``, which samples labels and predictions to each layer too."""
         check_layers(features)
+        checks.maps_alone("features", features[0])
         N = self.num_classes
         predictions = checks.predictions("predictions", predictions, N)
         labels = checks.class_map("labels", labels)

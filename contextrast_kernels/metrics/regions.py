@@ -54,10 +54,10 @@ class ConfusionMatrix(Metric):
             predictions: class map (B, H', W') of integers or logits (B, N, H', W') of floats. At another size than the
                 labels', a class map is brought to theirs by nearest sampling, logits bilinearly (align_corners=False)
                 before the argmax. A class outside 0..N-1 is a miss for the label's class, a false alarm for none.
-            labels: (B, H, W) or (B, 1, H, W) integers.
-            mask: bool (B, H, W); only its True pixels count.
+            labels: (B, H, W) or (B, 1, H, W) integers. Of volumes, all have one axis more: labels are (B, Z, H, W).
+            mask: bool, of the labels' size; only its True pixels count.
         """
-        predicted, classes = self._class_maps(predictions, labels)
+        predicted, classes = self._class_maps(predictions, labels, volumes=True)
         counted = classes >= 0
         if mask is not None:
             checks.tensor("mask", mask, f"bool of shape {tuple(classes.shape)}")

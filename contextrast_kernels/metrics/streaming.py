@@ -82,14 +82,14 @@ class Metric(ABC):
                 )
         self._state = {name: value.clone() for name, value in state.items()}
 
-    def _class_maps(self, predictions: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def _class_maps(self, predictions: Tensor, labels: Tensor, *, volumes: bool = False) -> tuple[Tensor, Tensor]:
         """Predicted and true class of every pixel, at the labels' size: int64 (B, *size) each.
 
-        True class -1: the pixel takes no part. Predicted class N: no class, a miss for the true one. A class that is
+        volumes: whether the metric counts them too. True class -1: the pixel takes no part. Predicted class N: no class, a miss for the true one. A class that is
         ``ignore_index`` is neither a true nor a predicted one.
         """
         N = self.num_classes
-        dims = checks.dims_of(predictions, labels)
+        dims = checks.dims_of(predictions, labels) if volumes else 2
         predictions = checks.predictions("predictions", predictions, N, dims)
         labels = checks.class_map("labels", labels, dims=dims)
         checks.together("predictions", predictions, "labels", labels)
