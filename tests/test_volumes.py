@@ -428,3 +428,55 @@ def test_a_broken_valid_voxel_gives_nan(rng, backend):
     x[0, 2, 1, 1, 3] = torch.inf
     with ck.backend(backend):
         assert ck.contextrast_loss([x], labels, predictions, num_classes=N, layer_weights=(1,)).isnan()
+
+
+# ------------------------------------------------------------------------------------------ compiled, ranks, scores
+
+
+@pytest.mark.parametrize("backend", [pytest.param(name, marks=MARKS[name]) for name in ("reference", "native")])
+@pytest.mark.parametrize("options", [{}, {"sampling": (2.0, 1.0, 1.0), "base_rate": 0.3}], ids=["cubes", "flat"])
+def test_compiled_in_one_graph(rng, backend, options):
+    features, labels, predictions = case(rng, sizes=((2, 3, 4), (2, 2, 2)), dtype=torch.float32)
+    logits = logits_of(predictions, N, rng)
+
+    def loss(features, labels, logits):
+        return ck.contextrast_loss(features, labels, logits, num_classes=N, layer_weights=(1, 0.5), **options)
+
+    torch.compiler.reset()
+    with ck.backend(backend):
+        expected, gradients = value_and_gradients(lambda xs: loss(xs, labels, logits), features)
+        compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+        value, found = value_and_gradients(lambda xs: compiled(xs, labels, logits), features)
+    torch.testing.assert_close([value, *found], [expected, *gradients])
+
+
+@pytest.mark.parametrize("backend", ["reference", pytest.param("triton", marks=[NEEDS_TRITON, pytest.mark.slow])])
+def test_one_rank_of_a_group_has_the_loss_of_one_process(rng, one_rank, backend):
+    features, labels, predictions = case(rng, B=1, sizes=((2, 3, 4), (2, 2, 2)))
+    options = {"num_classes": N, "layer_weights": (1, 0.5), "base_rate": 0.3, "sampling": (3, 1, 1)}
+    with ck.backend(backend):
+        (alone, gradients), (shared, found) = (
+            value_and_gradients(
+                lambda xs, group=group: ck.contextrast_loss(xs, labels, predictions, group=group, **options), features
+            )
+            for group in (None, torch.distributed.group.WORLD)
+        )
+    torch.testing.assert_close([shared, *found], [alone, *gradients])
+
+
+def test_confusion_counts_voxels(rng):
+    labels, predictions = volume_scene(rng)
+    deep, flat = (ck.metrics.ConfusionMatrix(N) for _ in range(2))
+    deep.update(logits_of(predictions, N, rng), labels[:, None], mask=labels != 2)
+    flat.update(predictions.flatten(0, 1), labels.flatten(0, 1), mask=(labels != 2).flatten(0, 1))
+    assert torch.equal(deep.counts, flat.counts)
+
+
+def test_the_criterion_is_cross_entropy_and_contrast_of_volumes(rng):
+    features, labels, predictions = case(rng)
+    small = logits_of(predictions, N, rng)[:, :, :3, :5, :6].double()
+    criterion = ck.ContextrastCriterion(N, weight=0.3).double()
+    large = torch.nn.functional.interpolate(small, labels.shape[1:], mode="trilinear")
+    expected = torch.nn.functional.cross_entropy(large, labels, ignore_index=255)
+    expected = expected + 0.3 * literal_loss(features, labels, large)
+    torch.testing.assert_close(criterion(features, labels, small), expected, rtol=1e-12, atol=1e-12)

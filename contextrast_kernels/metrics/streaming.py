@@ -85,8 +85,8 @@ class Metric(ABC):
     def _class_maps(self, predictions: Tensor, labels: Tensor, *, volumes: bool = False) -> tuple[Tensor, Tensor]:
         """Predicted and true class of every pixel, at the labels' size: int64 (B, *size) each.
 
-        volumes: whether the metric counts them too. True class -1: the pixel takes no part. Predicted class N: no class, a miss for the true one. A class that is
-        ``ignore_index`` is neither a true nor a predicted one.
+        volumes: whether the metric counts them too. True class -1: the pixel takes no part. Predicted class N: no
+        class, a miss for the true one. A class that is ``ignore_index`` is neither a true nor a predicted one.
         """
         N = self.num_classes
         dims = checks.dims_of(predictions, labels) if volumes else 2
