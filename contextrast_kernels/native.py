@@ -247,7 +247,7 @@ def _(predictions, labels, num_classes, ignore_index):
     return torch.empty(labels.shape, dtype=torch.int32, device=labels.device)
 
 
-def _empty_distance(image: Tensor, squared: bool, sampling: Sequence[float] | None) -> Tensor:
+def _empty_distance(image: Tensor, squared: bool, sampling: Sequence[float] | None = None) -> Tensor:
     dtype = torch.float32 if not squared else torch.int32 if sampling is None else torch.float64
     return torch.empty(image.shape, dtype=dtype, device=image.device)
 
