@@ -9,6 +9,7 @@ from torch.nn.functional import cross_entropy, interpolate
 from contextrast_kernels import checks, maps, ranks
 from contextrast_kernels.contextrast import Options, check_inputs, total_loss
 from contextrast_kernels.embedding import compute_dtype
+from contextrast_kernels.state import lasting
 
 
 class ProjectionHead(nn.Sequential):
@@ -99,7 +100,7 @@ class ContextrastLoss(nn.Module):
         checks.seed(seed, seed.device if isinstance(seed, Tensor) else None)
         checks.flag("debug", debug)
         self.debug = debug
-        self.register_buffer("seed", torch.tensor(int(seed), dtype=torch.int64))
+        self.register_buffer("seed", lasting(torch.tensor(int(seed), dtype=torch.int64)))
         self.last: dict[str, Tensor] = {}
 
     @checks.takes_subclasses
@@ -108,7 +109,7 @@ class ContextrastLoss(nn.Module):
         if self.debug:
             self._check_values(features, labels, predictions)
         if isinstance(labels, Tensor) and self.seed.device != labels.device:
-            self.seed = self.seed.to(labels.device)  # once: from then on no step copies it
+            self.seed = lasting(self.seed, labels.device)  # once: from then on no step copies it
         # The draws of this step keep their seed when the buffer moves on.
         loss, self.last = total_loss(features, labels, predictions, self.options, self.seed.clone())
         if self.training:
@@ -198,6 +199,7 @@ class ContextrastCriterion(nn.Module):
                     f"class_weights: expected {num_classes} finite numbers of at least 0, one for each class, "
                     f"got {checks.describe(class_weights)}"
                 )
+            class_weights = lasting(class_weights)
         self.register_buffer("class_weights", class_weights)
         self.last: dict[str, Tensor] = {}
 
@@ -232,7 +234,7 @@ class ContextrastCriterion(nn.Module):
         weights = self.class_weights
         if weights is not None:
             if weights.device != logits.device:
-                self.class_weights = weights = weights.to(logits.device)  # once: from then on no step copies it
+                self.class_weights = weights = lasting(weights, logits.device)  # once: from then on no step copies it
             weights = weights.to(logits.dtype)
         # Pixel by pixel and summed here, because torch divides 0 by 0 where nothing is valid and its own sum is not
         # deterministic on CUDA.

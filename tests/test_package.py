@@ -14,7 +14,7 @@ PACKAGE = ROOT / "contextrast_kernels"
 
 # A module imports only from floors below its own, or from modules of its floor that stand before it.
 FLOORS = [
-    ["native", "measure", "checks", "hashing", "maps", "embedding", "kernels._tiles"],
+    ["native", "measure", "checks", "hashing", "embedding", "maps", "state", "kernels._tiles"],
     ["backend", "ranks"],
     ["kernels"],
     ["anchors", "pixel_anchor", "bane", "info_nce"],
