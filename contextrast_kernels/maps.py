@@ -4,8 +4,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from contextrast_kernels.embedding import compute_dtype
-
 
 def to_size(values: Tensor, height: int, width: int) -> Tensor:
     """Nearest sampling of ``values`` (..., H, W) to (..., height, width): row r takes source row (r * H) // height.
@@ -55,9 +53,10 @@ def resized_classes(predictions: Tensor, height: int, width: int, ignore_index: 
     same_size = predictions.shape[-2:] == (height, width)
     if not predictions.is_floating_point() or same_size or height * width == 0:
         return predicted_classes(predictions, height, width, ignore_index)
+    dtype = torch.promote_types(predictions.dtype, torch.float32)
     largest = classes = None
     for first, logits in enumerate(predictions.split(_CLASSES_AT_ONCE, 1)):
-        logits = interpolate(logits.to(compute_dtype(logits.dtype)), (height, width), mode="bilinear")
+        logits = interpolate(logits.to(dtype), (height, width), mode="bilinear")
         value, place = logits.max(1)
         place = place + first * _CLASSES_AT_ONCE
         if first == 0:
