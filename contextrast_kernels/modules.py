@@ -204,13 +204,19 @@ class ContextrastCriterion(nn.Module):
         self.last: dict[str, Tensor] = {}
 
     @checks.takes_subclasses
-    def forward(self, features: Sequence[Tensor], labels: Tensor, logits: Tensor) -> Tensor:
+    def forward(
+        self, features: Sequence[Tensor], labels: Tensor, logits: Tensor, *, soft_labels: Tensor | None = None
+    ) -> Tensor:
         """The objective of one batch.
 
         Args:
             features, labels: as in ``contextrast_loss``.
             logits: the network's (B, N, H', W'). Where they are not as large as the labels they are resized bilinearly
                 (align_corners=False) for the cross-entropy and for the predictions of the contrast.
+            soft_labels: (B, N, H, W) floats of the labels' size, the probability of every class at every pixel, as
+                mixup or a teacher gives them. They take the labels' place in the cross-entropy, which is then the plain
+                mean over the pixels with a valid label, as ``torch.nn.CrossEntropyLoss`` has it. The contrast keeps
+                the labels.
 
         Returns:
             A scalar, float32, or float64 for float64 features and logits.
@@ -224,24 +230,33 @@ class ContextrastCriterion(nn.Module):
         logits = logits.to(compute_dtype(logits.dtype))
         if logits.shape[-2:] != size:
             logits = interpolate(logits, size, mode="bilinear", align_corners=False)
+        if soft_labels is not None:
+            soft_labels = checks.soft_labels("soft_labels", soft_labels, logits.shape)
+            checks.together("labels", labels, "soft_labels", soft_labels)
         contrast = self.contrast(features, labels, logits)
         targets = maps.targets(labels, *size, options.num_classes, options.ignore_index)
-        entropy = self._cross_entropy(logits, targets)
+        entropy = self._cross_entropy(logits, targets, soft_labels)
         self.last = {"cross_entropy": entropy.detach(), "contrast": contrast.detach(), **self.contrast.last}
         return entropy + self.weight * contrast
 
-    def _cross_entropy(self, logits: Tensor, targets: Tensor) -> Tensor:
+    def _cross_entropy(self, logits: Tensor, targets: Tensor, soft_labels: Tensor | None) -> Tensor:
         weights = self.class_weights
         if weights is not None:
             if weights.device != logits.device:
                 self.class_weights = weights = lasting(weights, logits.device)  # once: from then on no step copies it
             weights = weights.to(logits.dtype)
+        # A NaN at an ignored pixel must not reach the gradient.
+        valid = targets >= 0
+        logits = torch.where(valid.unsqueeze(1), logits, 0.0)
+        if soft_labels is not None:
+            soft_labels = torch.where(valid.unsqueeze(1), soft_labels.to(logits.dtype), 0.0)
+            losses = cross_entropy(logits, soft_labels, weights, reduction="none", label_smoothing=self.label_smoothing)
+            return torch.where(valid, losses, 0.0).sum() / valid.sum().clamp(min=1)
         # Pixel by pixel and summed here, because torch divides 0 by 0 where nothing is valid and its own sum is not
         # deterministic on CUDA.
         losses = cross_entropy(
             logits, targets, weights, ignore_index=-1, reduction="none", label_smoothing=self.label_smoothing
         )
-        valid = targets >= 0
         share = valid.to(losses.dtype) if weights is None else weights[targets.clamp(min=0)] * valid
         total = share.sum()
         return losses.sum() / torch.where(total > 0, total, 1)
