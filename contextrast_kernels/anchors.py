@@ -18,6 +18,7 @@ from contextrast_kernels.backend import (
     unchanged_by_autocast,
 )
 from contextrast_kernels.embedding import compute_dtype, pixel_embeddings
+from contextrast_kernels.loops import one_call_per_sample
 
 
 @checks.takes_subclasses
@@ -197,3 +198,5 @@ def _backward(ctx, gradient, *_):
 
 
 _class_anchors.register_autograd(_backward, setup_context=_save_for_backward)
+one_call_per_sample(_class_anchors)
+one_call_per_sample(_class_anchors_backward)

@@ -121,6 +121,17 @@ def _warn_once(message: str) -> None:
     warnings.warn(message, RuntimeWarning, stacklevel=4)
 
 
+def _transform(name: str) -> str:
+    """Why a backend cannot run inside the transforms of torch.func that are active, if so."""
+    if name != "triton" or torch.compiler.is_compiling():
+        return ""
+    functorch = torch._C._functorch
+    differentiating = (functorch.TransformType.Grad, functorch.TransformType.Jvp)
+    if not any(level.key() in differentiating for level in functorch.get_interpreter_stack() or ()):
+        return ""
+    return "torch.func can map its kernels over samples, but not differentiate them"
+
+
 def choose(tensor: Tensor, offered: tuple[str, ...], unfit: str = "") -> str:
     """The backend that runs an op on ``tensor``.
 
@@ -131,7 +142,7 @@ def choose(tensor: Tensor, offered: tuple[str, ...], unfit: str = "") -> str:
     if name == "reference":
         return name
     if name in offered:
-        status = unfit or _status(name, device_type)
+        status = unfit or _transform(name) or _status(name, device_type)
         if status != "ok":
             raise RuntimeError(
                 f"backend {name!r} cannot run on {device_type} tensors: {status}; "
@@ -141,11 +152,15 @@ def choose(tensor: Tensor, offered: tuple[str, ...], unfit: str = "") -> str:
     for candidate in offered:
         if candidate == "triton" and device_type == "cpu":
             continue  # the interpreter is for tests: it has to be asked for
-        status = unfit or _status(candidate, device_type)
+        status = unfit or _transform(candidate) or _status(candidate, device_type)
         if status == "ok":
             return candidate
-        if device_type == "cuda" and not torch.compiler.is_compiling():
-            _warn_once(f"contextrast_kernels: the {candidate} backend cannot run, so a slower one is used: {status}")
+        if device_type in ("cpu", "cuda") and not torch.compiler.is_compiling():
+            cost = "" if device_type == "cuda" else " (10 to 50 times, for error maps, distances and negatives)"
+            _warn_once(
+                f"contextrast_kernels: the {candidate} backend cannot run, so a slower one{cost} is used: {status}. "
+                "CONTEXTRAST_BACKEND=reference asks for that one and silences this"
+            )
     return "reference"
 
 
@@ -198,6 +213,8 @@ def unchanged_by_autocast(function):
     @functools.wraps(function)
     def wrapper(first, *args, **kwargs):
         device_type = first.device.type
+        if device_type == "meta":  # torch.autocast refuses it
+            return function(first, *args, **kwargs)
         with torch.autocast(device_type, enabled=False):
             return function(first, *args, **kwargs)
 

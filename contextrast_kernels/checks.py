@@ -15,6 +15,9 @@ MAX_SIDE = 16384
 MAX_VOXELS = 2**31 - 1
 """Most voxels of a volume: their indices stay inside 32 bits."""
 
+WITHOUT_FLOAT64 = "counts and distances are decided in float64, which MPS does not have: move it with .cpu()"
+"""Why nothing runs on Apple's GPUs."""
+
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _WIDER = {torch.uint16: torch.int32, torch.uint32: torch.int64, torch.uint64: torch.int64}
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, *_WIDER)
@@ -24,8 +27,8 @@ def plain(value):
     """A tensor of a subclass (MONAI's MetaTensor, torchvision's Mask, ...) as the tensor it holds, also in a list.
 
     Everything else is returned as it is, and so are subclasses that dispatch by themselves, such as FakeTensor and
-    DTensor, which may hold no single tensor. torch.compile cannot unwrap a subclass: convert
-    labels and images before the compiled function.
+    DTensor, which may hold no single tensor. torch.compile cannot unwrap a subclass: convert it before
+    the compiled function.
     """
     if torch.compiler.is_compiling():
         return value
@@ -83,6 +86,10 @@ def signed(value: Tensor) -> Tensor:
 
 
 def sides(name: str, value: Tensor, dims: int = 2) -> None:
+    if value.device.type == "mps":
+        raise RuntimeError(
+            f"{name}: expected a tensor on the CPU or a CUDA device, got {describe(value)}; {WITHOUT_FLOAT64}"
+        )
     size = value.shape[value.ndim - dims :]
     if any(side > MAX_SIDE for side in size):
         raise ValueError(
@@ -204,6 +211,19 @@ def logits(name: str, value, num_classes: int, dims: int = 2) -> Tensor:
             f"{name}: expected logits (B, N, H', W') of floats, got {describe(value)}; pass them before the argmax"
         )
     return predictions(name, value, num_classes, dims)
+
+
+def soft_labels(name: str, value, shape: tuple) -> Tensor:
+    """Class probabilities beside logits of a shape; of two classes that of class 1 (B, 1, H, W) will do."""
+    expected = f"floating-point class probabilities of shape {tuple(shape)}"
+    tensor(name, value, expected)
+    if value.dtype not in _FLOATS:
+        raise TypeError(f"{name}: expected {expected}, got {describe(value)}; class numbers are the labels")
+    if value.ndim == len(shape) and value.shape[1] == 1 and shape[1] == 2:
+        value = torch.cat([1 - value, value], 1)
+    if value.shape != shape:
+        raise ValueError(f"{name}: expected {expected}, one for each class and label, got {describe(value)}")
+    return value
 
 
 def together(first_name: str, first: Tensor, name: str, value: Tensor, *, batch: bool = True) -> None:

@@ -18,6 +18,7 @@ from contextrast_kernels.backend import choose_kernels, differentiable_once, emp
 from contextrast_kernels.distance import check_sampling
 from contextrast_kernels.embedding import compute_dtype, unit
 from contextrast_kernels.hashing import STREAM_BASE, image_hash, seed_tensor
+from contextrast_kernels.loops import one_call_per_sample
 from contextrast_kernels.pixel_anchor import anchor_contrast, pixel_anchor_loss, positive_terms, slope_of_log_sums
 
 
@@ -567,3 +568,5 @@ def _backward(ctx, gradient, *_):
 
 
 _contextrast_loss.register_autograd(_backward, setup_context=_save_for_backward)
+one_call_per_sample(_contextrast_loss)
+one_call_per_sample(_contextrast_loss_backward)

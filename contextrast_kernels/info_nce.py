@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from contextrast_kernels import checks
 from contextrast_kernels.backend import MOST_CHANNELS, choose, differentiable_once, on_device, unchanged_by_autocast
 from contextrast_kernels.embedding import compute_dtype
+from contextrast_kernels.loops import one_call_per_sample
 
 POSITIVES = ("each", "supcon", "pooled")
 REDUCTIONS = ("mean", "none")
@@ -303,3 +304,5 @@ def _backward(ctx, gradient, *_):
 
 
 _info_nce.register_autograd(_backward, setup_context=_save_for_backward)
+one_call_per_sample(_info_nce)
+one_call_per_sample(_info_nce_backward)

@@ -9,8 +9,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from contextrast_kernels.embedding import compute_dtype
-
 
 def to_size(values: Tensor, *size: int) -> Tensor:
     """Nearest sampling of the last axes of ``values`` to ``size``: index i of m takes source (i * n) // m of n.
@@ -68,9 +66,10 @@ def resized_classes(predictions: Tensor, size: tuple[int, ...], ignore_index: in
     same_size = predictions.shape[2:] == size
     if not predictions.is_floating_point() or same_size or 0 in size:
         return predicted_classes(predictions, size, ignore_index)
+    dtype = torch.promote_types(predictions.dtype, torch.float32)
     largest = classes = None
     for first, logits in enumerate(predictions.split(_CLASSES_AT_ONCE, 1)):
-        logits = resized(logits.to(compute_dtype(logits.dtype)), size)
+        logits = resized(logits.to(dtype), size)
         value, place = logits.max(1)
         place = place + first * _CLASSES_AT_ONCE
         if first == 0:

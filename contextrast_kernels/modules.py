@@ -9,6 +9,7 @@ from torch.nn.functional import cross_entropy
 from contextrast_kernels import checks, maps, ranks
 from contextrast_kernels.contextrast import Options, check_inputs, total_loss
 from contextrast_kernels.embedding import compute_dtype
+from contextrast_kernels.state import lasting
 
 
 class ProjectionHead(nn.Sequential):
@@ -106,7 +107,7 @@ class ContextrastLoss(nn.Module):
         checks.seed(seed, seed.device if isinstance(seed, Tensor) else None)
         checks.flag("debug", debug)
         self.debug = debug
-        self.register_buffer("seed", torch.tensor(int(seed), dtype=torch.int64))
+        self.register_buffer("seed", lasting(torch.tensor(int(seed), dtype=torch.int64)))
         self.last: dict[str, Tensor] = {}
 
     @checks.takes_subclasses
@@ -115,7 +116,7 @@ class ContextrastLoss(nn.Module):
         if self.debug:
             self._check_values(features, labels, predictions)
         if isinstance(labels, Tensor) and self.seed.device != labels.device:
-            self.seed = self.seed.to(labels.device)  # once: from then on no step copies it
+            self.seed = lasting(self.seed, labels.device)  # once: from then on no step copies it
         # The draws of this step keep their seed when the buffer moves on.
         loss, self.last = total_loss(features, labels, predictions, self.options, self.seed.clone())
         if self.training:
@@ -205,11 +206,14 @@ class ContextrastCriterion(nn.Module):
                     f"class_weights: expected {num_classes} finite numbers of at least 0, one for each class, "
                     f"got {checks.describe(class_weights)}"
                 )
+            class_weights = lasting(class_weights)
         self.register_buffer("class_weights", class_weights)
         self.last: dict[str, Tensor] = {}
 
     @checks.takes_subclasses
-    def forward(self, features: Sequence[Tensor], labels: Tensor, logits: Tensor) -> Tensor:
+    def forward(
+        self, features: Sequence[Tensor], labels: Tensor, logits: Tensor, *, soft_labels: Tensor | None = None
+    ) -> Tensor:
         """The objective of one batch.
 
         Args:
@@ -217,6 +221,10 @@ class ContextrastCriterion(nn.Module):
             logits: the network's (B, N, H', W'), or (B, N, Z', H', W') of a volume. Where they are not as large as the
                 labels they are resized bilinearly, in a volume trilinearly (align_corners=False), for the
                 cross-entropy and for the predictions of the contrast.
+            soft_labels: floats (B, N, H, W), or (B, N, Z, H, W) of a volume, of the labels' size: the probability of
+                every class at every pixel, as mixup or a teacher gives them. They take the labels' place in the
+                cross-entropy, which is then the plain mean over the pixels with a valid label, as
+                ``torch.nn.CrossEntropyLoss`` has it. The contrast keeps the labels.
 
         Returns:
             A scalar, float32, or float64 for float64 features and logits.
@@ -231,24 +239,33 @@ class ContextrastCriterion(nn.Module):
         logits = logits.to(compute_dtype(logits.dtype))
         if logits.shape[2:] != size:
             logits = maps.resized(logits, size)
+        if soft_labels is not None:
+            soft_labels = checks.soft_labels("soft_labels", soft_labels, logits.shape)
+            checks.together("labels", labels, "soft_labels", soft_labels)
         contrast = self.contrast(features, labels, logits)
         targets = maps.targets(labels, size, options.num_classes, options.ignore_index)
-        entropy = self._cross_entropy(logits, targets)
+        entropy = self._cross_entropy(logits, targets, soft_labels)
         self.last = {"cross_entropy": entropy.detach(), "contrast": contrast.detach(), **self.contrast.last}
         return entropy + self.weight * contrast
 
-    def _cross_entropy(self, logits: Tensor, targets: Tensor) -> Tensor:
+    def _cross_entropy(self, logits: Tensor, targets: Tensor, soft_labels: Tensor | None) -> Tensor:
         weights = self.class_weights
         if weights is not None:
             if weights.device != logits.device:
-                self.class_weights = weights = weights.to(logits.device)  # once: from then on no step copies it
+                self.class_weights = weights = lasting(weights, logits.device)  # once: from then on no step copies it
             weights = weights.to(logits.dtype)
+        # A NaN at an ignored pixel must not reach the gradient.
+        valid = targets >= 0
+        logits = torch.where(valid.unsqueeze(1), logits, 0.0)
+        if soft_labels is not None:
+            soft_labels = torch.where(valid.unsqueeze(1), soft_labels.to(logits.dtype), 0.0)
+            losses = cross_entropy(logits, soft_labels, weights, reduction="none", label_smoothing=self.label_smoothing)
+            return torch.where(valid, losses, 0.0).sum() / valid.sum().clamp(min=1)
         # Pixel by pixel and summed here, because torch divides 0 by 0 where nothing is valid and its own sum is not
         # deterministic on CUDA.
         losses = cross_entropy(
             logits, targets, weights, ignore_index=-1, reduction="none", label_smoothing=self.label_smoothing
         )
-        valid = targets >= 0
         share = valid.to(losses.dtype) if weights is None else weights[targets.clamp(min=0)] * valid
         total = share.sum()
         return losses.sum() / torch.where(total > 0, total, 1)

@@ -15,6 +15,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from contextrast_kernels.loops import one_call_per_sample
+
 _PATH = pathlib.Path(__file__).with_name("_native.so")
 _ERROR_SIZE = 256
 _INTERFACE = 3
@@ -426,3 +428,7 @@ def bane_scratch(labels: Tensor, num_classes: int, sizes: Sequence[tuple[int, in
 @bane_codes.register_fake
 def _(predictions, labels, num_classes, sizes, *_):
     return _empty_codes(labels, num_classes, sizes), _empty_errors(labels, sizes)
+
+
+for _op in (error_map, edge_distance, distance_transform, select_nearest, bane_negatives, bane_codes):
+    one_call_per_sample(_op)

@@ -23,6 +23,7 @@ from contextrast_kernels.backend import (
     unchanged_by_autocast,
 )
 from contextrast_kernels.embedding import compute_dtype, pixel_embeddings
+from contextrast_kernels.loops import one_call_per_sample
 
 
 @checks.takes_subclasses
@@ -283,3 +284,5 @@ def _backward(ctx, gradient, *_):
 
 
 _pixel_anchor_loss.register_autograd(_backward, setup_context=_save_for_backward)
+one_call_per_sample(_pixel_anchor_loss)
+one_call_per_sample(_pixel_anchor_loss_backward)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import contextrast_kernels as ck
-from contextrast_kernels.backend import choose
+from contextrast_kernels.backend import _warn_once, choose
 
 MAP = torch.zeros(1, 2, 2, dtype=torch.int64)
 FEATURES, LABELS = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(0)), torch.ones(1, 4, 4).long()
@@ -120,3 +120,66 @@ def test_a_backend_can_be_chosen_inside_a_compiled_function(compilations):
     torch.testing.assert_close(anchors(FEATURES, LABELS), expected)
     assert len(graphs) == 1
     assert chosen() == usual
+
+
+# ---------------------------------------------------------------------------------------- what is missing is said once
+
+
+@pytest.fixture
+def without_native(monkeypatch):
+    """A machine where pip found no compiler."""
+    monkeypatch.setattr("contextrast_kernels.native.status", lambda device_type: "the native library is not built")
+    monkeypatch.delenv("CONTEXTRAST_BACKEND", raising=False)
+    _warn_once.cache_clear()
+    yield
+    _warn_once.cache_clear()
+
+
+def test_the_first_use_says_once_that_the_native_library_is_missing(without_native):
+    with pytest.warns(RuntimeWarning, match=r"native backend cannot run.*slower.*native library is not built") as told:
+        for _ in range(3):
+            ck.edge_distance(MAP)
+            ck.error_map(MAP, MAP)
+    assert len(told) == 1
+
+
+def test_asking_for_the_reference_silences_the_warning(without_native, monkeypatch, recwarn):
+    with ck.backend("reference"):
+        ck.edge_distance(MAP)
+    monkeypatch.setenv("CONTEXTRAST_BACKEND", "reference")
+    ck.edge_distance(MAP)
+    assert not list(recwarn)
+
+
+# -------------------------------------------------------------------------------------------------------------- MPS
+
+
+def test_mps_tensors_are_refused_in_a_sentence():
+    """Fake tensors stand for those of an Apple GPU."""
+    from torch._subclasses import FakeTensorMode
+
+    with FakeTensorMode():
+        labels = torch.zeros(1, 8, 8, dtype=torch.int64, device="mps")
+        logits, features = torch.zeros(1, 3, 8, 8, device="mps"), torch.zeros(1, 4, 8, 8, device="mps")
+        for call in (
+            lambda: ck.error_map(logits, labels),
+            lambda: ck.edge_distance(labels),
+            lambda: ck.distance_transform(labels),
+            lambda: ck.select_nearest(labels, labels, 0.5),
+            lambda: ck.bane_negatives(logits, labels),
+            lambda: ck.class_anchors(features, labels, 3),
+            lambda: ck.contextrast_loss([features], labels, logits, num_classes=3, layer_weights=(1.0,)),
+            lambda: ck.ContextrastCriterion(3, layer_weights=(1.0,))([features], labels, logits),
+            lambda: ck.PixelContrastLoss(3)(features, labels, logits),
+            lambda: ck.metrics.ConfusionMatrix(3).update(logits, labels),
+            lambda: ck.metrics.AlignmentUniformity(3).update(features, labels),
+        ):
+            with pytest.raises(RuntimeError, match=r"expected a tensor on the CPU or a CUDA device.*mps.*\.cpu\(\)"):
+                call()
+
+
+def test_the_doctor_says_that_mps_is_not_used(monkeypatch):
+    from contextrast_kernels import doctor
+
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert any("MPS" in line and "float64" in line for line in doctor._devices())

@@ -510,7 +510,9 @@ def test_fuzzed_calls_stay_in_bounds(data):
 def test_refusals_are_sentences():
     classes = torch.zeros(1, 2, 3, dtype=torch.int64)
     wide = torch.zeros(1, 1, 1, dtype=torch.int64).expand(1, 1, 16385)
-    with pytest.raises(ValueError, match=r"edge_distance: classes has sides of 1 x 1 x 16385 pixels, but at most 16384"):
+    with pytest.raises(
+        ValueError, match=r"edge_distance: classes has sides of 1 x 1 x 16385 pixels, but at most 16384"
+    ):
         native.edge_distance(wide, True)
     with pytest.raises(ValueError, match="16384"):
         native.distance_transform(wide.transpose(1, 2), True)

@@ -14,7 +14,8 @@ PACKAGE = ROOT / "contextrast_kernels"
 
 # A module imports only from floors below its own, or from modules of its floor that stand before it.
 FLOORS = [
-    ["native", "measure", "checks", "hashing", "maps", "embedding", "kernels._tiles"],
+    ["loops", "measure", "checks", "hashing", "maps", "embedding", "state", "kernels._tiles"],
+    ["native"],
     ["backend", "ranks"],
     ["kernels"],
     ["distance"],

@@ -98,3 +98,21 @@ def test_the_code_about_distances():
     assert names["weights"].isfinite().all() and names["weights"][1].abs().sum() > 0
     assert names["prediction"].grad.isfinite().all() and names["hausdorff_loss"] > 0
     assert 0 < names["hausdorff_95"] <= names["hausdorff"]
+
+
+RECIPES = blocks("docs/recipes.md")
+
+
+@pytest.mark.parametrize("number", range(len(RECIPES)))
+def test_the_recipes(number):
+    exec(RECIPES[number], names := given())
+    if "loss" in names:
+        assert names["loss"].isfinite() and names["loss"] > 0
+        if names["embeddings"][0].grad is None:
+            names["loss"].backward()
+        assert all(x.grad.any() for x in names["embeddings"])
+    if "plain" in names:
+        assert names["plain"].keys() == names["model"].state_dict().keys() < names["checkpoint"].keys()
+    scores = names.get("scores", [])
+    for metric in scores if isinstance(scores, list) else [scores]:
+        assert isinstance(metric, ck.metrics.ConfusionMatrix)

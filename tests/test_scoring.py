@@ -159,3 +159,27 @@ def test_the_logits_of_all_classes_are_never_held_at_the_labels_size():
     with Largest() as largest:
         metric.update(torch.randn(2, 50, 16, 24), labels)
     assert largest.elements <= 4 * labels.numel()
+
+
+# ------------------------------------------------------------------------------------- bands that follow the diagonal
+
+
+@pytest.mark.parametrize(("share", "size", "pixels"), [(0.02, (30, 40), 1), (0.05, (30, 40), 2), (0.002, (30, 40), 1)])
+def test_boundary_iou_in_shares_of_the_diagonal(share, size, pixels):
+    """As in the authors' code: round(share * diagonal), at least 1; the diagonal is 50 px."""
+    labels, predictions = scene(np.random.default_rng(4), B=2, N=N, H=size[0], W=size[1])
+    relative, fixed = ck.metrics.BoundaryIoU(N, (share, 3)), ck.metrics.BoundaryIoU(N, (pixels, 3))
+    for metric in (relative, fixed):
+        metric.update(predictions, labels)
+    got, expected = relative.compute(), fixed.compute()
+    torch.testing.assert_close(got[f"boundary_miou_{share}diagonal"], expected[f"boundary_miou_{pixels}px"])
+    torch.testing.assert_close(
+        got[f"boundary_iou_{share}diagonal_per_class"], expected[f"boundary_iou_{pixels}px_per_class"], equal_nan=True
+    )
+    assert got["boundary_miou_3px"] == expected["boundary_miou_3px"]
+
+
+@pytest.mark.parametrize("width", [0.0, -0.02, 1.5, float("nan"), "2%", True])
+def test_a_width_that_is_neither_pixels_nor_a_share_is_refused(width):
+    with pytest.raises((TypeError, ValueError), match="widths: expected"):
+        ck.metrics.BoundaryIoU(N, (width,))

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from contextrast_kernels import checks, maps
 from contextrast_kernels.hashing import image_hash
 from contextrast_kernels.relatives.samplers import SAMPLERS, Sampler, sampled_rows, thinned
+from contextrast_kernels.state import lasting
 
 
 class RelativeLoss(nn.Module):
@@ -54,12 +55,12 @@ class SampledLoss(RelativeLoss):
     def __init__(self, num_classes: int, ignore_index: int, temperature: float, normalize: bool, seed: int | Tensor):
         super().__init__(num_classes, ignore_index, temperature, normalize)
         checks.seed(seed, seed.device if isinstance(seed, Tensor) else None)
-        self.register_buffer("seed", torch.tensor(int(seed), dtype=torch.int64))
+        self.register_buffer("seed", lasting(torch.tensor(int(seed), dtype=torch.int64)))
 
     def _draw(self, device: torch.device) -> Tensor:
         """This step's seed; in training the next step has another."""
         if self.seed.device != device:
-            self.seed = self.seed.to(device)  # once: from then on no step copies it
+            self.seed = lasting(self.seed, device)  # once: from then on no step copies it
         seed = self.seed.clone()
         if self.training:
             self.seed.add_(1)

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from contextrast_kernels import checks, ranks
 from contextrast_kernels.info_nce import check_rows
 from contextrast_kernels.relatives.samplers import rank_in_segment, segment_counts
+from contextrast_kernels.state import lasting
 
 
 class MemoryBank(nn.Module):
@@ -50,8 +51,8 @@ class MemoryBank(nn.Module):
         self.num_classes, self.dim, self.lengths = num_classes, dim, (pixels, regions)
         self.group = ranks.name_of(group)
         # One row more than the queues need: what is not to be kept is written there.
-        self.storage = torch.zeros(num_classes * (pixels + regions) + 1, dim)
-        self.written = torch.zeros(len(self.QUEUES), num_classes, dtype=torch.int64)
+        self.storage = lasting(torch.zeros(num_classes * (pixels + regions) + 1, dim))
+        self.written = lasting(torch.zeros(len(self.QUEUES), num_classes, dtype=torch.int64))
 
     @property
     def counts(self) -> Tensor:
@@ -122,7 +123,7 @@ class MemoryBank(nn.Module):
 
     def follow(self, device: torch.device) -> None:
         if self.storage.device != device:
-            self.storage, self.written = self.storage.to(device), self.written.to(device)
+            self.storage, self.written = lasting(self.storage, device), lasting(self.written, device)
 
     def _apply(self, fn, recurse=True):
         # .to(device) moves the bank; .half() does not round what is stored.
