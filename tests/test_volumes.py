@@ -433,8 +433,14 @@ def test_a_broken_valid_voxel_gives_nan(rng, backend):
 # ------------------------------------------------------------------------------------------ compiled, ranks, scores
 
 
-@pytest.mark.parametrize("backend", [pytest.param(name, marks=MARKS[name]) for name in ("reference", "native")])
-@pytest.mark.parametrize("options", [{}, {"sampling": (2.0, 1.0, 1.0), "base_rate": 0.3}], ids=["cubes", "flat"])
+@pytest.mark.parametrize(
+    ("backend", "options"),
+    [
+        pytest.param("native", {"sampling": (2.0, 1.0, 1.0), "base_rate": 0.3}, marks=NATIVE),
+        pytest.param("native", {}, marks=[NATIVE, pytest.mark.slow]),
+        pytest.param("reference", {}, marks=pytest.mark.slow),
+    ],
+)
 def test_compiled_in_one_graph(rng, backend, options):
     features, labels, predictions = case(rng, sizes=((2, 3, 4), (2, 2, 2)), dtype=torch.float32)
     logits = logits_of(predictions, N, rng)

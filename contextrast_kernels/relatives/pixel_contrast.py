@@ -120,7 +120,7 @@ class PixelContrastLoss(SampledLoss):
 
         Args:
             features: projected features (B, D, h, w), or a list of them, of which ``layer`` is taken.
-            labels: (B, H, W) or (B, 1, H, W) integers.
+            labels: (B, H, W) or (B, 1, H, W) integers. Of volumes, features, labels and predictions have an axis more.
             predictions: logits (B, N, H', W') or a class map (B, H', W'). No gradient.
 
         Returns:

@@ -96,7 +96,7 @@ class PNELoss(SampledLoss):
 
         Args:
             features: projected features (B, D, h, w), or a list of them, of which ``layer`` is taken.
-            labels: (B, H, W) or (B, 1, H, W) integers.
+            labels: (B, H, W) or (B, 1, H, W) integers. Of volumes, features, labels and predictions have an axis more.
             predictions: logits (B, N, H', W'); of a class map (B, H', W') every c is 1. No gradient.
 
         Returns:
