@@ -12,9 +12,18 @@ import shutil
 import subprocess
 import sys
 
-from setuptools import Command, Distribution, setup
-from setuptools.command.bdist_wheel import bdist_wheel
-from setuptools.command.build import build
+import setuptools
+
+LEAST_SETUPTOOLS = 77  # as in pyproject.toml: an older one can read neither its licence nor this file
+if int(setuptools.__version__.split(".")[0]) < LEAST_SETUPTOOLS:
+    sys.exit(
+        f"contextrast_kernels: expected setuptools {LEAST_SETUPTOOLS} or newer, got {setuptools.__version__}; "
+        f"pip install 'setuptools>={LEAST_SETUPTOOLS}', or leave out --no-build-isolation"
+    )
+
+from setuptools import Command, Distribution, setup  # noqa: E402
+from setuptools.command.bdist_wheel import bdist_wheel  # noqa: E402
+from setuptools.command.build import build  # noqa: E402
 
 ROOT = pathlib.Path(__file__).resolve().parent
 LIBRARY = pathlib.Path("contextrast_kernels", "_native.so")

@@ -430,7 +430,7 @@ def selections(classes: Tensor, distance_sq: Tensor, ratio: float, num_classes: 
         )
     ]
     if distance_sq.numel() and int(distance_sq.max()) < 2**21:
-        hashed = image_hash(seed, STREAM_TIES, *classes.shape[1:], classes.device).flatten()
+        hashed = image_hash(seed, STREAM_TIES, classes.shape[1:], classes.device).flatten()
         rows.append(
             Peer(
                 "sort of 64-bit keys",

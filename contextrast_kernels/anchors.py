@@ -18,16 +18,19 @@ from contextrast_kernels.backend import (
     unchanged_by_autocast,
 )
 from contextrast_kernels.embedding import compute_dtype, pixel_embeddings
+from contextrast_kernels.loops import one_call_per_sample
 
 
+@checks.takes_subclasses
 def class_anchors(
     features: Tensor, labels: Tensor, num_classes: int, *, ignore_index: int = 255, normalize: bool = True
 ) -> tuple[Tensor, Tensor]:
     """The mean embedding of every class over the batch (Eq. 1).
 
     Args:
-        features: (B, D, h, w), float16, bfloat16, float32 or float64, any strides.
-        labels: (B, H, W) or (B, 1, H, W) integers of any size, brought to (h, w) by nearest sampling.
+        features: (B, D, h, w), or (B, D, z, h, w) of a volume; float16, bfloat16, float32 or float64, any strides.
+        labels: (B, H, W) or (B, 1, H, W) integers of any size, brought to (h, w) by nearest sampling. With features of
+            a volume (B, Z, H, W) or (B, 1, Z, H, W): there (B, 1, H, W) is a volume of depth one.
         num_classes: N. A label outside 0..N-1 counts as ignored.
         ignore_index: the label of pixels that take no part.
         normalize: embeddings are x / ‖x‖₂ over D; without it, x itself.
@@ -44,21 +47,27 @@ def class_anchors(
     checks.num_classes(num_classes)
     checks.ignore_index(ignore_index)
     checks.flag("normalize", normalize)
-    labels = checks.class_map("labels", labels)
+    labels = checks.class_map("labels", labels, dims=features.ndim - 2)
     checks.together("features", features, "labels", labels)
-    height, width = features.shape[-2:]
-    checks.samples_from("labels", labels, height, width)
-    backend = choose_kernels(features, num_classes)
+    size = features.shape[2:]
+    checks.samples_from("labels", labels, *size)
+    backend = choose_kernels([features], num_classes)
     if backend == "triton":
-        anchors, counts, _ = _class_anchors(features, labels, num_classes, ignore_index, normalize, backend)
+        anchors, counts, _ = _class_anchors(
+            maps.plane_stack(features),
+            labels,
+            num_classes,
+            ignore_index,
+            normalize,
+            backend,
+            maps.volume_sides([features]),
+        )
         return anchors, counts
-    return mean_embeddings(
-        features, maps.targets(labels, height, width, num_classes, ignore_index), num_classes, normalize
-    )
+    return mean_embeddings(features, maps.targets(labels, size, num_classes, ignore_index), num_classes, normalize)
 
 
 def mean_embeddings(features: Tensor, targets: Tensor, num_classes: int, normalize: bool) -> tuple[Tensor, Tensor]:
-    """Eq. 1 for targets (B, h, w): the class of each pixel, -1 for none."""
+    """Eq. 1 for targets (B, *size): the class of each pixel, -1 for none."""
     sums, counts = class_sums(features, targets, num_classes, normalize)
     return means(sums, counts), counts
 
@@ -80,6 +89,7 @@ def means(sums: Tensor, counts: Tensor) -> Tensor:
     return sums / counts.clamp(min=1).unsqueeze(-1)
 
 
+@checks.takes_subclasses
 def fuse_anchors(
     anchors: Tensor, counts: Tensor, top_anchors: Tensor, top_counts: Tensor, weight: float = 0.7
 ) -> Tensor:
@@ -130,17 +140,26 @@ def _check_anchors(name: str, value: Tensor) -> None:
 
 @torch.library.custom_op("contextrast::class_anchors", mutates_args=())
 def _class_anchors(
-    features: Tensor, labels: Tensor, num_classes: int, ignore_index: int, normalize: bool, backend: str
+    features: Tensor,
+    labels: Tensor,
+    num_classes: int,
+    ignore_index: int,
+    normalize: bool,
+    backend: str,
+    volume: list[int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Anchors (N, D), counts (N,), and the label codes that the backward pass reads."""
+    """Anchors (N, D), counts (N,), and the label codes that the backward pass reads.
+
+    volume: (z, h, w) of features that are the ``maps.plane_stack`` of a volume, whose labels are (B, Z, H, W).
+    """
     from contextrast_kernels.kernels import anchors
 
     with on_device(features):
-        return anchors.forward(features, labels, num_classes, ignore_index, normalize)
+        return anchors.forward(features, labels, num_classes, ignore_index, normalize, volume)
 
 
 @_class_anchors.register_fake
-def _(features, labels, num_classes, ignore_index, normalize, backend):
+def _(features, labels, num_classes, ignore_index, normalize, backend, volume=None):
     anchors = features.new_empty(num_classes, features.shape[1], dtype=compute_dtype(features.dtype))
     return anchors, features.new_empty(num_classes, dtype=torch.int64), empty_codes([features], num_classes)
 
@@ -165,7 +184,7 @@ differentiable_once("class_anchors", _class_anchors_backward)
 
 def _save_for_backward(ctx, inputs, output):
     ctx.set_materialize_grads(False)  # else every output that has no gradient gets one of zeros, at its full size
-    features, _, _, _, ctx.normalize, ctx.backend = inputs
+    features, _, _, _, ctx.normalize, ctx.backend, _ = inputs
     _, counts, codes = output
     ctx.save_for_backward(features, counts, codes)
     ctx.mark_non_differentiable(counts, codes)
@@ -173,9 +192,11 @@ def _save_for_backward(ctx, inputs, output):
 
 def _backward(ctx, gradient, *_):
     if gradient is None:
-        return (None,) * 6
+        return (None,) * 7
     dx = _class_anchors_backward(gradient, *ctx.saved_tensors, ctx.normalize, ctx.backend)
-    return dx, None, None, None, None, None
+    return dx, *(None,) * 6
 
 
 _class_anchors.register_autograd(_backward, setup_context=_save_for_backward)
+one_call_per_sample(_class_anchors)
+one_call_per_sample(_class_anchors_backward)

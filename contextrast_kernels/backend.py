@@ -11,23 +11,39 @@ auto
 """
 
 import contextlib
+import contextvars
 import functools
 import importlib.util
 import os
+import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from contextrast_kernels import native
+from contextrast_kernels import maps, native
 
 CHOICES = ("auto", "reference", "triton", "native")
 
 MOST_CLASSES, MOST_CHANNELS = 256, 1024
 """What the Triton kernels take."""
 
-_forced: str | None = None
+_forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("contextrast_kernels.backend", default=None)
+
+
+class _Traced(threading.local):
+    """The forced backend as code under torch.compile reads it.
+
+    Dynamo guards on this attribute and lets a traced function set it. It cannot set a ContextVar, and before
+    PyTorch 2.14 it cannot read one.
+    """
+
+    def __init__(self):
+        self.forced: str | None = None
+
+
+_traced = _Traced()
 
 
 @contextlib.contextmanager
@@ -36,21 +52,25 @@ def backend(name: str) -> Iterator[None]:
 
     ``name`` is "auto", "reference", "triton" or "native". A forced backend holds for the ops it has and raises
     RuntimeError if it cannot run on the given tensors; ops that it does not have choose as "auto" does. The choice
-    holds for all threads of the process. Outside of any block the environment variable CONTEXTRAST_BACKEND decides,
-    read at each call.
+    holds for the thread or asyncio task that makes it: other threads choose for themselves. Outside of any block the
+    environment variable CONTEXTRAST_BACKEND decides, read at each call.
     """
-    global _forced
     if name not in CHOICES:
         raise ValueError(f"backend: expected one of {', '.join(map(repr, CHOICES))}, got {name!r}")
-    previous, _forced = _forced, name
+    compiling = torch.compiler.is_compiling()
+    token = None if compiling else _forced.set(name)
+    previous, _traced.forced = _traced.forced, name
     try:
         yield
     finally:
-        _forced = previous
+        _traced.forced = previous
+        if not compiling:
+            _forced.reset(token)
 
 
 def _requested() -> str:
-    name = _forced if _forced is not None else os.environ.get("CONTEXTRAST_BACKEND", "auto")
+    forced = _traced.forced if torch.compiler.is_compiling() else _forced.get()
+    name = forced if forced is not None else os.environ.get("CONTEXTRAST_BACKEND", "auto")
     if name not in CHOICES:
         raise ValueError(
             f"CONTEXTRAST_BACKEND: expected one of {', '.join(map(repr, CHOICES))}, got {name!r}; unset it"
@@ -101,6 +121,17 @@ def _warn_once(message: str) -> None:
     warnings.warn(message, RuntimeWarning, stacklevel=4)
 
 
+def _transform(name: str) -> str:
+    """Why a backend cannot run inside the transforms of torch.func that are active, if so."""
+    if name != "triton" or torch.compiler.is_compiling():
+        return ""
+    functorch = torch._C._functorch
+    differentiating = (functorch.TransformType.Grad, functorch.TransformType.Jvp)
+    if not any(level.key() in differentiating for level in functorch.get_interpreter_stack() or ()):
+        return ""
+    return "torch.func can map its kernels over samples, but not differentiate them"
+
+
 def choose(tensor: Tensor, offered: tuple[str, ...], unfit: str = "") -> str:
     """The backend that runs an op on ``tensor``.
 
@@ -111,7 +142,7 @@ def choose(tensor: Tensor, offered: tuple[str, ...], unfit: str = "") -> str:
     if name == "reference":
         return name
     if name in offered:
-        status = unfit or _status(name, device_type)
+        status = unfit or _transform(name) or _status(name, device_type)
         if status != "ok":
             raise RuntimeError(
                 f"backend {name!r} cannot run on {device_type} tensors: {status}; "
@@ -121,23 +152,35 @@ def choose(tensor: Tensor, offered: tuple[str, ...], unfit: str = "") -> str:
     for candidate in offered:
         if candidate == "triton" and device_type == "cpu":
             continue  # the interpreter is for tests: it has to be asked for
-        status = unfit or _status(candidate, device_type)
+        status = unfit or _transform(candidate) or _status(candidate, device_type)
         if status == "ok":
             return candidate
-        if device_type == "cuda" and not torch.compiler.is_compiling():
-            _warn_once(f"contextrast_kernels: the {candidate} backend cannot run, so a slower one is used: {status}")
+        if device_type in ("cpu", "cuda") and not torch.compiler.is_compiling():
+            cost = "" if device_type == "cuda" else " (10 to 50 times, for error maps, distances and negatives)"
+            _warn_once(
+                f"contextrast_kernels: the {candidate} backend cannot run, so a slower one{cost} is used: {status}. "
+                "CONTEXTRAST_BACKEND=reference asks for that one and silences this"
+            )
     return "reference"
 
 
-def choose_kernels(features: Tensor, num_classes: int) -> str:
-    """``choose`` for the losses, whose Triton kernels hold one row of channels and one of classes."""
-    unfit = ""
-    if num_classes > MOST_CLASSES or features.shape[1] > MOST_CHANNELS:
+def choose_kernels(features: Sequence[Tensor], num_classes: int) -> str:
+    """``choose`` for the losses, whose Triton kernels hold one row of channels and one of classes, and read volumes as
+    the rows of their planes."""
+    unfit, first = "", features[0]
+    if num_classes > MOST_CLASSES or first.shape[1] > MOST_CHANNELS:
         unfit = (
             f"its kernels take at most {MOST_CLASSES} classes and {MOST_CHANNELS} channels, "
-            f"got {num_classes} and {features.shape[1]}"
+            f"got {num_classes} and {first.shape[1]}"
         )
-    return choose(features, ("triton",), unfit)
+    for x in features:
+        if maps.plane_stack(x) is None:
+            unfit = (
+                "its kernels read a volume as rows at one distance from each other, as in contiguous and "
+                f"channels_last_3d memory, got strides {x.stride()} for the shape {tuple(x.shape)}; "
+                "call .contiguous() on the features"
+            )
+    return choose(first, ("triton",), unfit)
 
 
 def empty_codes(features: list[Tensor], num_classes: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -185,6 +228,8 @@ def unchanged_by_autocast(function):
     @functools.wraps(function)
     def wrapper(first, *args, **kwargs):
         device_type = first.device.type
+        if device_type == "meta":  # torch.autocast refuses it
+            return function(first, *args, **kwargs)
         with torch.autocast(device_type, enabled=False):
             return function(first, *args, **kwargs)
 

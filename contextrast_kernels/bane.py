@@ -4,11 +4,12 @@
     D(p)   = min_{q ∈ E^n} ‖p - q‖₂,  n = e(p)                               Eq. 7: E^n are the edge pixels of B^n
     chosen = for every image and class, the ⌈ratio · |B^n|⌉ pixels of smallest (D, hash)
 
-An edge pixel of B^n has a 4-neighbour inside the image that is not in B^n. The nearest edge pixel of *any* class is
-always one of p's own class: on every monotone staircase from p to another region, the last pixel before it leaves B^n
-is an edge pixel of B^n, and nearer. So one binary distance transform serves all classes. Squared distances are
-integers, and everything is decided on the integers.
+An edge pixel of B^n has a neighbour inside the image that is not in B^n (distance.py). Squared distances are integers,
+and everything is decided on the integers.
 """
+
+import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -16,15 +17,14 @@ from torch.nn import functional as F
 
 from contextrast_kernels import checks, maps, native
 from contextrast_kernels.backend import choose
+from contextrast_kernels.distance import NO_EDGE, check_sampling, edge_distance
 from contextrast_kernels.hashing import STREAM_TIES, image_hash, seed_tensor
 
 NEGATIVES = ("bane", "semi-hard", "none")
 DISTANCE_AT = ("layer", "full")
 
-NO_EDGE = torch.iinfo(torch.int32).max
-"""Squared distance where there is nothing to measure to."""
 
-
+@checks.takes_subclasses
 def error_map(
     predictions: Tensor, labels: Tensor, *, num_classes: int | None = None, ignore_index: int = 255
 ) -> Tensor:
@@ -33,160 +33,108 @@ def error_map(
     Args:
         predictions: class map (B, H', W') of integers or logits (B, N, H', W') of floats, brought to the labels' size
             by nearest sampling. Ties of the argmax go to the lowest class.
-        labels: (B, H, W) or (B, 1, H, W) integers.
-        num_classes: N; None takes the channels of the logits, and with a class map every value >= 0 (below 2**31) is
-            a class.
-        ignore_index: the label of pixels that take no part.
+        labels: (B, H, W) or (B, 1, H, W) integers. Volumes have one axis more: labels (B, Z, H, W) with predictions
+            (B, Z', H', W') or logits (B, N, Z', H', W'). (B, 1, H, W) is a volume of depth one beside logits of a
+            volume, else a map.
+        num_classes: N, at least 2; None takes the channels of the logits, and with a class map every value >= 0 (below
+            2**31) is a class. With 2, logits may have one channel, as a binary network's: class 1 where it is positive.
+        ignore_index: the label of pixels that take no part. A prediction of it is no error either.
 
     Returns:
-        int32 (B, H, W): the predicted class where the pixel is valid and the prediction is wrong, else -1.
+        int32, of the labels' size: the predicted class where the pixel is valid and the prediction is wrong, else -1.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, rank, size, range or device; the sentence names it.
         RuntimeError: a backend was asked for that cannot run.
     """
-    predictions, labels, num_classes = _check_maps(predictions, labels, num_classes, ignore_index)
-    height, width = labels.shape[-2:]
-    checks.samples_from("predictions", predictions, height, width)
-    return _error_map(predictions, labels, num_classes, ignore_index, height, width)
+    dims = checks.dims_of(predictions, labels)
+    predictions, labels, num_classes = _check_maps(predictions, labels, num_classes, ignore_index, dims)
+    size = labels.shape[1:]
+    checks.samples_from("predictions", predictions, *size)
+    return _error_map(predictions, labels, num_classes, ignore_index, size)
 
 
-def edge_distance(classes: Tensor, *, squared: bool = False) -> Tensor:
-    """Distance of every pixel to the nearest edge pixel of its own class in its image (Eq. 7). Exact.
-
-    Args:
-        classes: (B, H, W) or (B, 1, H, W) integers, negative = outside of every class; as ``error_map`` returns them.
-        squared: return the exact squared distance.
-
-    Returns:
-        float32 (B, H, W) in pixels, or int32 squared. Edge pixels have 0, pixels outside have -1. A class that fills
-        its whole image has no edge: inf, or the largest int32.
-
-    Raises:
-        TypeError, ValueError: an argument of the wrong type, rank, size, range or device; the sentence names it.
-        RuntimeError: a backend was asked for that cannot run.
-    """
-    classes = checks.class_map("classes", classes)
-    checks.flag("squared", squared)
-    if choose(classes, ("native",)) == "native":
-        return native.edge_distance(classes, squared)
-    classes = classes.long()
-    inside = classes >= 0
-    distance = _squared_distance(_edges(classes) & inside)
-    return _in_pixels(torch.where(inside, distance, -1), squared)
-
-
-def distance_transform(mask: Tensor, *, squared: bool = False) -> Tensor:
-    """Euclidean distance of every nonzero pixel to the nearest zero of its map. Exact, batched; SciPy's meaning.
-
-    Args:
-        mask: (..., H, W), bool, integer or floating point; every leading axis is a batch axis. NaN is nonzero.
-        squared: return the exact squared distance.
-
-    Returns:
-        float32 (..., H, W) in pixels, or int32 squared; 0 on zeros. A map without a zero: inf, or the largest int32.
-
-    Raises:
-        TypeError, ValueError: an argument of the wrong type, rank, size, range or device; the sentence names it.
-        RuntimeError: a backend was asked for that cannot run.
-    """
-    checks.tensor("mask", mask, "a map (..., H, W)")
-    if mask.ndim < 2 or mask.is_complex():
-        raise ValueError(f"mask: expected a real map (..., H, W), got {checks.describe(mask)}")
-    checks.sides("mask", mask)
-    checks.flag("squared", squared)
-    batched = mask.unsqueeze(0) if mask.ndim == 2 else mask.flatten(0, -3)
-    if batched.is_floating_point():
-        batched = batched != 0
-    if choose(mask, ("native",)) == "native":
-        distance = native.distance_transform(batched, squared)
-    else:
-        distance = _in_pixels(_squared_distance(batched == 0), squared)
-    return distance.reshape(mask.shape)
-
-
+@checks.takes_subclasses
 def select_nearest(
     classes: Tensor, distance_sq: Tensor, ratio: float, *, num_classes: int | None = None, seed: int | Tensor = 0
 ) -> Tensor:
     """Exactly ⌈ratio · |B^n|⌉ pixels of every image and class, nearest first, then by hash (section 3.3).
 
     Args:
-        classes: (B, h, w) integers, negative = none; as ``error_map`` returns them.
-        distance_sq: (B, h, w) int32, as ``edge_distance(squared=True)`` returns them.
+        classes: (B, h, w) or (B, z, h, w) integers, negative = none; as ``error_map`` returns them. (B, 1, h, w) is
+            read as maps with a channel axis.
+        distance_sq: numbers of the same shape, of any integer or floating-point type, as
+            ``edge_distance(squared=True)`` returns them. They are compared exactly; NaN comes last.
         ratio: between 0 and 1. The product is rounded once, in float64.
         num_classes: N; values from N on are no class. None: every value >= 0 is a class.
         seed: int, or an int64 tensor of one element on the maps' device.
 
     Returns:
-        bool (B, h, w). The same seed gives the same mask on every device and backend.
+        bool, of the shape of classes. The same seed gives the same mask on every device and backend.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, rank, size, range or device; the sentence names it.
         RuntimeError: a backend was asked for that cannot run.
     """
-    classes = checks.class_map("classes", classes)
-    distance_sq = checks.class_map("distance_sq", distance_sq, shape=classes.shape)
-    if distance_sq.dtype != torch.int32:
-        raise TypeError(
-            f"distance_sq: expected int32, as edge_distance(squared=True) gives, got {checks.describe(distance_sq)}"
-        )
+    classes = checks.class_map("classes", classes, dims=checks.dims_of(None, classes))
+    distance_sq = checks.distances("distance_sq", distance_sq, classes.shape)
     checks.together("classes", classes, "distance_sq", distance_sq)
     checks.real("ratio", ratio, low=0.0, high=1.0)
     if num_classes is not None:
         checks.num_classes(num_classes)
     checks.seed(seed, classes.device)
-    if choose(classes, ("native",)) == "native":
-        return native.select_nearest(
-            classes, distance_sq, ratio, -1 if num_classes is None else num_classes, seed_tensor(seed, classes.device)
-        )
-    return _select_nearest(classes.long(), distance_sq.long(), ratio, num_classes, seed)
+    return _selected(classes, distance_sq, ratio, num_classes, seed)
 
 
+@checks.takes_subclasses
 def bane_negatives(
     predictions: Tensor,
     labels: Tensor,
     *,
     num_classes: int | None = None,
-    size: tuple[int, int] | None = None,
+    size: tuple[int, ...] | None = None,
     ratio: float = 0.5,
     negatives: str = "bane",
     distance_at: str = "layer",
+    sampling: float | Sequence[float] | None = None,
     ignore_index: int = 255,
     seed: int | Tensor = 0,
 ) -> Tensor:
     """The hard negatives of one layer (section 3.3): the class whose anchor each pixel is pushed away from.
 
     Args:
-        predictions: class map (B, H', W') or logits (B, N, H', W').
-        labels: (B, H, W) or (B, 1, H, W) integers.
-        num_classes: as in ``error_map``.
-        size: (h, w) of the layer; None is the labels' size.
+        predictions, labels, num_classes: as in ``error_map``; of maps or of volumes.
+        size: (h, w) of the layer, or (z, h, w); None is the labels' size.
         ratio: share of each image's and class's error pixels that is chosen, between 0 and 1.
         negatives: "bane" takes the pixels nearest to the edge of their error region, "semi-hard" as many at random,
             "none" none.
         distance_at: "layer" samples predictions and labels to the layer and measures there (the paper); "full"
             measures at the labels' size and samples errors and distances to the layer, so that one transform serves
             all layers.
+        sampling: the size of a pixel of the labels along each axis, a number or one for each axis, by which distances
+            are measured; a pixel of a layer with h of H rows is H / h times as high. None: all pixels are squares or
+            cubes of side 1, in every layer.
         ignore_index: the label of pixels that take no part.
         seed: int, or an int64 tensor of one element on the maps' device.
 
     Returns:
-        int32 (B, h, w): the wrongly predicted class of a chosen pixel, else -1.
+        int32 (B, h, w) or (B, z, h, w): the wrongly predicted class of a chosen pixel, else -1.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, rank, size, range or device; the sentence names it.
         RuntimeError: a backend was asked for that cannot run.
     """
-    predictions, labels, num_classes = _check_maps(predictions, labels, num_classes, ignore_index)
-    if size is None:
-        size = labels.shape[-2:]
-    checks.size("size", tuple(size) if isinstance(size, torch.Size) else size)
+    dims = checks.dims_of(predictions, labels, size)
+    predictions, labels, num_classes = _check_maps(predictions, labels, num_classes, ignore_index, dims)
+    size = labels.shape[1:] if size is None else size
+    checks.size("size", tuple(size) if isinstance(size, torch.Size) else size, dims)
     check_selection(ratio, negatives, distance_at)
+    sampling = check_sampling(sampling, dims)
     checks.seed(seed, labels.device)
     for name, value in (("predictions", predictions), ("labels", labels)):
         checks.samples_from(name, value, *size)
     [chosen], _ = layer_negatives(
-        predictions, labels, [tuple(size)], num_classes, ratio, negatives, distance_at, ignore_index, seed
+        predictions, labels, [tuple(size)], num_classes, ratio, negatives, distance_at, ignore_index, seed, sampling
     )
     return chosen
 
@@ -201,62 +149,63 @@ def check_selection(ratio: float, negatives: str, distance_at: str) -> None:
 def layer_negatives(
     predictions: Tensor,
     labels: Tensor,
-    sizes: list[tuple[int, int]],
+    sizes: list[tuple[int, ...]],
     num_classes: int | None,
     ratio: float,
     negatives: str,
     distance_at: str,
     ignore_index: int,
     seed: int | Tensor,
+    sampling: tuple[float, ...] | None = None,
 ) -> tuple[list[Tensor], Tensor]:
-    """Each layer's chosen negatives, int32 (B, h, w) with -1 for none, and number of errors, int64 (layers,)."""
-    if choose(labels, ("native",)) == "native":
+    """Each layer's chosen negatives, int32 (B, *size) with -1 for none, and number of errors, int64 (layers,)."""
+    if _one_native_call(labels, sampling):
         limit = -1 if num_classes is None else num_classes
         return native.bane_negatives(
             *_native_arguments(predictions, labels, sizes, limit, ratio, negatives, distance_at, ignore_index, seed)
         )
+    full = labels.shape[1:]
     if distance_at == "full":
         # Predictions meet the labels at the labels' size; one distance map is then sampled to every layer.
-        full_errors = _error_map(predictions, labels, num_classes, ignore_index, *labels.shape[-2:])
-        full_distance = edge_distance(full_errors, squared=True) if negatives == "bane" else None
+        full_errors = _error_map(predictions, labels, num_classes, ignore_index, full)
+        full_distance = _distances(full_errors, sampling) if negatives == "bane" else None
     layers, counts = [], []
-    for height, width in sizes:
+    for size in sizes:
         if distance_at == "full":
-            errors = maps.to_size(full_errors, height, width)
-            distance = None if full_distance is None else maps.to_size(full_distance, height, width)
+            errors = maps.to_size(full_errors, *size)
+            distance = None if full_distance is None else maps.to_size(full_distance, *size)
         else:
-            errors = _error_map(predictions, labels, num_classes, ignore_index, height, width)
-            distance = edge_distance(errors, squared=True) if negatives == "bane" else None
+            errors = _error_map(predictions, labels, num_classes, ignore_index, size)
+            distance = None
+            if negatives == "bane":
+                pixel = None if sampling is None else tuple(s * (n / m) for s, n, m in zip(sampling, full, size))
+                distance = _distances(errors, pixel)
         if negatives == "none":
             chosen = torch.full_like(errors, -1)
         else:
             distance = torch.zeros_like(errors) if distance is None else distance  # semi-hard: by hash alone
-            chosen = torch.where(select_nearest(errors, distance, ratio, seed=seed), errors, -1)
+            chosen = torch.where(_selected(errors, distance, ratio, num_classes, seed), errors, -1)
         layers.append(chosen)
         counts.append((errors >= 0).sum())
     return layers, torch.stack(counts)
 
 
-def negative_codes(
-    predictions: Tensor,
-    labels: Tensor,
-    sizes: list[tuple[int, int]],
-    num_classes: int,
-    ratio: float,
-    negatives: str,
-    distance_at: str,
-    ignore_index: int,
-    seed: int | Tensor,
-) -> tuple[Tensor, Tensor]:
+def negative_codes(predictions: Tensor, labels: Tensor, sizes, num_classes: int, *selection) -> tuple[Tensor, Tensor]:
     """``layer_negatives`` as the fused loss reads them: all layers end to end in one or two bytes a pixel
     (``native.code_dtype``), whose largest number is none."""
-    selection = (predictions, labels, sizes, num_classes, ratio, negatives, distance_at, ignore_index, seed)
-    if choose(labels, ("native",)) == "native":
-        return native.bane_codes(*_native_arguments(*selection))
-    layers, errors = layer_negatives(*selection)
+    *options, sampling = selection
+    if _one_native_call(labels, sampling):
+        return native.bane_codes(*_native_arguments(predictions, labels, sizes, num_classes, *options))
+    layers, errors = layer_negatives(predictions, labels, sizes, num_classes, *selection)
     dtype = native.code_dtype(num_classes)
     chosen = torch.cat([layer.flatten() for layer in layers])
     return torch.where(chosen >= 0, chosen, torch.iinfo(dtype).max).to(dtype), errors
+
+
+def _one_native_call(labels: Tensor, sampling: tuple[float, ...] | None) -> bool:
+    """The library takes all layers in one call where they are maps and their pixels squares; volumes go through its
+    parts one by one."""
+    return labels.ndim == 3 and sampling is None and choose(labels, ("native",)) == "native"
 
 
 def _native_arguments(predictions, labels, sizes, num_classes, ratio, negatives, distance_at, ignore_index, seed):
@@ -267,12 +216,12 @@ def _native_arguments(predictions, labels, sizes, num_classes, ratio, negatives,
     return predictions, labels, num_classes, sides, ratio, negatives, distance_at, ignore_index, seed
 
 
-def _check_maps(predictions, labels, num_classes, ignore_index) -> tuple[Tensor, Tensor, int | None]:
+def _check_maps(predictions, labels, num_classes, ignore_index, dims) -> tuple[Tensor, Tensor, int | None]:
     if num_classes is not None:
-        checks.num_classes(num_classes)
+        checks.several_classes(num_classes)
     checks.ignore_index(ignore_index)
-    predictions = checks.predictions("predictions", predictions, num_classes)
-    labels = checks.class_map("labels", labels)
+    predictions = checks.predictions("predictions", predictions, num_classes, dims)
+    labels = checks.class_map("labels", labels, dims=dims)
     checks.together("predictions", predictions, "labels", labels)
     if num_classes is None and predictions.is_floating_point():
         num_classes = predictions.shape[1]
@@ -280,110 +229,74 @@ def _check_maps(predictions, labels, num_classes, ignore_index) -> tuple[Tensor,
 
 
 def _error_map(
-    predictions: Tensor, labels: Tensor, num_classes: int | None, ignore_index: int, height: int, width: int
+    predictions: Tensor, labels: Tensor, num_classes: int | None, ignore_index: int, size: tuple[int, ...]
 ) -> Tensor:
     """Eq. 6 at a size: labels and predictions are each sampled from their own size straight to it."""
     if choose(labels, ("native",)) == "native":
-        sampled = maps.to_size(labels, height, width)
+        sampled = maps.to_size(labels, *size)
         return native.error_map(predictions, sampled, -1 if num_classes is None else num_classes, ignore_index)
-    target = maps.targets(labels, height, width, num_classes, ignore_index)
-    predicted = maps.predicted_classes(predictions, height, width)
+    target = maps.targets(labels, size, num_classes, ignore_index)
+    predicted = maps.predicted_classes(predictions, size, ignore_index)
     limit = NO_EDGE if num_classes is None else num_classes - 1
     wrong = (target >= 0) & (predicted != target) & (predicted >= 0) & (predicted <= limit)
     return torch.where(wrong, predicted, -1).int()
 
 
-def _edges(classes: Tensor) -> Tensor:
-    """Pixels with a 4-neighbour inside the image of another value: bool (B, H, W)."""
-    vertical = classes[:, 1:] != classes[:, :-1]
-    horizontal = classes[:, :, 1:] != classes[:, :, :-1]
-    return (
-        F.pad(vertical, (0, 0, 0, 1))
-        | F.pad(vertical, (0, 0, 1, 0))
-        | F.pad(horizontal, (0, 1))
-        | F.pad(horizontal, (1, 0))
-    )
+def _distances(errors: Tensor, sampling: tuple[float, ...] | None) -> Tensor:
+    """Squared edge distances; those of a volume of depth one as of a map, for which (B, 1, h, w) would be taken."""
+    if errors.ndim == 4 and errors.shape[1] == 1:
+        return _distances(errors[:, 0], None if sampling is None else sampling[1:]).unsqueeze(1)
+    return edge_distance(errors, squared=True, sampling=sampling)
 
 
-_UNREACHED = 2**30
-"""Above every squared distance between two pixels of a map of 16384 x 16384, and far from overflow."""
+def _selected(
+    classes: Tensor, distance_sq: Tensor, ratio: float, num_classes: int | None, seed: int | Tensor
+) -> Tensor:
+    """``select_nearest`` of checked arguments: maps or volumes of one shape."""
+    distance_sq = _in_order(distance_sq)
+    if choose(classes, ("native",)) != "native":
+        return _select_nearest(classes.long(), distance_sq.long(), ratio, num_classes, seed)
+    limit, shape = -1 if num_classes is None else num_classes, classes.shape
+    if classes.ndim == 4:  # a selection reads the number of a pixel, not its place, so the rows of all planes are a map
+        classes, distance_sq = classes.flatten(1, 2), distance_sq.flatten(1, 2)
+    selected = native.select_nearest(classes, distance_sq, ratio, limit, seed_tensor(seed, classes.device))
+    return selected.view(shape)
 
 
-def _squared_distance(seeds: Tensor) -> Tensor:
-    """Exact squared Euclidean distance to the nearest seed of the map: int64 (B, H, W), NO_EDGE in a map without seeds.
-
-    Separable: the distance g to the nearest seed of the column first, then along each row min_u (x - u)² + g(u)².
-    """
-    batch, height, width = seeds.shape
-    if seeds.numel() == 0:
-        return seeds.long()
-    row = torch.arange(height, device=seeds.device)[:, None]
-    above = torch.where(seeds, row, -_UNREACHED).cummax(1).values
-    below = torch.where(seeds, row, _UNREACHED).flip(1).cummin(1).values.flip(1)
-    g = torch.minimum(row - above, below - row)
-    g_squared = torch.where(g < height, g * g, _UNREACHED)
-    distance = _lower_envelope(g_squared.reshape(batch * height, width)).reshape(batch, height, width)
-    return torch.where(distance < _UNREACHED, distance, NO_EDGE)
-
-
-def _lower_envelope(g: Tensor) -> Tensor:
-    """min_u (x - u)² + g(u) for every x, along the rows of an int64 (R, W).
-
-    The leftmost arg-min u*(x) does not decrease with x, so it is found by divide and conquer: with u* known at every
-    2h-th x, the x half-way between two of them need only look between their arg-mins. One level's ranges touch at
-    their ends, so laid end to end they fill exactly W - 1 + (number of ranges) places whatever the data: a static
-    shape.
-    """
-    rows, width = g.shape
-    device = g.device
-    # Padded to a power of two, all that follows has the same shape for many widths: one graph for torch.compile.
-    padded = 1
-    while padded < width:
-        padded *= 2
-    g = F.pad(g, (0, padded - width), value=_UNREACHED)
-    nearest = torch.zeros_like(g)
-    h = padded
-    while h >= 1:
-        # This level answers x = h-1, 3h-1, 5h-1, ...; x = 2h-1, 4h-1, ... are known and bound the ranges.
-        known = nearest[:, 2 * h - 1 :: 2 * h]
-        bounds = torch.cat([g.new_zeros(rows, 1), known, g.new_full((rows, 1), padded - 1)], dim=1)
-        ranges = padded // (2 * h) + 1
-        starts = bounds[:, 1:-1] + torch.arange(1, ranges, device=device)
-        place = torch.zeros(rows, padded - 1 + ranges, dtype=torch.int64, device=device)
-        in_range = place.scatter(1, starts, 1).cumsum(1)
-        u = torch.arange(padded - 1 + ranges, device=device) - in_range
-        x = (2 * in_range + 1) * h - 1
-        # Value and index in one integer, so that one minimum finds both.
-        candidate = ((x - u) ** 2 + g.gather(1, u)) * padded + u
-        best = torch.full((rows, ranges), torch.iinfo(torch.int64).max, device=device)
-        best = best.scatter_reduce(1, in_range, candidate, "amin")
-        answers = nearest[:, h - 1 :: 2 * h]
-        answers.copy_(best[:, : answers.shape[1]] % padded)
-        h //= 2
-    x = torch.arange(width, device=device)
-    nearest = nearest[:, :width]
-    return (x - nearest) ** 2 + g.gather(1, nearest)
-
-
-def _in_pixels(distance_sq: Tensor, squared: bool) -> Tensor:
-    """Squared distances as int32, or distances as float32 (rounded from float64), NO_EDGE becoming inf; -1 stays -1."""
-    if squared:
-        return distance_sq.int()
-    distance = torch.where(distance_sq == NO_EDGE, torch.inf, distance_sq.double()).abs().sqrt()
-    return torch.where(distance_sq < 0, -1.0, distance).float()
+def _in_order(distances: Tensor) -> Tensor:
+    """Numbers (B, ...) as int32 in the same order within each image; equal ones stay equal, and NaN comes last."""
+    dtype = distances.dtype
+    if not dtype.is_floating_point and (dtype.itemsize < 4 or dtype == torch.int32):
+        return distances.int()
+    if dtype.is_floating_point:
+        bits = distances.view(torch.int64) if dtype == torch.float64 else distances.float().view(torch.int32)
+        # The bits of a number that is not negative have its order. -0 becomes 0.
+        largest = torch.iinfo(bits.dtype).max
+        magnitude = bits & largest
+        image = torch.where(distances.isnan(), largest, torch.where(bits < 0, -magnitude, magnitude))
+    elif dtype == torch.uint64:
+        image = distances.view(torch.int64) ^ torch.iinfo(torch.int64).min
+    else:
+        image = distances.long()
+    if image.dtype == torch.int32:
+        return image
+    # 64 bits do not fit: the place of each value among the different values of its image stands for it.
+    values, at = image.flatten(1).sort(1)
+    place = F.pad((values[:, 1:] != values[:, :-1]).cumsum(1), (1, 0))[:, : values.shape[1]]
+    return torch.zeros_like(at).scatter(1, at, place).int().reshape(distances.shape)
 
 
 def _select_nearest(
     classes: Tensor, distance_sq: Tensor, ratio: float, num_classes: int | None, seed: int | Tensor
 ) -> Tensor:
     """Sort each image by (class, distance, hash); the first k of each class are chosen."""
-    batch, height, width = classes.shape
-    pixels = height * width
+    batch, *size = classes.shape
+    pixels = math.prod(size)
     if classes.numel() == 0:
         return torch.zeros_like(classes, dtype=torch.bool)
     is_class = classes >= 0 if num_classes is None else (classes >= 0) & (classes < num_classes)
-    classes = torch.where(is_class, classes, -1).reshape(batch, pixels)
-    order_in_class = (distance_sq << 32) + image_hash(seed, STREAM_TIES, height, width, classes.device)
+    shape, classes = classes.shape, torch.where(is_class, classes, -1).reshape(batch, pixels)
+    order_in_class = (distance_sq << 32) + image_hash(seed, STREAM_TIES, tuple(size), classes.device)
     by_key = order_in_class.reshape(batch, pixels).argsort(1)
     sorted_classes, by_class = classes.gather(1, by_key).sort(dim=1, stable=True)
     order = by_key.gather(1, by_class)
@@ -395,4 +308,4 @@ def _select_nearest(
     # One float64 product, rounded up: 0.07 · 100 gives 8.
     k = ((last - first + 1).double() * ratio).ceil()
     chosen = (place - first < k) & (sorted_classes >= 0)
-    return torch.zeros_like(chosen).scatter(1, order, chosen).reshape(batch, height, width)
+    return torch.zeros_like(chosen).scatter(1, order, chosen).reshape(shape)

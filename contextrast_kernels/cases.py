@@ -131,7 +131,7 @@ class Case:
         centres = torch.cat((noise(N, D), torch.zeros(1, D)))  # the last row for ignored pixels, -1
         features = []
         for h, w in self.sizes:
-            centre = centres[maps.targets(labels, h, w, N, scenes.VOID)].permute(0, 3, 1, 2)
+            centre = centres[maps.targets(labels, (h, w), N, scenes.VOID)].permute(0, 3, 1, 2)
             features.append(finished(noise(B, D, h, w).add_(centre)))
         logits = noise(B, N, *self.sizes[0]).clamp_(-3, 3)
         sampled = maps.to_size(predictions, *self.sizes[0])[:, None]

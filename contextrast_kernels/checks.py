@@ -1,17 +1,55 @@
 """Arguments are checked here: one sentence says which one, what was expected and what came. Nothing synchronises."""
 
+import functools
 import math
 import numbers
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
+from torch.nn.functional import pad
 
 MAX_SIDE = 16384
 """Longest side of a map: squared distances and their sums stay inside 32 bits."""
+MAX_VOXELS = 2**31 - 1
+"""Most voxels of a volume: their indices stay inside 32 bits."""
+
+WITHOUT_FLOAT64 = "counts and distances are decided in float64, which MPS does not have: move it with .cpu()"
+"""Why nothing runs on Apple's GPUs."""
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+_WIDER = {torch.uint16: torch.int32, torch.uint32: torch.int64, torch.uint64: torch.int64}
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, *_WIDER)
+
+
+def plain(value):
+    """A tensor of a subclass (MONAI's MetaTensor, torchvision's Mask, ...) as the tensor it holds, also in a list.
+
+    Everything else is returned as it is, and so are subclasses that dispatch by themselves, such as FakeTensor and
+    DTensor, which may hold no single tensor. torch.compile cannot unwrap a subclass: convert it before
+    the compiled function.
+    """
+    if torch.compiler.is_compiling():
+        return value
+    if isinstance(value, Tensor):
+        kind = type(value)
+        if kind is Tensor or kind is Parameter or kind.__torch_dispatch__ is not Tensor.__torch_dispatch__:
+            return value
+        return value.as_subclass(Tensor)
+    if isinstance(value, list | tuple) and any(plain(x) is not x for x in value):
+        return list(map(plain, value))
+    return value
+
+
+def takes_subclasses(function):
+    """Decorate a public function so that it sees tensor subclasses as the tensors they hold."""
+
+    @functools.wraps(function)
+    def wrapper(*args, **kwargs):
+        return function(*map(plain, args), **{name: plain(value) for name, value in kwargs.items()})
+
+    return wrapper
 
 
 def name_of(dtype: torch.dtype) -> str:
@@ -39,40 +77,97 @@ def tensor(name: str, value, expected: str) -> None:
         raise TypeError(f"{name}: expected {expected}, got {type(value).__name__}")
 
 
-def sides(name: str, value: Tensor) -> None:
-    if value.shape[-2] > MAX_SIDE or value.shape[-1] > MAX_SIDE:
+def signed(value: Tensor) -> Tensor:
+    """Integers in a type that PyTorch computes with: it can do little with unsigned ones of more than 8 bits.
+
+    A number from 2**63 on becomes negative, which is no class.
+    """
+    return value.to(_WIDER[value.dtype]) if value.dtype in _WIDER else value
+
+
+def sides(name: str, value: Tensor, dims: int = 2) -> None:
+    if value.device.type == "mps":
+        raise RuntimeError(
+            f"{name}: expected a tensor on the CPU or a CUDA device, got {describe(value)}; {WITHOUT_FLOAT64}"
+        )
+    size = value.shape[value.ndim - dims :]
+    if any(side > MAX_SIDE for side in size):
         raise ValueError(
             f"{name}: expected sides of at most {MAX_SIDE} pixels, got {describe(value)}; crop or downsample it"
         )
+    if dims == 3 and math.prod(size) > MAX_VOXELS:
+        raise ValueError(
+            f"{name}: expected volumes of at most {MAX_VOXELS} voxels, got {describe(value)}; crop or downsample it"
+        )
+
+
+def dims_of(predictions, labels, size=None) -> int:
+    """2 for maps, 3 for volumes: what predictions and labels that belong together are.
+
+    Logits settle it by their rank, else labels and class maps do, except that (B, 1, H, W) may be either; else a size.
+    Where nothing settles it they are maps.
+    """
+    if isinstance(predictions, Tensor) and predictions.is_floating_point() and predictions.ndim in (4, 5):
+        return predictions.ndim - 2
+    for value in (labels, predictions):
+        is_map = isinstance(value, Tensor) and value.ndim in (3, 4, 5) and not value.is_floating_point()
+        if is_map and (value.ndim != 4 or value.shape[1] != 1):
+            return 2 if value.ndim == 3 else 3
+    return 3 if isinstance(size, tuple | list) and len(size) == 3 else 2
 
 
 def feature_map(name: str, value) -> None:
-    expected = "a floating-point feature map (B, D, h, w)"
+    expected = "a floating-point feature map (B, D, h, w), or (B, D, z, h, w) of a volume"
     tensor(name, value, expected)
     if value.dtype not in _FLOATS:
         raise TypeError(f"{name}: expected {expected}, got {describe(value)}")
-    if value.ndim != 4:
+    if value.ndim not in (4, 5):
         raise ValueError(f"{name}: expected {expected}, got {describe(value)}")
     if value.shape[1] == 0:
         raise ValueError(f"{name}: expected at least one channel, got {describe(value)}; drop this layer from the list")
-    sides(name, value)
+    sides(name, value, value.ndim - 2)
 
 
-def class_map(name: str, value, *, shape: tuple | None = None) -> Tensor:
-    """A map of class numbers (B, H, W); (B, 1, H, W) is brought to it."""
-    expected = "an integer map (B, H, W)"
+def maps_alone(name: str, value: Tensor) -> None:
+    if value.ndim != 4:
+        raise ValueError(f"{name}: expected feature maps (B, D, h, w), got {describe(value)}; pass planes as a batch")
+
+
+def class_map(name: str, value, *, shape: tuple | None = None, dims: int = 2) -> Tensor:
+    """A map of class numbers (B, H, W), or (B, Z, H, W) where ``dims`` is 3.
+
+    A channel axis of one goes, and wide unsigned types become signed ones.
+    """
+    expected, channel = "an integer map (B, H, W)", "(B, 1, H, W)"
+    if dims == 3:
+        expected, channel = "an integer map (B, Z, H, W) of a volume", "(B, 1, Z, H, W)"
     tensor(name, value, expected)
     if value.dtype not in _INTEGERS:
         hint = "; take the argmax, or call .long()" if value.is_floating_point() else "; call .long()"
         raise TypeError(f"{name}: expected {expected}, got {describe(value)}{hint}")
-    if value.ndim == 4 and value.shape[1] == 1:
+    if value.ndim == dims + 2 and value.shape[1] == 1:
         value = value[:, 0]
-    if value.ndim != 3:
-        hint = "; add the batch axis, value[None]" if value.ndim == 2 else ""
-        raise ValueError(f"{name}: expected {expected} or (B, 1, H, W), got {describe(value)}{hint}")
-    sides(name, value)
+    if value.ndim != dims + 1:
+        hint = "; add the batch axis, value[None]" if value.ndim == dims else ""
+        if dims == 3 and value.ndim == 3:
+            hint = "; a map (B, H, W) does not go with features, logits or a size of a volume"
+        raise ValueError(f"{name}: expected {expected} or {channel}, got {describe(value)}{hint}")
+    sides(name, value, dims)
     if shape is not None and tuple(value.shape) != tuple(shape):
         raise ValueError(f"{name}: expected shape {tuple(shape)}, got {describe(value)}")
+    return signed(value)
+
+
+def distances(name: str, value, shape: tuple) -> Tensor:
+    """A map of numbers, one a pixel, of the shape of a class map; a channel axis of one goes."""
+    expected = f"integers or floats of shape {tuple(shape)}"
+    tensor(name, value, expected)
+    if value.dtype not in _INTEGERS + _FLOATS:
+        raise TypeError(f"{name}: expected {expected}, got {describe(value)}")
+    if value.ndim == len(shape) + 1 and value.shape[1] == 1:
+        value = value[:, 0]
+    if tuple(value.shape) != tuple(shape):
+        raise ValueError(f"{name}: expected {expected}, got {describe(value)}")
     return value
 
 
@@ -83,32 +178,52 @@ def chosen(name: str, value, shape: tuple) -> Tensor:
     return value
 
 
-def predictions(name: str, value, num_classes: int | None) -> Tensor:
-    """A class map (B, H', W') of integers, or logits (B, N, H', W') of floats."""
-    expected = "a class map (B, H', W') of integers or logits (B, N, H', W') of floats"
+def predictions(name: str, value, num_classes: int | None, dims: int = 2) -> Tensor:
+    """A class map (B, H', W') of integers or logits (B, N, H', W') of floats; where ``dims`` is 3, of volumes.
+
+    Logits of one channel z with two classes are a binary network's: they become the two channels (0, z).
+    """
+    axes = "H', W'" if dims == 2 else "Z', H', W'"
+    expected = f"a class map (B, {axes}) of integers or logits (B, N, {axes}) of floats"
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected {expected}, got {type(value).__name__}; pass the tensor, as output['out']")
     if value.dtype in _INTEGERS:
-        return class_map(name, value)
+        return class_map(name, value, dims=dims)
     if value.dtype not in _FLOATS:
         raise TypeError(f"{name}: expected {expected}, got {describe(value)}")
-    if value.ndim != 4:
+    if value.ndim != dims + 2:
         raise ValueError(f"{name}: expected {expected}, got {describe(value)}")
-    if value.shape[1] == 0 or (num_classes is not None and value.shape[1] != num_classes):
-        channels = "at least one channel" if num_classes is None else f"{num_classes} channels (num_classes)"
-        raise ValueError(
-            f"{name}: expected logits with {channels}, got {describe(value)}; pass the classifier's output"
-        )
-    sides(name, value)
+    sides(name, value, dims)
+    if value.shape[1] == 1 and num_classes == 2:
+        return pad(value, (*(0, 0) * dims, 1, 0))  # sigmoid(z) is the softmax of (0, z)
+    if value.shape[1] < 2 or (num_classes is not None and value.shape[1] != num_classes):
+        channels = "at least 2 channels" if num_classes is None else f"{num_classes} channels (num_classes)"
+        remedy = "pass the classifier's output"
+        if value.shape[1] == 1:
+            remedy += ", or num_classes=2 for a binary network with one channel"
+        raise ValueError(f"{name}: expected logits with {channels}, got {describe(value)}; {remedy}")
     return value
 
 
-def logits(name: str, value, num_classes: int) -> None:
+def logits(name: str, value, num_classes: int, dims: int = 2) -> Tensor:
     if isinstance(value, Tensor) and value.dtype in _INTEGERS:
         raise TypeError(
             f"{name}: expected logits (B, N, H', W') of floats, got {describe(value)}; pass them before the argmax"
         )
-    predictions(name, value, num_classes)
+    return predictions(name, value, num_classes, dims)
+
+
+def soft_labels(name: str, value, shape: tuple) -> Tensor:
+    """Class probabilities beside logits of a shape; of two classes that of class 1 (B, 1, H, W) will do."""
+    expected = f"floating-point class probabilities of shape {tuple(shape)}"
+    tensor(name, value, expected)
+    if value.dtype not in _FLOATS:
+        raise TypeError(f"{name}: expected {expected}, got {describe(value)}; class numbers are the labels")
+    if value.ndim == len(shape) and value.shape[1] == 1 and shape[1] == 2:
+        value = torch.cat([1 - value, value], 1)
+    if value.shape != shape:
+        raise ValueError(f"{name}: expected {expected}, one for each class and label, got {describe(value)}")
+    return value
 
 
 def together(first_name: str, first: Tensor, name: str, value: Tensor, *, batch: bool = True) -> None:
@@ -124,9 +239,9 @@ def together(first_name: str, first: Tensor, name: str, value: Tensor, *, batch:
         )
 
 
-def samples_from(name: str, value: Tensor, height: int, width: int) -> None:
+def samples_from(name: str, value: Tensor, *size: int) -> None:
     """A map without pixels cannot be brought to a size that has some."""
-    if height * width > 0 and value.shape[-2] * value.shape[-1] == 0:
+    if math.prod(size) > 0 and math.prod(value.shape[value.ndim - len(size) :]) == 0:
         raise ValueError(f"{name}: expected a map with at least one pixel, got {describe(value)}")
 
 
@@ -142,13 +257,24 @@ def num_classes(value) -> None:
     integer("num_classes", value, low=1, high=2**31 - 1)
 
 
+def several_classes(value) -> None:
+    """The number of classes of what is contrasted or scored."""
+    num_classes(value)
+    if value == 1:
+        raise ValueError(
+            "num_classes: expected at least 2, got 1, which has nothing to be told from; for a network with one output "
+            "channel set num_classes=2, where class 1 means that its logits (B, 1, H, W) are positive"
+        )
+
+
 def ignore_index(value) -> None:
     integer("ignore_index", value, low=-(2**63), high=2**63 - 1)
 
 
-def size(name: str, value) -> None:
-    if not isinstance(value, tuple | list) or len(value) != 2:
-        raise TypeError(f"{name}: expected a pair (height, width), got {describe(value)}")
+def size(name: str, value, dims: int = 2) -> None:
+    if not isinstance(value, tuple | list) or len(value) != dims:
+        expected = "a pair (height, width)" if dims == 2 else "three sides (depth, height, width), as of a volume"
+        raise TypeError(f"{name}: expected {expected}, got {describe(value)}")
     for side in value:
         integer(name, side, low=1, high=MAX_SIDE)
 

@@ -15,11 +15,14 @@ from torch import Tensor
 from contextrast_kernels import bane, checks, maps, ranks
 from contextrast_kernels.anchors import class_anchors, class_sums, fuse_anchors, means
 from contextrast_kernels.backend import choose_kernels, differentiable_once, empty_codes, on_device
+from contextrast_kernels.distance import check_sampling
 from contextrast_kernels.embedding import compute_dtype, unit
 from contextrast_kernels.hashing import STREAM_BASE, image_hash, seed_tensor
+from contextrast_kernels.loops import one_call_per_sample
 from contextrast_kernels.pixel_anchor import anchor_contrast, pixel_anchor_loss, positive_terms, slope_of_log_sums
 
 
+@checks.takes_subclasses
 def contextrast_loss(
     features: Sequence[Tensor],
     labels: Tensor,
@@ -38,6 +41,7 @@ def contextrast_loss(
     normalize: bool = True,
     normalize_anchors: bool = False,
     detach_anchors: bool = False,
+    sampling: float | Sequence[float] | None = None,
     seed: int | Tensor = 0,
     group=None,
 ) -> Tensor:
@@ -45,16 +49,20 @@ def contextrast_loss(
 
     Args:
         features: projected feature maps (B, D, h_i, w_i), one a layer, from high to low resolution; the same D and
-            dtype in all (float16, bfloat16, float32 or float64), any strides.
+            dtype in all (float16, bfloat16, float32 or float64), any strides. Of volumes (B, D, z_i, h_i, w_i).
         labels: (B, H, W) or (B, 1, H, W) integers, brought to each layer by nearest sampling. A label outside 0..N-1
-            counts as ignored.
-        predictions: the network's final logits (B, N, H', W') or their class map (B, H', W'), of any size. No gradient.
-        num_classes: N.
-        ignore_index: the label of pixels that take no part.
+            counts as ignored. With features of volumes (B, Z, H, W) or (B, 1, Z, H, W): there (B, 1, H, W) is a
+            volume of depth one.
+        predictions: the network's final logits (B, N, H', W') or their class map (B, H', W'), of any size, or the same
+            of volumes. No gradient.
+        num_classes: N, at least 2. With 2, logits may have one channel, as a binary network's: class 1 where it is
+            positive.
+        ignore_index: the label of pixels that take no part. Where it is one of 0..N-1, that class is left out of the
+            predictions too.
         layer_weights: λ_i, one for each layer.
         temperature: τ.
         fusion_weight: w_h, the share of the last layer in the anchors of the lower ones.
-        negatives, ratio, distance_at: the hard negatives, as in ``bane_negatives``.
+        negatives, ratio, distance_at, sampling: the hard negatives, as in ``bane_negatives``.
         base_rate: share of the valid pixels that are also negatives of every class but their own; 0 none, 1 all.
         base_sampler: in place of base_rate, the rule that chooses these pixels in each layer, such as
             ``Sampler("common-count", 10000, 2500)`` of MS/CS. The loss is then composed of the ops of its parts.
@@ -90,6 +98,7 @@ def contextrast_loss(
         normalize=normalize,
         normalize_anchors=normalize_anchors,
         detach_anchors=detach_anchors,
+        sampling=sampling,
         group=ranks.name_of(group),
     )
     loss, _ = total_loss(features, labels, predictions, options, seed)
@@ -113,11 +122,12 @@ class Options:
     normalize: bool
     normalize_anchors: bool
     detach_anchors: bool
+    sampling: float | Sequence[float] | None
     group: str | None
     """The name of the process group."""
 
     def __post_init__(self):
-        checks.num_classes(self.num_classes)
+        checks.several_classes(self.num_classes)
         checks.ignore_index(self.ignore_index)
         checks.weights("layer_weights", self.layer_weights)
         checks.real("temperature", self.temperature, low=0.0, open_low=True)
@@ -127,6 +137,7 @@ class Options:
         checks.flag("normalize", self.normalize)
         checks.flag("normalize_anchors", self.normalize_anchors)
         checks.flag("detach_anchors", self.detach_anchors)
+        check_sampling(self.sampling, 2 if isinstance(self.sampling, Sequence) and len(self.sampling) == 2 else 3)
         if self.base_sampler is not None and (not callable(self.base_sampler) or self.base_rate > 0):
             raise ValueError(
                 f"base_sampler: expected a callable as ck.Sampler, and base_rate 0 beside it, "
@@ -171,7 +182,12 @@ def check_layers(features, layer_weights: Sequence[float] | None = None) -> None
                 f"got {checks.describe(x)}; project all layers to one size and dtype"
             )
         before = tuple(features[max(i - 1, 0)].shape[2:])
-        if x.shape[2] > before[0] or x.shape[3] > before[1]:
+        if x.ndim != first.ndim:
+            raise ValueError(
+                f"{name}: expected a layer with {first.ndim - 2} spatial axes, as features[0] has, "
+                f"got {checks.describe(x)}; pass maps or volumes, not both"
+            )
+        if any(side > above for side, above in zip(x.shape[2:], before)):
             raise ValueError(
                 f"{name}: expected at most the size {before} of the layer before, got {tuple(x.shape[2:])}; "
                 "list the layers from high to low resolution"
@@ -181,12 +197,13 @@ def check_layers(features, layer_weights: Sequence[float] | None = None) -> None
 def check_inputs(features, labels, predictions, options: Options) -> tuple[Tensor, Tensor]:
     """The batch; returns labels and predictions with their rank settled."""
     check_layers(features, options.layer_weights)
-    labels = checks.class_map("labels", labels)
-    predictions = checks.predictions("predictions", predictions, options.num_classes)
     first = features[0]
+    dims = first.ndim - 2
+    labels = checks.class_map("labels", labels, dims=dims)
+    predictions = checks.predictions("predictions", predictions, options.num_classes, dims)
     for name, value in (("labels", labels), ("predictions", predictions)):
         checks.together("features[0]", first, name, value)
-        checks.samples_from(name, value, *first.shape[-2:])
+        checks.samples_from(name, value, *first.shape[2:])
     return labels, predictions
 
 
@@ -199,7 +216,7 @@ def total_loss(
     """
     labels, predictions = check_inputs(features, labels, predictions, options)
     checks.seed(seed, labels.device)
-    sizes = [tuple(x.shape[-2:]) for x in features]
+    sizes = [tuple(x.shape[2:]) for x in features]
     seed = seed_tensor(seed, labels.device)
     selection = (
         predictions.detach(),
@@ -211,8 +228,9 @@ def total_loss(
         options.distance_at,
         options.ignore_index,
         seed,
+        check_sampling(options.sampling, len(sizes[0])),
     )
-    backend = choose_kernels(features[0], options.num_classes)
+    backend = choose_kernels(features, options.num_classes)
     if options.group is not None:
         _agree(features, options, backend)
     if backend == "triton" and options.base_sampler is None:
@@ -235,9 +253,9 @@ def _composed_loss(
     """The definition, from the hard negatives on; each part on the backend that it chooses."""
     # Widened once, so that a half-precision gradient is summed in float32 and rounded once.
     features = [x.to(compute_dtype(x.dtype)) for x in features]
-    sizes = [tuple(x.shape[-2:]) for x in features]
+    sizes = [tuple(x.shape[2:]) for x in features]
     N, normalize = options.num_classes, options.normalize
-    targets = [maps.targets(labels, *size, N, options.ignore_index) for size in sizes]
+    targets = [maps.targets(labels, size, N, options.ignore_index) for size in sizes]
     anchors, counts = zip(
         *(class_anchors(x, y, N, ignore_index=-1, normalize=normalize) for x, y in zip(features, targets)), strict=True
     )
@@ -248,7 +266,7 @@ def _composed_loss(
         base = _base_pixels(target, i, options, seed)
         drawn_here = chosen >= 0
         if options.base_sampler is not None:
-            predicted = maps.predicted_classes(predictions, *size)
+            predicted = maps.predicted_classes(predictions, size, options.ignore_index)
             base = options.base_sampler(target, predicted, N, seed, STREAM_BASE + i)
             base = checks.chosen("base_sampler", base, target.shape) & (target >= 0)
         if base is not None:
@@ -294,7 +312,7 @@ def _base_pixels(target: Tensor, layer: int, options: Options, seed: int | Tenso
         return None
     # For an integer, hash < rate · 2³² is hash < ⌈rate · 2³²⌉: compared as integers, where float32 would round.
     limit = math.ceil(options.base_rate * 2.0**32)
-    return (image_hash(seed, STREAM_BASE + layer, *target.shape[1:], target.device) < limit) & (target >= 0)
+    return (image_hash(seed, STREAM_BASE + layer, target.shape[1:], target.device) < limit) & (target >= 0)
 
 
 def _agree(features: Sequence[Tensor], options: Options, backend: str) -> None:
@@ -305,7 +323,7 @@ def _agree(features: Sequence[Tensor], options: Options, backend: str) -> None:
     kind = f"num_classes={options.num_classes}; {shapes}; {flags}; detach_anchors={options.detach_anchors}"
     kind += f"; backend {backend!r}"
     numbers = ("ignore_index", "layer_weights", "temperature", "fusion_weight", "base_rate")
-    selection = ("negatives", "ratio", "distance_at")
+    selection = ("negatives", "ratio", "distance_at", "sampling")
     facts = "; ".join([kind, *(f"{name}={getattr(options, name)!r}" for name in numbers + selection)])
     # A schedule may change these numbers in every step, but only one side of this limit takes a reduction more.
     ranks.agree(options.group, f"{kind}; {ranks.close_enough(1 / options.temperature)}", facts)
@@ -331,7 +349,7 @@ def _global_loss(
     name, N, weights = options.group, options.num_classes, options.layer_weights
     # Widened once, so that a half-precision gradient is summed in float32 and rounded once.
     features = [ranks.DifferentiableOnce.apply(x.to(compute_dtype(x.dtype))) for x in features]
-    targets = [maps.targets(labels, *x.shape[-2:], N, options.ignore_index) for x in features]
+    targets = [maps.targets(labels, x.shape[2:], N, options.ignore_index) for x in features]
     bases = [_base_pixels(target, i, options, seed) for i, target in enumerate(targets)]
     drawn = [(chosen >= 0 if base is None else (chosen >= 0) | base).sum() for chosen, base in zip(hard, bases)]
 
@@ -392,13 +410,14 @@ def _fused_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The fused kernels, from the codes of the hard negatives on."""
     for i, x in enumerate(features if options.group is not None else ()):
-        if x.shape[0] * x.shape[2] * x.shape[3] > ranks.MOST_PIXELS:
+        if x.shape[0] * math.prod(x.shape[2:]) > ranks.MOST_PIXELS:
             raise ValueError(
                 f"features[{i}]: expected at most {ranks.MOST_PIXELS} pixels on each rank of a group, "
                 f"got {checks.describe(x)}; use backend('reference') on all ranks, or a smaller batch"
             )
+    stacks = [maps.plane_stack(x) for x in features]
     loss, losses, report, *_ = _contextrast_loss(
-        list(features),
+        stacks,
         labels,
         hard,
         seed,
@@ -414,6 +433,7 @@ def _fused_loss(
         backend,
         errors if options.group is not None else None,
         options.group,
+        maps.volume_sides(features),
     )
     if options.group is not None:
         errors = report[3]
@@ -444,6 +464,7 @@ def _contextrast_loss(
     backend: str,
     errors: Tensor | None,
     group: str | None,
+    volumes: list[int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The loss, L_i of every layer, the report (3, layers): classes, positives, negatives; and what backward
     reads: codes y, base pixels or the similarity of hard negatives, â, Z, coefficients, T.
@@ -451,6 +472,9 @@ def _contextrast_loss(
     With a group, ranks reduce inside of the op, between its phases, and a fourth row of the report has the errors of
     all ranks. One op with reductions within, not three with reductions between: what passes from phase to phase are
     sums that are added to in place, and the backward pass, which needs none, stays the same.
+
+    volumes: z, h, w of each layer in turn, where the features are ``maps.plane_stack`` of volumes and the labels
+    (B, Z, H, W).
     """
     from contextrast_kernels.kernels import contextrast
 
@@ -470,6 +494,7 @@ def _contextrast_loss(
             normalize_anchors,
             errors,
             group,
+            volumes,
         )
     per_pixel = terms.similarity if terms.base is None else terms.base
     saved = (y, per_pixel, terms.table, terms.Z, outcome.coefficients, outcome.pull)
@@ -532,14 +557,16 @@ def _save_for_backward(ctx, inputs, output):
 
 def _backward(ctx, gradient, *_):
     if gradient is None:
-        return [None] * ctx.layers, *(None,) * 15
+        return [None] * ctx.layers, *(None,) * 16
     if ctx.group is not None:
         gradient = gradient * ranks.size(ctx.group)  # DDP will divide it
     features, saved = ctx.saved_tensors[: ctx.layers], ctx.saved_tensors[ctx.layers :]
     dx = _contextrast_loss_backward(
         gradient, list(features), *saved, ctx.temperature, ctx.normalize, ctx.detach_anchors, ctx.backend
     )
-    return dx, *(None,) * 15
+    return dx, *(None,) * 16
 
 
 _contextrast_loss.register_autograd(_backward, setup_context=_save_for_backward)
+one_call_per_sample(_contextrast_loss)
+one_call_per_sample(_contextrast_loss_backward)

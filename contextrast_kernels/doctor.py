@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 
 import contextrast_kernels as ck
-from contextrast_kernels import hashing, native
+from contextrast_kernels import checks, hashing, native
 
 OPS = {
     "reference": "every op, on any device",
@@ -51,6 +51,8 @@ def _version(package: str) -> str:
 
 def _devices() -> list[str]:
     lines = [f"CPU: {torch.get_num_threads()} threads"]
+    if torch.backends.mps.is_available():
+        lines.append(f"MPS: not used; {checks.WITHOUT_FLOAT64}")
     if not torch.cuda.is_available():
         return [*lines, f"CUDA: no device (torch was built for CUDA {torch.version.cuda or 'not at all'})"]
     for i in range(torch.cuda.device_count()):

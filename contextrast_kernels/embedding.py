@@ -22,11 +22,11 @@ def unit(x: Tensor) -> Tensor:
 
 
 def pixel_embeddings(features: Tensor, valid: Tensor, normalize: bool) -> Tensor:
-    """Embeddings (P, D) of a feature map (B, D, h, w), one row a pixel, in image and row order; zero outside ``valid``.
+    """Embeddings (P, D) of a feature map (B, D, *size), one row a pixel, in memory order; zero outside ``valid``.
 
-    Pixels outside ``valid`` (B, h, w) become zero before anything is computed on them, so that a NaN there reaches
+    Pixels outside ``valid`` (B, *size) become zero before anything is computed on them, so that a NaN there reaches
     neither value nor gradient.
     """
     x = features.movedim(1, -1).to(compute_dtype(features.dtype))
-    x = torch.where(valid.unsqueeze(-1), x, 0.0).flatten(0, 2)
+    x = torch.where(valid.unsqueeze(-1), x, 0.0).flatten(0, -2)
     return unit(x) if normalize else x

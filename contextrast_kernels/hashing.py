@@ -1,8 +1,11 @@
 """Counter-based randomness: every draw is a pure function of (seed, stream, pixel).
 
 The same seed gives the same draw on every backend and device, bit for bit. A pixel is named by its index inside its
-own image (row * width + column), so a draw depends on neither batch nor rank.
+own image in memory order (row * width + column; in a volume (plane * height + row) * width + column), so a draw depends
+on neither batch nor rank.
 """
+
+import math
 
 import torch
 from torch import Tensor
@@ -43,7 +46,7 @@ def pixel_hash(seed: int | Tensor, stream: int, pixels: Tensor) -> Tensor:
     return _mix(pixels ^ key)
 
 
-def image_hash(seed: int | Tensor, stream: int, height: int, width: int, device: torch.device) -> Tensor:
-    """``pixel_hash`` of every pixel of an image: int64 (height, width)."""
-    pixels = torch.arange(height * width, device=device)
-    return pixel_hash(seed, stream, pixels).reshape(height, width)
+def image_hash(seed: int | Tensor, stream: int, size: tuple[int, ...], device: torch.device) -> Tensor:
+    """``pixel_hash`` of every pixel of an image of this size: int64 (*size)."""
+    pixels = torch.arange(math.prod(size), device=device)
+    return pixel_hash(seed, stream, pixels).reshape(size)

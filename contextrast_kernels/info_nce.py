@@ -22,11 +22,13 @@ from torch.nn import functional as F
 from contextrast_kernels import checks
 from contextrast_kernels.backend import MOST_CHANNELS, choose, differentiable_once, on_device, unchanged_by_autocast
 from contextrast_kernels.embedding import compute_dtype
+from contextrast_kernels.loops import one_call_per_sample
 
 POSITIVES = ("each", "supcon", "pooled")
 REDUCTIONS = ("mean", "none")
 
 
+@checks.takes_subclasses
 def info_nce(
     rows: Tensor,
     row_labels: Tensor,
@@ -75,14 +77,14 @@ def info_nce(
         TypeError, ValueError: an argument of the wrong type, rank, size, range or device; the sentence names it.
         RuntimeError: a backend was asked for that cannot run.
     """
-    check_rows("rows", rows, "row_labels", row_labels)
+    row_labels = check_rows("rows", rows, "row_labels", row_labels)
     itself = columns is None
     if itself and column_labels is not None:
         raise ValueError("column_labels: expected None without columns; give both or neither")
     if not itself:
         if column_labels is None:
             raise ValueError("column_labels: expected labels (C,) of the columns, got None; give both or neither")
-        check_rows("columns", columns, "column_labels", column_labels)
+        column_labels = check_rows("columns", columns, "column_labels", column_labels)
         checks.together("rows", rows, "columns", columns, batch=False)
         if columns.shape[1] != rows.shape[1] or columns.dtype != rows.dtype:
             raise ValueError(
@@ -95,9 +97,9 @@ def info_nce(
     checks.choice("reduction", reduction, REDUCTIONS)
     against = ("rows", rows) if itself else ("columns", columns)
     if row_negatives is not None:
-        _check_integers("row_negatives", row_negatives, "rows", rows)
+        row_negatives = _check_integers("row_negatives", row_negatives, "rows", rows)
     if column_negatives is not None:
-        _check_integers("column_negatives", column_negatives, *against)
+        column_negatives = _check_integers("column_negatives", column_negatives, *against)
     if base is not None:
         _check_vector("base", base, "bool flags", lambda dtype: dtype == torch.bool, *against)
     if column_weights is not None:
@@ -185,18 +187,19 @@ def _definition(
     return of_row if reduction == "none" else of_row.sum() / valid_row.sum().clamp(min=1)
 
 
-def check_rows(name: str, rows: Tensor, labels_name: str, labels: Tensor) -> None:
-    """A matrix (R, D), and an integer label for each of its rows."""
+def check_rows(name: str, rows: Tensor, labels_name: str, labels: Tensor) -> Tensor:
+    """A matrix (R, D), and an integer label for each of its rows; returns the labels in a signed type."""
     checks.tensor(name, rows, "a floating-point matrix (R, D)")
     if not checks.is_floating(rows.dtype):
         raise TypeError(f"{name}: expected a floating-point matrix, got {checks.describe(rows)}")
     if rows.ndim != 2:
         raise ValueError(f"{name}: expected a matrix (R, D), got {checks.describe(rows)}")
-    _check_integers(labels_name, labels, name, rows)
+    return _check_integers(labels_name, labels, name, rows)
 
 
-def _check_integers(name: str, value: Tensor, of: str, rows: Tensor) -> None:
+def _check_integers(name: str, value: Tensor, of: str, rows: Tensor) -> Tensor:
     _check_vector(name, value, "integer labels", checks.is_integer, of, rows, "; call .long()")
+    return checks.signed(value)
 
 
 def _check_vector(name: str, value: Tensor, kind: str, fits, of: str, rows: Tensor, remedy: str = "") -> None:
@@ -301,3 +304,5 @@ def _backward(ctx, gradient, *_):
 
 
 _info_nce.register_autograd(_backward, setup_context=_save_for_backward)
+one_call_per_sample(_info_nce)
+one_call_per_sample(_info_nce_backward)

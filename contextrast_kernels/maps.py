@@ -1,39 +1,101 @@
-"""Label and prediction maps: brought to a layer's size, with everything that is no class turned into -1."""
+"""Label and prediction maps: brought to a layer's size, with everything that is no class turned into -1.
+
+A map has two spatial axes (h, w) or, as a volume, three (z, h, w). A size has one number for each.
+"""
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 
-def to_size(values: Tensor, height: int, width: int) -> Tensor:
-    """Nearest sampling of ``values`` (..., H, W) to (..., height, width): row r takes source row (r * H) // height.
+def to_size(values: Tensor, *size: int) -> Tensor:
+    """Nearest sampling of the last axes of ``values`` to ``size``: index i of m takes source (i * n) // m of n.
 
     Exact integer arithmetic, unlike ``interpolate(mode="nearest")``, whose float32 scale is off by a row at some sizes.
     """
-    source_height, source_width = values.shape[-2:]
-    if (source_height, source_width) == (height, width):
+    source = values.shape[values.ndim - len(size) :]
+    if source == size:
         return values
-    rows = torch.arange(height, device=values.device) * source_height // max(height, 1)
-    columns = torch.arange(width, device=values.device) * source_width // max(width, 1)
-    return values[..., rows[:, None], columns]
+    index = [torch.arange(n, device=values.device) * of // max(n, 1) for n, of in zip(size, source)]
+    broadcast = [i.view(-1, *(1,) * (len(size) - 1 - axis)) for axis, i in enumerate(index)]
+    return values[(..., *broadcast)]
 
 
-def targets(labels: Tensor, height: int, width: int, num_classes: int | None, ignore_index: int) -> Tensor:
-    """Labels (B, H, W) at a layer's size: int64 (B, height, width), the class, or -1 where the pixel takes no part.
+def targets(labels: Tensor, size: tuple[int, ...], num_classes: int | None, ignore_index: int) -> Tensor:
+    """Labels at a layer's size: int64 (B, *size), the class, or -1 where the pixel takes no part.
 
     A label outside 0..N-1 counts as ignored. Labels are widened before any comparison, so that ``ignore_index=-100``
     never meets a uint8 156.
     """
-    classes = to_size(labels, height, width).long()
+    classes = to_size(labels, *size).long()
     valid = (classes >= 0) & (classes != ignore_index)
     if num_classes is not None:
         valid = valid & (classes < num_classes)
     return torch.where(valid, classes, -1)
 
 
-def predicted_classes(predictions: Tensor, height: int, width: int) -> Tensor:
-    """Class map or logits at a size: int64 (B, height, width). Ties of the argmax go to the lowest class.
+def predicted_classes(predictions: Tensor, size: tuple[int, ...], ignore_index: int) -> Tensor:
+    """Class map or logits at a size: int64 (B, *size). Ties of the argmax go to the lowest class.
 
-    Logits are sampled first, so that only the pixels which are needed are compared.
+    Where ``ignore_index`` is predicted, the class is -1. Logits are sampled first, so that only the pixels which are
+    needed are compared.
     """
-    sampled = to_size(predictions, height, width)
-    return sampled.argmax(1) if predictions.is_floating_point() else sampled.long()
+    sampled = to_size(predictions, *size)
+    classes = sampled.argmax(1) if predictions.is_floating_point() else sampled.long()
+    return torch.where(classes == ignore_index, -1, classes)
+
+
+def resized(logits: Tensor, size: tuple[int, ...]) -> Tensor:
+    """Logits at a size, interpolated linearly along each axis (align_corners=False)."""
+    if len(size) == 3 and logits.shape[2] == size[0] == 1:  # the bits of a map
+        return resized(logits.squeeze(2), size[1:]).unsqueeze(2)
+    return interpolate(logits, size, mode="bilinear" if len(size) == 2 else "trilinear", align_corners=False)
+
+
+_CLASSES_AT_ONCE = 4
+
+
+def resized_classes(predictions: Tensor, size: tuple[int, ...], ignore_index: int) -> Tensor:
+    """``predicted_classes`` for scoring: logits are resized bilinearly (of volumes trilinearly,
+    align_corners=False) before the argmax.
+
+    A few classes are resized at a time, so that the logits are never held at the larger size.
+    """
+    same_size = predictions.shape[2:] == size
+    if not predictions.is_floating_point() or same_size or 0 in size:
+        return predicted_classes(predictions, size, ignore_index)
+    dtype = torch.promote_types(predictions.dtype, torch.float32)
+    largest = classes = None
+    for first, logits in enumerate(predictions.split(_CLASSES_AT_ONCE, 1)):
+        logits = resized(logits.to(dtype), size)
+        value, place = logits.max(1)
+        place = place + first * _CLASSES_AT_ONCE
+        if first == 0:
+            largest, classes = value, place
+            continue
+        larger = (value > largest) | (value.isnan() & ~largest.isnan())  # NaN counts as the largest, as in argmax
+        largest, classes = torch.where(larger, value, largest), torch.where(larger, place, classes)
+    return torch.where(classes == ignore_index, -1, classes)
+
+
+def volume_sides(features: Sequence[Tensor]) -> list[int] | None:
+    """The sides z, h, w of each layer's volume, one layer after the other; None for maps."""
+    return None if features[0].ndim == 4 else [side for x in features for side in x.shape[2:]]
+
+
+def plane_stack(features: Tensor) -> Tensor | None:
+    """Features of a volume (B, D, z, h, w) as a map (B, D, rows, columns) with the pixels in the same order: a view.
+
+    Either the rows of all planes form one axis, or every plane is one row. None where the strides allow neither, as
+    in a block that is cut out of a larger volume in both h and w. Features of a map are returned as they are.
+    """
+    if features.ndim == 4:
+        return features
+    for axis in (2, 3):
+        size, below = features.shape[axis : axis + 2]
+        stride, stride_below = features.stride()[axis : axis + 2]
+        if 0 in features.shape or size == 1 or below == 1 or stride == below * stride_below:
+            return features.flatten(axis, axis + 1)
+    return None

@@ -4,15 +4,18 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, interpolate
+from torch.nn.functional import cross_entropy
 
 from contextrast_kernels import checks, maps, ranks
 from contextrast_kernels.contextrast import Options, check_inputs, total_loss
 from contextrast_kernels.embedding import compute_dtype
+from contextrast_kernels.state import lasting
 
 
 class ProjectionHead(nn.Sequential):
     """Projects one encoder layer's features to the common embedding size: (B, in_channels, h, w) → (B, dim, h, w).
+
+    With ``spatial_dims=3`` it projects features (B, in_channels, z, h, w) of volumes.
 
     Two 1x1 convolutions with ReLU and batch normalisation between them, as in MS/CS, on whose code Contextrast was
     very likely built (docs/method.md). The output is not normalised: the loss does that. Used in training only.
@@ -20,19 +23,22 @@ class ProjectionHead(nn.Sequential):
     Args:
         in_channels: channels of the layer.
         dim: D, the same for all layers.
+        spatial_dims: 2 for features of maps, 3 for features of volumes.
 
     Raises:
-        TypeError, ValueError: an argument that is no positive integer; the sentence names it.
+        TypeError, ValueError: an argument that is no integer or out of range; the sentence names it.
     """
 
-    def __init__(self, in_channels: int, dim: int = 256):
+    def __init__(self, in_channels: int, dim: int = 256, *, spatial_dims: int = 2):
         checks.integer("in_channels", in_channels, low=1)
         checks.integer("dim", dim, low=1)
+        checks.integer("spatial_dims", spatial_dims, low=2, high=3)
+        convolution, norm = (nn.Conv2d, nn.BatchNorm2d) if spatial_dims == 2 else (nn.Conv3d, nn.BatchNorm3d)
         super().__init__(
-            nn.Conv2d(in_channels, in_channels, 1, bias=False),
+            convolution(in_channels, in_channels, 1, bias=False),
             nn.ReLU(),
-            nn.BatchNorm2d(in_channels),
-            nn.Conv2d(in_channels, dim, 1),
+            norm(in_channels),
+            convolution(in_channels, dim, 1),
         )
 
 
@@ -75,6 +81,7 @@ class ContextrastLoss(nn.Module):
         normalize: bool = True,
         normalize_anchors: bool = False,
         detach_anchors: bool = False,
+        sampling: float | Sequence[float] | None = None,
         seed: int | Tensor = 0,
         group=None,
         debug: bool = False,
@@ -94,20 +101,22 @@ class ContextrastLoss(nn.Module):
             normalize=normalize,
             normalize_anchors=normalize_anchors,
             detach_anchors=detach_anchors,
+            sampling=sampling,
             group=ranks.name_of(group),
         )
         checks.seed(seed, seed.device if isinstance(seed, Tensor) else None)
         checks.flag("debug", debug)
         self.debug = debug
-        self.register_buffer("seed", torch.tensor(int(seed), dtype=torch.int64))
+        self.register_buffer("seed", lasting(torch.tensor(int(seed), dtype=torch.int64)))
         self.last: dict[str, Tensor] = {}
 
+    @checks.takes_subclasses
     def forward(self, features: Sequence[Tensor], labels: Tensor, predictions: Tensor) -> Tensor:
         """The loss of one batch: see ``contextrast_loss``."""
         if self.debug:
             self._check_values(features, labels, predictions)
         if isinstance(labels, Tensor) and self.seed.device != labels.device:
-            self.seed = self.seed.to(labels.device)  # once: from then on no step copies it
+            self.seed = lasting(self.seed, labels.device)  # once: from then on no step copies it
         # The draws of this step keep their seed when the buffer moves on.
         loss, self.last = total_loss(features, labels, predictions, self.options, self.seed.clone())
         if self.training:
@@ -128,7 +137,7 @@ class ContextrastLoss(nn.Module):
                     f"got {classes[wrong][0].item()} ({int(wrong.sum())} of {classes.numel()} pixels are out of range)"
                 )
         for i, x in enumerate(features):
-            valid = maps.targets(labels, *x.shape[-2:], num_classes, ignore_index) >= 0
+            valid = maps.targets(labels, x.shape[2:], num_classes, ignore_index) >= 0
             broken = ~x.isfinite().all(1) & valid
             if broken.any():
                 raise ValueError(
@@ -186,7 +195,7 @@ class ContextrastCriterion(nn.Module):
                     f"got {checks.describe(class_weights)}"
                 )
             try:
-                class_weights = torch.as_tensor(class_weights, dtype=torch.float32).clone()
+                class_weights = torch.as_tensor(checks.plain(class_weights), dtype=torch.float32).clone()
             except (TypeError, ValueError, RuntimeError) as error:
                 raise TypeError(
                     f"class_weights: expected {num_classes} finite numbers, one for each class, "
@@ -197,47 +206,66 @@ class ContextrastCriterion(nn.Module):
                     f"class_weights: expected {num_classes} finite numbers of at least 0, one for each class, "
                     f"got {checks.describe(class_weights)}"
                 )
+            class_weights = lasting(class_weights)
         self.register_buffer("class_weights", class_weights)
         self.last: dict[str, Tensor] = {}
 
-    def forward(self, features: Sequence[Tensor], labels: Tensor, logits: Tensor) -> Tensor:
+    @checks.takes_subclasses
+    def forward(
+        self, features: Sequence[Tensor], labels: Tensor, logits: Tensor, *, soft_labels: Tensor | None = None
+    ) -> Tensor:
         """The objective of one batch.
 
         Args:
             features, labels: as in ``contextrast_loss``.
-            logits: the network's (B, N, H', W'). Where they are not as large as the labels they are resized bilinearly
-                (align_corners=False) for the cross-entropy and for the predictions of the contrast.
+            logits: the network's (B, N, H', W'), or (B, N, Z', H', W') of a volume. Where they are not as large as the
+                labels they are resized bilinearly, in a volume trilinearly (align_corners=False), for the
+                cross-entropy and for the predictions of the contrast.
+            soft_labels: floats (B, N, H, W), or (B, N, Z, H, W) of a volume, of the labels' size: the probability of
+                every class at every pixel, as mixup or a teacher gives them. They take the labels' place in the
+                cross-entropy, which is then the plain mean over the pixels with a valid label, as
+                ``torch.nn.CrossEntropyLoss`` has it. The contrast keeps the labels.
 
         Returns:
             A scalar, float32, or float64 for float64 features and logits.
         """
         options = self.contrast.options
-        labels = checks.class_map("labels", labels)
-        checks.logits("logits", logits, options.num_classes)
+        dims = checks.dims_of(logits, labels)
+        labels = checks.class_map("labels", labels, dims=dims)
+        logits = checks.logits("logits", logits, options.num_classes, dims)
         checks.together("labels", labels, "logits", logits)
-        size = labels.shape[-2:]
+        size = labels.shape[1:]
         checks.samples_from("logits", logits, *size)
         logits = logits.to(compute_dtype(logits.dtype))
-        if logits.shape[-2:] != size:
-            logits = interpolate(logits, size, mode="bilinear", align_corners=False)
+        if logits.shape[2:] != size:
+            logits = maps.resized(logits, size)
+        if soft_labels is not None:
+            soft_labels = checks.soft_labels("soft_labels", soft_labels, logits.shape)
+            checks.together("labels", labels, "soft_labels", soft_labels)
         contrast = self.contrast(features, labels, logits)
-        targets = maps.targets(labels, *size, options.num_classes, options.ignore_index)
-        entropy = self._cross_entropy(logits, targets)
+        targets = maps.targets(labels, size, options.num_classes, options.ignore_index)
+        entropy = self._cross_entropy(logits, targets, soft_labels)
         self.last = {"cross_entropy": entropy.detach(), "contrast": contrast.detach(), **self.contrast.last}
         return entropy + self.weight * contrast
 
-    def _cross_entropy(self, logits: Tensor, targets: Tensor) -> Tensor:
+    def _cross_entropy(self, logits: Tensor, targets: Tensor, soft_labels: Tensor | None) -> Tensor:
         weights = self.class_weights
         if weights is not None:
             if weights.device != logits.device:
-                self.class_weights = weights = weights.to(logits.device)  # once: from then on no step copies it
+                self.class_weights = weights = lasting(weights, logits.device)  # once: from then on no step copies it
             weights = weights.to(logits.dtype)
+        # A NaN at an ignored pixel must not reach the gradient.
+        valid = targets >= 0
+        logits = torch.where(valid.unsqueeze(1), logits, 0.0)
+        if soft_labels is not None:
+            soft_labels = torch.where(valid.unsqueeze(1), soft_labels.to(logits.dtype), 0.0)
+            losses = cross_entropy(logits, soft_labels, weights, reduction="none", label_smoothing=self.label_smoothing)
+            return torch.where(valid, losses, 0.0).sum() / valid.sum().clamp(min=1)
         # Pixel by pixel and summed here, because torch divides 0 by 0 where nothing is valid and its own sum is not
         # deterministic on CUDA.
         losses = cross_entropy(
             logits, targets, weights, ignore_index=-1, reduction="none", label_smoothing=self.label_smoothing
         )
-        valid = targets >= 0
         share = valid.to(losses.dtype) if weights is None else weights[targets.clamp(min=0)] * valid
         total = share.sum()
         return losses.sum() / torch.where(total > 0, total, 1)

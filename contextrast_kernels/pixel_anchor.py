@@ -23,8 +23,10 @@ from contextrast_kernels.backend import (
     unchanged_by_autocast,
 )
 from contextrast_kernels.embedding import compute_dtype, pixel_embeddings
+from contextrast_kernels.loops import one_call_per_sample
 
 
+@checks.takes_subclasses
 def pixel_anchor_loss(
     features: Tensor,
     labels: Tensor,
@@ -42,12 +44,14 @@ def pixel_anchor_loss(
     each once. With neither map given, every pixel of another class is a negative.
 
     Args:
-        features: (B, D, h, w), float16, bfloat16, float32 or float64, any strides.
-        labels: (B, H, W) or (B, 1, H, W) integers, brought to (h, w) by nearest sampling. Pixels with a label outside
-            0..N-1 or equal to ``ignore_index`` take no part, also when ``negatives`` or ``base`` names them.
+        features: (B, D, h, w), or (B, D, z, h, w) of a volume; float16, bfloat16, float32 or float64, any strides.
+        labels: (B, H, W) or (B, 1, H, W) integers, brought to (h, w) by nearest sampling; with features of a volume
+            (B, Z, H, W) or (B, 1, Z, H, W). Pixels with a label outside 0..N-1 or equal to ``ignore_index`` take no
+            part, also when ``negatives`` or ``base`` names them.
         anchors: (N, D), as ``class_anchors`` or ``fuse_anchors`` returns them; differentiable.
-        negatives: (B, h, w) integers: the class each pixel is a negative of, or any value outside 0..N-1 for none.
-        base: (B, h, w) bool.
+        negatives: (B, h, w) or (B, z, h, w) integers: the class each pixel is a negative of, or any value outside
+            0..N-1 for none.
+        base: (B, h, w) or (B, z, h, w) bool.
         temperature: τ.
         normalize: embeddings are x / ‖x‖₂ over D.
 
@@ -63,10 +67,11 @@ def pixel_anchor_loss(
     checks.ignore_index(ignore_index)
     checks.real("temperature", temperature, low=0.0, open_low=True)
     checks.flag("normalize", normalize)
-    labels = checks.class_map("labels", labels)
+    dims = features.ndim - 2
+    labels = checks.class_map("labels", labels, dims=dims)
     checks.together("features", features, "labels", labels)
-    batch, channels, height, width = features.shape
-    checks.samples_from("labels", labels, height, width)
+    batch, channels, *size = features.shape
+    checks.samples_from("labels", labels, *size)
     checks.tensor("anchors", anchors, "floating-point anchors (N, D)")
     if not anchors.is_floating_point():
         raise TypeError(f"anchors: expected floating-point anchors (N, D), got {checks.describe(anchors)}")
@@ -76,9 +81,9 @@ def pixel_anchor_loss(
             f"got {checks.describe(anchors)}"
         )
     checks.together("features", features, "anchors", anchors, batch=False)
-    layer = (batch, height, width)
+    layer = (batch, *size)
     if negatives is not None:
-        negatives = checks.class_map("negatives", negatives, shape=layer).long()
+        negatives = checks.class_map("negatives", negatives, shape=layer, dims=dims).long()
         checks.together("features", features, "negatives", negatives)
     if base is not None:
         checks.tensor("base", base, "a bool map (B, h, w)")
@@ -87,14 +92,23 @@ def pixel_anchor_loss(
         if tuple(base.shape) != layer:
             raise ValueError(f"base: expected shape {layer}, that of the features, got {checks.describe(base)}")
         checks.together("features", features, "base", base)
-    backend = choose_kernels(features, anchors.shape[0])
+    backend = choose_kernels([features], anchors.shape[0])
     if backend == "triton":
         return _pixel_anchor_loss(
-            features, labels, anchors, negatives, base, float(temperature), ignore_index, normalize, backend
+            maps.plane_stack(features),
+            labels,
+            anchors,
+            negatives,
+            base,
+            float(temperature),
+            ignore_index,
+            normalize,
+            backend,
+            maps.volume_sides([features]),
         )[0]
     if negatives is None and base is None:
         base = torch.ones(layer, dtype=torch.bool, device=features.device)
-    targets = maps.targets(labels, height, width, anchors.shape[0], ignore_index)
+    targets = maps.targets(labels, tuple(size), anchors.shape[0], ignore_index)
     return anchor_info_nce(features, targets, anchors, negatives, base, temperature, normalize)
 
 
@@ -107,7 +121,7 @@ def anchor_info_nce(
     temperature: float,
     normalize: bool,
 ) -> Tensor:
-    """Eqs. 3-4 for targets (B, h, w): the class of each pixel, -1 for none."""
+    """Eqs. 3-4 for targets (B, *size): the class of each pixel, -1 for none."""
     classes = torch.arange(anchors.shape[0], device=features.device)
     label = targets.flatten().clamp(min=0)
     counts = torch.zeros_like(classes).index_add(0, label, (targets >= 0).flatten().long())
@@ -196,21 +210,22 @@ def _pixel_anchor_loss(
     ignore_index: int,
     normalize: bool,
     backend: str,
+    volume: list[int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The loss and dL/danchors, which the forward pass yields together; and what backward reads: codes y and e, base
-    pixels or the similarity of hard negatives, â, Z, coefficients."""
+    pixels or the similarity of hard negatives, â, Z, coefficients. volume: as in ``class_anchors``."""
     from contextrast_kernels.kernels import pixel_anchor
 
     with on_device(features):
         loss, pull, y, terms = pixel_anchor.forward(
-            features, labels, anchors, negatives, base, temperature, ignore_index, normalize
+            features, labels, anchors, negatives, base, temperature, ignore_index, normalize, volume
         )
     per_pixel = terms.similarity if terms.base is None else terms.base
     return loss, pull, y, terms.e, per_pixel, terms.table, terms.Z, terms.coefficients
 
 
 @_pixel_anchor_loss.register_fake
-def _(features, labels, anchors, negatives, base, temperature, ignore_index, normalize, backend):
+def _(features, labels, anchors, negatives, base, temperature, ignore_index, normalize, backend, volume=None):
     (N, D), dtype = anchors.shape, compute_dtype(features.dtype)
     dense = base is not None or negatives is None
     rows = [features.new_empty(shape, dtype=dtype) for shape in ((1, N, D), (1, N), (1, 2, N))]
@@ -250,7 +265,7 @@ differentiable_once("pixel_anchor_loss", _pixel_anchor_loss_backward)
 
 def _save_for_backward(ctx, inputs, output):
     ctx.set_materialize_grads(False)  # else every output that has no gradient gets one of zeros, at its full size
-    features, _, anchors, _, _, ctx.temperature, _, ctx.normalize, ctx.backend = inputs
+    features, _, anchors, _, _, ctx.temperature, _, ctx.normalize, ctx.backend, _ = inputs
     ctx.save_for_backward(features, *output[1:])
     ctx.mark_non_differentiable(*output[1:])
     ctx.anchors_dtype = anchors.dtype
@@ -258,14 +273,16 @@ def _save_for_backward(ctx, inputs, output):
 
 def _backward(ctx, gradient, *_):
     if gradient is None:
-        return (None,) * 9
+        return (None,) * 10
     features, pull, *saved = ctx.saved_tensors
     dx = danchors = None
     if ctx.needs_input_grad[0]:
         dx = _pixel_anchor_loss_backward(gradient, features, *saved, ctx.temperature, ctx.normalize, ctx.backend)
     if ctx.needs_input_grad[2]:
         danchors = (gradient * pull).to(ctx.anchors_dtype)
-    return dx, None, danchors, None, None, None, None, None, None
+    return dx, None, danchors, *(None,) * 7
 
 
 _pixel_anchor_loss.register_autograd(_backward, setup_context=_save_for_backward)
+one_call_per_sample(_pixel_anchor_loss)
+one_call_per_sample(_pixel_anchor_loss_backward)

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from contextrast_kernels import checks
 from contextrast_kernels.anchors import class_anchors, fuse_anchors
-from contextrast_kernels.bane import bane_negatives, edge_distance, error_map
+from contextrast_kernels.bane import bane_negatives, error_map
 from contextrast_kernels.contextrast import check_layers
+from contextrast_kernels.distance import edge_distance
 from contextrast_kernels.embedding import unit
 from contextrast_kernels.maps import predicted_classes, targets
 
@@ -52,6 +53,7 @@ def class_colours(num_classes: int) -> Tensor:
     return torch.tensor([colorsys.hsv_to_rgb(n / num_classes, *shades[n % 4]) for n in range(num_classes)])
 
 
+@checks.takes_subclasses
 def negatives(
     image: Tensor,
     labels: Tensor,
@@ -73,7 +75,8 @@ def negatives(
 
     Args:
         image: (3, H, W), float in 0..1 or uint8; shown as it is in every row.
-        labels: (H, W) integers.
+        labels: (H, W) integers. Of a volume pass one plane of each, such as ``labels[z]`` and ``logits[:, z]``: it is
+            shown as a map, whose distances are those within the plane.
         predictions: class map (H', W') of integers or logits (N, H', W') of floats.
         num_classes: N.
         sizes: (h, w) of each layer, from high to low resolution.
@@ -92,7 +95,7 @@ def negatives(
     from matplotlib.patches import Patch
 
     image = _shown(image)
-    checks.num_classes(num_classes)
+    checks.several_classes(num_classes)
     checks.tensor("labels", labels, "the map (H, W) of one image")
     checks.tensor("predictions", predictions, "the class map (H', W') or the logits (N, H', W') of one image")
     if labels.ndim != 2:
@@ -127,8 +130,8 @@ def negatives(
         chosen = bane_negatives(
             predictions, labels, num_classes=num_classes, size=(h, w), ratio=ratio, ignore_index=ignore_index, seed=seed
         )
-        at_layer = targets(labels, h, w, num_classes, ignore_index)
-        predicted = predicted_classes(predictions, h, w)
+        at_layer = targets(labels, (h, w), num_classes, ignore_index)
+        predicted = predicted_classes(predictions, (h, w), ignore_index)
         errors = error_map(predicted, at_layer, num_classes=num_classes, ignore_index=-1)
         distance = edge_distance(errors)[0]
         around = torch.where(at_layer < 0, void, correct)
@@ -157,8 +160,9 @@ def negatives(
         bar = figure.colorbar(drawn, ax=row[4], fraction=0.05, pad=0.02, ticks=[0, int(highest)])
         bar.ax.tick_params(labelsize=8, length=2)
 
-    present = targets(labels, *labels.shape[-2:], num_classes, ignore_index).unique().tolist()
-    present = sorted({*present, *predicted_classes(predictions, *predictions.shape[-2:]).unique().tolist()})
+    present = targets(labels, labels.shape[1:], num_classes, ignore_index).unique().tolist()
+    predicted = predicted_classes(predictions, predictions.shape[-2:], ignore_index)
+    present = sorted({*present, *predicted.unique().tolist()})
     patches = [Patch(facecolor=colours[n].tolist(), label=names[n]) for n in present if 0 <= n < num_classes]
     patches += [
         Patch(facecolor=VOID_COLOUR, label="void"),
@@ -183,6 +187,7 @@ def negatives(
     return figure
 
 
+@checks.takes_subclasses
 def embedding_colours(features: Tensor) -> Tensor:
     """Embeddings as colours: the three principal components of v = x / ‖x‖₂ over all pixels as red, green and blue.
 
@@ -222,6 +227,7 @@ def embedding_colours(features: Tensor) -> Tensor:
     return (colours * 255).round().to(torch.uint8).view(B, height, width, 3)
 
 
+@checks.takes_subclasses
 def embeddings(image: Tensor, features: Sequence[Tensor]) -> Figure:
     """One image and the embeddings of each layer as colours (``embedding_colours``), drawn as large as the image.
 
@@ -262,6 +268,7 @@ def embeddings(image: Tensor, features: Sequence[Tensor]) -> Figure:
     return figure
 
 
+@checks.takes_subclasses
 def anchor_similarity(
     features: Sequence[Tensor],
     labels: Tensor,
@@ -289,7 +296,7 @@ def anchor_similarity(
     from matplotlib.figure import Figure
 
     check_layers(features)
-    checks.num_classes(num_classes)
+    checks.several_classes(num_classes)
     names = _names(class_names, num_classes)
     of_layers = [class_anchors(x.detach(), labels, num_classes, ignore_index=ignore_index) for x in features]
     top, top_counts = of_layers[-1]

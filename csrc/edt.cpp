@@ -1,10 +1,14 @@
-// edge_distance and distance_transform on the CPU, in three passes over bands of 32 rows; a band is a task for a
-// thread.
-//   1. mark: the seeds, and the results of all pixels that are seeds or have no distance. The others are `far`.
-//   2. carry: the nearest seeds above and below each band.
-//   3. solve: the far pixels, run by run. Both neighbours of a run are seeds (or the image ends there), so no column
-//      beyond them matters.
+// edge_distance and distance_transform on the CPU, for lines, maps and volumes.
+//   1. mark: the seeds, and for edge_distance the pixels whose distance is wanted, a bit each. A word has 32 pixels of a
+//      column, which is a line along the first axis that is longer than 1.
+//   2. carry: the nearest seeds above and below each word.
+//   3. solve: plane after plane across the columns, first along y (in volumes), then along x. A block of 64 bytes of
+//      costs, of neighbours along x, is settled by a window; the blocks that it leaves open are searched line by line.
+// Only pixels that are wanted and no seed, the far ones, are searched for. Along any axis the neighbours of a run of far
+// pixels are seeds, or the image ends there, so that no pixel beyond them matters.
 #include <string.h>
+
+#include <limits>
 
 #include "host.h"
 #include "lines.h"
@@ -13,219 +17,834 @@ namespace contextrast {
 namespace {
 
 constexpr int BAND = 32;
-constexpr int WINDOW = 4;    // steps of the window before a segment is left to the bisection
-constexpr int SEGMENT = 32;  // pixels: a small multiple of the lanes of a vector register
-constexpr int SEGMENTS = CONTEXTRAST_MAX_SIDE / SEGMENT + 1;
+constexpr int STRIP = 64;                          // columns of a plane that are searched along y together
+constexpr int WINDOW = 8, WINDOW_BESIDE_OPEN = 2;  // steps before a block is left to the search
+constexpr int MARGIN = 32;                         // pixels without a seed around each line
+constexpr int BLOCKS = CONTEXTRAST_MAX_SIDE / 8;   // the most blocks of a line
+constexpr int TASK_PIXELS = 1 << 14;
+static_assert(MARGIN >= WINDOW + 16, "what a block of 64 bytes reads beside its line");
 
-struct Bands {
-  int64_t count;
-  uint32_t *seeds, *carries;  // (B, count, W)
-  uint8_t *far;               // (B, H, W)
+// The volume without axes of one pixel: (columns' length, y, x); a map is (H, 1, W), a line is (1, 1, W). Neither a sum
+// of costs nor an order in memory changes with it.
+struct Volume {
+  const void *data;
+  int32_t type;
+  int64_t batch, stride_batch;
+  int size[3];
+  int64_t stride[3];
+  Metric metric;
+  ContextrastDistance wanted;
 
-  Bands(Scratch &scratch, int64_t batch, int64_t height, int64_t width) : count((height + BAND - 1) / BAND) {
-    seeds = scratch.take<uint32_t>(batch * count * width);
-    carries = scratch.take<uint32_t>(batch * count * width);
-    far = scratch.take<uint8_t>(batch * height * width);
+  Volume(const ContextrastVolume &volume, const ContextrastDistance &asked)
+      : data(volume.data), type(volume.type), batch(volume.batch), stride_batch(volume.stride_batch), wanted(asked) {
+    metric = metric_of(volume, asked);
+    for (int axis = 0; axis < 3; ++axis) {
+      size[axis] = static_cast<int>(volume.size[axis]);
+      stride[axis] = volume.stride[axis];
+    }
+    if (size[2] == 1) exchange(1, 2);
+    if (size[2] == 1) exchange(0, 2);
+    if (size[0] == 1) exchange(0, 1);
+  }
+
+  int64_t plane() const { return static_cast<int64_t>(size[1]) * size[2]; }
+  int64_t image() const { return size[0] * plane(); }
+  int64_t bands() const { return (size[0] + BAND - 1) / BAND; }
+  bool keys() const { return wanted.nearest[0] || wanted.nearest[1] || wanted.nearest[2]; }
+
+ private:
+  template <class T>
+  static void exchange(T (&values)[3], int a, int b) {
+    const T value = values[a];
+    values[a] = values[b];
+    values[b] = value;
+  }
+  void exchange(int a, int b) {
+    exchange(size, a, b);
+    exchange(stride, a, b);
+    exchange(metric.side, a, b);
+    exchange(metric.weight, a, b);
+    exchange(metric.search, a, b);
+    exchange(wanted.nearest, a, b);
   }
 };
 
-// What the two functions differ in: the seeds, the pixels whose distance is wanted, and what the others get.
+// (B, bands, y, x) each. Where there is one band, no carries.
+struct Words {
+  uint32_t *seeds, *carries = nullptr, *wanted = nullptr;
 
-struct Edges {
-  static constexpr int UNWANTED = CONTEXTRAST_OUTSIDE;
-  template <class T>
-  static CONTEXTRAST_HD bool is_seed(T here, T up, T down, T left, T right) {
-    return is_edge(here, up, down, left, right);
-  }
-  template <class T>
-  static CONTEXTRAST_HD bool is_wanted(T here) {
-    return here >= T(0);
+  Words(Scratch &scratch, const Volume &volume, bool edges) {
+    const int64_t count = volume.batch * volume.bands() * volume.plane() + 8;  // rows are read by eight words
+    seeds = scratch.take<uint32_t>(count);
+    if (volume.bands() > 1) carries = scratch.take<uint32_t>(count);
+    if (edges) wanted = scratch.take<uint32_t>(count);
   }
 };
 
-struct Zeros {
-  static constexpr int UNWANTED = 0;
-  template <class T>
-  static CONTEXTRAST_HD bool is_seed(T here, T, T, T, T) {
-    return here == T(0);
-  }
-  template <class T>
-  static CONTEXTRAST_HD bool is_wanted(T here) {
-    return here != T(0);
+// ---- 1. Mark. Values are compared as signed integers of their width.
+
+// What a type's bits mean.
+struct Meaning {
+  int width;          // in bytes
+  bool has_sign;      // of integers: negative values are outside of every class
+  bool ignores_sign;  // of floating point: -0 is zero
+
+  explicit Meaning(int32_t type) {
+    switch (type) {
+      case CONTEXTRAST_UINT8:
+      case CONTEXTRAST_INT8: width = 1; break;
+      case CONTEXTRAST_INT16:
+      case CONTEXTRAST_UINT16:
+      case CONTEXTRAST_FLOAT16:
+      case CONTEXTRAST_BFLOAT16: width = 2; break;
+      case CONTEXTRAST_INT32:
+      case CONTEXTRAST_UINT32:
+      case CONTEXTRAST_FLOAT32: width = 4; break;
+      default: width = 8;
+    }
+    has_sign = type != CONTEXTRAST_UINT8 && type < CONTEXTRAST_UINT16;
+    ignores_sign = type >= CONTEXTRAST_FLOAT16 && type <= CONTEXTRAST_FLOAT64;
   }
 };
 
-// ---- 1. Mark
-
-template <class Kind, class T, class Distance>
-CONTEXTRAST_HD void mark(T here, T up, T down, T left, T right, int bit, uint32_t &seeds, uint8_t &far,
-                         Distance &distance) {
-  const bool seed = Kind::is_seed(here, up, down, left, right), wanted = Kind::is_wanted(here);
-  seeds |= static_cast<uint32_t>(seed) << bit;
-  far = wanted & !seed;
-  distance = wanted ? Distance(0) : Distance(Kind::UNWANTED);
+// body(T()) for the signed integer of a width.
+template <class Body>
+void with_width(int width, const Body &body) {
+  switch (width) {
+    case 1: return body(int8_t());
+    case 2: return body(int16_t());
+    case 4: return body(int32_t());
+    default: return body(int64_t());
+  }
 }
 
-// One row, whose columns lie `step` elements apart.
-template <class Kind, class T, class Distance>
-CONTEXTRAST_HD void mark_row(const T *__restrict here, const T *__restrict up, const T *__restrict down, int64_t step,
-                             int width, int bit, uint32_t *__restrict seeds, uint8_t *__restrict far,
-                             Distance *__restrict distance) {
+// One row, whose pixels lie `step` elements apart. Bits that `counts` leaves out make no pixel nonzero.
+template <class T>
+CONTEXTRAST_HD void mark_zeros(const T *__restrict here, int64_t step, int width, T counts, int bit,
+                               uint32_t *__restrict seeds) {
+  for (int64_t x = 0; x < width; ++x) seeds[x] |= static_cast<uint32_t>((here[x * step] & counts) == 0) << bit;
+}
+
+// A row of classes with its neighbours across; at a border of the image they are the row itself.
+template <class T>
+struct Rows {
+  const T *here, *up, *down, *above, *below;
+};
+
+template <class T>
+CONTEXTRAST_HD void mark_edge(const Rows<T> &rows, int64_t at, int64_t left, int64_t right, bool has_sign, int bit,
+                              uint32_t &seeds, uint32_t &wanted) {
+  const T own = rows.here[at];
+  const bool is_wanted = !has_sign | (own >= T(0));
+  const bool differs = (own != rows.up[at]) | (own != rows.down[at]) | (own != rows.above[at]) |
+                       (own != rows.below[at]) | (own != rows.here[left]) | (own != rows.here[right]);
+  seeds |= static_cast<uint32_t>(is_wanted & differs) << bit;
+  wanted |= static_cast<uint32_t>(is_wanted) << bit;
+}
+
+template <class T>
+CONTEXTRAST_HD void mark_edges(const Rows<T> &rows, int64_t step, int width, bool has_sign, int bit,
+                               uint32_t *__restrict seeds, uint32_t *__restrict wanted) {
   const int64_t last = width - 1;
   for (int64_t x = 1; x < last; ++x)
-    mark<Kind>(here[x * step], up[x * step], down[x * step], here[(x - 1) * step], here[(x + 1) * step], bit, seeds[x],
-               far[x], distance[x]);
-  for (const int64_t x : {int64_t(0), last}) {
-    const int64_t left = greater<int64_t>(x - 1, 0), right = lesser(x + 1, last);
-    mark<Kind>(here[x * step], up[x * step], down[x * step], here[left * step], here[right * step], bit, seeds[x],
-               far[x], distance[x]);
-  }
+    mark_edge(rows, x * step, (x - 1) * step, (x + 1) * step, has_sign, bit, seeds[x], wanted[x]);
+  for (const int64_t x : {int64_t(0), last})
+    mark_edge(rows, x * step, greater<int64_t>(x - 1, 0) * step, lesser(x + 1, last) * step, has_sign, bit, seeds[x],
+              wanted[x]);
 }
 
-template <class Kind, class T, class Distance>
-CONTEXTRAST_CLONES void mark_band(const T *image, int64_t stride_row, int64_t stride_column, int height, int width,
-                                  int top, uint32_t *seeds, uint8_t *far, Distance *distance) {
+// The words of row y of one band, which starts at plane `top`.
+template <class T>
+CONTEXTRAST_CLONES void mark_words(const Volume &volume, const Meaning &meaning, const T *image, int top, int y,
+                                   uint32_t *seeds, uint32_t *wanted) {
+  const int width = volume.size[2];
+  const int64_t across = volume.stride[0], along = volume.stride[1], step = volume.stride[2];
+  const T counts = meaning.ignores_sign ? std::numeric_limits<T>::max() : T(-1);
   memset(seeds, 0, static_cast<size_t>(width) * sizeof *seeds);
-  for (int y = top; y < lesser(top + BAND, height); ++y, far += width, distance += width) {
-    const T *here = image + y * stride_row, *up = y > 0 ? here - stride_row : here,
-            *down = y + 1 < height ? here + stride_row : here;
-    if (stride_column == 1)
-      mark_row<Kind>(here, up, down, 1, width, y - top, seeds, far, distance);
-    else
-      mark_row<Kind>(here, up, down, stride_column, width, y - top, seeds, far, distance);
+  if (wanted) memset(wanted, 0, static_cast<size_t>(width) * sizeof *wanted);
+  for (int z = top; z < lesser(top + BAND, volume.size[0]); ++z) {
+    const T *here = image + z * across + y * along;
+    const int bit = z - top;
+    if (wanted) {
+      const Rows<T> rows{here, z > 0 ? here - across : here, z + 1 < volume.size[0] ? here + across : here,
+                         y > 0 ? here - along : here, y + 1 < volume.size[1] ? here + along : here};
+      if (step == 1)
+        mark_edges(rows, 1, width, meaning.has_sign, bit, seeds, wanted);
+      else
+        mark_edges(rows, step, width, meaning.has_sign, bit, seeds, wanted);
+    } else if (step == 1) {
+      mark_zeros(here, 1, width, counts, bit, seeds);
+    } else {
+      mark_zeros(here, step, width, counts, bit, seeds);
+    }
   }
 }
 
-// ---- 2. Carry
+// ---- 2. Carry: columns first..last-1 of one image
 
-CONTEXTRAST_CLONES void carry_image(const uint32_t *seeds, uint32_t *carries, int64_t count, int width) {
-  for (int x = 0; x < width; ++x) carries[x] = pack_carry(NO_SEED, 0);
-  for (int64_t band = 1; band < count; ++band) {
-    const uint32_t *word = seeds + (band - 1) * width, *from = carries + (band - 1) * width;
-    uint32_t *to = carries + band * width;
-    for (int x = 0; x < width; ++x) to[x] = pack_carry(pass_down(word[x], carry_above(from[x])), 0);
+CONTEXTRAST_CLONES void carry_columns(const uint32_t *seeds, uint32_t *carries, int64_t bands, int64_t plane,
+                                      int64_t first, int64_t last) {
+  for (int64_t x = first; x < last; ++x) carries[x] = pack_carry(NO_SEED, 0);
+  for (int64_t band = 1; band < bands; ++band) {
+    const uint32_t *word = seeds + (band - 1) * plane, *from = carries + (band - 1) * plane;
+    uint32_t *to = carries + band * plane;
+    for (int64_t x = first; x < last; ++x) to[x] = pack_carry(pass_down(word[x], carry_above(from[x])), 0);
   }
-  for (int x = 0; x < width; ++x) carries[(count - 1) * width + x] |= pack_carry(0, NO_SEED);
-  for (int64_t band = count - 2; band >= 0; --band) {
-    const uint32_t *word = seeds + (band + 1) * width, *from = carries + (band + 1) * width;
-    uint32_t *to = carries + band * width;
-    for (int x = 0; x < width; ++x) to[x] |= pack_carry(0, pass_up(word[x], carry_below(from[x])));
+  for (int64_t x = first; x < last; ++x) carries[(bands - 1) * plane + x] |= pack_carry(0, NO_SEED);
+  for (int64_t band = bands - 2; band >= 0; --band) {
+    const uint32_t *word = seeds + (band + 1) * plane, *from = carries + (band + 1) * plane;
+    uint32_t *to = carries + band * plane;
+    for (int64_t x = first; x < last; ++x) to[x] |= pack_carry(0, pass_up(word[x], carry_below(from[x])));
   }
 }
 
 // ---- 3. Solve
 
-CONTEXTRAST_HD void write(int32_t best, int32_t &distance) { distance = squared_distance(best); }
-CONTEXTRAST_HD void write(int32_t best, float &distance) { distance = distance_of(squared_distance(best)); }
+// Eight 32-bit lanes, and a block of 64 bytes of costs. The compiler splits them where registers are shorter.
+using Ints = int32_t __attribute__((vector_size(32), aligned(4), may_alias));
+using Words8 = uint32_t __attribute__((vector_size(32), aligned(4), may_alias));
+using Floats = float __attribute__((vector_size(32), aligned(4), may_alias));
+using Doubles = double __attribute__((vector_size(32), aligned(8), may_alias));
+using HalfInts = int32_t __attribute__((vector_size(16), aligned(4), may_alias));
 
-// The column of least cost for pixel x.
-CONTEXTRAST_HD int best_column(const int32_t *parabolas, int x, int first, int last) {
-  int32_t best = INT32_MAX;
-  for (int u = first; u <= last; ++u) best = lesser(best, cost(parabolas, x, u));
-  int u = first;
-  while (cost(parabolas, x, u) != best) ++u;
-  return u;
+template <class Cost>
+struct Vectors;
+template <>
+struct Vectors<int32_t> {
+  using Costs = Ints;
+  using Keys = Ints;
+  using Places = Ints;
+  static CONTEXTRAST_HD Ints ramp() { return Ints{0, 1, 2, 3, 4, 5, 6, 7}; }
+  static CONTEXTRAST_HD Ints narrow(Ints mask) { return mask; }
+};
+template <>
+struct Vectors<double> {
+  using Costs = Doubles;
+  using Keys = HalfInts;
+  using Places = int64_t __attribute__((vector_size(32), aligned(8), may_alias));
+  static CONTEXTRAST_HD Places ramp() { return Places{0, 1, 2, 3}; }
+  static CONTEXTRAST_HD HalfInts narrow(Places mask) { return __builtin_convertvector(mask, HalfInts); }
+};
+
+template <class Cost>
+constexpr int LANES = 64 / sizeof(Cost);  // pixels of a block: two vectors
+
+template <class V>
+CONTEXTRAST_HD V least(V a, V b) {
+  return a < b ? a : b;
+}
+template <class V>
+CONTEXTRAST_HD V most(V a, V b) {
+  return a > b ? a : b;
+}
+template <class V, class T>
+CONTEXTRAST_HD V load(const T *from) {
+  return *reinterpret_cast<const V *>(from);
+}
+template <class V, class T>
+CONTEXTRAST_HD void store(V value, T *to) {
+  *reinterpret_cast<V *>(to) = value;
+}
+CONTEXTRAST_HD bool any(Ints mask) {
+  using Long = int64_t __attribute__((vector_size(32), may_alias));
+  const Long all = reinterpret_cast<Long>(mask);
+  return (all[0] | all[1] | all[2] | all[3]) != 0;
+}
+CONTEXTRAST_HD bool any(Vectors<double>::Places mask) { return any(reinterpret_cast<Ints>(mask)); }
+
+template <class Cost>
+struct Block {
+  using V = typename Vectors<Cost>::Costs;
+  static constexpr int HALF = LANES<Cost> / 2;
+  V a, b;
+
+  static CONTEXTRAST_HD Block of(Cost value) { return {V{} + value, V{} + value}; }
+  static CONTEXTRAST_HD Block at(const Cost *from) { return {load<V>(from), load<V>(from + HALF)}; }
+  CONTEXTRAST_HD void put(Cost *to) const {
+    store(a, to);
+    store(b, to + HALF);
+  }
+  CONTEXTRAST_HD Block operator+(Cost value) const { return {a + value, b + value}; }
+};
+template <class Cost>
+CONTEXTRAST_HD Block<Cost> least(const Block<Cost> &x, const Block<Cost> &y) {
+  return {least(x.a, y.a), least(x.b, y.b)};
 }
 
-// best[i] = least_cost of pixel x + i over the columns first..last, for a segment of pixels abreast.
-CONTEXTRAST_HD void least_costs(const int32_t *parabolas, int x, int first, int last, int32_t *best) {
-  int32_t lowest[SEGMENT], linear[SEGMENT];
-  for (int i = 0; i < SEGMENT; ++i) {
-    lowest[i] = INT32_MAX;
-    linear[i] = -2 * (x + i) * first;
+template <class Cost>
+struct Keys {
+  using V = typename Vectors<Cost>::Keys;
+  static constexpr int HALF = LANES<Cost> / 2;
+  V a, b;
+
+  static CONTEXTRAST_HD Keys of(int32_t value) { return {V{} + value, V{} + value}; }
+  static CONTEXTRAST_HD Keys at(const int32_t *from) { return {load<V>(from), load<V>(from + HALF)}; }
+  CONTEXTRAST_HD void put(int32_t *to) const {
+    store(a, to);
+    store(b, to + HALF);
   }
+};
+
+// What a block has found so far. `keys` stays unused without KEYS.
+template <bool KEYS, class Cost>
+struct Best {
+  Block<Cost> costs;
+  Keys<Cost> keys;
+
+  CONTEXTRAST_HD void try_candidate(const Block<Cost> &other, const Keys<Cost> &other_keys) {
+    if constexpr (KEYS) {
+      const auto a = Vectors<Cost>::narrow(other.a < costs.a) |
+                     (Vectors<Cost>::narrow(other.a == costs.a) & (other_keys.a < keys.a));
+      const auto b = Vectors<Cost>::narrow(other.b < costs.b) |
+                     (Vectors<Cost>::narrow(other.b == costs.b) & (other_keys.b < keys.b));
+      keys.a = a ? other_keys.a : keys.a;
+      keys.b = b ? other_keys.b : keys.b;
+    }
+    costs = least(costs, other);
+  }
+
+  // Whether a pixel at the cost `next` away could still improve the block: a seed there, or with keys one as near that
+  // comes first.
+  CONTEXTRAST_HD bool is_open(Cost next) const {
+    const auto worst = most(costs.a, costs.b);
+    if constexpr (KEYS)
+      return any(worst >= next);
+    else
+      return any(worst > next);
+  }
+};
+
+// apart(steps) along one axis for -steps..steps, steps being the axis and a block more.
+template <class Cost>
+struct Apart {
+  Cost *zero;
+
+  static int64_t reach(int size) { return size + MARGIN; }
+  Apart(Scratch &scratch, int size) {
+    Cost *start = scratch.take<Cost>(2 * reach(size) + 1);
+    zero = start ? start + reach(size) : nullptr;
+  }
+  void fill(Cost side, int size) const {
+    for (int64_t steps = 0; steps <= reach(size); ++steps)
+      zero[steps] = zero[-steps] = Costs<Cost>::apart(side, static_cast<int>(steps));
+  }
+};
+
+// A line of a plane, or several abreast: costs and keys of the axes before, with MARGIN pixels without a seed on either
+// side; and results. `best` starts as the costs, and below 0 where no distance is wanted, which stays.
+template <class Cost>
+struct Line {
+  Cost *costs, *best;
+  int32_t *keys, *best_keys;
+
+  Line(Scratch &scratch, int64_t size, int64_t abreast, bool with_keys) {
+    const int64_t count = (size + 2 * MARGIN) * abreast, margin = MARGIN * abreast;
+    costs = scratch.take<Cost>(count);
+    best = scratch.take<Cost>(count);
+    keys = with_keys ? scratch.take<int32_t>(count) : nullptr;
+    best_keys = with_keys ? scratch.take<int32_t>(count) : nullptr;
+    if (!costs) return;
+    for (int64_t i = 0; i < margin; ++i) costs[i] = costs[count - 1 - i] = Costs<Cost>::none;
+    for (int64_t i = 0; with_keys && i < margin; ++i) keys[i] = keys[count - 1 - i] = INT32_MAX;
+    costs += margin;
+    if (with_keys) keys += margin;
+  }
+
+  CONTEXTRAST_HD Line from(int64_t start) const {
+    Line line = *this;
+    line.costs += start;
+    line.best += start;
+    if (keys) line.keys += start, line.best_keys += start;
+    return line;
+  }
+};
+
+// The window of one block, `steps` pixels to either side, which lie `step` elements apart. True if the block is settled.
+template <bool KEYS, class Cost>
+CONTEXTRAST_HD bool window(const Cost *costs, const int32_t *keys, int64_t step, const Cost *apart, int steps,
+                           Cost *best, int32_t *best_keys) {
+  Best<KEYS, Cost> found{};
+  found.costs = Block<Cost>::at(best);
+  if (!found.is_open(apart[1])) return true;
+  if constexpr (KEYS) found.keys = Keys<Cost>::at(best_keys);
+  bool is_open = true;
+  for (int k = 1; k <= steps && is_open; ++k) {
+    const Block<Cost> before = Block<Cost>::at(costs - k * step), after = Block<Cost>::at(costs + k * step);
+    if constexpr (KEYS) {
+      found.try_candidate(before + apart[k], Keys<Cost>::at(keys - k * step));
+      found.try_candidate(after + apart[k], Keys<Cost>::at(keys + k * step));
+    } else {
+      found.try_candidate(least(before, after) + apart[k], Keys<Cost>{});
+    }
+    if (k % 2 == 0) is_open = found.is_open(apart[k + 1]);
+  }
+  found.costs.put(best);
+  if constexpr (KEYS) found.keys.put(best_keys);
+  return !is_open;
+}
+
+// The first pixel of first..last that is best for pixel x. What it looks at beyond `last` cannot be better.
+template <class Cost>
+CONTEXTRAST_HD int first_best(const Cost *costs, const Cost *apart, int x, int first, int last) {
+  using V = typename Vectors<Cost>::Costs;
+  using Places = typename Vectors<Cost>::Places;
+  constexpr int HALF = LANES<Cost> / 2;
+  V low = V{} + Costs<Cost>::none, low_b = low;
+  Places chunk{}, chunk_b{}, here = Places{} + first;
+  const Cost *to = costs + last, *away = apart + (first - x);
+  for (const Cost *from = costs + first; from <= to; from += 2 * HALF, away += 2 * HALF, here += 2 * HALF) {
+    const V a = load<V>(from) + load<V>(away), b = load<V>(from + HALF) + load<V>(away + HALF);
+    chunk = a < low ? here : chunk;
+    chunk_b = b < low_b ? here + HALF : chunk_b;
+    low = least(low, a);
+    low_b = least(low_b, b);
+  }
+  const auto is_b = (low_b < low) | ((low_b == low) & (chunk_b < chunk));
+  low = is_b ? low_b : low;
+  chunk = (is_b ? chunk_b : chunk) + Vectors<Cost>::ramp();
+  Cost cost = low[0];
+  auto place = chunk[0];
+  for (int i = 1; i < HALF; ++i) {
+    const bool is_better = low[i] < cost || (low[i] == cost && chunk[i] < place);
+    place = is_better ? chunk[i] : place;
+    cost = is_better ? low[i] : cost;
+  }
+  return static_cast<int>(place);
+}
+
+// best = the least cost of the block's pixels x.. over the pixels first..last of the line, where a distance is wanted.
+template <bool KEYS, class Cost>
+CONTEXTRAST_HD void sweep(const Cost *costs, const int32_t *keys, const Cost *apart, int x, int first, int last,
+                          Cost *best, int32_t *best_keys) {
+  Best<KEYS, Cost> found{Block<Cost>::of(Costs<Cost>::none), Keys<Cost>::of(INT32_MAX)};
   for (int u = first; u <= last; ++u)
-    for (int i = 0; i < SEGMENT; ++i) {
-      lowest[i] = lesser(lowest[i], parabolas[u] + linear[i]);
-      linear[i] -= 2 * (x + i);
+    found.try_candidate(Block<Cost>::at(apart + (x - u)) + costs[u], KEYS ? Keys<Cost>::of(keys[u]) : Keys<Cost>{});
+  const Block<Cost> old = Block<Cost>::at(best);
+  const Cost none = 0;
+  Block<Cost>{old.a < none ? old.a : found.costs.a, old.b < none ? old.b : found.costs.b}.put(best);
+  if constexpr (KEYS) found.keys.put(best_keys);
+}
+
+// Solves the open blocks of a line: anchors, which are the first pixels of blocks, by bisection, then each block between
+// its own anchor's best and the next one's.
+template <bool KEYS, class Cost>
+CONTEXTRAST_HD void search_line(const Line<Cost> &line, const Cost *apart, int size, bool bisects,
+                                const uint8_t *open) {
+  constexpr int lanes = LANES<Cost>;
+  int first = 0, last = size - 1, from = 0, to = (size - 1) / lanes;
+  while (from <= to && !open[from]) ++from;
+  if (from > to) return;
+  while (!open[to]) --to;
+  while (first < size && !has_seed(line.costs[first])) ++first;
+  if (first == size) return;
+  while (!has_seed(line.costs[last])) --last;
+
+  int place[BLOCKS + 1];
+  const int count = to - from + 1;
+  if (bisects) {
+    place[0] = first_best(line.costs, apart, from * lanes, first, last);
+    place[count] = first_best(line.costs, apart, (to + 1) * lanes, place[0], last);
+    for (int step = first_step(count); step; step /= 2)
+      for (int j = step; j < count; j += 2 * step)
+        place[j] = first_best(line.costs, apart, (from + j) * lanes, place[j - step], place[lesser(j + step, count)]);
+  }
+  for (int j = 0; j < count; ++j) {
+    if (!open[from + j]) continue;
+    const int x = (from + j) * lanes;
+    sweep<KEYS>(line.costs, line.keys, apart, x, bisects ? place[j] : first, bisects ? place[j + 1] : last,
+                line.best + x, KEYS ? line.best_keys + x : nullptr);
+  }
+}
+
+// The bits of one row of a plane.
+struct Row {
+  const uint32_t *seeds, *carries, *wanted;  // carries, wanted: null if there are none, or all are
+  int bit;
+
+  CONTEXTRAST_HD Row(const Words &words, int64_t start, int bit)
+      : seeds(words.seeds + start),
+        carries(words.carries ? words.carries + start : nullptr),
+        wanted(words.wanted ? words.wanted + start : nullptr),
+        bit(bit) {}
+};
+
+// Eight pixels of a row: the steps to the nearest seed of their columns, and whether it is below (only of use if there
+// is one). Leading and trailing zeros come from the exponents of floats.
+struct Columns {
+  Ints steps, is_below, is_wanted;
+
+  CONTEXTRAST_HD Columns(const Row &row, int x) {
+    const Words8 seeds = load<Words8>(row.seeds + x);
+    const Words8 carries = row.carries ? load<Words8>(row.carries + x) : Words8{} + pack_carry(NO_SEED, NO_SEED);
+    const Ints upward = reinterpret_cast<Ints>(seeds << (31 - row.bit));
+    const Ints downward = reinterpret_cast<Ints>(seeds >> row.bit);
+    // Without the bit behind the first, rounding to float cannot carry.
+    const Ints first = upward & ~(upward >> 1);
+    Ints up = 31 + 127 - (reinterpret_cast<Ints>(__builtin_convertvector(first, Floats)) >> 23);
+    up = upward < 0 ? Ints{} : upward == 0 ? reinterpret_cast<Ints>(carries & 0xFFFF) + row.bit : up;
+    const Ints only = downward & -downward;
+    Ints down = (reinterpret_cast<Ints>(__builtin_convertvector(only, Floats)) >> 23 & 0xFF) - 127;
+    down = downward == 0 ? reinterpret_cast<Ints>(carries >> 16) + (31 - row.bit) : down;
+    is_below = down < up;
+    steps = least(up, down);
+    is_wanted = row.wanted ? reinterpret_cast<Ints>(load<Words8>(row.wanted + x) << (31 - row.bit)) < 0 : Ints{} - 1;
+  }
+
+  // Whether one of eight pixels is neither a seed nor unwanted.
+  static CONTEXTRAST_HD bool any_far(const Row &row, int x) {
+    const Words8 seeds = load<Words8>(row.seeds + x);
+    const Words8 far = row.wanted ? load<Words8>(row.wanted + x) & ~seeds : ~seeds;
+    return any(reinterpret_cast<Ints>(far >> row.bit & 1));
+  }
+};
+
+CONTEXTRAST_HD void put_costs(Ints steps, Ints has_cost, Ints is_wanted, int32_t weight, int32_t *costs,
+                              int32_t *best) {
+  const Ints cost = has_cost ? steps * steps * weight : Ints{} + NO_COST;
+  store(is_wanted ? cost : Ints{} + NO_COST, costs);
+  store(is_wanted ? cost : Ints{} + CONTEXTRAST_OUTSIDE, best);
+}
+
+CONTEXTRAST_HD void put_costs(Ints steps, Ints has_cost, Ints is_wanted, double side, double *costs, double *best) {
+  using Places = Vectors<double>::Places;
+  const HalfInts *all_steps = reinterpret_cast<const HalfInts *>(&steps);
+  const HalfInts *all_costs = reinterpret_cast<const HalfInts *>(&has_cost);
+  const HalfInts *all_wanted = reinterpret_cast<const HalfInts *>(&is_wanted);
+  for (int half = 0; half < 2; ++half) {
+    const Doubles length = __builtin_convertvector(all_steps[half], Doubles) * side, none = Doubles{} + INFINITY;
+    const Doubles cost = __builtin_convertvector(all_costs[half], Places) ? length * length : none;
+    const Places wanted = __builtin_convertvector(all_wanted[half], Places);
+    store(wanted ? cost : none, costs + 4 * half);
+    store(wanted ? cost : Doubles{} + double(CONTEXTRAST_OUTSIDE), best + 4 * half);
+  }
+}
+
+// Costs along the columns, at pixels x..x+7 of a row, whose pixel 0 has a number in its image.
+template <bool KEYS, class Cost>
+CONTEXTRAST_HD void read_columns(const Row &row, int x, Cost side, int32_t number, int32_t plane, Cost *costs,
+                                 int32_t *keys, Cost *best, int32_t *best_keys) {
+  if (Columns::any_far(row, x)) {
+    const Columns columns(row, x);
+    const Ints has_cost = columns.steps < int32_t(NO_SEED);
+    put_costs(columns.steps, has_cost, columns.is_wanted, side, costs, best);
+    if constexpr (KEYS) {
+      const Ints offset = (columns.is_below ? columns.steps : -columns.steps) * plane;
+      const Ints key = has_cost ? Vectors<int32_t>::ramp() + (number + x) + offset : Ints{} + INT32_MAX;
+      store(key, keys);
+      store(key, best_keys);
     }
-  for (int i = 0; i < SEGMENT; ++i) best[i] = lowest[i] + (x + i) * (x + i);
+    return;
+  }
+  // Those that are wanted are seeds.
+  for (int i = 0; i < 8; ++i) {
+    const bool is_seed = !row.wanted || (row.wanted[x + i] >> row.bit & 1);
+    costs[i] = is_seed ? Cost(0) : Costs<Cost>::none;
+    best[i] = is_seed ? Cost(0) : Cost(CONTEXTRAST_OUTSIDE);
+    if constexpr (KEYS) keys[i] = best_keys[i] = number + x + i;
+  }
 }
 
-// What the window leaves open: the segments marked hard, by bisection over the columns first..last. May write SEGMENT
-// entries beyond last.
-CONTEXTRAST_HD void bisect(const int32_t *parabolas, int first, int last, const bool *hard, int32_t *best) {
-  int column[SEGMENTS + 1];  // of each anchor
-  const int count = segments(first, last, SEGMENT);
-  const auto solve = [&](int j, int from, int to) {
-    column[j] = best_column(parabolas, anchor_column(first, last, SEGMENT, j), from, to);
-  };
-  solve(0, first, last);
-  solve(count, column[0], last);
-  for (int step = first_step(count); step; step /= 2)
-    for (int j = step; j < count; j += 2 * step) solve(j, column[j - step], column[lesser(j + step, count)]);
-  for (int j = 0; j < count; ++j)
-    if (hard[j]) least_costs(parabolas, first + j * SEGMENT, column[j], column[j + 1], best + first + j * SEGMENT);
+template <bool KEYS, class Cost>
+CONTEXTRAST_HD void read_row(const Row &row, int x, int count, Cost side, int32_t number, int64_t plane, Cost *costs,
+                             int32_t *keys, Cost *best, int32_t *best_keys) {
+  for (int i = 0; i < count; i += 8)  // beyond the row are other words, or room
+    read_columns<KEYS>(row, x + i, side, number, static_cast<int32_t>(plane), costs + i, KEYS ? keys + i : nullptr,
+                       best + i, KEYS ? best_keys + i : nullptr);
+  for (int i = count; i < count + LANES<int32_t>; ++i) {
+    costs[i] = Costs<Cost>::none;
+    best[i] = Cost(CONTEXTRAST_OUTSIDE);
+    if constexpr (KEYS) keys[i] = best_keys[i] = INT32_MAX;
+  }
 }
 
-template <class Distance>
-CONTEXTRAST_CLONES void solve_band(const uint32_t *seeds, const uint32_t *carries, const uint8_t *far, int width,
-                                   int rows, Distance *distance) {
-  int32_t parabolas[CONTEXTRAST_MAX_SIDE], best[CONTEXTRAST_MAX_SIDE + SEGMENT];
-  bool hard[SEGMENTS];
-  for (int row = 0; row < rows; ++row, far += width, distance += width) {
-    for (int end = 0; end < width;) {
-      const void *run = memchr(far + end, 1, static_cast<size_t>(width - end));
-      if (!run) break;
-      const int start = static_cast<int>(static_cast<const uint8_t *>(run) - far);
-      const void *stop = memchr(far + start, 0, static_cast<size_t>(width - start));
-      end = stop ? static_cast<int>(static_cast<const uint8_t *>(stop) - far) : width;
+// A worker's memory.
+template <class Cost>
+struct Work {
+  int strip;      // columns of a plane at a time
+  Cost *costs;    // of a plane, along the columns and y: only where there are several rows
+  int32_t *keys;  // likewise
+  Line<Cost> strips, columns, row;
+  uint8_t *open, *open_blocks;  // (y), (columns of a block, blocks of a line)
 
-      const int first = greater(start - 1, 0), last = lesser(end, width - 1);  // the columns that matter
-      for (int u = first; u <= last; ++u) parabolas[u] = parabola(column_distance(seeds[u], row, carries[u]), u);
-      bool any_hard = false;
-      for (int x = start; x < end; ++x) {
-        if (row_window(parabolas, first, last, x, WINDOW, best[x])) continue;
-        if (!any_hard) memset(hard, 0, sizeof hard);
-        const int segment = (x - first) / SEGMENT;
-        any_hard = hard[segment] = true;
-        x = first + (segment + 1) * SEGMENT - 1;  // its other pixels will be no easier
+  Work(Scratch &scratch, const Volume &volume)
+      : strip(lesser(STRIP, (volume.size[2] + LANES<int32_t> - 1) / LANES<int32_t> * LANES<int32_t>)),
+        costs(has_rows(volume) ? scratch.take<Cost>(volume.plane()) : nullptr),
+        keys(has_rows(volume) && volume.keys() ? scratch.take<int32_t>(volume.plane()) : nullptr),
+        strips(scratch, has_rows(volume) ? volume.size[1] : 0, pitch(), volume.keys()),
+        columns(scratch, has_rows(volume) ? column_size(volume) * LANES<Cost> : 0, 1, volume.keys()),
+        row(scratch, volume.size[2], 1, volume.keys()),
+        open(scratch.take<uint8_t>(volume.size[1])),
+        open_blocks(scratch.take<uint8_t>(int64_t(LANES<Cost>) * blocks(greater(volume.size[1], volume.size[2])))) {}
+
+  int pitch() const { return strip + LANES<int32_t>; }
+  static int64_t column_size(const Volume &volume) { return volume.size[1] + MARGIN; }
+  static int blocks(int size) { return (size + LANES<Cost> - 1) / LANES<Cost>; }
+  static bool has_rows(const Volume &volume) { return volume.size[1] > 1; }
+};
+
+// What the window leaves open in the columns lane..lane+LANES-1 of a strip.
+template <bool KEYS, class Cost>
+CONTEXTRAST_HD void search_columns(const Volume &volume, const Apart<Cost> &apart, const Work<Cost> &work, int lane) {
+  constexpr int lanes = LANES<Cost>;
+  const int height = volume.size[1], blocks = Work<Cost>::blocks(height);
+  const int64_t pitch = work.pitch(), size = Work<Cost>::column_size(volume);
+  const Cost settled = apart.zero[WINDOW_BESIDE_OPEN + 1];
+  memset(work.open_blocks, 0, static_cast<size_t>(blocks * lanes));
+  for (int y = 0; y < height; ++y) {
+    const Cost *costs = work.strips.costs + y * pitch + lane, *best = work.strips.best + y * pitch + lane;
+    for (int i = 0; i < lanes; ++i) work.columns.costs[i * size + y] = costs[i];
+    if constexpr (KEYS)
+      for (int i = 0; i < lanes; ++i)
+        work.columns.keys[i * size + y] = work.strips.keys[y * pitch + lane + i];
+    if (work.open[y])
+      for (int i = 0; i < lanes; ++i) work.open_blocks[i * blocks + y / lanes] |= best[i] >= settled;
+  }
+  for (int i = 0; i < lanes; ++i) {
+    for (int y = height; y < height + MARGIN; ++y) work.columns.costs[i * size + y] = Costs<Cost>::none;
+    for (int y = 0; y < height + lanes; ++y) work.columns.best[i * size + y] = Costs<Cost>::none;
+    const Line<Cost> own = work.columns.from(i * size);
+    const uint8_t *open = work.open_blocks + i * blocks;
+    search_line<KEYS>(own, apart.zero, height, volume.metric.search[1] != 0, open);
+  }
+  for (int block = 0; block < blocks; ++block) {
+    bool any_open = false;
+    for (int i = 0; i < lanes; ++i) any_open |= work.open_blocks[i * blocks + block];
+    if (!any_open) continue;
+    for (int y = block * lanes; y < lesser(height, (block + 1) * lanes); ++y)
+      for (int i = 0; i < lanes; ++i) {
+        Cost &best = work.strips.best[y * pitch + lane + i];
+        if (best < 0 || !work.open_blocks[i * blocks + block]) continue;
+        best = work.columns.best[i * size + y];
+        if constexpr (KEYS) work.strips.best_keys[y * pitch + lane + i] = work.columns.best_keys[i * size + y];
       }
-      if (any_hard) bisect(parabolas, first, last, hard, best);
-      for (int x = start; x < end; ++x) write(best[x], distance[x]);
+  }
+}
+
+// The columns x..x+count-1 of a plane, abreast, along y: into work.costs and work.keys.
+template <bool KEYS, class Cost>
+CONTEXTRAST_HD void solve_strip(const Volume &volume, const Words &words, int64_t word, int z, int x, int count,
+                                const Apart<Cost> &apart, const Work<Cost> &work) {
+  const int height = volume.size[1], width = volume.size[2];
+  const int64_t pitch = work.pitch();
+  const Cost side = Costs<Cost>::side(volume.metric, 0);
+  const Line<Cost> &strips = work.strips;
+  for (int y = 0; y < height; ++y) {
+    const int64_t start = int64_t(y) * width, at = y * pitch;
+    read_row<KEYS>(Row(words, word + start, z % BAND), x, count, side,
+                   static_cast<int32_t>(z * volume.plane() + start), volume.plane(), strips.costs + at,
+                   KEYS ? strips.keys + at : nullptr, strips.best + at, KEYS ? strips.best_keys + at : nullptr);
+  }
+  for (int lane = 0; lane < count; lane += LANES<Cost>) {
+    bool is_open = false, any_open = false;
+    for (int y = 0; y < height; ++y) {
+      const int64_t at = y * pitch + lane;
+      is_open = !window<KEYS>(strips.costs + at, KEYS ? strips.keys + at : nullptr, pitch, apart.zero,
+                              is_open ? WINDOW_BESIDE_OPEN : WINDOW, strips.best + at,
+                              KEYS ? strips.best_keys + at : nullptr);
+      work.open[y] = is_open;
+      any_open |= is_open;
+    }
+    if (any_open) search_columns<KEYS>(volume, apart, work, lane);
+  }
+  for (int y = 0; y < height; ++y) {
+    const int64_t to = int64_t(y) * width + x, at = y * pitch;
+    memcpy(work.costs + to, strips.best + at, static_cast<size_t>(count) * sizeof(Cost));
+    if constexpr (KEYS) memcpy(work.keys + to, strips.best_keys + at, static_cast<size_t>(count) * sizeof(int32_t));
+  }
+}
+
+// ---- What is written of one row, which starts at output element `at`.
+
+CONTEXTRAST_HD int32_t quotient(int32_t number, int32_t divisor, double inverse) {  // number >= 0
+  const int32_t guess = static_cast<int32_t>(number * inverse);
+  const int64_t rest = number - int64_t(guess) * divisor;
+  return rest < 0 ? guess - 1 : rest >= divisor ? guess + 1 : guess;
+}
+
+template <class Cost>
+CONTEXTRAST_HD void write_nearest(const Volume &volume, const Cost *best, const int32_t *keys, int64_t at) {
+  const int width = volume.size[2];
+  const int32_t plane = static_cast<int32_t>(volume.plane());
+  const double per_plane = 1.0 / plane, per_row = 1.0 / width;
+  int32_t *const *nearest = volume.wanted.nearest;
+  for (int x = 0; x < width; ++x) {
+    const int32_t key = keys[x], none = has_seed(best[x]) ? 0 : -1;
+    const int32_t z = quotient(key, plane, per_plane), in_plane = key - z * plane;
+    const int32_t y = quotient(in_plane, width, per_row);
+    if (nearest[0]) nearest[0][at + x] = z | none;
+    if (nearest[1]) nearest[1][at + x] = y | none;
+    if (nearest[2]) nearest[2][at + x] = (in_plane - y * width) | none;
+  }
+}
+
+constexpr int32_t EXACT_IN_FLOAT = 1 << 24;
+
+CONTEXTRAST_HD void write_distances(const Metric &metric, const int32_t *best, int width, float *distance) {
+  int32_t most = 0;
+  for (int x = 0; x < width; ++x) most = greater(most, best[x]);
+  const double unit_length = sqrt(metric.unit);  // exact: an even power of two
+  if (most < EXACT_IN_FLOAT && unit_length > 1e-15 && unit_length < 1e15) {
+    // A float's square root in float is what the double's becomes when it is rounded.
+    const float length = static_cast<float>(unit_length);
+    for (int x = 0; x < width; ++x)
+      distance[x] = best[x] < 0 ? -1.0f : sqrtf(static_cast<float>(greater(best[x], 0))) * length;
+  } else {
+    for (int x = 0; x < width; ++x)
+      distance[x] = best[x] < 0          ? -1.0f
+                    : has_seed(best[x]) ? static_cast<float>(sqrt(static_cast<double>(best[x])) * unit_length)
+                                         : INFINITY;
+  }
+}
+
+CONTEXTRAST_HD void write_distances(const Metric &, const double *best, int width, float *distance) {
+  for (int x = 0; x < width; ++x)
+    distance[x] = best[x] < 0 ? -1.0f : static_cast<float>(sqrt(greater(best[x], 0.0)));
+}
+
+template <class Cost>
+CONTEXTRAST_HD void write_row(const Volume &volume, const Cost *best, int64_t at) {
+  const int width = volume.size[2];
+  if (!volume.wanted.squared) {
+    write_distances(volume.metric, best, width, static_cast<float *>(volume.wanted.distance) + at);
+  } else if (volume.wanted.sampled) {
+    double *const distance = static_cast<double *>(volume.wanted.distance) + at;
+    for (int x = 0; x < width; ++x) distance[x] = best[x] < 0 ? -1.0 : in_pixels_squared(best[x], volume.metric);
+  } else {
+    int32_t *const distance = static_cast<int32_t *>(volume.wanted.distance) + at;
+    for (int x = 0; x < width; ++x)
+      distance[x] = has_seed(best[x]) ? static_cast<int32_t>(best[x]) : CONTEXTRAST_NO_EDGE;
+  }
+}
+
+// Planes first..last-1 of an image.
+template <bool KEYS, class Cost>
+CONTEXTRAST_CLONES void solve_planes(const Volume &volume, const Words &words, const Apart<Cost> &apart_y,
+                                     const Apart<Cost> &apart_x, const Work<Cost> &work, int64_t image, int first,
+                                     int last) {
+  const int height = volume.size[1], width = volume.size[2];
+  const Line<Cost> &line = work.row;
+  for (int z = first; z < last; ++z) {
+    const int64_t word = (image * volume.bands() + z / BAND) * volume.plane();
+    if (height > 1)
+      for (int x = 0; x < width; x += work.strip)
+        solve_strip<KEYS>(volume, words, word, z, x, lesser(work.strip, width - x), apart_y, work);
+    for (int y = 0; y < height; ++y) {
+      const int64_t start = int64_t(y) * width;
+      if (height > 1) {
+        for (int x = 0; x < width; ++x) {
+          const Cost cost = work.costs[start + x];
+          line.costs[x] = cost < 0 ? Costs<Cost>::none : cost;
+          line.best[x] = cost;
+        }
+        for (int x = width; x < width + LANES<int32_t>; ++x) line.best[x] = Cost(CONTEXTRAST_OUTSIDE);
+        if constexpr (KEYS) {
+          memcpy(line.keys, work.keys + start, static_cast<size_t>(width) * sizeof(int32_t));
+          memcpy(line.best_keys, work.keys + start, static_cast<size_t>(width) * sizeof(int32_t));
+        }
+      } else {
+        read_row<KEYS>(Row(words, word, z % BAND), 0, width, Costs<Cost>::side(volume.metric, 0),
+                       static_cast<int32_t>(z * volume.plane()), volume.plane(), line.costs, line.keys, line.best,
+                       line.best_keys);
+      }
+      bool is_open = false, any_open = false;
+      for (int x = 0, block = 0; x < width; x += LANES<Cost>, ++block) {
+        is_open = !window<KEYS>(line.costs + x, KEYS ? line.keys + x : nullptr, 1, apart_x.zero,
+                                is_open ? WINDOW_BESIDE_OPEN : WINDOW, line.best + x,
+                                KEYS ? line.best_keys + x : nullptr);
+        work.open_blocks[block] = is_open;
+        any_open |= is_open;
+      }
+      if (any_open) search_line<KEYS>(line, apart_x.zero, width, volume.metric.search[2] != 0, work.open_blocks);
+      const int64_t at = image * volume.image() + z * volume.plane() + start;
+      write_row(volume, line.best, at);
+      if constexpr (KEYS) write_nearest(volume, line.best, line.best_keys, at);
     }
   }
 }
 
-template <class Kind, class Distance>
-int transform(const char *name, const ContextrastMap &map, Distance *distance, void *memory, int threads, char *error) {
-  if (const int code = check_integer_map(name, map, error)) return code;
-  const int height = static_cast<int>(map.height), width = static_cast<int>(map.width);
-  const int64_t pixels = map.height * map.width;
-  if (map.batch <= 0 || pixels == 0) return CONTEXTRAST_OK;
-  Scratch scratch(memory);
-  const Bands bands(scratch, map.batch, height, width);
-  const int64_t all_bands = map.batch * bands.count;
+// ---- The three passes
 
-  const Step mark{all_bands, [&](int64_t band, int) {
-                    const int64_t image = band / bands.count, top = band % bands.count * BAND;
-                    const int64_t start = image * pixels + top * width;
-                    with_integer(map.type, [&](auto zero) {
+// Workers of the last pass: each has a plane of costs, all of which together are to take no more than the output.
+int workers(const Volume &volume, int threads) {
+  const int64_t useful = threads_for(threads, volume.batch * volume.image());
+  if (volume.size[1] == 1) return static_cast<int>(useful);
+  const int64_t most = volume.batch * volume.size[0] / (volume.metric.integral ? 1 : 2);
+  return static_cast<int>(greater<int64_t>(lesser(useful, most), 1));
+}
+
+template <class Cost>
+int64_t work_bytes(const Volume &volume) {
+  Scratch scratch(nullptr);
+  Work<Cost> work(scratch, volume);
+  return scratch.used();
+}
+
+template <bool KEYS, class Cost>
+void transform(const Volume &volume, bool edges, Scratch &scratch, int threads) {
+  const Meaning meaning(volume.type);
+  const Words words(scratch, volume, edges);
+  const Apart<Cost> apart_y(scratch, volume.size[1]), apart_x(scratch, volume.size[2]);
+  apart_y.fill(Costs<Cost>::side(volume.metric, 1), volume.size[1]);
+  apart_x.fill(Costs<Cost>::side(volume.metric, 2), volume.size[2]);
+  const int64_t bands = volume.bands(), plane = volume.plane(), own_bytes = work_bytes<Cost>(volume);
+
+  // Tasks of about TASK_PIXELS.
+  const int64_t rows = lesser<int64_t>(divide_up(TASK_PIXELS, BAND * volume.size[2]), volume.size[1]);
+  const int64_t row_groups = divide_up(volume.size[1], rows), columns = TASK_PIXELS / BAND;
+  const int64_t planes = lesser<int64_t>(divide_up(TASK_PIXELS, plane), volume.size[0]);
+  const int64_t column_groups = divide_up(plane, columns), plane_groups = divide_up(volume.size[0], planes);
+
+  const Step mark{volume.batch * bands * row_groups, [&](int64_t task, int) {
+                    const int64_t band = task / row_groups, first = task % row_groups * rows;
+                    with_width(meaning.width, [&](auto zero) {
                       using T = decltype(zero);
-                      mark_band<Kind>(static_cast<const T *>(map.data) + image * map.stride_batch, map.stride_row,
-                                      map.stride_column, height, width, static_cast<int>(top),
-                                      bands.seeds + band * width, bands.far + start, distance + start);
+                      const T *image = static_cast<const T *>(volume.data) + band / bands * volume.stride_batch;
+                      for (int64_t y = first; y < lesser<int64_t>(first + rows, volume.size[1]); ++y) {
+                        const int64_t word = band * plane + y * volume.size[2];
+                        mark_words(volume, meaning, image, static_cast<int>(band % bands * BAND), static_cast<int>(y),
+                                   words.seeds + word, edges ? words.wanted + word : nullptr);
+                      }
                     });
                   }};
-  const Step carry{map.batch, [&](int64_t image, int) {
-                     const int64_t start = image * bands.count * width;
-                     carry_image(bands.seeds + start, bands.carries + start, bands.count, width);
+  const Step carry{words.carries ? volume.batch * column_groups : 0, [&](int64_t task, int) {
+                     const int64_t word = task / column_groups * bands * plane, first = task % column_groups * columns;
+                     carry_columns(words.seeds + word, words.carries + word, bands, plane, first,
+                                   lesser(first + columns, plane));
                    }};
-  const Step solve{all_bands, [&](int64_t band, int) {
-                     const int64_t image = band / bands.count, top = band % bands.count * BAND;
-                     const int64_t start = image * pixels + top * width;
-                     solve_band(bands.seeds + band * width, bands.carries + band * width, bands.far + start, width,
-                                lesser(BAND, static_cast<int>(height - top)), distance + start);
+  const Step solve{volume.batch * plane_groups, [&](int64_t task, int worker) {
+                     Scratch own(static_cast<char *>(scratch.rest()) + worker * own_bytes);
+                     const Work<Cost> work(own, volume);
+                     const int64_t first = task % plane_groups * planes;
+                     solve_planes<KEYS>(volume, words, apart_y, apart_x, work, task / plane_groups,
+                                        static_cast<int>(first),
+                                        static_cast<int>(lesser<int64_t>(first + planes, volume.size[0])));
                    }};
-  share(threads_for(threads, map.batch * pixels), mark, carry, solve);
-  return CONTEXTRAST_OK;
+  share(workers(volume, threads), mark, carry, solve);
 }
 
-template <class Kind>
-int transform(const char *name, const ContextrastMap &map, int squared, void *distance, void *scratch, int threads,
-              char *error) {
-  return squared ? transform<Kind>(name, map, static_cast<int32_t *>(distance), scratch, threads, error)
-                 : transform<Kind>(name, map, static_cast<float *>(distance), scratch, threads, error);
+template <class Cost>
+int64_t scratch_bytes(const Volume &volume, bool edges, int threads) {
+  Scratch scratch(nullptr);
+  Words(scratch, volume, edges);
+  Apart<Cost>(scratch, volume.size[1]);
+  Apart<Cost>(scratch, volume.size[2]);
+  return scratch.used() + workers(volume, threads) * work_bytes<Cost>(volume);
+}
+
+int transform(const char *name, const ContextrastVolume &given, bool edges, const ContextrastDistance &wanted,
+              void *memory, int threads, char *error) {
+  if (const int code = check_volume(name, given, edges, error)) return code;
+  if (const int code = check_wanted(wanted, edges, error)) return code;
+  const Volume volume(given, wanted);
+  if (volume.batch <= 0 || volume.image() == 0) return CONTEXTRAST_OK;
+  Scratch scratch(memory);
+  if (volume.metric.integral)
+    volume.keys() ? transform<true, int32_t>(volume, edges, scratch, threads)
+                  : transform<false, int32_t>(volume, edges, scratch, threads);
+  else
+    volume.keys() ? transform<true, double>(volume, edges, scratch, threads)
+                  : transform<false, double>(volume, edges, scratch, threads);
+  return CONTEXTRAST_OK;
 }
 
 }  // namespace
@@ -233,20 +852,27 @@ int transform(const char *name, const ContextrastMap &map, int squared, void *di
 
 extern "C" {
 
-int64_t contextrast_edge_distance_scratch_cpu(int64_t batch, int64_t height, int64_t width, int) {
-  contextrast::Scratch scratch(nullptr);
-  contextrast::Bands(scratch, batch, height, width);
-  return scratch.used();
+// The scratch of a call that will be refused is none.
+int64_t contextrast_distance_scratch_cpu(const ContextrastVolume *volume, const ContextrastDistance *wanted, int edges,
+                                         int threads) {
+  char error[CONTEXTRAST_ERROR_SIZE];
+  if (contextrast::check_volume("the map", *volume, edges != 0, error) ||
+      contextrast::check_wanted(*wanted, edges != 0, error))
+    return 0;
+  const contextrast::Volume own(*volume, *wanted);
+  if (own.batch <= 0 || own.image() == 0) return 0;
+  return own.metric.integral ? contextrast::scratch_bytes<int32_t>(own, edges != 0, threads)
+                             : contextrast::scratch_bytes<double>(own, edges != 0, threads);
 }
 
-int contextrast_edge_distance_cpu(const ContextrastMap *classes, int squared, void *distance, void *scratch,
+int contextrast_edge_distance_cpu(const ContextrastVolume *classes, const ContextrastDistance *wanted, void *scratch,
                                   int threads, char *error) {
-  return contextrast::transform<contextrast::Edges>("classes", *classes, squared, distance, scratch, threads, error);
+  return contextrast::transform("classes", *classes, true, *wanted, scratch, threads, error);
 }
 
-int contextrast_distance_transform_cpu(const ContextrastMap *mask, int squared, void *distance, void *scratch,
+int contextrast_distance_transform_cpu(const ContextrastVolume *mask, const ContextrastDistance *wanted, void *scratch,
                                        int threads, char *error) {
-  return contextrast::transform<contextrast::Zeros>("mask", *mask, squared, distance, scratch, threads, error);
+  return contextrast::transform("mask", *mask, false, *wanted, scratch, threads, error);
 }
 
 }  // extern "C"

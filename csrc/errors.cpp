@@ -26,11 +26,11 @@ struct RowSource {
 // classes[i] of the output columns first..first+count-1, from row pointer `row`.
 template <class T>
 CONTEXTRAST_CLONES void read_classes(const RowSource &source, const T *row, int first, int count, uint64_t limit,
-                                     int32_t *classes) {
+                                     int64_t ignore_index, int32_t *classes) {
   if (source.dense())
-    for (int i = 0; i < count; ++i) classes[i] = prediction_of(row[first + i], limit);
+    for (int i = 0; i < count; ++i) classes[i] = prediction_of(row[first + i], limit, ignore_index);
   else
-    for (int i = 0; i < count; ++i) classes[i] = prediction_of(row[source.column(first + i)], limit);
+    for (int i = 0; i < count; ++i) classes[i] = prediction_of(row[source.column(first + i)], limit, ignore_index);
 }
 
 template <class T>
@@ -45,7 +45,7 @@ CONTEXTRAST_CLONES void read_labels(const RowSource &source, const T *row, int f
 // The channel of the largest logit, the lowest of equals. Bits is the signed integer of the logits' width.
 template <class Bits>
 CONTEXTRAST_CLONES void read_argmax(const RowSource &source, const Bits *row, int first, int count, Bits infinity,
-                                    uint64_t limit, int32_t *classes) {
+                                    uint64_t limit, int64_t ignore_index, int32_t *classes) {
   Bits largest[STRETCH];
   int64_t column[STRETCH];
   const bool dense = source.dense();
@@ -67,13 +67,15 @@ CONTEXTRAST_CLONES void read_argmax(const RowSource &source, const Bits *row, in
     else
       for (int i = 0; i < count; ++i) update(i, channel[column[i]]);
   }
-  for (int i = 0; i < count; ++i) classes[i] = prediction_of(classes[i], limit);
+  for (int i = 0; i < count; ++i) classes[i] = prediction_of(classes[i], limit, ignore_index);
 }
 
-void read_predictions(const RowSource &source, int64_t offset, int first, int count, uint64_t limit, int32_t *classes) {
+void read_predictions(const RowSource &source, int64_t offset, int first, int count, uint64_t limit,
+                      int64_t ignore_index, int32_t *classes) {
   const auto argmax = [&](auto infinity) {
     using Bits = decltype(infinity);
-    read_argmax(source, static_cast<const Bits *>(source.map.data) + offset, first, count, infinity, limit, classes);
+    read_argmax(source, static_cast<const Bits *>(source.map.data) + offset, first, count, infinity, limit,
+                ignore_index, classes);
   };
   switch (source.map.type) {
     case CONTEXTRAST_FLOAT16: return argmax(int16_t(INFINITY_FLOAT16));
@@ -83,7 +85,8 @@ void read_predictions(const RowSource &source, int64_t offset, int first, int co
     default:
       with_integer(source.map.type, [&](auto zero) {
         using T = decltype(zero);
-        read_classes(source, static_cast<const T *>(source.map.data) + offset, first, count, limit, classes);
+        read_classes(source, static_cast<const T *>(source.map.data) + offset, first, count, limit, ignore_index,
+                     classes);
       });
   }
 }
@@ -111,7 +114,7 @@ void errors_at(const ContextrastMap &predictions, const ContextrastMap &labels, 
                         read_labels(label_source, row, first, count, limit, ignore_index, targets);
                       });
                       read_predictions(prediction_source, prediction_source.row(image, r), first, count, limit,
-                                       classes);
+                                       ignore_index, classes);
                       compare(targets, classes, count, errors + task * width + first);
                     }
                   }};

@@ -7,7 +7,8 @@
 namespace contextrast {
 
 // Row (or column) of a map of size `from` that index i of a map of size `to` samples.
-CONTEXTRAST_HD int sample(int i, int from, int to) { return i * from / to; }  // below 2^28
+// Sizes that differ are at most CONTEXTRAST_MAX_SIDE, so that the product stays below 2^28.
+CONTEXTRAST_HD int sample(int i, int from, int to) { return from == to ? i : i * from / to; }
 
 // Classes are 0..limit-1. num_classes = -1: the channels of the logits, or all values of 63 bits.
 CONTEXTRAST_HD uint64_t class_limit(int64_t num_classes, int64_t channels) {
@@ -24,8 +25,9 @@ CONTEXTRAST_HD constexpr int32_t none_of(int32_t type) {
 }
 
 // Values come in as int64, so that ignore_index -100 never meets a uint8 156.
-CONTEXTRAST_HD int32_t prediction_of(int64_t value, uint64_t limit) {
-  return static_cast<uint64_t>(value) < limit && value <= INT32_MAX ? static_cast<int32_t>(value) : NO_CLASS;
+CONTEXTRAST_HD int32_t prediction_of(int64_t value, uint64_t limit, int64_t ignore_index) {
+  const bool is_class = static_cast<uint64_t>(value) < limit && value <= INT32_MAX && value != ignore_index;
+  return is_class ? static_cast<int32_t>(value) : NO_CLASS;
 }
 
 CONTEXTRAST_HD int32_t target_of(int64_t value, uint64_t limit, int64_t ignore_index) {

@@ -201,10 +201,12 @@ __global__ void __launch_bounds__(BLOCK)
                                      source.limit, source.ignore_index);
     const int64_t at = sampled_at(source.predictions, spot.image, r, c, layer);
     if constexpr (std::is_void_v<Bits>)
-      errors[i] = error_class(target, prediction_of(value_at(source.predictions, at), source.limit));
+      errors[i] = error_class(
+          target, prediction_of(value_at(source.predictions, at), source.limit, source.ignore_index));
     else if (target != NO_CLASS)
       errors[i] = error_class(
-          target, prediction_of(argmax_at(source.predictions, at, static_cast<Bits>(source.infinity)), source.limit));
+          target, prediction_of(argmax_at(source.predictions, at, static_cast<Bits>(source.infinity)), source.limit,
+                                source.ignore_index));
     layer.set_class(static_cast<int64_t>(spot.image) * layer.num_pixels() + pixel, errors[i]);
   }
   if (!layer.sizes) return;
@@ -667,7 +669,7 @@ int contextrast_error_map_cuda(const ContextrastMap *predictions, const Contextr
 // The scratch of a call that will be refused is none.
 int64_t contextrast_select_nearest_scratch_cuda(int64_t batch, int64_t height, int64_t width, int64_t num_classes) {
   char error[CONTEXTRAST_ERROR_SIZE];
-  if (check_sides("classes", height, width, error)) return 0;
+  if (check_pixels("classes", height, width, error)) return 0;
   Scratch scratch(nullptr);
   SelectMemory(scratch, batch, height, width, num_classes);
   return scratch.used();

@@ -24,14 +24,14 @@ def scene(rng, B=2, N=4, H=17, W=23, ignored=0.1, wrong=0.2, ignore_index=255):
 
 
 def pyramid(rng, B=2, D=5, sizes=((9, 12), (5, 6), (3, 3), (2, 2)), dtype=torch.float64):
-    """Projected features of the layers, from high to low resolution."""
-    return [torch.from_numpy(rng.standard_normal((B, D, h, w)) + 0.3).to(dtype) for h, w in sizes]
+    """Projected features of the layers, of maps or volumes, from high to low resolution."""
+    return [torch.from_numpy(rng.standard_normal((B, D, *size)) + 0.3).to(dtype) for size in sizes]
 
 
 def logits_of(class_map, num_classes, rng):
-    """Logits (B, N, H, W) whose argmax is class_map."""
+    """Logits (B, N, ...) whose argmax is class_map."""
     noise = rng.random((class_map.shape[0], num_classes, *class_map.shape[1:]))
-    hot = np.arange(num_classes)[None, :, None, None] == class_map.numpy()[:, None]
+    hot = np.arange(num_classes).reshape(-1, *(1,) * (class_map.ndim - 1)) == class_map.numpy()[:, None]
     return torch.from_numpy((noise + 2.0 * hot).astype(np.float32))
 
 
@@ -111,3 +111,15 @@ def crossed(cases, variants):
         for i, case in enumerate(cases)
         for j, variant in enumerate(variants)
     ]
+
+
+def volume_scene(rng, B=2, N=4, Z=5, H=9, W=11, ignored=0.1, wrong=0.2, ignore_index=255):
+    """Labels with ignored voxels and a wrong class map, (B, Z, H, W): blocks of 2 x 3 x 3, shifted in every plane."""
+    coarse = rng.integers(0, N, (2, B, Z // 2 + 2, H // 3 + 3, W // 3 + 3))
+    d, r, c = np.mgrid[:Z, :H, :W]
+    labels, others = coarse[:, :, (d + r % 2) // 2, (r + d) // 3 % coarse.shape[3], (c + r // 4) // 3 % coarse.shape[4]]
+    patches = blobs(rng, B * Z, 3, H, W).reshape(B, Z, H, W) == 0
+    predictions = np.where(patches, others, np.roll(labels, 1, 2))
+    predictions = np.where(rng.random(labels.shape) < wrong, rng.integers(0, N, labels.shape), predictions)
+    labels = np.where(rng.random(labels.shape) < ignored, ignore_index, labels)
+    return torch.from_numpy(labels), torch.from_numpy(predictions)

@@ -215,7 +215,9 @@ void check_errors(std::mt19937 &random) {
   CHECK(target_of(255, 19, 255) == NO_CLASS && target_of(18, 19, 255) == 18 && target_of(19, 19, 255) == NO_CLASS,
         "target");
   CHECK(target_of(INT64_MIN, any, 255) == NO_CLASS && target_of(INT64_MAX, any, 255) == LARGE_CLASS, "target");
-  CHECK(prediction_of(INT64_MAX, any) == NO_CLASS && prediction_of(INT32_MAX, any) == INT32_MAX, "prediction");
+  CHECK(prediction_of(INT64_MAX, any, 255) == NO_CLASS && prediction_of(INT32_MAX, any, 255) == INT32_MAX,
+        "prediction");
+  CHECK(prediction_of(2, 19, 2) == NO_CLASS && prediction_of(2, 19, 3) == 2, "prediction that is ignore_index");
   CHECK(error_class(3, 3) == NO_CLASS && error_class(3, 4) == 4 && error_class(NO_CLASS, 4) == NO_CLASS, "error");
   CHECK(error_class(LARGE_CLASS, 4) == 4 && error_class(3, NO_CLASS) == NO_CLASS, "error");
   for (int from : {1, 2, 5, 16384})

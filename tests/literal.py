@@ -2,7 +2,7 @@
 
 One function per definition, Python numbers and NumPy arrays in float64, one pixel at a time, nothing vectorised and
 nothing shared with the package. Feature maps are (B, D, h, w), label maps (B, H, W), class maps (B, H', W'), logits
-(B, N, H', W').
+(B, N, H', W'); volumes have an axis z, Z or Z' before these. A size has a number for each spatial axis.
 """
 
 import math
@@ -16,31 +16,63 @@ NO_EDGE = 2**31 - 1  # the squared distance where a class has no edge pixel, or 
 
 
 def resize(image, size):
-    """Nearest sampling by exact integers: row r of h takes source row (r H) // h."""
-    H, W = image.shape[-2:]
+    """Nearest sampling by exact integers: row r of h takes source row (r H) // h, and so along every axis."""
+    axes = len(size)
+    full = image.shape[-axes:]
+    out = np.empty((*image.shape[:-axes], *size), dtype=image.dtype)
+    for at in np.ndindex(*size):
+        source = [(at[axis] * full[axis]) // size[axis] for axis in range(axes)]
+        out[(..., *at)] = image[(..., *source)]
+    return out
+
+
+def resize_bilinear(logits, size):
+    """Bilinear interpolation of (B, N, H, W) between pixel centres (align_corners=False), in float64."""
+    B, N, H, W = logits.shape
     h, w = size
-    out = np.empty((*image.shape[:-2], h, w), dtype=image.dtype)
+
+    def between(i, to, of):
+        at = min(max((i + 0.5) * of / to - 0.5, 0.0), of - 1)
+        low = math.floor(at)
+        return low, min(low + 1, of - 1), at - low
+
+    out = np.empty((B, N, h, w))
     for r in range(h):
+        r0, r1, v = between(r, h, H)
         for c in range(w):
-            out[..., r, c] = image[..., (r * H) // h, (c * W) // w]
+            c0, c1, u = between(c, w, W)
+            above = (1 - u) * logits[:, :, r0, c0] + u * logits[:, :, r0, c1]
+            below = (1 - u) * logits[:, :, r1, c0] + u * logits[:, :, r1, c1]
+            out[:, :, r, c] = (1 - v) * above + v * below
     return out
 
 
 def predicted_classes(predictions):
     """A class map as it is; of logits the largest channel, the lowest class among equals."""
-    if predictions.ndim == 3:
+    if predictions.ndim == 3 or predictions.dtype.kind in "iu":
         return predictions
-    B, N, H, W = predictions.shape
-    classes = np.empty((B, H, W), dtype=np.int64)
-    for b in range(B):
-        for r in range(H):
-            for c in range(W):
-                best = 0
-                for n in range(1, N):
-                    if predictions[b, n, r, c] > predictions[b, best, r, c]:
-                        best = n
-                classes[b, r, c] = best
+    B, N, *size = predictions.shape
+    classes = np.empty((B, *size), dtype=np.int64)
+    for b, *at in np.ndindex(B, *size):
+        best = 0
+        for n in range(1, N):
+            if predictions[(b, n, *at)] > predictions[(b, best, *at)]:
+                best = n
+        classes[(b, *at)] = best
     return classes
+
+
+def pixels(size):
+    """Where the pixels of one image are, in memory order."""
+    return list(np.ndindex(*size))
+
+
+def number(at, size):
+    """p: a pixel's place in memory order inside its image; row * w + column of a map."""
+    p = 0
+    for index, length in zip(at, size, strict=True):
+        p = p * length + index
+    return p
 
 
 def is_class(value, num_classes):
@@ -62,7 +94,7 @@ def mix(x):
 
 
 def hash32(seed, stream, p):
-    """Unsigned 32-bit hash of pixel p = row * w + column inside its image."""
+    """Unsigned 32-bit hash of pixel number p inside its image."""
     lo = seed % 2**32
     hi = (seed // 2**32) % 2**32
     key = mix(mix(mix((stream + 0x9E3779B9) % 2**32) ^ hi) ^ lo)
@@ -85,16 +117,15 @@ def embedding(x, normalize=True):
 
 def class_anchors(features, labels, num_classes, ignore_index=255, normalize=True):
     """Eq. 1: the mean embedding of all valid pixels of the batch with label n, and their number."""
-    B, D, h, w = features.shape
-    y = resize(labels, (h, w))
+    B, D, *size = features.shape
+    y = resize(labels, size)
     sums, counts = np.zeros((num_classes, D)), np.zeros(num_classes, dtype=np.int64)
     for b in range(B):
-        for r in range(h):
-            for c in range(w):
-                if is_valid(y[b, r, c], num_classes, ignore_index):
-                    n = int(y[b, r, c])
-                    sums[n] += embedding(features[b, :, r, c], normalize)
-                    counts[n] += 1
+        for at in pixels(size):
+            if is_valid(y[(b, *at)], num_classes, ignore_index):
+                n = int(y[(b, *at)])
+                sums[n] += embedding(features[(b, slice(None), *at)], normalize)
+                counts[n] += 1
     anchors = np.zeros((num_classes, D))
     for n in range(num_classes):
         if counts[n] > 0:
@@ -118,48 +149,67 @@ def fuse_anchors(anchors, counts, top_anchors, top_counts, weight=0.7):
 
 def error_map(predictions, labels, num_classes=None, ignore_index=255):
     """Eq. 6: the wrongly predicted class, or -1; predictions are brought to the labels' size."""
-    if num_classes is None and predictions.ndim == 4:
+    if num_classes is None and predictions.ndim == labels.ndim + 1:
         num_classes = predictions.shape[1]
-    p = resize(predicted_classes(predictions), labels.shape[-2:])
+    p = resize(predicted_classes(predictions), labels.shape[1:])
     e = np.full(labels.shape, -1, dtype=np.int64)
     for at in np.ndindex(labels.shape):
         if (
             is_valid(labels[at], num_classes, ignore_index)
-            and is_class(p[at], num_classes)
+            and is_valid(p[at], num_classes, ignore_index)
             and int(p[at]) != int(labels[at])
         ):
             e[at] = int(p[at])
     return e
 
 
+def neighbours(at, size):
+    """The pixels one step away along one axis, inside the image: up to 4 in a map, 6 in a volume."""
+    found = []
+    for axis in range(len(size)):
+        for step in (-1, 1):
+            index = at[axis] + step
+            if 0 <= index < size[axis]:
+                found.append((*at[:axis], index, *at[axis + 1 :]))
+    return found
+
+
 def edge_pixels(classes):
-    """Pixels of a class with a 4-neighbour inside the image that is not in that class; classes is one image (H, W)."""
-    H, W = classes.shape
-    edge = np.zeros((H, W), dtype=bool)
-    for r in range(H):
-        for c in range(W):
-            if classes[r, c] >= 0:
-                for i, j in ((r - 1, c), (r + 1, c), (r, c - 1), (r, c + 1)):
-                    if 0 <= i < H and 0 <= j < W and classes[i, j] != classes[r, c]:
-                        edge[r, c] = True
+    """Pixels of a class with a neighbour inside the image that is not in that class; classes is one image."""
+    edge = np.zeros(classes.shape, dtype=bool)
+    for at in pixels(classes.shape):
+        if classes[at] >= 0:
+            edge[at] = any(classes[other] != classes[at] for other in neighbours(at, classes.shape))
     return edge
 
 
-def edge_distance_sq(classes):
-    """Eq. 7, squared: to the nearest edge pixel of the pixel's own class; -1 outside, NO_EDGE without an edge."""
-    B, H, W = classes.shape
-    squared = np.full((B, H, W), -1, dtype=np.int64)
+def distance_sq(p, q, sampling=None):
+    """Squared distance of two pixels; with sampling ((s_z dz)² + (s_y dy)²) + (s_x dx)², rounded at every step."""
+    if sampling is None:
+        return sum((a - b) ** 2 for a, b in zip(p, q, strict=True))
+    total = 0.0
+    for a, b, s in zip(p, q, sampling, strict=True):
+        total = total + (s * (a - b)) * (s * (a - b))
+    return total
+
+
+def edge_distance_sq(classes, sampling=None):
+    """Eq. 7, squared: to the nearest edge pixel of the pixel's own class; -1 outside, NO_EDGE (with sampling inf)
+    without an edge."""
+    B, *size = classes.shape
+    squared = np.full((B, *size), -1, dtype=np.int64 if sampling is None else np.float64)
     for b in range(B):
         edge = edge_pixels(classes[b])
         edges_of = {}
-        for r, c in np.argwhere(edge):
-            edges_of.setdefault(int(classes[b, r, c]), []).append((int(r), int(c)))
-        for r in range(H):
-            for c in range(W):
-                if classes[b, r, c] >= 0:
-                    squared[b, r, c] = NO_EDGE
-                    for i, j in edges_of.get(int(classes[b, r, c]), []):
-                        squared[b, r, c] = min(squared[b, r, c], (r - i) ** 2 + (c - j) ** 2)
+        for at in pixels(size):
+            if edge[at]:
+                edges_of.setdefault(int(classes[(b, *at)]), []).append(at)
+        for at in pixels(size):
+            if classes[(b, *at)] >= 0:
+                nearest = NO_EDGE if sampling is None else math.inf
+                for other in edges_of.get(int(classes[(b, *at)]), []):
+                    nearest = min(nearest, distance_sq(at, other, sampling))
+                squared[(b, *at)] = nearest
     return squared
 
 
@@ -177,19 +227,19 @@ def distance_transform_sq(mask):
 
 def select_nearest(classes, distance_sq, ratio, num_classes=None, seed=0):
     """Per image and class the ceil(ratio |B^n|) pixels that come first in order of (squared distance, hash)."""
-    B, H, W = classes.shape
-    selected = np.zeros((B, H, W), dtype=bool)
+    B, *size = classes.shape
+    selected = np.zeros((B, *size), dtype=bool)
     for b in range(B):
         members = {}
-        for r in range(H):
-            for c in range(W):
-                if is_class(classes[b, r, c], num_classes):
-                    rank = (int(distance_sq[b, r, c]), hash32(seed, 0, r * W + c))
-                    members.setdefault(int(classes[b, r, c]), []).append((rank, r, c))
-        for pixels in members.values():
-            k = math.ceil(ratio * len(pixels))
-            for _, r, c in sorted(pixels)[:k]:
-                selected[b, r, c] = True
+        for at in pixels(size):
+            n = classes[(b, *at)]
+            if is_class(n, num_classes):
+                rank = (distance_sq[(b, *at)].item(), hash32(seed, 0, number(at, size)))
+                members.setdefault(int(n), []).append((rank, at))
+        for of_class in members.values():
+            k = math.ceil(ratio * len(of_class))
+            for _, at in sorted(of_class)[:k]:
+                selected[(b, *at)] = True
     return selected
 
 
@@ -203,17 +253,21 @@ def bane_negatives(
     distance_at="layer",
     ignore_index=255,
     seed=0,
+    sampling=None,
 ):
-    """The class each pixel of the layer is a hard negative of, or -1."""
-    if num_classes is None and predictions.ndim == 4:
+    """The class each pixel of the layer is a hard negative of, or -1. sampling: the size of a pixel of the labels, of
+    which a pixel of the layer covers H / h along each axis."""
+    if num_classes is None and predictions.ndim == labels.ndim + 1:
         num_classes = predictions.shape[1]
-    size = labels.shape[-2:] if size is None else size
+    size = labels.shape[1:] if size is None else size
     if distance_at == "layer":
         e = error_map(resize(predicted_classes(predictions), size), resize(labels, size), num_classes, ignore_index)
-        squared = edge_distance_sq(e)
+        if sampling is not None:
+            sampling = [s * (H / h) for s, H, h in zip(sampling, labels.shape[1:], size, strict=True)]
+        squared = edge_distance_sq(e, sampling)
     else:
         full = error_map(predictions, labels, num_classes, ignore_index)
-        e, squared = resize(full, size), resize(edge_distance_sq(full), size)
+        e, squared = resize(full, size), resize(edge_distance_sq(full, sampling), size)
     if negatives == "none":
         return np.full_like(e, -1)
     if negatives == "semi-hard":
@@ -223,8 +277,10 @@ def bane_negatives(
 
 def base_pixels(size, base_rate, stream, seed=0):
     """Where hash(seed, 1 + i, p) < base_rate 2^32; the same in every image. stream is 1 + i."""
-    h, w = size
-    return np.array([[hash32(seed, stream, r * w + c) < base_rate * 2.0**32 for c in range(w)] for r in range(h)])
+    base = np.zeros(size, dtype=bool)
+    for at in pixels(size):
+        base[at] = hash32(seed, stream, number(at, size)) < base_rate * 2.0**32
+    return base
 
 
 # ----------------------------------------------------------------------------------------------------- losses, Eqs. 3-4
@@ -251,18 +307,18 @@ def pixel_anchor_loss(
     features, labels, anchors, negatives=None, base=None, temperature=0.1, ignore_index=255, normalize=True
 ):
     """Eqs. 3-4: mean over present classes n, mean over pixels p of n, of softplus(Z_n - s_np)."""
-    B, _, h, w = features.shape
+    B, _, *size = features.shape
     N = len(anchors)
-    y = resize(labels, (h, w))
+    y = resize(labels, size)
     if negatives is None and base is None:
-        base = np.ones((B, h, w), dtype=bool)
-    pixels = [(b, r, c) for b in range(B) for r in range(h) for c in range(w) if is_valid(y[b, r, c], N, ignore_index)]
-    if any(not np.isfinite(features[b, :, r, c]).all() for b, r, c in pixels):
+        base = np.ones((B, *size), dtype=bool)
+    valid = [(b, *at) for b in range(B) for at in pixels(size) if is_valid(y[(b, *at)], N, ignore_index)]
+    vectors = {(b, *at): features[(b, slice(None), *at)] for b, *at in valid}
+    if not all(np.isfinite(x).all() for x in vectors.values()):
         return math.nan
 
     def similarity(n, pixel):
-        b, r, c = pixel
-        return dot(anchors[n], embedding(features[b, :, r, c], normalize)) / temperature
+        return dot(anchors[n], embedding(vectors[pixel], normalize)) / temperature
 
     def is_negative(n, pixel):
         chosen = negatives is not None and int(negatives[pixel]) == n
@@ -271,9 +327,9 @@ def pixel_anchor_loss(
 
     terms = []
     for n in range(N):
-        positives = [pixel for pixel in pixels if int(y[pixel]) == n]
+        positives = [pixel for pixel in valid if int(y[pixel]) == n]
         if positives:
-            Z = logsumexp([similarity(n, pixel) for pixel in pixels if is_negative(n, pixel)])
+            Z = logsumexp([similarity(n, pixel) for pixel in valid if is_negative(n, pixel)])
             terms.append(math.fsum(softplus(Z - similarity(n, pixel)) for pixel in positives) / len(positives))
     return math.fsum(terms) / len(terms) if terms else 0.0
 
@@ -309,6 +365,7 @@ def contextrast_layer_losses(
     normalize_anchors=False,
     seed=0,
     anchors=None,
+    sampling=None,
 ):
     """L_i of every layer. anchors: given rows instead of the batch's own, which is what a stopped gradient sees."""
     if anchors is None:
@@ -317,11 +374,11 @@ def contextrast_layer_losses(
         )
     losses = []
     for i, x in enumerate(features):
-        B, _, h, w = x.shape
+        B, _, *size = x.shape
         chosen = bane_negatives(
-            predictions, labels, num_classes, (h, w), ratio, negatives, distance_at, ignore_index, seed
+            predictions, labels, num_classes, size, ratio, negatives, distance_at, ignore_index, seed, sampling
         )
-        base = np.array([base_pixels((h, w), base_rate, 1 + i, seed)] * B).reshape(B, h, w)
+        base = np.array([base_pixels(size, base_rate, 1 + i, seed)] * B).reshape(B, *size)
         losses.append(pixel_anchor_loss(x, labels, anchors[i], chosen, base, temperature, ignore_index, normalize))
     return losses
 

@@ -5,6 +5,7 @@ import pathlib
 import shutil
 import subprocess
 import sys
+import tarfile
 import venv
 
 import pytest
@@ -38,6 +39,41 @@ def test_setup_does_not_import_torch(sources):
     program = "import runpy, sys; sys.modules['torch'] = None; runpy.run_path('setup.py', run_name='__main__')"
     done = subprocess.run([sys.executable, "-c", program, "--name"], cwd=sources, capture_output=True, text=True)
     assert done.stdout.split()[-1:] == ["contextrast-kernels"], done.stderr
+
+
+def test_an_old_setuptools_is_told_what_it_needs(sources):
+    """As `pip install --no-build-isolation` runs it, before setuptools reads pyproject.toml."""
+    program = (
+        "import runpy, sys, types; old = types.ModuleType('setuptools'); old.__version__ = '65.5.0'; "
+        "sys.modules['setuptools'] = old; runpy.run_path('setup.py', run_name='__main__')"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=sources, capture_output=True, text=True)
+    assert done.returncode != 0
+    [sentence] = done.stderr.splitlines()
+    assert "expected setuptools 77 or newer, got 65.5.0; pip install 'setuptools>=77'" in sentence
+    required = (sources / "pyproject.toml").read_text()
+    assert '"setuptools>=77"' in required
+
+
+def test_the_sdist_holds_what_its_tests_need(sources):
+    for folder in ("tests", "examples", "benchmarks", "docs"):
+        shutil.copytree(ROOT / folder, sources / folder, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    for name in ("MANIFEST.in", "Makefile", "CHANGELOG.md", "CONTRIBUTING.md"):
+        shutil.copy(ROOT / name, sources)
+    done = run_setup(sources, "sdist", CONTEXTRAST_NATIVE="0")
+    assert done.returncode == 0, done.stderr
+    [archive] = (sources / "dist").glob("*.tar.gz")
+    with tarfile.open(archive) as tar:
+        held = {pathlib.PurePosixPath(*pathlib.PurePosixPath(name).parts[1:]) for name in tar.getnames()}
+    wanted = {
+        path.relative_to(sources)
+        for folder in ("csrc", "contextrast_kernels", "tests", "examples", "benchmarks", "docs")
+        for path in (sources / folder).rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    wanted = {pathlib.PurePosixPath(path) for path in wanted}
+    assert pathlib.PurePosixPath("tests/conftest.py") in wanted
+    assert wanted <= held, wanted - held
 
 
 def test_without_a_compiler_the_wheel_is_pure_and_one_sentence_says_why(sources):

@@ -427,6 +427,7 @@ def test_a_failure_leaves_the_old_results_and_nothing_else(tmp_path, monkeypatch
         (["--device", "meta"], "--device meta cannot be used: expected auto, cpu, cuda"),
         (["--out", "/dev/null"], "is a file; give a folder"),
         (["--out", "/no/such/place"], "is no folder that can be written to"),
+        (["--out", "/proc/place"], "is no folder that can be written to"),
     ],
 )
 def test_a_bad_flag_is_one_sentence(flags, words, capsys):

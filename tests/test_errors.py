@@ -20,6 +20,9 @@ COUNTS = torch.ones(4, dtype=torch.int64)
 PYRAMID = [torch.randn(2, 3, n, n) for n in (8, 4, 2, 1)]
 ROWS = torch.randn(5, 3)
 ROW_LABELS = torch.zeros(5, dtype=torch.int64)
+VOLUME = torch.randn(2, 3, 4, 8, 8)
+DEEP_LABELS = torch.zeros(2, 4, 16, 16, dtype=torch.int64)
+DEEP_LOGITS = torch.randn(2, 4, 4, 16, 16)
 META = "meta"
 
 
@@ -196,7 +199,8 @@ TABLE = [
     # select_nearest
     ("select: float classes", lambda: select(classes=CLASSES.float()), TypeError, "classes", "float32"),
     ("select: classes of rank 2", lambda: select(classes=CLASSES[0]), ValueError, "classes", r"\(8, 8\)"),
-    ("select: float distances", lambda: select(squared=SQUARED.float()), TypeError, "distance_sq", "float32"),
+    ("select: complex distances", lambda: select(squared=SQUARED + 0j), TypeError, "distance_sq", "complex64"),
+    ("select: bool distances", lambda: select(squared=SQUARED > 0), TypeError, "distance_sq", "bool"),
     (
         "select: distances of other size",
         lambda: select(squared=SQUARED[:, 1:]),
@@ -259,6 +263,74 @@ TABLE = [
         "16385",
     ),
     ("bane: seed a float", lambda: bane(seed=0.0), TypeError, "seed", "0.0"),
+    # volumes
+    ("labels of a map, volume", lambda: anchors(features=VOLUME), ValueError, "labels", r"\(2, 16, 16\).*a map"),
+    ("labels of a volume, map", lambda: anchors(labels=DEEP_LABELS), ValueError, "labels", r"\(2, 4, 16, 16\)"),
+    ("features of rank 6", lambda: anchors(features=VOLUME[None]), ValueError, "features", r"\(1, 2, 3, 4, 8, 8\)"),
+    (
+        "features of a volume too deep",
+        lambda: anchors(features=torch.zeros(1).expand(1, 1, 16385, 1, 1)),
+        ValueError,
+        "features",
+        "16385",
+    ),
+    (
+        "features of too many voxels",
+        lambda: anchors(features=torch.zeros(1).expand(1, 1, 16384, 16384, 9)),
+        ValueError,
+        "features",
+        "voxels",
+    ),
+    ("pixel loss: a map", lambda: pixel(features=VOLUME), ValueError, "labels", r"\(2, 16, 16\).*a map"),
+    (
+        "total: labels of a map",
+        lambda: loss(features=[VOLUME], layer_weights=(1,)),
+        ValueError,
+        "labels",
+        r"\(2, 16, 16\).*a map",
+    ),
+    (
+        "total: logits of a map",
+        lambda: loss(features=[VOLUME], labels=DEEP_LABELS, layer_weights=(1,)),
+        ValueError,
+        "predictions",
+        r"\(2, 4, 16, 16\)",
+    ),
+    (
+        "maps and volumes",
+        lambda: loss(features=[FEATURES, VOLUME[:, :, :1, :4, :4]], layer_weights=(1, 1)),
+        ValueError,
+        r"features\[1\]",
+        "not both",
+    ),
+    (
+        "a layer that grows in depth",
+        lambda: loss(features=[VOLUME, torch.randn(2, 3, 5, 4, 4)], layer_weights=(1, 1)),
+        ValueError,
+        r"features\[1\]",
+        r"\(5, 4, 4\)",
+    ),
+    (
+        "a size of two for a volume",
+        lambda: bane(labels=DEEP_LABELS, predictions=DEEP_LABELS, num_classes=4, size=(4, 4)),
+        TypeError,
+        "size",
+        r"\(4, 4\)",
+    ),
+    ("criterion: labels of a map", lambda: criterion(logits=DEEP_LOGITS), ValueError, "labels", r"\(2, 16, 16\)"),
+    (
+        "boundary of a volume",
+        lambda: ck.metrics.BoundaryF1(4).update(DEEP_LOGITS, DEEP_LABELS),
+        ValueError,
+        "predictions",
+        r"\(2, 4, 4, 16, 16\)",
+    ),
+    ("spatial_dims 4", lambda: ck.ProjectionHead(3, spatial_dims=4), ValueError, "spatial_dims", "4"),
+    ("sampling of three for a map", lambda: bane(sampling=(1, 1, 1)), ValueError, "sampling", "3"),
+    ("sampling 0", lambda: bane(sampling=0), ValueError, "sampling", "0"),
+    ("sampling negative", lambda: loss(sampling=(1.0, -1.0)), ValueError, "sampling", "-1.0"),
+    ("sampling NaN", lambda: module(sampling=math.nan), ValueError, "sampling", "nan"),
+    ("sampling of four", lambda: module(sampling=(1, 1, 1, 1)), ValueError, "sampling", "4"),
     # contextrast_loss
     ("one tensor instead of a list", lambda: loss(features=FEATURES), TypeError, "features", "float32"),
     ("no layers", lambda: loss(features=[]), (TypeError, ValueError), "features", r"\[\]"),

@@ -42,6 +42,14 @@ def test_plain_loop_with_two_processes():
     assert float(steps[1][1]) < float(steps[0][1])
 
 
+def test_volumes():
+    from volumes import train
+
+    losses = train(steps=12)
+    assert len(losses) == 12
+    assert sum(losses[-3:]) < 0.9 * sum(losses[:3])
+
+
 def test_lightning(tmp_path):
     pytest.importorskip("lightning", reason="lightning is not installed; pip install lightning")
     from lightning_module import main

@@ -103,13 +103,13 @@ def test_broken_pixels_of_a_real_batch(bad, layout):
     with ck.backend("triton"):
         clean = run(loss, xs)
         for x in xs:
-            ignored = targets(inputs.labels, *x.shape[2:], case.num_classes, 255) < 0
+            ignored = targets(inputs.labels, x.shape[2:], case.num_classes, 255) < 0
             x.data[:, 3].masked_fill_(ignored, bad)
             assert ignored[0, 0, 0]
         dirty = run(loss, xs)
         assert torch.equal(clean[0], dirty[0])
         assert torch.equal(clean[1], dirty[1])
-        last = targets(inputs.labels, *xs[-1].shape[2:], case.num_classes, 255)
+        last = targets(inputs.labels, xs[-1].shape[2:], case.num_classes, 255)
         b, r, c = (last >= 0).nonzero()[-1].tolist()
         xs[-1].data[b, -1, r, c] = bad
         assert loss(*xs).isnan()

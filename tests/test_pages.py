@@ -86,3 +86,33 @@ def test_the_loop_over_the_relatives():
     for name in names["criteria"]:
         exec(call, names | {"name": name})
     exec(ablation, names)
+
+
+def test_the_code_about_distances():
+    """One block after the other, as a reader would run them."""
+    torch.manual_seed(0)
+    names = {}
+    for block in blocks("docs/distance.md"):
+        exec(block, names)
+    assert names["nearest"].shape == (3, *names["distance"].shape) and names["to_edge"].shape == names["labels"].shape
+    assert names["weights"].isfinite().all() and names["weights"][1].abs().sum() > 0
+    assert names["prediction"].grad.isfinite().all() and names["hausdorff_loss"] > 0
+    assert 0 < names["hausdorff_95"] <= names["hausdorff"]
+
+
+RECIPES = blocks("docs/recipes.md")
+
+
+@pytest.mark.parametrize("number", range(len(RECIPES)))
+def test_the_recipes(number):
+    exec(RECIPES[number], names := given())
+    if "loss" in names:
+        assert names["loss"].isfinite() and names["loss"] > 0
+        if names["embeddings"][0].grad is None:
+            names["loss"].backward()
+        assert all(x.grad.any() for x in names["embeddings"])
+    if "plain" in names:
+        assert names["plain"].keys() == names["model"].state_dict().keys() < names["checkpoint"].keys()
+    scores = names.get("scores", [])
+    for metric in scores if isinstance(scores, list) else [scores]:
+        assert isinstance(metric, ck.metrics.ConfusionMatrix)

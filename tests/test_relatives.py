@@ -368,16 +368,16 @@ def test_more_pairs_than_samples_and_more_samples_than_pixels(name, max_samples,
 
 
 def test_one_class_in_all():
-    """K = 1: nothing to push away from, so the loss is 0."""
+    """One class of two: nothing to push away from, so the loss is 0."""
     layers, labels, _ = batch()
     labels = torch.where(labels == 255, 255, 0)
-    memory = ck.MemoryBank(1, D, pixels=9, regions=9)
+    memory = ck.MemoryBank(2, D, pixels=9, regions=9)
     for loss in (
-        ck.PixelContrastLoss(1, max_views=4),
-        ck.PixelContrastLoss(1, max_views=4, bank=memory),
-        ck.MultiScaleContrastLoss(1, max_samples=50),
-        ck.RegionContrastLoss(1, memory),
-        ck.PNELoss(1),
+        ck.PixelContrastLoss(2, max_views=4),
+        ck.PixelContrastLoss(2, max_views=4, bank=memory),
+        ck.MultiScaleContrastLoss(2, max_samples=50),
+        ck.RegionContrastLoss(2, memory),
+        ck.PNELoss(2),
     ):
         for _ in range(2):
             of = leaves(layers)

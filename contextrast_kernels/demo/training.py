@@ -11,7 +11,6 @@ import argparse
 import functools
 import json
 import math
-import os
 import platform
 import shutil
 import statistics
@@ -461,8 +460,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         others = {path.name for path in options.out.iterdir()} - {"metrics.json", *pictures.NAMES}
         if others:
             parser.error(f"--out: {options.out} would be replaced, but holds {min(others)}; give another folder.")
-    if not os.access(options.out.parent, os.W_OK):
-        parser.error(f"--out: {options.out.parent} is no folder that can be written to.")
+    try:
+        tempfile.TemporaryDirectory(prefix=f".{options.out.name}-", dir=options.out.parent).cleanup()
+    except OSError as error:
+        reason = error.strerror or error
+        parser.error(
+            f"--out: {options.out.parent} is no folder that can be written to ({reason}); give another folder."
+        )
     return options
 
 
@@ -508,7 +512,11 @@ def main(argv: list[str] | None = None) -> int:
         "boundary_radius": RADIUS,
         "averaged_evaluations": AVERAGED,
     }
-    print(write(options.out, runs, *trained[LOSSES[options.loss[0]]], data, settings))
+    try:
+        print(write(options.out, runs, *trained[LOSSES[options.loss[0]]], data, settings))
+    except OSError as error:
+        print(f"demo: {options.out} could not be written ({error.strerror or error}).", file=sys.stderr)
+        return 2
     print(f"{time.perf_counter() - began:.0f} s in all.")
     failed = [run for run in runs if not run.rose]
     for run in failed:

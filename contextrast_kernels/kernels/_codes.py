@@ -43,16 +43,22 @@ def codes(
     base: Sequence[Tensor] | None = None,
     base_rate: float = 0.0,
     seed: Tensor | None = None,
+    volumes: Sequence[int] | None = None,
 ) -> Codes:
     """The codes; their numbers are added to ``sums``.
 
     negatives, base: integer maps (B, h, w) of each layer, as the public functions take them. hard, in the place of
     negatives: e, of which all pixels are valid. base_rate: the share of pixels to draw as base (1: all, and no seed is
-    needed).
+    needed). volumes: z, h, w of each layer in turn, where the labels are volumes (B, Z, H, W) and the features
+    ``maps.plane_stack`` of volumes.
     """
     device = features[0].device
     dense = base is not None or base_rate > 0
-    shapes = _launch.shapes(features)
+    shapes, depths = _launch.shapes(features), None
+    if volumes is not None:
+        sides = list(zip(volumes[::3], volumes[1::3], volumes[2::3], strict=True))
+        shapes = tuple((*x.shape[:2], z * h, w) for x, (z, h, w) in zip(features, sides, strict=True))
+        depths = _launch.odd([z for x, (z, _, _) in zip(features, sides, strict=True) if x.numel()])
     pixels = _launch.pixel_starts(shapes)[-1]
     y = torch.empty(pixels, dtype=code_dtype(num_classes), device=device)
     e = torch.empty_like(y) if hard is None else hard
@@ -72,6 +78,7 @@ def codes(
         {
             "labels": labels,
             "label_strides": _launch.odd(labels.stride()),
+            "depths": depths,
             **given,
             "seed": seed,
             "y": y,
@@ -81,8 +88,9 @@ def codes(
             "drawn": sums.drawn,
             "geometry": pixel_runs,
             "B": batch,
-            "H": labels.shape[1],
-            "W": labels.shape[2],
+            "Z": 1 if volumes is None else labels.shape[1],
+            "H": labels.shape[-2],
+            "W": labels.shape[-1],
             "N": num_classes,
             "ignore_index": ignore_index,
             # For an integer hash, hash < rate · 2³² exactly when hash < ⌈rate · 2³²⌉.
@@ -97,8 +105,10 @@ def codes(
         },
         reads=_launch.nbytes(*(m for maps in given.values() if maps for m in maps), *([e] if hard is not None else []))
         + sum(
-            batch * min(x.shape[2], labels.shape[1]) * min(x.shape[3] * 32, labels.shape[2] * labels.element_size())
-            for x in features
+            batch
+            * min(rows, math.prod(labels.shape[1:-1]))
+            * min(columns * 32, labels.shape[-1] * labels.element_size())
+            for _, _, rows, columns in shapes
         ),
         writes=_launch.nbytes(y, *([e] if hard is None else []), *([base_map] if dense else [])),
     )
@@ -122,10 +132,11 @@ def _hash(seed, stream, pixel):
     return _mix(pixel ^ key)
 
 
-@triton.jit(do_not_specialize=["B", "H", "W", "N", "ignore_index", "threshold"])
+@triton.jit(do_not_specialize=["B", "Z", "H", "W", "N", "ignore_index", "threshold"])
 def _label_codes(
     labels,
     label_strides,
+    depths,
     negatives,
     base_maps,
     seed,
@@ -136,6 +147,7 @@ def _label_codes(
     drawn,
     geometry,
     B,
+    Z,
     H,
     W,
     N,
@@ -164,12 +176,17 @@ def _label_codes(
     r = inside // w
     c = inside - r * w
 
-    # 1. The label at row ⌊r H / h⌋, column ⌊c W / w⌋, compared as int64: -100 never meets a uint8 156.
-    source = (
-        b * plain(label_strides[0])
-        + (r * H // h).to(tl.int64) * plain(label_strides[1])
-        + (c * W // w).to(tl.int64) * plain(label_strides[2])
-    )
+    # 1. The label at row ⌊r H / h⌋, column ⌊c W / w⌋, and in a volume plane ⌊d Z / z⌋, compared as int64: -100 never
+    # meets a uint8 156.
+    source = b * plain(label_strides[0])
+    if depths is not None:
+        z = pick(depths, layer)
+        h = h // z  # was the rows of all planes
+        d = r // h
+        r = r - d * h
+        source += (d * Z // z).to(tl.int64) * plain(label_strides[1])
+    source += (r * H // h).to(tl.int64) * plain(label_strides[-2])
+    source += (c * W // w).to(tl.int64) * plain(label_strides[-1])
     label = tl.load(labels + source, mask=live, other=0).to(tl.int64)
     valid = live & (label >= 0) & (label < N) & (label != ignore_index)
     here = tl.cast(pick(geometry.pixel, layer), tl.int64) + pixel

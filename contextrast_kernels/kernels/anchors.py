@@ -40,11 +40,16 @@ from contextrast_kernels.kernels._tiles import (
 
 
 def forward(
-    features: Tensor, labels: Tensor, num_classes: int, ignore_index: int, normalize: bool
+    features: Tensor,
+    labels: Tensor,
+    num_classes: int,
+    ignore_index: int,
+    normalize: bool,
+    volume: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Anchors (N, D), counts (N,), and the label codes that ``backward`` needs."""
     sums = zeros([features], num_classes, normalize, pushed=False)
-    code = codes([features], labels, num_classes, ignore_index, sums)
+    code = codes([features], labels, num_classes, ignore_index, sums, volumes=volume)
     if not normalize:
         largest_features([features], code, sums)
     headroom = _launch.headroom(_launch.pixels((features.shape,)))

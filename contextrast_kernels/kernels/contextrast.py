@@ -41,11 +41,13 @@ def forward(
     normalize_anchors: bool,
     errors: Tensor | None = None,
     group: str | None = None,
+    volumes: Sequence[int] | None = None,
 ) -> tuple[Outcome, Tensor, Terms]:
     """The loss and what ``backward`` needs: label codes and terms.
 
     e: codes of the hard negatives of all layers; seed: int64, of the base pixels. group: the name of the process group
     whose ranks reduce at the seams; ``errors`` (layers,) then becomes a fourth row of the report, added up as well.
+    volumes: as in ``codes``.
     """
     dtype, headroom = _launch.accumulator(features[0].dtype), _launch.headroom(_launch.pixels(_launch.shapes(features)))
     if group is not None:
@@ -53,7 +55,9 @@ def forward(
         errors = errors.clone()
     # 16 bits of a gradient are worth no more than the shared words hold, where no vector is longer than 1.
     sums = zeros(features, num_classes, normalize, pushed=features[0].element_size() > 2 or not normalize)
-    code = codes(features, labels, num_classes, ignore_index, sums, hard=e, base_rate=base_rate, seed=seed)
+    code = codes(
+        features, labels, num_classes, ignore_index, sums, hard=e, base_rate=base_rate, seed=seed, volumes=volumes
+    )
     if not normalize:
         largest_features(features, code, sums)
         if group is not None:

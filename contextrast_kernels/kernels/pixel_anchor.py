@@ -93,6 +93,7 @@ def forward(
     temperature: float,
     ignore_index: int,
     normalize: bool,
+    volume: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Terms]:
     """The loss, dL/danchors, the label codes, and what ``backward`` needs besides. Without negatives and base every
     other-class pixel is one."""
@@ -106,6 +107,7 @@ def forward(
         negatives=None if negatives is None else [negatives],
         base=None if base is None else [base],
         base_rate=1.0 if negatives is None and base is None else 0.0,
+        volumes=volume,
     )
     table, lengths = given_table(anchors, sums.counts, _launch.accumulator(features.dtype))
     if not normalize:

@@ -3,6 +3,9 @@
 The paper's table of boundary mIoU at 5, 7 and 10 px does not say which of the first two it means; both are here. In all
 three an ignored pixel is neither a boundary nor a neighbour that makes one, in labels as in predictions, so that what a
 network says there has no effect and a right prediction scores 1.
+
+They score maps. Score a volume plane by plane: pass its planes as a batch, such as ``labels.flatten(0, 1)`` of
+(B, Z, H, W).
 """
 
 from __future__ import annotations
@@ -14,12 +17,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from contextrast_kernels import checks
-from contextrast_kernels.bane import NO_EDGE, distance_transform
+from contextrast_kernels.distance import NO_EDGE, distance_transform
 from contextrast_kernels.maps import targets
 from contextrast_kernels.metrics.regions import confusion, iou
 from contextrast_kernels.metrics.streaming import Metric, count
 
 
+@checks.takes_subclasses
 def boundary_mask(labels: Tensor, radius: float, *, num_classes: int | None = None, ignore_index: int = 255) -> Tensor:
     """The trimap of a label map: the valid pixels at most ``radius`` px from a boundary between two classes.
 
@@ -43,7 +47,7 @@ def boundary_mask(labels: Tensor, radius: float, *, num_classes: int | None = No
     if num_classes is not None:
         checks.num_classes(num_classes)
     checks.ignore_index(ignore_index)
-    classes = targets(labels, *labels.shape[-2:], num_classes, ignore_index)
+    classes = targets(labels, labels.shape[1:], num_classes, ignore_index)
     return _within(_boundary(classes), radius) & (classes >= 0)
 
 
@@ -77,6 +81,7 @@ class TrimapIoU(Metric):
         self.radii = tuple(sorted(set(radii)))
         self._layout = {"counts": ((len(self.radii), num_classes, num_classes + 1), torch.int64)}
 
+    @checks.takes_subclasses
     @torch.no_grad()
     def update(self, predictions: Tensor, labels: Tensor) -> None:
         """Add a batch; arguments as in ``ConfusionMatrix.update``."""
@@ -87,7 +92,7 @@ class TrimapIoU(Metric):
         self._add({"counts": torch.stack(counts)})
 
     def _results(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        return _by_width("trimap", self.radii, iou(state["counts"]))
+        return _by_width("trimap", [f"{radius:g}px" for radius in self.radii], iou(state["counts"]))
 
 
 class BoundaryIoU(Metric):
@@ -98,11 +103,12 @@ class BoundaryIoU(Metric):
     where G_d are the pixels of a class's label mask, P_d of its predicted mask, within d px of what is outside of that
     mask: d steps of 3x3 erosion, so d is a chessboard distance. As in the authors' code the image's border is outside.
     Pixels are counted over the whole data set. ``compute()`` gives for each d "boundary_miou_{d}px" and
-    "boundary_iou_{d}px_per_class" (N,).
+    "boundary_iou_{d}px_per_class" (N,), or "boundary_miou_{d}diagonal" and so on for a share of the diagonal.
 
     Args:
         num_classes: N.
-        widths: d, in pixels of the labels. The authors take 2 % of the image's diagonal.
+        widths: d, an integer in pixels of the labels or a number below 1, a share of the labels' diagonal: rounded to
+            pixels, and at least 1. The authors' default is 0.02; for Cityscapes they take 0.005.
         ignore_index, group: as in ``ConfusionMatrix``.
 
     Raises:
@@ -110,16 +116,20 @@ class BoundaryIoU(Metric):
     """
 
     def __init__(
-        self, num_classes: int, widths: Sequence[int] = (5, 7, 10), *, ignore_index: int = 255, group: object = "auto"
+        self, num_classes: int, widths: Sequence[float] = (5, 7, 10), *, ignore_index: int = 255, group: object = "auto"
     ):
         super().__init__(num_classes, ignore_index, group)
         checks.integer("num_classes", num_classes, low=1, high=2**24)  # a class is held in a float32 below
         _check_list("widths", widths)
         for width in widths:
-            checks.integer("widths", width, low=1, high=checks.MAX_SIDE)
+            if isinstance(width, float) and width < 1:
+                checks.real("widths", width, low=0, high=1, open_low=True)
+            else:
+                checks.integer("widths", width, low=1, high=checks.MAX_SIDE)
         self.widths = tuple(sorted(set(widths)))
         self._layout = {"counts": ((len(self.widths), 3, num_classes), torch.int64)}
 
+    @checks.takes_subclasses
     @torch.no_grad()
     def update(self, predictions: Tensor, labels: Tensor) -> None:
         """Add a batch; arguments as in ``ConfusionMatrix.update``."""
@@ -127,8 +137,10 @@ class BoundaryIoU(Metric):
         predicted, classes = self._class_maps(predictions, labels)
         predicted = torch.where(classes >= 0, predicted, -1)
         counts = []
+        diagonal = (classes.shape[-2] ** 2 + classes.shape[-1] ** 2) ** 0.5
         for width in self.widths:
-            true_band, predicted_band = (_near_outside(c, width) for c in (classes, predicted))
+            pixels = width if width >= 1 else max(1, round(width * diagonal))
+            true_band, predicted_band = (_near_outside(c, pixels) for c in (classes, predicted))
             predicted_band = predicted_band & (predicted < N)
             both = true_band & predicted_band & (predicted == classes)
             bands = (classes, both), (classes, true_band), (predicted, predicted_band)
@@ -137,7 +149,8 @@ class BoundaryIoU(Metric):
 
     def _results(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         both, true_band, predicted_band = state["counts"].unbind(1)
-        return _by_width("boundary", self.widths, both.double() / (true_band + predicted_band - both))
+        widths = [f"{width:g}px" if width >= 1 else f"{width:g}diagonal" for width in self.widths]
+        return _by_width("boundary", widths, both.double() / (true_band + predicted_band - both))
 
 
 class BoundaryF1(Metric):
@@ -168,6 +181,7 @@ class BoundaryF1(Metric):
         self.radius = radius
         self._layout = {"f1": ((num_classes,), torch.float64), "images": ((num_classes,), torch.int64)}
 
+    @checks.takes_subclasses
     @torch.no_grad()
     def update(self, predictions: Tensor, labels: Tensor) -> None:
         """Add a batch; arguments as in ``ConfusionMatrix.update``."""
@@ -240,12 +254,12 @@ def _near_outside(classes: Tensor, width: int) -> Tensor:
     return valid & (differs | at_border)
 
 
-def _by_width(name: str, widths: Sequence[float], per_class: Tensor) -> dict[str, Tensor]:
+def _by_width(name: str, widths: Sequence[str], per_class: Tensor) -> dict[str, Tensor]:
     """Means and classes of IoU (widths, N) under their names."""
     results = {}
     for width, values in zip(widths, per_class):
-        results[f"{name}_miou_{width:g}px"] = values.nanmean()
-        results[f"{name}_iou_{width:g}px_per_class"] = values
+        results[f"{name}_miou_{width}"] = values.nanmean()
+        results[f"{name}_iou_{width}_per_class"] = values
     return results
 
 

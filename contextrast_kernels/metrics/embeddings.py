@@ -12,8 +12,9 @@ from torch import Tensor
 from contextrast_kernels import checks, maps
 from contextrast_kernels.anchors import class_anchors, fuse_anchors
 from contextrast_kernels.backend import unchanged_by_autocast
-from contextrast_kernels.bane import edge_distance, error_map
+from contextrast_kernels.bane import error_map
 from contextrast_kernels.contextrast import check_layers
+from contextrast_kernels.distance import edge_distance
 from contextrast_kernels.embedding import compute_dtype, unit
 from contextrast_kernels.hashing import pixel_hash
 from contextrast_kernels.metrics.streaming import Metric, count, from_fixed, to_fixed
@@ -81,6 +82,7 @@ class AlignmentUniformity(Metric):
         self.samples = samples
         self.seed = seed
 
+    @checks.takes_subclasses
     @torch.no_grad()
     def update(self, features: Tensor, labels: Tensor) -> None:
         """Add a batch.
@@ -91,8 +93,9 @@ class AlignmentUniformity(Metric):
         """
         N = self.num_classes
         anchors, counts = class_anchors(features, labels, N, ignore_index=self.ignore_index)
+        checks.maps_alone("features", features)
         labels = checks.class_map("labels", labels)
-        classes = maps.targets(labels, *features.shape[-2:], N, self.ignore_index).flatten()
+        classes = maps.targets(labels, features.shape[2:], N, self.ignore_index).flatten()
         seen = self._state["seen"].to(features.device) if self._state else 0
         rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
         numbers = (seen + torch.arange(len(classes), device=features.device)) % 2**32
@@ -197,26 +200,27 @@ class AnchorSimilarity(Metric):
         self.bins = bins
         self.fusion_weight = fusion_weight
 
+    @checks.takes_subclasses
     @torch.no_grad()
     def update(self, features: Sequence[Tensor], labels: Tensor, predictions: Tensor) -> None:
-        """Add a batch; arguments as in ``contextrast_loss``."""
+        """Add a batch; arguments as in ``contextrast_loss``, which samples labels and predictions to each layer too."""
         check_layers(features)
+        checks.maps_alone("features", features[0])
         N = self.num_classes
         predictions = checks.predictions("predictions", predictions, N)
         labels = checks.class_map("labels", labels)
         for name, value in (("labels", labels), ("predictions", predictions)):
             checks.together("features[0]", features[0], name, value)
-            checks.samples_from(name, value, *features[0].shape[-2:])
+            checks.samples_from(name, value, *features[0].shape[2:])
         anchors, counts = zip(*(class_anchors(x, labels, N, ignore_index=self.ignore_index) for x in features))
         layers = []
         for i, x in enumerate(features):
             a = anchors[i]
             if i < len(features) - 1:
                 a = fuse_anchors(a, counts[i], anchors[-1], counts[-1], self.fusion_weight)
-            classes = maps.targets(labels, *x.shape[-2:], N, self.ignore_index)
-            errors = error_map(
-                maps.predicted_classes(predictions, *x.shape[-2:]), classes, num_classes=N, ignore_index=-1
-            )
+            classes = maps.targets(labels, x.shape[2:], N, self.ignore_index)
+            predicted = maps.predicted_classes(predictions, x.shape[2:], self.ignore_index)
+            errors = error_map(predicted, classes, num_classes=N, ignore_index=-1)
             squared = edge_distance(errors, squared=True).double()
             distance = squared.clamp(min=0).sqrt().floor().clamp(max=self.bins - 1).long()  # exact below 2**52
             similarity = _cosines(x, a)

@@ -19,7 +19,8 @@ class ConfusionMatrix(Metric):
 
     Args:
         num_classes: N.
-        ignore_index: the label of pixels that take no part; a label outside 0..N-1 takes none either.
+        ignore_index: the label of pixels that take no part; a label outside 0..N-1 takes none either. Where it is one
+            of 0..N-1, that class is left out: it has no IoU and is in no mean, and predicting it is a miss.
         group: the ranks to sum over: "auto" all of them where torch.distributed is initialised, None this rank alone,
             or a process group.
 
@@ -44,17 +45,19 @@ class ConfusionMatrix(Metric):
         N = self.num_classes
         return self._state.get("counts", torch.zeros(N, N + 1, dtype=torch.int64))
 
+    @checks.takes_subclasses
     @torch.no_grad()
     def update(self, predictions: Tensor, labels: Tensor, *, mask: Tensor | None = None) -> None:
         """Add a batch.
 
         Args:
-            predictions: class map (B, H', W') of integers or logits (B, N, H', W') of floats, brought to the labels'
-                size by nearest sampling. One outside 0..N-1 is a miss for the label's class, a false alarm for none.
-            labels: (B, H, W) or (B, 1, H, W) integers.
-            mask: bool (B, H, W); only its True pixels count.
+            predictions: class map (B, H', W') of integers or logits (B, N, H', W') of floats. At another size than the
+                labels', a class map is brought to theirs by nearest sampling, logits bilinearly (align_corners=False)
+                before the argmax. A class outside 0..N-1 is a miss for the label's class, a false alarm for none.
+            labels: (B, H, W) or (B, 1, H, W) integers. Of volumes, all have one axis more: labels are (B, Z, H, W).
+            mask: bool, of the labels' size; only its True pixels count.
         """
-        predicted, classes = self._class_maps(predictions, labels)
+        predicted, classes = self._class_maps(predictions, labels, volumes=True)
         counted = classes >= 0
         if mask is not None:
             checks.tensor("mask", mask, f"bool of shape {tuple(classes.shape)}")
@@ -167,6 +170,7 @@ class InstanceIoU(Metric):
         self.first_instance = first_instance
         self._category = torch.tensor((*(range(N) if categories is None else categories), -1))
 
+    @checks.takes_subclasses
     @torch.no_grad()
     def update(self, predictions: Tensor, labels: Tensor, instances: Tensor) -> None:
         """Add a batch.

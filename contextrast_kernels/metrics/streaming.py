@@ -26,7 +26,7 @@ class Metric(ABC):
     """Shape and dtype of each count; None is a size that the first batch tells."""
 
     def __init__(self, num_classes: int, ignore_index: int, group: object):
-        checks.num_classes(num_classes)
+        checks.several_classes(num_classes)
         checks.ignore_index(ignore_index)
         if not (group is None or group == "auto" or (dist.is_available() and isinstance(group, dist.ProcessGroup))):
             raise TypeError(
@@ -82,20 +82,22 @@ class Metric(ABC):
                 )
         self._state = {name: value.clone() for name, value in state.items()}
 
-    def _class_maps(self, predictions: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Predicted and true class of every pixel, at the labels' size: int64 (B, H, W) each.
+    def _class_maps(self, predictions: Tensor, labels: Tensor, *, volumes: bool = False) -> tuple[Tensor, Tensor]:
+        """Predicted and true class of every pixel, at the labels' size: int64 (B, *size) each.
 
-        True class -1: the pixel takes no part. Predicted class N: no class, a miss for the true one.
+        volumes: whether the metric counts them too. True class -1: the pixel takes no part. Predicted class N: no
+        class, a miss for the true one. A class that is ``ignore_index`` is neither a true nor a predicted one.
         """
         N = self.num_classes
-        predictions = checks.predictions("predictions", predictions, N)
-        labels = checks.class_map("labels", labels)
+        dims = checks.dims_of(predictions, labels) if volumes else 2
+        predictions = checks.predictions("predictions", predictions, N, dims)
+        labels = checks.class_map("labels", labels, dims=dims)
         checks.together("predictions", predictions, "labels", labels)
-        height, width = labels.shape[-2:]
-        checks.samples_from("predictions", predictions, height, width)
-        predicted = maps.predicted_classes(predictions, height, width)
+        size = labels.shape[1:]
+        checks.samples_from("predictions", predictions, *size)
+        predicted = maps.resized_classes(predictions, size, self.ignore_index)
         predicted = torch.where((predicted >= 0) & (predicted < N), predicted, N)
-        return predicted, maps.targets(labels, height, width, N, self.ignore_index)
+        return predicted, maps.targets(labels, size, N, self.ignore_index)
 
     @abstractmethod
     def _results(self, state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,5 +1,6 @@
 """What the losses of this folder share: the three inputs, and a seed that advances."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from contextrast_kernels import checks, maps
 from contextrast_kernels.hashing import image_hash
 from contextrast_kernels.relatives.samplers import SAMPLERS, Sampler, sampled_rows, thinned
+from contextrast_kernels.state import lasting
 
 
 class RelativeLoss(nn.Module):
@@ -16,7 +18,7 @@ class RelativeLoss(nn.Module):
 
     def __init__(self, num_classes: int, ignore_index: int, temperature: float, normalize: bool):
         super().__init__()
-        checks.num_classes(num_classes)
+        checks.several_classes(num_classes)
         checks.ignore_index(ignore_index)
         checks.real("temperature", temperature, low=0.0, open_low=True)
         checks.flag("normalize", normalize)
@@ -26,19 +28,20 @@ class RelativeLoss(nn.Module):
 
     def _batch(self, layers: Sequence[Tensor], labels, predictions) -> tuple[Tensor, Tensor]:
         """The checked label map and predictions of one batch."""
-        labels = checks.class_map("labels", labels)
-        predictions = checks.predictions("predictions", predictions, self.num_classes)
+        dims = layers[0].ndim - 2
+        labels = checks.class_map("labels", labels, dims=dims)
+        predictions = checks.predictions("predictions", predictions, self.num_classes, dims)
         for i, x in enumerate(layers):
             for name, value in (("labels", labels), ("predictions", predictions)):
                 checks.together(f"features[{i}]", x, name, value)
-                checks.samples_from(name, value, *x.shape[-2:])
+                checks.samples_from(name, value, *x.shape[2:])
         return labels, predictions.detach()
 
     def _at_layer(self, x: Tensor, labels: Tensor, predictions: Tensor) -> tuple[Tensor, Tensor]:
-        """Targets, -1 = no part, and predicted classes at a layer's size: int64 (B, h, w)."""
-        size = x.shape[-2:]
-        targets = maps.targets(labels, *size, self.num_classes, self.ignore_index)
-        return targets, maps.predicted_classes(predictions, *size)
+        """Targets, -1 = no part, and predicted classes at a layer's size: int64 (B, *size)."""
+        size = x.shape[2:]
+        targets = maps.targets(labels, size, self.num_classes, self.ignore_index)
+        return targets, maps.predicted_classes(predictions, size, self.ignore_index)
 
     def extra_repr(self) -> str:
         told = int | float | str | tuple | Rows
@@ -52,12 +55,12 @@ class SampledLoss(RelativeLoss):
     def __init__(self, num_classes: int, ignore_index: int, temperature: float, normalize: bool, seed: int | Tensor):
         super().__init__(num_classes, ignore_index, temperature, normalize)
         checks.seed(seed, seed.device if isinstance(seed, Tensor) else None)
-        self.register_buffer("seed", torch.tensor(int(seed), dtype=torch.int64))
+        self.register_buffer("seed", lasting(torch.tensor(int(seed), dtype=torch.int64)))
 
     def _draw(self, device: torch.device) -> Tensor:
         """This step's seed; in training the next step has another."""
         if self.seed.device != device:
-            self.seed = self.seed.to(device)  # once: from then on no step copies it
+            self.seed = lasting(self.seed, device)  # once: from then on no step copies it
         seed = self.seed.clone()
         if self.training:
             self.seed.add_(1)
@@ -90,9 +93,9 @@ class Rows:
         chosen = self.sampler(targets, predicted, num_classes, seed, stream)
         checks.chosen("sampler", chosen, targets.shape)
         of = self.sampler if isinstance(self.sampler, Sampler) else self.default
-        most = of.most(x.shape[0], num_classes, x.shape[2] * x.shape[3])
+        most = of.most(x.shape[0], num_classes, math.prod(x.shape[2:]))
         if of is not self.sampler:  # a rule of the user's, which keeps no cap
-            order = image_hash(seed, stream, *x.shape[2:], x.device).expand_as(targets)
+            order = image_hash(seed, stream, x.shape[2:], x.device).expand_as(targets)
             chosen = thinned(chosen & (targets >= 0), most, order)
         return sampled_rows(x, targets, chosen, most, normalize)
 

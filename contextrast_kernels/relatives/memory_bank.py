@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from contextrast_kernels import checks, ranks
 from contextrast_kernels.info_nce import check_rows
 from contextrast_kernels.relatives.samplers import rank_in_segment, segment_counts
+from contextrast_kernels.state import lasting
 
 
 class MemoryBank(nn.Module):
@@ -41,7 +42,7 @@ class MemoryBank(nn.Module):
 
     def __init__(self, num_classes: int, dim: int, *, pixels: int = 5000, regions: int = 5000, group=None):
         super().__init__()
-        checks.num_classes(num_classes)
+        checks.several_classes(num_classes)
         checks.integer("dim", dim, low=1)
         checks.integer("pixels", pixels, low=0)
         checks.integer("regions", regions, low=0)
@@ -50,8 +51,8 @@ class MemoryBank(nn.Module):
         self.num_classes, self.dim, self.lengths = num_classes, dim, (pixels, regions)
         self.group = ranks.name_of(group)
         # One row more than the queues need: what is not to be kept is written there.
-        self.storage = torch.zeros(num_classes * (pixels + regions) + 1, dim)
-        self.written = torch.zeros(len(self.QUEUES), num_classes, dtype=torch.int64)
+        self.storage = lasting(torch.zeros(num_classes * (pixels + regions) + 1, dim))
+        self.written = lasting(torch.zeros(len(self.QUEUES), num_classes, dtype=torch.int64))
 
     @property
     def counts(self) -> Tensor:
@@ -74,6 +75,7 @@ class MemoryBank(nn.Module):
         entries, classes = self.columns()
         return entries.to(rows.dtype, copy=True), classes
 
+    @checks.takes_subclasses
     @torch.no_grad()
     def push(self, queue: str, embeddings: Tensor, labels: Tensor) -> None:
         """Write embeddings, each over the oldest entry of its class.
@@ -88,7 +90,7 @@ class MemoryBank(nn.Module):
             TypeError, ValueError: an argument of the wrong type or size; the sentence names it.
         """
         checks.choice("queue", queue, self.QUEUES)
-        check_rows("embeddings", embeddings, "labels", labels)
+        labels = check_rows("embeddings", embeddings, "labels", labels)
         self.check_dim("embeddings", embeddings)
         self.follow(embeddings.device)
         which = self.QUEUES.index(queue)
@@ -121,7 +123,7 @@ class MemoryBank(nn.Module):
 
     def follow(self, device: torch.device) -> None:
         if self.storage.device != device:
-            self.storage, self.written = self.storage.to(device), self.written.to(device)
+            self.storage, self.written = lasting(self.storage, device), lasting(self.written, device)
 
     def _apply(self, fn, recurse=True):
         # .to(device) moves the bank; .half() does not round what is stored.

@@ -80,13 +80,14 @@ class MultiScaleContrastLoss(SampledLoss):
         self.detach_deepest = detach_deepest
         self.rows = Rows(sampler, Sampler("common-count", max_samples, max_views, min_pixels))
 
+    @checks.takes_subclasses
     def forward(self, features: Sequence[Tensor], labels: Tensor, predictions: Tensor) -> Tensor:
         """The loss of one batch.
 
         Args:
             features: projected features (B, D, h_s, w_s), one a scale, from high to low resolution; the same D and
                 dtype in all.
-            labels: (B, H, W) or (B, 1, H, W) integers.
+            labels: (B, H, W) or (B, 1, H, W) integers. Of volumes, features, labels and predictions have an axis more.
             predictions: logits (B, N, H', W') or a class map (B, H', W'); read by some samplers only. No gradient.
 
         Returns:

@@ -27,6 +27,7 @@ from contextrast_kernels.relatives.samplers import (
     STREAM_MINED_POSITIVES,
     STREAM_ROWS,
     Sampler,
+    images_of,
     rank_in_segment,
     sampled_rows,
 )
@@ -113,12 +114,13 @@ class PixelContrastLoss(SampledLoss):
         self.mining = None if mining == "none" else (hardest, mined_positives, mined_negatives)
         self.factor = temperature / CODE_BASE_TEMPERATURE if parity else 1.0
 
+    @checks.takes_subclasses
     def forward(self, features: Tensor | Sequence[Tensor], labels: Tensor, predictions: Tensor) -> Tensor:
         """The loss of one batch.
 
         Args:
             features: projected features (B, D, h, w), or a list of them, of which ``layer`` is taken.
-            labels: (B, H, W) or (B, 1, H, W) integers.
+            labels: (B, H, W) or (B, 1, H, W) integers. Of volumes, features, labels and predictions have an axis more.
             predictions: logits (B, N, H', W') or a class map (B, H', W'). No gradient.
 
         Returns:
@@ -147,19 +149,19 @@ class PixelContrastLoss(SampledLoss):
         """Write the batch's region centres and ``bank_pixels`` random pixels of each (image, class) into the bank."""
         centres, classes = region_centres(x, targets, self.num_classes, self.normalize)
         self.bank.push("regions", centres, classes)
-        B, N, (h, w) = x.shape[0], self.num_classes, x.shape[-2:]
-        image = torch.arange(B, device=x.device).reshape(-1, 1, 1)
+        B, N, size = x.shape[0], self.num_classes, x.shape[2:]
+        image = images_of(targets)
         pair = torch.where(targets >= 0, image * N + targets, B * N)
-        order = image_hash(seed, STREAM_BANK, h, w, x.device).expand_as(pair)
+        order = image_hash(seed, STREAM_BANK, size, x.device).expand_as(pair)
         chosen = rank_in_segment(pair, B * N, order) < self.bank_pixels
-        most = min(B * N * self.bank_pixels, B * h * w)
+        most = min(B * N * self.bank_pixels, targets.numel())
         self.bank.push("pixels", *sampled_rows(x, targets, chosen, most, self.normalize))
 
 
 def region_centres(x: Tensor, targets: Tensor, num_classes: int, normalize: bool) -> tuple[Tensor, Tensor]:
     """The mean embedding of every class of every image, at unit length: (B · N, D), and its class, -1 = no pixel."""
     B, N = x.shape[0], num_classes
-    image = torch.arange(B, device=x.device).reshape(-1, 1, 1)
+    image = images_of(targets)
     pair = torch.where(targets >= 0, image * N + targets, -1)
     means, counts = class_anchors(x, pair, max(B * N, 1), ignore_index=-1, normalize=normalize)
     classes = torch.arange(N, device=x.device).repeat(B)

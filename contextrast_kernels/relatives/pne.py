@@ -12,6 +12,7 @@ goes into S, and once more for some. Pairs with an empty P or more than ``max_ha
 gradient passes to P and N.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -24,6 +25,7 @@ from contextrast_kernels.info_nce import info_nce
 from contextrast_kernels.relatives._loss import SampledLoss, one_map
 from contextrast_kernels.relatives.samplers import (
     STREAM_SETS,
+    images_of,
     indices_of,
     rank_in_segment,
     segment_counts,
@@ -87,12 +89,13 @@ class PNELoss(SampledLoss):
         self.set_size, self.max_hard, self.max_samples = set_size, max_hard, max_samples
         self.layer, self.parity = layer, parity
 
+    @checks.takes_subclasses
     def forward(self, features: Tensor | Sequence[Tensor], labels: Tensor, predictions: Tensor) -> Tensor:
         """The loss of one batch.
 
         Args:
             features: projected features (B, D, h, w), or a list of them, of which ``layer`` is taken.
-            labels: (B, H, W) or (B, 1, H, W) integers.
+            labels: (B, H, W) or (B, 1, H, W) integers. Of volumes, features, labels and predictions have an axis more.
             predictions: logits (B, N, H', W'); of a class map (B, H', W') every c is 1. No gradient.
 
         Returns:
@@ -102,10 +105,10 @@ class PNELoss(SampledLoss):
         labels, predictions = self._batch([x], labels, predictions)
         seed = self._draw(x.device)
         label, predicted = self._at_layer(x, labels, predictions)
-        B, N, S, (h, w) = x.shape[0], self.num_classes, self.set_size, x.shape[-2:]
+        B, N, S, size = x.shape[0], self.num_classes, self.set_size, x.shape[2:]
 
         # The sets: right pixels of (b, class), and hard ones of (b, j, k); each pixel is in one of them at most.
-        image = torch.arange(B, device=x.device).reshape(-1, 1, 1)
+        image = images_of(label)
         is_class = (predicted >= 0) & (predicted < N)
         own = image * N + label
         right = torch.where((label >= 0) & (predicted == label), own, B * N)
@@ -117,15 +120,15 @@ class PNELoss(SampledLoss):
         used = used.reshape(B, N, N) & present.reshape(B, N, 1) & (right_count > 0).reshape(B, 1, N)
         used = F.pad(used.flatten(), (0, 1))
 
-        order = torch.arange(h * w, device=x.device).reshape(h, w)
+        order = torch.arange(math.prod(size), device=x.device).reshape(size)
         if not self.parity:
-            order = image_hash(seed, STREAM_SETS, h, w, x.device)
+            order = image_hash(seed, STREAM_SETS, size, x.device)
         order = order.expand_as(label)
         right_times = self._times(right, right_count, order)
         hard_times = self._times(hard, hard_count, order) * used[hard]
 
         row, is_row = self._rows(hard_times > 0, order)
-        column, is_column = indices_of(right_times > 0, min(B * N * S, B * h * w))
+        column, is_column = indices_of(right_times > 0, min(B * N * S, label.numel()))
         # With constant norms: x / ‖x‖, whose norm autograd does not see.
         rows = take_rows(x, row, is_row, normalize=not self.parity)
         if self.parity:
@@ -145,7 +148,7 @@ class PNELoss(SampledLoss):
         itself = torch.where(is_row, nobody + pair, -1)
         times = torch.where(is_column, right_times.flatten()[column], 0).to(rows.dtype)
         row_times = torch.where(is_row, hard_times.flatten()[row], 0).to(rows.dtype)
-        sure = torch.where(is_column, self._confidence(predictions, h, w).flatten()[column], 0.0).to(rows.dtype)
+        sure = torch.where(is_column, self._confidence(predictions, *size).flatten()[column], 0.0).to(rows.dtype)
         loss = info_nce(
             rows,
             of_row,
@@ -180,9 +183,9 @@ class PNELoss(SampledLoss):
         return indices_of(hard, most)
 
     @staticmethod
-    def _confidence(predictions: Tensor, height: int, width: int) -> Tensor:
-        """The largest class probability of every pixel: (B, h, w)."""
-        sampled = maps.to_size(predictions, height, width)
+    def _confidence(predictions: Tensor, *size: int) -> Tensor:
+        """The largest class probability of every pixel: (B, *size)."""
+        sampled = maps.to_size(predictions, *size)
         if not sampled.is_floating_point():
             return torch.ones(sampled.shape, device=sampled.device)
         return sampled.to(torch.promote_types(sampled.dtype, torch.float32)).softmax(1).amax(1)

@@ -70,13 +70,14 @@ class RegionContrastLoss(RelativeLoss):
         checks.integer("layer", layer)
         self.bank, self.regions, self.layer = bank, regions, layer
 
+    @checks.takes_subclasses
     def forward(self, features: Tensor | Sequence[Tensor], labels: Tensor, predictions: Tensor) -> Tensor:
         """The loss of one batch.
 
         Args:
             features: features (B, D, h, w), or a list of them, of which ``layer`` is taken. The paper takes the
                 decoder's last features, without a projection head.
-            labels: (B, H, W) or (B, 1, H, W) integers.
+            labels: (B, H, W) or (B, 1, H, W) integers. Of volumes, features, labels and predictions have an axis more.
             predictions: logits (B, N, H', W') or a class map (B, H', W'). No gradient.
 
         Returns:

@@ -1,7 +1,8 @@
 """Which pixels a loss contrasts: fixed shapes, no synchronisation, every draw a function of (seed, stream, pixel).
 
 A sampler is anything that is called as ``sampler(labels, predictions, num_classes, seed, stream)`` with a layer's label
-map and predicted class map, int64 (B, h, w), label -1 = no part, and returns a bool map of the chosen pixels.
+map and predicted class map, int64 (B, h, w) or (B, z, h, w) of a volume, label -1 = no part, and returns a bool map of
+the chosen pixels.
 ``PixelContrastLoss`` and ``MultiScaleContrastLoss`` take one, and ``contextrast_loss`` for its base pixels.
 
 The pixels of a pair (image, class) are drawn in the order of their hash, so a draw is uniform and without
@@ -16,7 +17,7 @@ from torch.nn import functional as F
 
 from contextrast_kernels import checks
 from contextrast_kernels.backend import may_read_values
-from contextrast_kernels.bane import NO_EDGE, edge_distance
+from contextrast_kernels.distance import NO_EDGE, edge_distance
 from contextrast_kernels.embedding import compute_dtype, unit
 from contextrast_kernels.hashing import image_hash
 
@@ -70,28 +71,30 @@ class Sampler:
             chosen = min(max(self.max_samples, pairs), pairs * self.max_views)
         return min(chosen, batch * pixels)
 
+    @checks.takes_subclasses
     def __call__(
         self, labels: Tensor, predictions: Tensor, num_classes: int, seed: int | Tensor, stream: int = STREAM_ROWS
     ) -> Tensor:
-        """The chosen pixels: bool (B, h, w).
+        """The chosen pixels: bool, of the labels' shape.
 
         Args:
-            labels: (B, h, w) integers; outside 0..N-1 a pixel takes no part.
-            predictions: (B, h, w) integers, the predicted classes.
+            labels: (B, h, w) or (B, z, h, w) integers; outside 0..N-1 a pixel takes no part.
+            predictions: integers of the same shape, the predicted classes.
             num_classes: N.
             seed, stream: of the draw (``hashing.py``).
 
         Raises:
             TypeError, ValueError: maps of the wrong type or size; the sentence names the argument.
         """
-        labels = checks.class_map("labels", labels)
-        predictions = checks.class_map("predictions", predictions, shape=labels.shape)
+        dims = 3 if isinstance(labels, Tensor) and labels.ndim > 3 else 2
+        labels = checks.class_map("labels", labels, dims=dims)
+        predictions = checks.class_map("predictions", predictions, shape=labels.shape, dims=dims)
         checks.together("labels", labels, "predictions", predictions)
+        checks.several_classes(num_classes)
         labels, predictions = labels.long(), predictions.long()
         labels = torch.where(labels < num_classes, labels, -1)
-        batch, height, width = labels.shape
-        image = torch.arange(batch, device=labels.device).reshape(-1, 1, 1)
-        order = image_hash(seed, stream, height, width, labels.device).expand_as(labels)
+        batch, image = labels.shape[0], images_of(labels)
+        order = image_hash(seed, stream, labels.shape[1:], labels.device).expand_as(labels)
         if self.kind == "uniform":
             segment = torch.where(labels >= 0, image, batch)
             quota = torch.full_like(image.flatten(), max(self.max_samples // max(batch, 1), 1))
@@ -123,6 +126,11 @@ class Sampler:
             # Ties by hash, as in BANE; right pixels, and predictions that are no class, by hash alone.
             order = (torch.where(distance >= 0, distance, NO_EDGE) << 32) + order
         return rank_in_segment(segment, 2 * pairs, order) < F.pad(quota, (0, 1))[segment]
+
+
+def images_of(maps: Tensor) -> Tensor:
+    """The number of each image of maps (B, ...), int64, to be broadcast over its pixels."""
+    return torch.arange(maps.shape[0], device=maps.device).view(-1, *(1,) * (maps.ndim - 1))
 
 
 def segment_counts(segment: Tensor, segments: int) -> Tensor:
@@ -171,12 +179,12 @@ def thinned(chosen: Tensor, most: int, order: Tensor) -> Tensor:
 
 
 def take_rows(features: Tensor, index: Tensor, filled: Tensor, normalize: bool) -> Tensor:
-    """The embeddings (R, D) of the pixels with flat indices ``index`` into (B, h, w); zero where not filled."""
-    height, width = features.shape[-2:]
-    line = index // max(width, 1)
-    x = features[line // max(height, 1), :, line % max(height, 1), index % max(width, 1)].to(
-        compute_dtype(features.dtype)
-    )
+    """The embeddings (R, D) of the pixels with flat indices ``index`` into (B, *size); zero where not filled."""
+    place = []
+    for side in features.shape[:1:-1]:
+        place.insert(0, index % max(side, 1))
+        index = index // max(side, 1)
+    x = features[(index, slice(None), *place)].to(compute_dtype(features.dtype))
     x = torch.where(filled.unsqueeze(1), x, 0.0)
     return unit(x) if normalize else x
 

@@ -1,0 +1,20 @@
+"""What modules keep between batches: seeds, banks, class weights."""
+
+import torch
+from torch import Tensor
+
+
+def lasting(value: Tensor, device: torch.device | None = None) -> Tensor:
+    """``value`` on a device (None: its own) as an ordinary tensor, also where inference_mode is on.
+
+    The next training step could neither change an inference tensor nor save it for the backward pass.
+    """
+    device = value.device if device is None else device
+    if torch.compiler.is_compiling():  # which knows nothing of inference tensors
+        with torch.inference_mode(False):
+            return value.to(device)
+    if not torch.is_inference_mode_enabled():
+        return value.to(device)
+    with torch.inference_mode(False):
+        value = value.to(device)
+        return value.clone() if value.is_inference() else value

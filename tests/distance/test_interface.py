@@ -1,0 +1,189 @@
+"""What the two functions take and refuse: dtypes, strides, batches, empty axes, compilation, one sentence each."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from volumes import NO_EDGE
+
+import contextrast_kernels as ck
+from contextrast_kernels import native
+
+BACKENDS = ["reference"] + (["native"] if native.status("cpu") == "ok" else [])
+INTEGERS = [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32, torch.uint64]
+FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.float8_e4m3fn]
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    with ck.backend(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def mask(rng):
+    return torch.from_numpy(rng.random((2, 3, 9, 17, 21)) < 0.9)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, *INTEGERS, *FLOATS])
+def test_every_dtype(backend, mask, dtype):
+    expected = ck.distance_transform(mask, spatial_dims=3)
+    assert torch.equal(ck.distance_transform(mask.to(dtype), spatial_dims=3), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_nan_is_nonzero_and_minus_zero_is_zero(backend, dtype):
+    line = torch.tensor([math.nan, -0.0, 1e-7, math.inf], dtype=dtype)
+    assert ck.distance_transform(line, spatial_dims=1).tolist() == [1, 0, 1, 2]
+
+
+@pytest.mark.parametrize("dtype", INTEGERS)
+def test_every_class_dtype_at_full_width(backend, dtype):
+    high = torch.iinfo(dtype).max
+    classes = torch.tensor(
+        [[[high, high, high - 1], [high, high, high - 1]]], dtype=torch.uint64 if high > 2**63 else None
+    )
+    distance = ck.edge_distance(classes.to(dtype), squared=True)
+    assert distance.tolist() == [[[1, 0, 0], [1, 0, 0]]]
+
+
+def test_strides_and_leading_axes(backend, mask):
+    expected, indices = ck.distance_transform(mask, spatial_dims=3, return_indices=True)
+    assert indices.shape == (3, *mask.shape)
+    last = mask.contiguous(memory_format=torch.channels_last_3d)
+    turned = mask.permute(4, 3, 2, 1, 0).contiguous().permute(4, 3, 2, 1, 0)
+    spread = torch.ones(2, 3, 18, 17, 63, dtype=torch.bool)
+    spread[:, :, 1::2, :, ::3] = mask
+    for view in (last, turned, spread[:, :, 1::2, :, ::3]):
+        got = ck.distance_transform(view, spatial_dims=3, return_indices=True)
+        assert torch.equal(got[0], expected) and torch.equal(got[1], indices)
+    assert torch.equal(ck.distance_transform(mask[1, 2], spatial_dims=3), expected[1, 2])
+    assert torch.equal(ck.distance_transform(mask[None], spatial_dims=3)[0], expected)
+    assert torch.equal(
+        ck.distance_transform(mask[:, :, :, :, ::2], spatial_dims=3)[1],
+        ck.distance_transform(mask[1, :, :, :, ::2], spatial_dims=3),
+    )
+
+
+def test_a_volume_of_depth_one_is_a_map_and_a_map_of_one_row_is_a_line(backend, mask):
+    plane = mask[:, :, 0]
+    distance, indices = ck.distance_transform(plane, sampling=(0.7, 1.3), squared=True, return_indices=True)
+    deep, deep_indices = ck.distance_transform(
+        plane[:, :, None], spatial_dims=3, sampling=(9.0, 0.7, 1.3), squared=True, return_indices=True
+    )
+    assert torch.equal(deep[:, :, 0], distance) and torch.equal(deep_indices[1:, :, :, 0], indices)
+    line = plane[:, :, 0]
+    assert torch.equal(ck.distance_transform(line[:, :, None])[:, :, 0], ck.distance_transform(line, spatial_dims=1))
+    classes = plane[:, 0].long()
+    assert torch.equal(ck.edge_distance(classes[:, None]), ck.edge_distance(classes))
+    assert torch.equal(
+        ck.edge_distance(classes[:, None], sampling=(1, 1, 2))[:, 0], ck.edge_distance(classes, sampling=(1, 2))
+    )
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 4, 5), (2, 0, 4, 5), (2, 3, 0, 5), (2, 3, 4, 0), (0,) * 4])
+def test_nothing_in_nothing_out(backend, shape):
+    empty = torch.zeros(shape, dtype=torch.int64)
+    for sampling in (None, 2.0):
+        distance, indices = ck.distance_transform(empty, spatial_dims=3, sampling=sampling, return_indices=True)
+        assert distance.shape == shape and indices.shape == (3, *shape)
+        assert ck.edge_distance(empty, sampling=sampling).shape == shape
+
+
+def test_without_a_zero_there_is_no_distance(backend):
+    ones = torch.ones(2, 3, 4)
+    assert (ck.distance_transform(ones, squared=True) == NO_EDGE).all()
+    distance, indices = ck.distance_transform(ones, sampling=0.5, squared=True, return_indices=True)
+    assert (distance == math.inf).all() and (indices == -1).all() and distance.dtype == torch.float64
+    assert (ck.edge_distance(ones[:, None].long(), sampling=(1, 1, 1), squared=True) == math.inf).all()
+
+
+def test_results_do_not_depend_on_the_threads(rng):
+    mask, classes = (
+        torch.from_numpy(rng.random((40, 70, 90)) < 0.995),
+        torch.from_numpy(rng.integers(-1, 2, (1, 40, 70, 90))),
+    )
+    results, before = [], torch.get_num_threads()
+    try:
+        for threads in (1, 2, 5, 64):
+            torch.set_num_threads(threads)
+            sampled = ck.distance_transform(mask, spatial_dims=3, sampling=(0.7, 1.1, 3.0), return_indices=True)
+            results.append((*sampled, ck.distance_transform(mask, spatial_dims=3), ck.edge_distance(classes)))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.skipif("native" not in BACKENDS, reason="the native library is not built")
+def test_scratch_is_at_most_five_quarters_of_the_output():
+    for shape in ((256, 256, 256), (64, 128, 128), (1, 1024, 1024), (1024, 1, 2048)):
+        mask = torch.zeros(1, *shape, dtype=torch.uint8)
+        for sampling, squared in ((None, False), ((0.7, 1.0, 1.0), False), ((0.7, 1.0, 1.0), True)):
+            out = native._empty_distance(mask, squared, sampling)
+            wanted = native._Distance(sampling, squared, out, None)
+            for edges in 0, 1:
+                size = native._library().contextrast_distance_scratch_cpu(native._Volume(mask), wanted, edges, 2)
+                assert size <= 1.25 * out.nbytes, (shape, sampling, squared, edges)
+
+
+def test_compiles_whole(backend, mask):
+    def both(mask, classes):
+        distance, indices = ck.distance_transform(mask, spatial_dims=3, sampling=(2.5, 1.0, 1.0), return_indices=True)
+        return distance, indices, ck.edge_distance(classes, squared=True), ck.distance_transform(mask)
+
+    classes = mask[:, 0].long()
+    compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
+    for ours, expected in zip(compiled(mask, classes), both(mask, classes), strict=True):
+        assert torch.equal(ours, expected)
+
+
+@pytest.mark.skipif("native" not in BACKENDS, reason="the native library is not built")
+def test_ops_pass_opcheck(mask):
+    for op in (native.distance_transform, native.nearest_zero):
+        torch.library.opcheck(op, (mask[0, :, :4], True, [2.0, 1.0, 1.0]))
+        torch.library.opcheck(op, (mask[0, :, 0], False))
+    torch.library.opcheck(native.edge_distance, (mask[0].long(), True, [2.0, 1.0, 1.0]))
+
+
+SHAPE = (2, 5, 6)
+REFUSALS = {
+    "spatial_dims 0": (lambda x: ck.distance_transform(x, spatial_dims=0), ValueError, "spatial_dims.*1 and 3, got 0"),
+    "spatial_dims 4": (lambda x: ck.distance_transform(x, spatial_dims=4), ValueError, "spatial_dims.*1 and 3, got 4"),
+    "spatial_dims 2.5": (lambda x: ck.distance_transform(x, spatial_dims=2.5), TypeError, "spatial_dims.*integer"),
+    "too few axes": (lambda x: ck.distance_transform(x[0], spatial_dims=3), ValueError, "mask.*at least 3 axes"),
+    "complex": (lambda x: ck.distance_transform(x.to(torch.complex64)), TypeError, "mask.*real"),
+    "a list": (lambda x: ck.distance_transform(x.tolist()), TypeError, "mask.*list"),
+    "too many sides": (lambda x: ck.distance_transform(x, sampling=(1, 1, 1)), ValueError, "sampling.*2 numbers.*3"),
+    "a tensor of sides": (lambda x: ck.distance_transform(x, sampling=torch.ones(2)), TypeError, "sampling.*number"),
+    "text": (lambda x: ck.distance_transform(x, sampling="11"), TypeError, "sampling.*'11'"),
+    "a flag": (lambda x: ck.distance_transform(x, sampling=(True, 1)), TypeError, "sampling.*number"),
+    "a long side": (lambda x: ck.distance_transform(x[:1, :1, :1].expand(1, 1, 16385)), ValueError, "mask.*16384"),
+    "many voxels": (
+        lambda x: ck.distance_transform(x[:1, :1, :1].expand(2048, 1024, 1025), spatial_dims=3),
+        ValueError, r"mask.*2\*\*31",
+    ),
+    "squared 1": (lambda x: ck.distance_transform(x, squared=1), TypeError, "squared.*True or False"),
+    "return_indices None": (lambda x: ck.distance_transform(x, return_indices=None), TypeError, "return_indices"),
+    "classes of floats": (lambda x: ck.edge_distance(x.float()), TypeError, r"classes.*\.long\(\)"),
+    "classes without a batch": (lambda x: ck.edge_distance(x[0]), ValueError, r"classes.*classes\[None\]"),
+    "sides of a map": (lambda x: ck.edge_distance(x.expand(2, 2, 5, 6), sampling=(1, 1)), ValueError, "sampling.*3"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_a_wrong_argument_is_refused_in_one_sentence(backend, name):
+    call, exception, sentence = REFUSALS[name]
+    with pytest.raises(exception, match=f"^{sentence}") as caught:
+        call(torch.zeros(SHAPE, dtype=torch.int64))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("side", [0, -1.0, math.nan, math.inf, 1e-101, 1e101])
+def test_a_side_must_be_positive_and_finite(backend, side):
+    for sampling in (side, (1.0, side)):
+        for call in (ck.distance_transform, ck.edge_distance):
+            with pytest.raises(ValueError, match=r"^sampling: expected a finite number"):
+                call(torch.zeros(SHAPE, dtype=torch.int64), sampling=sampling)
+    assert ck.distance_transform(torch.ones(1, 2, 2), sampling=np.float32(2)).isinf().all()
