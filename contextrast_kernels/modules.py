@@ -14,25 +14,30 @@ from contextrast_kernels.embedding import compute_dtype
 class ProjectionHead(nn.Sequential):
     """Projects one encoder layer's features to the common embedding size: (B, in_channels, h, w) → (B, dim, h, w).
 
+    With ``spatial_dims=3`` it projects features (B, in_channels, z, h, w) of volumes.
+
     Two 1x1 convolutions with ReLU and batch normalisation between them, as in MS/CS, on whose code Contextrast was
     very likely built (docs/method.md). The output is not normalised: the loss does that. Used in training only.
 
     Args:
         in_channels: channels of the layer.
         dim: D, the same for all layers.
+        spatial_dims: 2 for features of maps, 3 for features of volumes.
 
     Raises:
-        TypeError, ValueError: an argument that is no positive integer; the sentence names it.
+        TypeError, ValueError: an argument that is no integer or out of range; the sentence names it.
     """
 
-    def __init__(self, in_channels: int, dim: int = 256):
+    def __init__(self, in_channels: int, dim: int = 256, *, spatial_dims: int = 2):
         checks.integer("in_channels", in_channels, low=1)
         checks.integer("dim", dim, low=1)
+        checks.integer("spatial_dims", spatial_dims, low=2, high=3)
+        convolution, norm = (nn.Conv2d, nn.BatchNorm2d) if spatial_dims == 2 else (nn.Conv3d, nn.BatchNorm3d)
         super().__init__(
-            nn.Conv2d(in_channels, in_channels, 1, bias=False),
+            convolution(in_channels, in_channels, 1, bias=False),
             nn.ReLU(),
-            nn.BatchNorm2d(in_channels),
-            nn.Conv2d(in_channels, dim, 1),
+            norm(in_channels),
+            convolution(in_channels, dim, 1),
         )
 
 
