@@ -95,6 +95,8 @@ class Graph:
     """True for pooling to a fixed size of more than one pixel."""
     rise: list[int] = field(default_factory=lambda: [0])
     """The number of pixels of the map that the operation brings to a higher resolution; 0: it does not."""
+    gates: set[int] = field(default_factory=set)
+    """The nodes of sigmoids. A gate that is brought to a higher resolution does not end an encoder."""
     outputs: set[int] = field(default_factory=set)
     """The nodes of the model's output."""
 
@@ -177,8 +179,10 @@ class _Recorder(TorchDispatchMode):
         rise = 0
         if any(part in name for part in _RISES) or (convolution and True in [a for a in args if isinstance(a, bool)]):
             pixels = math.prod(operands[0].shape[2:])
-            if written and math.prod(written[0].shape[2:]) > pixels:
+            if written and math.prod(written[0].shape[2:]) > pixels and not graph.gates.issuperset(sources):
                 rise = pixels
+        if "sigmoid" in name:
+            graph.gates.add(len(graph))
         graph.sources.append(sources)
         graph.mass.append(mass)
         graph.kernel.append(kernel if mass else 0)
