@@ -59,8 +59,9 @@ def find_stages(calls: list[Call], graph: Graph | None, reason: str) -> tuple[li
             for layer, node in call.maps
             if call.module and layer.pixels > 1 and node not in logits
         ]
-        known = [layer.name for layer in sorted(deep(maps) or maps, key=lambda layer: layer.name.count("."))]
-        names = error.names or known[:MAX_LAYERS]
+        maps = deep(maps) or maps
+        known = [layer.name for layer in sorted(maps, key=lambda layer: layer.name.count("."))]
+        names = error.names or _before_the_coarsest(maps)
         remedy = (
             f"Name the layers yourself, as in ck.attach(model, layers={names}); "
             f"candidates: {_listed(known, len(known))}"
@@ -68,6 +69,17 @@ def find_stages(calls: list[Call], graph: Graph | None, reason: str) -> tuple[li
             else "No module gives a feature map of the image; attach to a model that does"
         )
         raise ValueError(f'layers: "auto" found no encoder: {error}. {remedy}.') from None
+
+
+def _before_the_coarsest(maps: list[Layer]) -> list[str]:
+    """The last map of each size until the coarsest one, which is where an encoder ends."""
+    coarsest = min((layer.pixels for layer in maps), default=0)
+    last: dict[tuple[int, ...], str] = {}
+    for layer in maps:
+        last[layer.size] = layer.name
+        if layer.pixels == coarsest:
+            break
+    return list(last.values())[-MAX_LAYERS:]
 
 
 def look_up(names: Sequence[str], calls: list[Call]) -> list[Layer]:
@@ -167,6 +179,8 @@ class _Finder:
             for layer, node in call.maps
             if node and layer.pixels > 1
         ]
+        given = {node for _, _, node in self.candidates}
+        self.candidates = [c for c in self.candidates if not self._skips(c[0], c[2], given)]
 
     # ------------------------------------------------------------------------------------------------------- the graph
 
@@ -213,6 +227,12 @@ class _Finder:
         while parent not in self.calls:  # a ModuleList is never called itself
             parent = parent.rpartition(".")[0]
         return call.parametric or call.calls == self.calls[parent].calls
+
+    def _skips(self, call: Call, node: int, given: set[int]) -> bool:
+        """Whether a module only joins the map that it is given and the one that its inside makes of it."""
+        sources = self.graph.sources[node]
+        join = node in self.graph.joins and len(sources) == 2 and given.issuperset(sources)
+        return join and sources[0] < call.start <= sources[1]
 
     def _is_hidden(self, call: Call, layer: Layer, node: int) -> bool:
         """Whether a module around this one takes and gives finer maps alone: an attention reduces its keys inside."""

@@ -97,6 +97,8 @@ class Graph:
     """The number of pixels of the map that the operation brings to a higher resolution; 0: it does not."""
     gates: set[int] = field(default_factory=set)
     """The nodes of sigmoids. A gate that is brought to a higher resolution does not end an encoder."""
+    joins: set[int] = field(default_factory=set)
+    """The nodes of concatenations."""
     outputs: set[int] = field(default_factory=set)
     """The nodes of the model's output."""
 
@@ -183,6 +185,8 @@ class _Recorder(TorchDispatchMode):
                 rise = pixels
         if "sigmoid" in name:
             graph.gates.add(len(graph))
+        if name == "cat":
+            graph.joins.add(len(graph))
         graph.sources.append(sources)
         graph.mass.append(mass)
         graph.kernel.append(kernel if mass else 0)

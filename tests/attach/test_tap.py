@@ -226,7 +226,7 @@ def test_a_layer_that_is_replaced_says_so_and_heads_may_be():
     assert sum(isinstance(m, nn.SyncBatchNorm) for m in tap.modules()) == 2
     tap.train()
     model(IMAGES)
-    with pytest.raises(RuntimeError, match=r"'stages.0.1' .* replaced after attach\(\), as convert_sync_batchnorm does"):
+    with pytest.raises(RuntimeError, match=r"'stages.0.1' .* replaced after attach\(\), as convert_sync"):
         tap.features()
 
 
