@@ -5,7 +5,7 @@ for an image of 64 × 64; or None where it must refuse, as no stages can be told
 """
 
 from torch import nn
-from zoo_blocks import Basic, W
+from zoo_blocks import Basic, N, W
 from zoo_branches import BiSeNet, BiSeNetV2, DDRNet, Detour, FullResolution, HRNet, PIDNet, Shallow
 from zoo_light import ENet, ESPNet, FastSCNN, FCN8s, LargeFOV, MobileNet, SegNet
 from zoo_resnets import (
