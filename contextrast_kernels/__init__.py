@@ -2,7 +2,7 @@
 
 from contextrast_kernels import metrics, viz
 from contextrast_kernels.anchors import class_anchors, fuse_anchors
-from contextrast_kernels.attach import attach
+from contextrast_kernels.attach import attach, split_heads
 from contextrast_kernels.backend import available, backend
 from contextrast_kernels.bane import bane_negatives, error_map, select_nearest
 from contextrast_kernels.contextrast import contextrast_loss
@@ -45,5 +45,6 @@ __all__ = [
     "metrics",
     "pixel_anchor_loss",
     "select_nearest",
+    "split_heads",
     "viz",
 ]

@@ -199,7 +199,22 @@ MODELS = [
 ]
 
 
-@pytest.mark.parametrize(("build", "names", "channels", "strides"), [m[1:] for m in MODELS], ids=[m[0] for m in MODELS])
+# One of each kind is tried every day, the others among the slow tests.
+DAILY = (
+    "torchvision lraspp_mobilenet_v3_large",
+    "smp PSPNet, resnet50",
+    "smp Segformer, mit_b0",
+    "timm convnext_tiny, features_only",
+    "transformers Mask2FormerForUniversalSegmentation, Swin",
+    "monai BasicUNet",
+)
+
+
+def sampled(models):
+    return [pytest.param(*m[1:], id=m[0], marks=() if m[0] in DAILY else pytest.mark.slow) for m in models]
+
+
+@pytest.mark.parametrize(("build", "names", "channels", "strides"), sampled(MODELS))
 def test_models_that_people_use(build, names, channels, strides):
     """What auto chooses, the sizes of the features, and a gradient to the first parameter."""
     model, tap = attached(build(), example_input=torch.zeros(2, 3, 64, 64))
@@ -215,6 +230,7 @@ def test_models_that_people_use(build, names, channels, strides):
     tap.detach()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("build", "names", "maps"),
     [
@@ -261,7 +277,7 @@ def test_layers_by_name_in_models_that_people_use(build, names, maps):
 
 
 def test_the_page_tells_what_auto_chooses():
-    page = (pathlib.Path(__file__).parent.parent / "docs" / "attach.md").read_text()
+    page = (pathlib.Path(__file__).parent.parent.parent / "docs" / "attach.md").read_text()
     for name, _, names, channels, strides in MODELS:
         row = f"| {name} | {names[0]} … {names[-1]} | {', '.join(f'{c}@{s}' for c, s in zip(channels, strides))} |"
         assert row in page, row

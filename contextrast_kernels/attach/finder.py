@@ -1,0 +1,505 @@
+"""The finder of stages: which feature maps of a model are its encoder's, by what its forward computes of what.
+
+1. The operations of one forward form a graph. A map lies on the trunk if every path from the images to the encoder's
+   deepest map goes through it; the outputs of blocks do, what a block computes inside and what skips it does not.
+2. The encoder ends at the coarsest resolution. What follows there belongs to a head: where the channels fall, where
+   the logits are computed, where a projection of single pixels leads to the decoder. Maps behind a rise of the
+   resolution, pooled pyramids and what an attention reduces inside are not on the trunk.
+3. The stages are the trunk's last maps of each resolution, or those that one module lists in its output.
+"""
+
+import difflib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from contextrast_kernels.attach.trace import IMAGE, Call, Graph, Layer
+
+MAX_LAYERS = 4
+_MIN_STRIDE = 4
+_MAX_STEP = 4
+_MAX_NAMES = 12
+_PLAIN = 0.9
+"""A model whose products with weights are to this part at one resolution has depths and no stages."""
+_NARROW = 0.75
+"""A coarser map with fewer channels than this part of a finer stage's belongs to a head, such as a pooled pyramid."""
+
+
+_EXCHANGE = "likely, not certain: these are parallel branches that exchange their maps, and not one chain of stages"
+_BYPASSED = "likely, not certain: another path of the model passes {} by"
+_SAME = "likely, not certain: {} follows {} at the same resolution, and may belong to the head"
+
+
+class NotFound(Exception):
+    """Why there are no stages, and names that may be given in their place."""
+
+    def __init__(self, why: str, names: Sequence[str] = ()):
+        super().__init__(why)
+        self.names = list(names)
+
+
+def find_stages(calls: list[Call], graph: Graph | None, reason: str) -> tuple[list[Layer], str]:
+    """The encoder's stages, and a sentence that says what is not certain about them, or "".
+
+    Raises:
+        ValueError: no stages that can be told from other maps; it names the candidates and the call to make.
+    """
+    logits: set[int] = set()
+    try:
+        if graph is None:
+            raise NotFound(f"its operations cannot be recorded ({reason})")
+        finder = _Finder(calls, graph)
+        logits = finder.logits
+        return finder.find()
+    except NotFound as error:
+        maps = [
+            layer
+            for call in calls
+            for layer, node in call.maps
+            if call.module and layer.pixels > 1 and node not in logits
+        ]
+        maps = deep(maps) or maps
+        known = [layer.name for layer in sorted(maps, key=lambda layer: layer.name.count("."))]
+        names = error.names or _before_the_coarsest(maps)
+        remedy = (
+            f"Name the layers yourself, as in ck.attach(model, layers={names}); "
+            f"candidates: {_listed(known, len(known))}"
+            if known
+            else "No module gives a feature map of the image; attach to a model that does"
+        )
+        raise ValueError(f'layers: "auto" found no encoder: {error}. {remedy}.') from None
+
+
+def _before_the_coarsest(maps: list[Layer]) -> list[str]:
+    """The last map of each size until the coarsest one, which is where an encoder ends."""
+    coarsest = min((layer.pixels for layer in maps), default=0)
+    last: dict[tuple[int, ...], str] = {}
+    for layer in maps:
+        last[layer.size] = layer.name
+        if layer.pixels == coarsest:
+            break
+    return list(last.values())[-MAX_LAYERS:]
+
+
+def look_up(names: Sequence[str], calls: list[Call]) -> list[Layer]:
+    """The layers that a user names."""
+    known: dict[str, list[Layer]] = {}
+    for call in calls:
+        if call.maps:
+            known.update({layer.name: [layer] for layer in call.layers})
+            known.setdefault(call.module, max(_lists(call.layers), key=len, default=[]))
+    known = {name: layers for name, layers in known.items() if layers}
+    chosen = []
+    for name in names:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=_MAX_NAMES, cutoff=0.0)
+            raise ValueError(
+                f"layers: expected names of modules that gave a feature map in the example's forward, got {name!r}; "
+                f"known, closest first: {_listed(close, len(known))}"
+            )
+        chosen += known[name]
+    return list(dict.fromkeys(chosen))
+
+
+def _listed(names: Sequence[str], total: int) -> str:
+    more = total - len(names[:_MAX_NAMES])
+    return ", ".join(map(repr, names[:_MAX_NAMES])) + (f" and {more} more" if more else "")
+
+
+def deep(layers: list[Layer]) -> list[Layer]:
+    """The maps that may be stages by their size."""
+    return [layer for layer in layers if layer.stride >= _MIN_STRIDE and layer.pixels > 1]
+
+
+def _lists(layers: list[Layer]) -> list[list[Layer]]:
+    """The stages that each list, tuple or mapping in a module's output holds."""
+    lists: dict[tuple, list[Layer]] = {}
+    for layer in deep(layers):
+        lists.setdefault(layer.path[:-1], []).append(layer)
+    return [_of_each_size(found) for found in lists.values() if _may_be_stages(found)]
+
+
+def _may_be_stages(found: list[Layer]) -> bool:
+    """Positions in a sequence are alike. Names may stand for anything, such as masks, queries and a last hidden state,
+    except where every one is a map of a different stride."""
+    named = any(layer.path and isinstance(layer.path[-1], str) for layer in found)
+    sizes, layouts = {layer.size for layer in found}, {layer.layout for layer in found}
+    return not named or len(found) == 1 or (len(found) == len(sizes) > 2 and len(layouts) == 1)
+
+
+def _of_each_size(layers: list[Layer]) -> list[Layer]:
+    """At most four. More are blocks, and the last of each size is taken; of one size alone, the last four."""
+    last = list({layer.size: layer for layer in layers}.values())
+    return (last if len(layers) > MAX_LAYERS and len(last) > 1 else layers)[-MAX_LAYERS:]
+
+
+def _step(coarse: Layer, fine: Layer) -> float:
+    """How many times coarser one map is than another, along the axis where it is most."""
+    return max(b / a for a, b in zip(coarse.size, fine.size))
+
+
+def _inside(module: str, parent: str) -> bool:
+    return module != parent and (parent == "" or module.startswith(f"{parent}."))
+
+
+@dataclass(frozen=True)
+class _Unit:
+    """A map on the trunk, and what is computed between the trunk's last map and this one."""
+
+    layer: Layer
+    node: int
+    kernels: tuple[int, ...]
+    parametric: bool
+    bare: bool
+    """True for a product with weights alone, which no normalisation and no activation follows."""
+    pooled: bool
+    certain: bool
+    """False where another path passes this map by."""
+
+
+def _pattern(unit: _Unit) -> str:
+    """The module's name without its numbers."""
+    return re.sub(r"\d+", "#", unit.layer.module)
+
+
+class _Finder:
+    def __init__(self, calls: list[Call], graph: Graph):
+        self.calls = {call.module: call for call in calls}
+        self.graph = graph
+        self.turn = self._turns()
+        self.dominator, self.depth = self._dominators()
+        self.shaped = {s for n, shapes in enumerate(graph.shapes) if shapes for s in graph.sources[n]}
+        """The nodes that a normalisation or an activation reads."""
+        self.logits = self._logits()
+        self.candidates = [
+            (call, layer, node)
+            for call in calls
+            if self._can_be_tapped(call)
+            for layer, node in call.maps
+            if node and layer.pixels > 1
+        ]
+        given = {node for _, _, node in self.candidates}
+        self.candidates = [c for c in self.candidates if not self._skips(c[0], c[2], given)]
+
+    # ------------------------------------------------------------------------------------------------------- the graph
+
+    def _turns(self) -> list[int]:
+        """For each node, the pixels of the coarsest map whose resolution rose among its ancestors; inf: none did."""
+        turn = [float("inf")] * len(self.graph)
+        for n in range(1, len(self.graph)):
+            turn[n] = min([self.graph.rise[n] or float("inf"), *(turn[s] for s in self.graph.sources[n])])
+        return turn
+
+    def _dominators(self) -> tuple[list[int], list[int]]:
+        """For each node, the last node that every path from the images goes through, and the number of those."""
+        dominator, depth = [IMAGE] * len(self.graph), [0] * len(self.graph)
+        for n in range(1, len(self.graph)):
+            first, *others = self.graph.sources[n]
+            for other in others:
+                while first != other:
+                    if depth[first] < depth[other]:
+                        other = dominator[other]
+                    else:
+                        first = dominator[first]
+            dominator[n], depth[n] = first, depth[first] + 1
+        return dominator, depth
+
+    def _logits(self) -> set[int]:
+        """What reaches the model's output from a bare product with weights, without other parameters on the way."""
+        graph, free, todo = self.graph, set(), list(self.graph.outputs)
+        while todo:
+            n = todo.pop()
+            if n not in free and n != IMAGE:
+                free.add(n)
+                todo += () if graph.mass[n] else graph.sources[n]
+        found: set[int] = set()
+        for n in sorted(free):
+            bare = graph.kernel[n] > 0 and n not in self.shaped
+            follows = not graph.mass[n] and not graph.shapes[n] and found.issuperset(graph.sources[n])
+            if bare or follows:
+                found.add(n)
+        return found
+
+    def _can_be_tapped(self, call: Call) -> bool:
+        """A module without parameters that its parent calls again and again, such as a shared ReLU, gives many maps."""
+        parent = call.module.rpartition(".")[0]
+        while parent not in self.calls:  # a ModuleList is never called itself
+            parent = parent.rpartition(".")[0]
+        return call.parametric or call.calls == self.calls[parent].calls
+
+    def _skips(self, call: Call, node: int, given: set[int]) -> bool:
+        """Whether a module only joins the map that it is given and the one that its inside makes of it."""
+        sources = self.graph.sources[node]
+        join = node in self.graph.joins and len(sources) == 2 and given.issuperset(sources)
+        return join and sources[0] < call.start <= sources[1]
+
+    def _is_hidden(self, call: Call, layer: Layer, node: int) -> bool:
+        """Whether a module around this one takes and gives finer maps alone: an attention reduces its keys inside."""
+        parent = call.module
+        while parent:
+            parent = parent.rpartition(".")[0]
+            around = self.calls.get(parent)
+            if around is None or not around.maps or not around.start <= node < around.end:
+                continue
+            if layer.pixels < min(other.pixels for other in around.layers) and not any(
+                self.graph.rise[around.start : around.end]
+            ):
+                return True
+        return False
+
+    # ------------------------------------------------------------------------------------------------------- the trunk
+
+    def find(self) -> tuple[list[Layer], str]:
+        trunk, ends = self._trunk()
+        stages = self._stages(trunk)
+        listed = self._listed(stages, ends)
+        if listed is not None:
+            return listed
+        return self._check(trunk, stages)
+
+    def _trunk(self) -> tuple[list[_Unit], set[int]]:
+        """The units from the image to the encoder's end, and all nodes that the last map of its resolution needs."""
+        weight = [0] * len(self.graph)
+        for n in range(1, len(self.graph)):
+            weight[n] = max(weight[s] for s in self.graph.sources[n]) + self.graph.mass[n]
+        open_ = [
+            (call, layer, node)
+            for call, layer, node in self.candidates
+            if node not in self.logits and self.turn[node] > layer.pixels and not self._is_hidden(call, layer, node)
+        ]
+        for pixels in sorted({layer.pixels for _, layer, _ in open_}):
+            group = [(weight[node], node) for _, layer, node in open_ if layer.pixels == pixels]
+            end = max(group)[1]
+            trunk = self._cut(self._units(end, weight), pixels)
+            if trunk and trunk[-1].layer.pixels == pixels:
+                return trunk, self.graph.ancestors([end])
+        return [], set()
+
+    def _units(self, end: int, weight: list[int]) -> list[_Unit]:
+        """The trunk's maps up to a node, in order, each by the outermost module that is one step of the trunk."""
+        line = [end]
+        while line[-1] != IMAGE:
+            line.append(self.dominator[line[-1]])
+        certain = set(line)
+        sure = self._steps(certain)
+        # Where two branches exchange maps no map is on every path. There the heaviest path stands for the trunk.
+        path, around = set(), self.graph.ancestors([end])
+        for before, after in pairwise([(None, IMAGE), *sure]):
+            if before[0] is not None and _step(after[0], before[0]) > 2:
+                n = after[1]
+                while n > before[1]:
+                    path.add(n)
+                    n = max((s for s in self.graph.sources[n] if s >= before[1]), key=lambda s: weight[s])
+        steps = self._steps(certain | path) if path else sure
+        units, last = [], IMAGE
+        for layer, node in steps:
+            between = [n for n in self.graph.ancestors([node], stop=frozenset([last])) if n > last and n in around]
+            kernels = tuple(self.graph.kernel[n] for n in sorted(between) if self.graph.kernel[n])
+            units.append(
+                _Unit(
+                    layer,
+                    node,
+                    kernels,
+                    any(self.graph.mass[n] for n in between),
+                    bool(kernels) and not any(self.graph.shapes[n] for n in between) and node not in self.shaped,
+                    any(self.graph.pools[n] for n in between),
+                    node in certain,
+                )
+            )
+            last = node
+        return units
+
+    def _steps(self, line: set[int]) -> list[tuple[Layer, int]]:
+        """The maps of the nodes on a line, in order, without those inside of a module that is one step itself."""
+        by_node: dict[int, Layer] = {}
+        for _, layer, node in self.candidates:
+            if node in line:
+                by_node.setdefault(node, layer)
+        maps = sorted((node, layer) for node, layer in by_node.items())
+        steps = [(call, layer, node) for call, layer, node in self.candidates if node in line and call.start <= node]
+        holders = {call.module for call, layer, node in steps if self._holds_stages(call, layer, node, maps)}
+        steps = [step for step in steps if step[0].module not in holders]
+        outer = {call.module for call, _, _ in steps}
+        kept = {}
+        for call, layer, node in steps:
+            if not any(_inside(call.module, module) for module in outer):
+                kept.setdefault(node, layer)
+        return sorted(((layer, node) for node, layer in kept.items()), key=lambda step: step[1])
+
+    def _holds_stages(self, call: Call, layer: Layer, node: int, maps: list[tuple[int, Layer]]) -> bool:
+        """Whether a module that gives a map of the trunk has stages inside, so that it is not one itself."""
+        own = {n for _, n in call.maps}
+        before = max((m for m in maps if m[0] < call.start), key=lambda m: m[0], default=(IMAGE, None))
+        inner = [(n, m) for n, m in maps if call.start <= n < node and n not in own and m.stride >= _MIN_STRIDE]
+        coarsest = min(other.pixels for other in call.layers)
+        for n, m in inner:
+            if m.pixels <= coarsest:
+                continue
+            if before[1] is None or m.pixels < before[1].pixels:
+                return True
+            # The map has the resolution that the module is given. It ends a stage if it takes more than one product.
+            if m.pixels == before[1].pixels and m.channels >= before[1].channels:
+                between = self.graph.ancestors([n], stop=frozenset([before[0]]))
+                after = self.graph.ancestors([node], stop=frozenset([n]))
+                kernels = [self.graph.kernel[k] for k in between if self.graph.kernel[k]]
+                pools_only = not any(self.graph.mass[k] for k in after) and max(kernels, default=0) > 1
+                if len(kernels) > 1 or pools_only:
+                    return True
+        return False
+
+    def _cut(self, units: list[_Unit], pixels: int) -> list[_Unit]:
+        """The units up to the encoder's end; an empty list if its last resolution is none of an encoder's."""
+        units = [u for u in units if u.node not in self.logits]
+        before = [u for u in units if u.layer.pixels != pixels]
+        here = [u for u in units if u.layer.pixels == pixels]
+        widest = max((u.layer.channels for u in before if u.layer.stride >= _MIN_STRIDE), default=0)
+        kept: list[_Unit] = []
+        for u in here:
+            if not kept and (u.pooled or (before and _step(u.layer, before[-1].layer) > _MAX_STEP + 0.5)):
+                return []
+            if kept and u.layer.channels < kept[-1].layer.channels:
+                break
+            if kept and u.kernels == (1,) and (u.bare or u.layer.channels == kept[-1].layer.channels):
+                break
+            kept.append(u)
+        kept = self._alike(before, kept)
+        if not any(u.parametric for u in kept) or max(u.layer.channels for u in kept) < _NARROW * widest:
+            return []
+        return before + kept
+
+    def _alike(self, before: list[_Unit], kept: list[_Unit]) -> list[_Unit]:
+        """Without what follows the last unit that is named as the stage before, with another number, and is not made
+        as that unit is."""
+        same = [i for i, u in enumerate(kept) if before and u.kernels and _pattern(u) == _pattern(before[-1])]
+        if not same:
+            return kept
+        end = same[-1] + 1
+        while end < len(kept) and (not kept[end].kernels or self._same_kind(kept[end], kept[same[-1]])):
+            end += 1
+        return kept[:end]
+
+    # ------------------------------------------------------------------------------------------------------ the stages
+
+    def _stages(self, trunk: list[_Unit]) -> list[_Unit]:
+        """The last unit of each resolution and width. A stage begins with a unit that has parameters."""
+        stages: list[_Unit] = []
+        for u in trunk:
+            if u.layer.stride < _MIN_STRIDE:
+                continue
+            if stages and (stages[-1].layer.channels, stages[-1].layer.size) == (u.layer.channels, u.layer.size):
+                stages[-1] = u
+            elif u.parametric:
+                stages.append(u)
+        # At one resolution several blocks of different width may be stages, as those of a dilated network; single
+        # layers are not, and at the finest resolution all but the last are the stem.
+        last = {u.layer.size: u for u in stages}
+        stages = [
+            u
+            for u in stages
+            if u is last[u.layer.size] or (len(u.kernels) > 1 and u.layer.size != stages[0].layer.size)
+        ]
+        chosen = _of_each_size([u.layer for u in stages])
+        return [u for u in stages if u.layer in chosen]
+
+    def _listed(self, stages: list[_Unit], needed: set[int]) -> tuple[list[Layer], str] | None:
+        """The stages as one module lists them in its output, if one does."""
+        found = []
+        for call in self.calls.values():
+            nodes = {layer.name: node for layer, node in call.maps}
+            for layers in _lists(call.layers):
+                sizes = [layer.pixels for layer in layers]
+                if any(not nodes[layer.name] for layer in layers) or sizes != sorted(sizes, reverse=True):
+                    continue
+                if len(layers) < 2 or (len(set(sizes)) == 1 and len(layers) == 2):
+                    continue  # two maps of one resolution are logits and auxiliary logits
+                ends = [nodes[layer.name] for layer in layers]
+                whole = len(layers) >= len(stages) or len(set(sizes)) >= len({u.layer.pixels for u in stages})
+                if whole and all(self._is_of(n, needed) for n in ends):
+                    found.append((call.module, layers, ""))
+                elif self._exchange(layers, ends):
+                    found.append((call.module, layers, _EXCHANGE))
+        if not found:
+            return None
+        most = max(len({layer.size for layer in layers}) for _, layers, _ in found)
+        found = [f for f in found if len({layer.size for layer in f[1]}) == most]
+        outer = [f for f in found if not any(_inside(f[0], module) for module, _, _ in found)]
+        _, layers, doubt = max(outer, key=lambda f: len(f[1]))
+        return layers, doubt
+
+    def _is_of(self, n: int, needed: set[int]) -> bool:
+        """Whether a map is one of the encoder's, or one of those without another product with weights."""
+        return n not in self.logits and not any(self.graph.kernel[m] for m in self.graph.ancestors([n], stop=needed))
+
+    def _exchange(self, layers: list[Layer], ends: list[int]) -> bool:
+        """Whether maps are the parallel branches of a network such as HRNet: no map is computed of another, and the
+        coarsest one, which is the model's coarsest so far, depends on a rise of the resolution."""
+        sizes, widths = [layer.pixels for layer in layers], [layer.channels for layer in layers]
+        if len(layers) < 3 or len(set(sizes)) < len(sizes) or any(b <= a for a, b in pairwise(widths)):
+            return False
+        needed = self.graph.ancestors([ends[-1]])
+        if any(n in self.logits for n in ends) or self.turn[ends[-1]] == float("inf"):
+            return False
+        if any(b in self.graph.ancestors([a]) for a in ends for b in ends if a != b):
+            return False
+        return not any(
+            node in needed and layer.pixels < sizes[-1] and not self._is_hidden(call, layer, node)
+            for call, layer, node in self.candidates
+        )
+
+    def _check(self, trunk: list[_Unit], stages: list[_Unit]) -> tuple[list[Layer], str]:
+        """The trunk's stages, or an error where they are none."""
+        if not trunk:
+            raise NotFound("no map of the model can be told from those of a decoder or head")
+        work: dict[int, int] = {}
+        for u in trunk:
+            work[u.layer.pixels] = work.get(u.layer.pixels, 0) + len(u.kernels)
+        most = max(work, key=work.get)
+        plain = work[most] >= _PLAIN * sum(work.values()) and sum(work.values()) > MAX_LAYERS
+        if plain:
+            depths = [u for u in trunk if u.layer.pixels == most and u.layer.stride >= _MIN_STRIDE]
+            blocks = [u for u in depths if len(u.kernels) > 1] or depths
+            read = self._read_elsewhere(blocks)
+            if len(read) > 2:
+                return [u.layer for u in read[-MAX_LAYERS:]], ""
+            places = [len(blocks) * (i + 1) // MAX_LAYERS - 1 for i in range(MAX_LAYERS)]
+            raise NotFound(
+                f"all but a tenth of the layers work at stride {depths[-1].layer.stride if depths else 1}, as those of "
+                "a plain transformer do, which has depths and no stages",
+                list(dict.fromkeys(blocks[i].layer.name for i in places if i >= 0)),
+            )
+        layers = [u.layer for u in stages]
+        if len({layer.size for layer in layers}) < 2:
+            last = {u.layer.size: u.layer.name for u in trunk}
+            raise NotFound(
+                "expected at least two stages of stride 4 or more, each coarser than the last", list(last.values())
+            )
+        if any(_step(b, a) > _MAX_STEP + 0.5 for a, b in pairwise(layers)):
+            raise NotFound("the resolution falls to less than a quarter in one step")
+        return layers, self._doubt(trunk, stages)
+
+    def _read_elsewhere(self, blocks: list[_Unit]) -> list[_Unit]:
+        """The blocks that something beside the next block reads, such as the decoder of a plain transformer."""
+        needed = self.graph.ancestors([blocks[-1].node]) if blocks else set()
+        read = {s for n, sources in enumerate(self.graph.sources) if n not in needed for s in sources}
+        return [u for u in blocks if u.node in read]
+
+    def _doubt(self, trunk: list[_Unit], stages: list[_Unit]) -> str:
+        """What is not certain about the stages, as a sentence; "" if all is."""
+        passed = [repr(u.layer.name) for u in stages if not u.certain]
+        if passed:
+            return _BYPASSED.format(", ".join(passed))
+        here = [u for u in trunk if u.kernels and u.layer.size == stages[-1].layer.size]
+        finer = [u for u in stages if u.layer.size != stages[-1].layer.size]
+        if len(here) > 1 and not self._related(here[-1], finer[-1]) and not self._same_kind(here[-1], here[-2]):
+            return _SAME.format(repr(here[-1].layer.name), repr(here[-2].layer.name))
+        return ""
+
+    def _same_kind(self, a: _Unit, b: _Unit) -> bool:
+        return self.calls[a.layer.module].kind == self.calls[b.layer.module].kind
+
+    @staticmethod
+    def _related(a: _Unit, b: _Unit) -> bool:
+        """Whether the modules' names differ in numbers alone, or one module is in the other's kind of place."""
+        first, second = sorted((_pattern(a), _pattern(b)), key=len)
+        return f"{second}.".startswith(f"{first}.")

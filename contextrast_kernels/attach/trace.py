@@ -1,0 +1,387 @@
+"""One forward of a model, recorded: the feature maps its modules give, and which operation reads which result."""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from contextrast_kernels import checks
+
+_PREFIXES = (0, 1, 2, 5)
+"""Tokens before those of the pixels: none, class, class and distillation, class and four registers."""
+
+_PRODUCTS = ("convolution", "addmm", "mm", "bmm", "baddbmm", "linear")
+_SHAPERS = ("batch_norm", "layer_norm", "group_norm", "relu", "gelu", "silu", "elu", "swish", "hardtanh", "mish")
+"""Normalisations and activations, by a part of the operation's name."""
+_RISES = ("upsample", "unpool", "pixel_shuffle", "grid_sampler", "col2im")
+
+IMAGE = 0
+"""The node of the images themselves."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A feature map that a module gives: where it comes from and what it looked like in the example's forward."""
+
+    name: str
+    """``module``, or ``module[key]`` for one map of an output that holds several."""
+    module: str
+    path: tuple
+    layout: str
+    """NCHW, NHWC (NCDHW, NDHWC for volumes), or tokens (B, L, C)."""
+    channels: int
+    size: tuple[int, ...]
+    strides: tuple[int, ...]
+    """Pixels of the image for one of the map, along each spatial axis."""
+    prefix: int
+    """The number of tokens before the first pixel's."""
+    calls: int = 1
+    """How often one forward calls the module. The map is the last call's."""
+    overwritten: bool = False
+    """True if a later module writes into this tensor, so that the tap keeps a copy."""
+
+    @property
+    def stride(self) -> int:
+        return max(self.strides)
+
+    @property
+    def pixels(self) -> int:
+        return math.prod(self.size)
+
+
+@dataclass
+class Call:
+    """The last call of a module in the forward."""
+
+    module: str
+    start: int
+    """The number of operations before the call. Its own have the numbers from here to ``end``."""
+    end: int
+    maps: list[tuple[Layer, int]]
+    """The maps in its output, each with the node that computed it."""
+    others: dict[str, Layer]
+    """The other reading of maps that can be (B, C, h, w) as well as (B, h, w, C), by name."""
+    parametric: bool
+    kind: tuple[str, ...]
+    """The names of the module's class, of its first child's, and so on."""
+    calls: int = 1
+
+    @property
+    def layers(self) -> list[Layer]:
+        return [layer for layer, _ in self.maps]
+
+
+@dataclass
+class Graph:
+    """The operations of a forward that depend on the images, in the order in which they ran.
+
+    Each list has an entry for a node. Views are not nodes: a tensor's node is the last operation that wrote its memory.
+    """
+
+    sources: list[tuple[int, ...]] = field(default_factory=lambda: [()])
+    """The nodes whose results the operation reads."""
+    mass: list[int] = field(default_factory=lambda: [0])
+    """The number of parameters that it reads."""
+    kernel: list[int] = field(default_factory=lambda: [0])
+    """The longest side of a convolution's kernel, 1 for other products with parameters, 0 for everything else."""
+    shapes: list[bool] = field(default_factory=lambda: [False])
+    """True for a normalisation or an activation."""
+    pools: list[bool] = field(default_factory=lambda: [False])
+    """True for pooling to a fixed size of more than one pixel."""
+    rise: list[int] = field(default_factory=lambda: [0])
+    """The number of pixels of the map that the operation brings to a higher resolution; 0: it does not."""
+    gates: set[int] = field(default_factory=set)
+    """The nodes of sigmoids. A gate that is brought to a higher resolution does not end an encoder."""
+    joins: set[int] = field(default_factory=set)
+    """The nodes of concatenations."""
+    outputs: set[int] = field(default_factory=set)
+    """The nodes of the model's output."""
+
+    def __len__(self) -> int:
+        return len(self.sources)
+
+    def ancestors(self, nodes, stop=frozenset()) -> set[int]:
+        """The nodes and all that they depend on, as far as the nodes in ``stop``, which are left out."""
+        found, todo = set(), [n for n in nodes if n not in stop]
+        while todo:
+            n = todo.pop()
+            if n not in found:
+                found.add(n)
+                todo += [s for s in self.sources[n] if s not in stop]
+        return found
+
+
+class _Recorder(TorchDispatchMode):
+    """Writes the graph while the model runs."""
+
+    def __init__(self, model: nn.Module, images: list[Tensor]):
+        super().__init__()
+        self.graph = Graph()
+        # A weak reference to a storage keeps its address, so that no later storage can be taken for it, and no data.
+        self._refs: dict[int, StorageWeakRef] = {}
+        self._node: dict[int, int] = {}
+        self._mass: dict[int, int] = {}
+        for p in model.parameters():
+            self._mass[self._key(p)] = p.numel()
+        for x in images:
+            self._node[self._key(x)] = IMAGE
+
+    def _key(self, x: Tensor) -> int:
+        try:
+            storage = x.untyped_storage()
+        except (NotImplementedError, RuntimeError):  # sparse tensors and the like have none
+            return id(x)
+        if storage._cdata not in self._refs:
+            self._refs[storage._cdata] = StorageWeakRef(storage)
+        return storage._cdata
+
+    def node(self, x: Tensor) -> int | None:
+        """The operation that computed ``x``; None where it does not depend on the images."""
+        return self._node.get(self._key(x))
+
+    def mark_rise(self, node: int, pixels: int) -> None:
+        self.graph.rise[node] = min(self.graph.rise[node] or pixels, pixels)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        output = func(*args, **kwargs)
+        read = {self._key(x): x for _, x in tensors((args, kwargs))}
+        written = [x for _, x in tensors(output)]
+        if func._schema.is_mutable:
+            flat = dict(zip((a.name for a in func._schema.arguments), args)) | kwargs
+            for argument in func._schema.arguments:
+                if argument.alias_info is not None and argument.alias_info.is_write:
+                    written += [x for _, x in tensors(flat.get(argument.name))]
+            keys = {self._key(x) for x in written}
+        else:
+            keys = {self._key(x) for x in written} - read.keys()
+        if not keys:
+            return output
+        sources = tuple(sorted({self._node[key] for key in read if key in self._node}))
+        mass = sum(self._mass.get(key, 0) for key in read if key not in self._node)
+        if sources:
+            for key in keys:
+                self._node[key] = len(self.graph)
+            self._add(func, args, kwargs, sources, mass, written)
+        else:  # what is computed of parameters alone stands for them, as a standardised weight does
+            for key in keys:
+                self._mass[key] = mass
+        return output
+
+    def _add(self, func, args, kwargs, sources, mass, written) -> None:
+        graph, name = self.graph, func._schema.name.partition("::")[2].rstrip("_")
+        operands = [x for _, x in tensors(args)]
+        convolution = "convolution" in name and len(operands) > 1
+        kernel = max(operands[1].shape[2:], default=1) if convolution else int(any(name == p for p in _PRODUCTS))
+        rise = 0
+        if any(part in name for part in _RISES) or (convolution and True in [a for a in args if isinstance(a, bool)]):
+            pixels = math.prod(operands[0].shape[2:])
+            if written and math.prod(written[0].shape[2:]) > pixels and not graph.gates.issuperset(sources):
+                rise = pixels
+        if "sigmoid" in name:
+            graph.gates.add(len(graph))
+        if name == "cat":
+            graph.joins.add(len(graph))
+        graph.sources.append(sources)
+        graph.mass.append(mass)
+        graph.kernel.append(kernel if mass else 0)
+        graph.shapes.append(any(part in name for part in _SHAPERS))
+        graph.pools.append("adaptive" in name and bool(written) and math.prod(written[0].shape[2:]) > 1)
+        graph.rise.append(rise)
+
+
+def tensors(output, path: tuple = ()) -> Iterator[tuple[tuple, Tensor]]:
+    """Every tensor in a module's output, with the keys that lead to it."""
+    if isinstance(output, Tensor):
+        yield path, output
+    elif isinstance(output, Mapping):
+        for key, value in output.items():
+            yield from tensors(value, (*path, key))
+    elif isinstance(output, tuple | list):
+        for i, value in enumerate(output):
+            yield from tensors(value, (*path, i))
+
+
+def image_of(args: tuple, kwargs: dict) -> torch.Size | None:
+    """The shape of the first image or volume among a forward's arguments."""
+    for _, x in tensors((args, kwargs)):
+        if x.ndim in (4, 5) and (x.is_floating_point() or x.dtype == torch.uint8):
+            return x.shape
+    return None
+
+
+def grid(tokens: int, image: tuple[int, ...], stride: int) -> tuple[int, ...] | None:
+    """The sides of the map that a sequence of tokens holds. Networks round their sizes up or down."""
+    for sides in (tuple(math.ceil(n / stride) for n in image), tuple(n // stride for n in image)):
+        if math.prod(sides) == tokens > 0:
+            return sides
+    return None
+
+
+def _strides(size: tuple[int, ...], image: tuple[int, ...]) -> tuple[int, ...] | None:
+    """The stride along each axis, or None where ``size`` cannot be a feature map's."""
+    if not all(0 < n <= side for n, side in zip(size, image)):
+        return None
+    strides = tuple(max(1, round(side / n)) for n, side in zip(size, image))
+    if len(size) == 2:  # one stride for rows and columns, a pixel more or less in each
+        (h, w), (H, W) = size, image
+        stride = max(1, round(math.sqrt(H * W / (h * w))))
+        return (stride, stride) if abs(h * W - w * H) <= H + W else None
+    # Volumes may be coarser along one axis than along another, as those of nnU-Net.
+    exact = all(abs(side - n * s) < s for n, side, s in zip(size, image, strides))
+    return strides if exact and max(strides) <= 8 * min(strides) else None
+
+
+def _read(x: Tensor, image: torch.Size) -> list[tuple[str, int, tuple[int, ...], tuple[int, ...], int]]:
+    """Layout, channels, size, strides and prefix of a tensor that can hold the feature maps of the images. A tensor
+    with as many channels as rows can be read in two ways."""
+    B, _, *sides = image
+    if x.shape[:1] != (B,):
+        return []
+    if x.ndim == len(image):
+        volume = "D" if len(sides) == 3 else ""
+        readings = ((f"NC{volume}HW", x.shape[1], x.shape[2:]), (f"N{volume}HWC", x.shape[-1], x.shape[1:-1]))
+        found = [(layout, c, tuple(size), _strides(tuple(size), sides), 0) for layout, c, size in readings if c > 0]
+        return [reading for reading in found if reading[3] is not None]
+    if x.ndim == 3 and x.shape[2] > 0:
+        for prefix in _PREFIXES:
+            tokens = x.shape[1] - prefix
+            if tokens > 0:
+                stride = max(1, round((math.prod(sides) / tokens) ** (1 / len(sides))))
+                size = grid(tokens, tuple(sides), stride)
+                if size is not None:
+                    return [("tokens", x.shape[2], size, (stride,) * len(sides), prefix)]
+    return []
+
+
+def default_example(model: nn.Module) -> Tensor:
+    """One black image or volume, with the channels of the first convolution."""
+    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Conv3d)), None)
+    like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(()))
+    # The sides differ, so that (B, h, w, C) cannot be taken for (B, C, h, w).
+    sides = (64, 96, 64) if isinstance(first, nn.Conv3d) else (256, 320)
+    return torch.zeros(1, first.in_channels if first else 3, *sides, device=like.device, dtype=like.dtype)
+
+
+def watch(model: nn.Module, example, own_example: bool) -> tuple[list[Call], Graph | None, str]:
+    """One forward with hooks on every module: its calls in the order in which they ended, and the graph.
+
+    The graph is None where the model does not run while its operations are recorded; the text then says why.
+    """
+    if isinstance(example, Mapping):
+        args, kwargs = (), dict(example)
+    else:
+        args, kwargs = tuple(example) if isinstance(example, tuple | list) else (example,), {}
+    if image_of(args, kwargs) is None:
+        raise ValueError(
+            "example_input: expected an image (B, C, H, W) or a volume (B, C, D, H, W), of floats or uint8, among the "
+            f"model's arguments, got {checks.describe(example)}; pass one"
+        )
+    try:
+        return *_run(model, args, kwargs, record=True), ""
+    except Exception as error:
+        while_recorded = _reason(error)
+    try:  # the recording itself may be the cause, as of operations that take no part in it
+        return *_run(model, args, kwargs, record=False), while_recorded
+    except Exception as error:
+        what = f"one black image {tuple(example.shape)}" if own_example else checks.describe(example)
+        raise RuntimeError(
+            f"example_input: the model cannot run on {what} ({_reason(error)}); "
+            "pass an example_input that it accepts: a tensor, a tuple of arguments or a dict of keywords"
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def _run(model: nn.Module, args: tuple, kwargs: dict, record: bool) -> tuple[list[Call], Graph | None]:
+    image = image_of(args, kwargs)
+    calls: dict[str, Call] = {}
+    kept = []  # every map until the end of the forward, to see which of them is written into
+    images = [x for _, x in tensors((args, kwargs)) if x.ndim == len(image)]
+    recorder = _Recorder(model, images) if record else None
+    starts: dict[str, int] = {}
+
+    def enter(name: str, module: nn.Module, inputs) -> None:
+        starts[name] = len(recorder.graph) if record else 0
+
+    def leave(name: str, module: nn.Module, inputs, keywords, output) -> None:
+        found, others = [], {}
+        for path, x in tensors(output):
+            label = name + "".join(f"[{key}]" for key in path)
+            readings = [Layer(label, name, path, *reading) for reading in _read(x, image)]
+            if not readings:
+                continue
+            node = recorder.node(x) if record else None
+            found.append((readings[0], node))
+            if len(readings) == 2:
+                others[label] = readings[1]
+            if not x.is_inference():  # these cannot be written into, and count no versions
+                kept.append((x, x._version, label))
+        parametric = any(True for _ in module.parameters())
+        if record and parametric:  # without parameters it may be a padding; upsampling is seen in the operations
+            given = [r[0] for _, x in tensors((inputs, keywords)) if (r := _read(x, image)) and len(r) == 1]
+            given = [math.prod(reading[2]) for reading in given]
+            for layer, node in found:
+                if node and node >= starts[name] and given and layer.name not in others and max(given) < layer.pixels:
+                    recorder.mark_rise(node, min(given))
+        before = calls.pop(name, None)
+        end = len(recorder.graph) if record else 0
+        count = 1 if before is None else before.calls + 1
+        calls[name] = Call(name, starts.get(name, 0), end, found, others, parametric, _kind(module), count)
+
+    modes = [(module, module.training) for module in model.modules()]
+    handles = []
+    try:
+        for name, module in model.named_modules():
+            if record:
+                handles.append(module.register_forward_pre_hook(partial(enter, name)))
+            handles.append(module.register_forward_hook(partial(leave, name), with_kwargs=True))
+        model.eval()
+        with torch.no_grad():
+            if record:
+                with recorder:
+                    output = model(*args, **kwargs)
+                recorder.graph.outputs = {n for _, x in tensors(output) if (n := recorder.node(x)) is not None}
+            else:
+                model(*args, **kwargs)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, training in modes:
+            module.training = training
+    overwritten = {label for x, version, label in kept if x._version != version}
+    seen = list(calls.values())
+    for call in seen:
+        last = bool(call.others) and _channels_are_last(call, seen)
+        maps = [(call.others.get(layer.name, layer) if last else layer, node) for layer, node in call.maps]
+        call.maps = [
+            (replace(layer, calls=call.calls, overwritten=layer.name in overwritten), node) for layer, node in maps
+        ]
+    return seen, recorder.graph if record else None
+
+
+def _kind(module: nn.Module | None) -> tuple[str, ...]:
+    return () if module is None else (type(module).__name__, *_kind(next(module.children(), None)))
+
+
+def _channels_are_last(call: Call, seen: list[Call]) -> bool:
+    """How to read maps with as many channels as rows and columns: as most of those that leave no choice, beside them in
+    one output, else of the module's siblings, else of its parent's."""
+
+    def votes(some: list[Call]) -> list[bool]:
+        maps = [layer for c in some for layer in c.layers if layer.name not in c.others]
+        return [layer.layout.endswith("C") for layer in maps if layer.layout != "tokens"]
+
+    found, name = votes([call]), call.module
+    while name and not found:
+        parent = name.rpartition(".")[0]
+        found = votes([c for c in seen if c.module not in ("", name) and c.module.rpartition(".")[0] == parent])
+        name = parent
+    return 2 * sum(found) > len(found)
