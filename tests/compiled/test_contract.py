@@ -29,7 +29,7 @@ def architectures() -> list:
     return chosen
 
 
-ON_AMPERE = {("class_anchors", "bfloat16"), ("pixel_anchor_loss", "float16"), ("info_nce", "bfloat16")}
+ON_AMPERE = {("class_anchors", "bfloat16"), ("pixel_anchor_loss", "float16"), ("info_nce", "float16")}
 
 
 def hold(case: Case, arch: int, record_property, orders=ORDERS) -> None:
