@@ -29,6 +29,7 @@ KINDS = [
     "integer division by zero",
     "trap, or too many instructions",
     "tensor memory",
+    "read through the cache for read-only data of what this launch writes",
 ]
 """In the order of machine.h."""
 

@@ -164,6 +164,9 @@ def _trap(kernel, i):
 def _barrier(kernel, i):
     if "warp" in i.parts:
         return Lowered("warp.barrier", kind="control")
+    if i.parts[1:] == ["red", "or", "pred"] and i.arguments[1] == "0" and len(i.arguments) == 3:
+        asked, negated = predicate(i.arguments[2])
+        return Lowered("barrier", [Register(i.arguments[0]), asked], [1, negated], "barrier")
     if "sync" not in i.parts or len(i.arguments) > 1:
         raise Unknown("a barrier of some threads")
     return Lowered("barrier", kind="barrier")
@@ -171,7 +174,10 @@ def _barrier(kernel, i):
 
 @opcode("membar", "fence")
 def _fence(kernel, i):
-    return Lowered("fence.proxy" if "proxy" in i.parts else "nop", kind="control")
+    if "proxy" in i.parts:
+        return Lowered("fence.proxy", kind="control")
+    device = i.opcode in ("membar.gl", "membar.sys", "fence.acq_rel.gpu", "fence.sc.gpu")
+    return Lowered("fence.device" if device else "nop", kind="control")
 
 
 # ------------------------------------------------------------------------------------------------------------- memory
@@ -194,7 +200,7 @@ def _transfer(kernel, i):
         raise Unknown("vector")
     width = next((kernel.width(v) for v in values if kernel.is_register(v)), kind.width)
     moved = [operand(kernel, v, width, kind.floating) for v in values]
-    numbers = [kind.bytes, int(kind.letter == "s"), len(values), width, at.offset, at.width]
+    numbers = [kind.bytes, int(kind.letter == "s"), len(values), width, at.offset, at.width, int("nc" in parts)]
     name = "ld" if loads else "st"
     return Lowered(f"{name}.{space}", [*moved, at.base] if loads else [at.base, *moved], numbers, f"{name} {space}")
 
@@ -300,6 +306,15 @@ def _reduction(kernel, i):
     name, sign = i.parts[2], i.parts[3][0]
     modes = {"add": 0, "and": 5, "or": 6, "xor": 7, "min": 1 if sign == "s" else 3, "max": 2 if sign == "s" else 4}
     return Lowered("redux", operands(kernel, Type("b", 32), *i.arguments), [modes[name]], "shuffle")
+
+
+@opcode("match")
+def _match(kernel, i):
+    expect(i, "any", "sync")
+    kind = type_named(i.parts[-1])
+    target, source, mask = i.arguments
+    taken = [operand(kernel, target, 4), operand(kernel, source, kind.width), operand(kernel, mask, 4)]
+    return Lowered(f"match.any.{i.parts[-1]}", taken, kind="shuffle")
 
 
 @opcode("vote")
@@ -460,7 +475,7 @@ def float_arithmetic(kernel, i, kind):
 
 def integer_arithmetic(kernel, i, kind):
     name, middle = i.parts[0], i.parts[1:-1]
-    expect(i, "lo", "hi", "wide")
+    expect(i, "lo", "hi", "wide", "shiftamt")
     if name in SIGN_FREE or middle == ["lo"] or (kind.letter == "b" and name != "neg"):
         letter = "u"
     else:

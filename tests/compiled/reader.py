@@ -102,7 +102,7 @@ class Kernel:
         """What .reqntid asks for."""
         self.files = {int(n): file for n, file in re.findall(r'^\s*\.file\s+(\d+)\s+"[^"]*?([^/"]+)"', text, re.M)}
         entry = self._find(name)
-        self._read_shared(text[: entry.start()])
+        self._read_shared(text[: entry.start()], re.split(r"^}", text[entry.end() :], maxsplit=1, flags=re.M)[0])
         self._read_parameters(entry[2])
         self._read_body(entry)
         for instruction in self.instructions:
@@ -138,10 +138,13 @@ class Kernel:
             offset += size
         self.parameter_bytes = offset
 
-    def _read_shared(self, text: str) -> None:
-        """Arrays of known size one after the other, and the one whose size the launch gives behind them."""
+    def _read_shared(self, text: str, body: str | None = None) -> None:
+        """Arrays of known size one after the other, and the one whose size the launch gives behind them. Of what other
+        entries share, those alone that the body names."""
         pattern = r"\.shared\s+(?:\.align\s+(\d+)\s+)?\.[a-z](\d+)\s+([\w$]+)(?:\[(\d*)\])?\s*;"
         for align, bits, name, length in sorted(re.findall(pattern, text), key=lambda found: found[3] == ""):
+            if body is not None and not re.search(rf"\b{re.escape(name)}\b", body):
+                continue
             step = int(align or BYTES[bits])
             self.static_shared = -(-self.static_shared // step) * step
             size = BYTES[bits] * int(length or 0)

@@ -78,10 +78,13 @@ U extract_bits(U x, u32 position, u32 length) {
   return sign ? shifted | ~kept : shifted & kept;
 }
 
-u32 insert_bits(u32 from, u32 into, u32 position, u32 length) {
-  position = std::min(position & 255, 32u), length = std::min(length & 255, 32u);
-  const u64 field = ((u64(1) << length) - 1) << position;
-  return u32((into & ~field) | ((u64(from) << position) & field));
+template <class T>
+T insert_bits(T from, T into, u32 position, u32 length) {
+  using Wide = unsigned __int128;
+  const u32 bits = 8 * sizeof(T);
+  position = std::min(position & 255, bits), length = std::min(length & 255, bits);
+  const Wide field = ((Wide(1) << length) - 1) << position;
+  return T((into & ~field) | ((Wide(from) << position) & field));
 }
 
 u32 permute_bytes(u32 low, u32 high, u32 selector) {
@@ -135,12 +138,14 @@ void define_all_integers() {
   elementwise<u32, u32>("clz.u32", [](u32 x) { return x ? u32(__builtin_clz(x)) : 32u; });
   elementwise<u32, u64>("clz.u64", [](u64 x) { return x ? u32(__builtin_clzll(x)) : 64u; });
   elementwise<u32, u32>("brev.u32", [](u32 x) { return reversed(x); });
+  elementwise<u32, u32>("bfind.shiftamt.u32", [](u32 x) { return x ? u32(__builtin_clz(x)) : ~0u; });
   elementwise<u32, u32>("bfind.u32", [](u32 x) { return x ? 31u - __builtin_clz(x) : ~0u; });
   elementwise<u32, u32, u32, u32>("bfe.u32", [](u32 x, u32 p, u32 n) { return extract_bits<u32, s32, false>(x, p, n); });
   elementwise<u32, u32, u32, u32>("bfe.s32", [](u32 x, u32 p, u32 n) { return extract_bits<u32, s32, true>(x, p, n); });
   elementwise<u64, u64, u32, u32>("bfe.u64", [](u64 x, u32 p, u32 n) { return extract_bits<u64, s64, false>(x, p, n); });
   elementwise<u64, u64, u32, u32>("bfe.s64", [](u64 x, u32 p, u32 n) { return extract_bits<u64, s64, true>(x, p, n); });
   elementwise<u32, u32, u32, u32, u32>("bfi.u32", [](u32 x, u32 y, u32 p, u32 n) { return insert_bits(x, y, p, n); });
+  elementwise<u64, u64, u64, u32, u32>("bfi.u64", [](u64 x, u64 y, u32 p, u32 n) { return insert_bits(x, y, p, n); });
   elementwise<u32, u32, u32, u32>("prmt.u32", [](u32 x, u32 y, u32 z) { return permute_bytes(x, y, z); });
   elementwise<u32, u32, u32, u32>(
       "shf.l.wrap.u32", [](u32 x, u32 y, u32 z) { return u32(((u64(y) << 32 | x) << (z & 31)) >> 32); });

@@ -73,6 +73,19 @@ void vote(Context& c) {
   c.set_undefined(0, c.undefined(1) & c.mask ? ALL : 0);
 }
 
+// Operands: target, source, mask.
+template <class T>
+void match_any(Context& c) {
+  const T* source = c.reg<T>(1);
+  c.needs(c.reg<u32>(2)[c.first_lane()]);
+  u32 results[32] = {0};
+  for (int lane = 0; lane < 32; lane++)
+    for (int other = 0; other < 32; other++)
+      if (c.active(other) && source[other] == source[lane]) results[lane] |= 1u << other;
+  c.write(0, results);
+  c.set_undefined(0, c.undefined(1) & c.mask ? ALL : 0);
+}
+
 void warp_barrier(Context& c) {
   c.needs(ALL);
   c.warp.turn++;
@@ -82,6 +95,7 @@ void define_lane_exchange() {
   define("shfl", shuffle);
   define("redux", reduce);
   define("vote", vote);
+  define("match.any.b32", match_any<u32>), define("match.any.b64", match_any<u64>);
   define("warp.barrier", warp_barrier);
   define("nop", [](Context&) {});
 }

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <map>
 #include <string>
+#include <unordered_map>
 #include <utility>
 #include <vector>
 
@@ -73,7 +74,7 @@ enum Kind {
   GLOBAL_BOUNDS, GLOBAL_ALIGNMENT, SHARED_BOUNDS, SHARED_ALIGNMENT, LOCAL_BOUNDS, PARAMETER_BOUNDS,
   UNDEFINED_STORE, UNDEFINED_ADDRESS, UNDEFINED_BRANCH, UNDEFINED_READ, UNDEFINED_ATOMIC, READ_ONLY,
   SHARED_RACE, BLOCK_RACE, GRID_RACE, WARP_RACE, LANES_DISAGREE, SAME_VALUE_SHARED, SAME_VALUE_GLOBAL,
-  DIVERGED, BARRIER_MISMATCH, NO_PROXY_FENCE, DESCRIPTOR, DIVISION_BY_ZERO, TRAPPED, TENSOR_MEMORY,
+  DIVERGED, BARRIER_MISMATCH, NO_PROXY_FENCE, DESCRIPTOR, DIVISION_BY_ZERO, TRAPPED, TENSOR_MEMORY, READ_ONLY_CACHE,
 };
 
 // ----------------------------------------------------------------------------------------------- what is known of memory
@@ -87,6 +88,7 @@ struct SharedByte {
 
 struct GlobalGrain {
   u32 write_block, read_block, write_epoch, read_epoch, step, readers;  // blocks + 1; 0: none; read_block ALL: several
+  u32 write_fences, read_fences;  // that the writer and the last reader had made
   u8 writer, atomic;
 };
 
@@ -96,6 +98,16 @@ struct Path {  // lanes that wait at `pc`, and go on to wait at `join` for the o
   s32 pc;
   u32 mask;
   s32 join;
+};
+
+// See order.cpp.
+struct Release {
+  u32 block;
+  std::vector<u32> fences;  // of each warp of the block
+};
+struct Sight {  // the first so many releases at an address
+  u64 address;
+  size_t releases;
 };
 
 struct Warp {
@@ -109,6 +121,9 @@ struct Warp {
   std::vector<Path> paths;
   u32 fences;  // of the async proxy, so far
   u32 turn;  // counts __syncwarp
+  u32 device_fences;
+  std::vector<u32> fences_of_block;  // at the last barrier
+  std::vector<Sight> acquired, seen;  // by atomics since the last fence; before it
   // Results of wgmma that may not be read before wait_group, and the shared memory that is still being read.
   std::vector<std::pair<s32, u32>> pending;
   std::vector<std::pair<u32, u32>> async_reads;
@@ -125,6 +140,8 @@ struct Machine {
   std::vector<Warp> warps;
   std::vector<Count> counts;
   std::map<std::pair<int, int>, Finding> findings;
+  std::unordered_map<u64, std::vector<Release>> releases;  // by the atomics at each address
+  bool barrier_or;  // of what warps bring to bar.red.or
   u32 epoch, block, block_at[3];
   u64 random_state, steps;
 
@@ -220,6 +237,11 @@ void write_shared(const Context& c, int lane, u64 address, u64 bytes, const u8* 
 void count_banks(const Context& c, const u64* addresses, u32 mask, u64 bytes);
 void addresses_of(const Context& c, int operand, u64* addresses);
 
+// Order of global memory by fences and atomics (order.cpp).
+void order_by_atomic(const Context& c, u64 address);
+void order_by_barrier(Machine& machine);
+bool ordered(const Context& c, u32 block, u32 warp, u32 fences);  // before this warp: what that one did with so many fences
+
 void set_noise(bool on, u64 seed);
 
 // What each file enters; called once.
@@ -227,4 +249,5 @@ void define_arithmetic();
 void define_conversions();
 void define_lane_exchange();
 void define_memory();
+void define_order();
 void define_tensor_cores();

@@ -74,6 +74,12 @@ static bool undefined_global(const Extent& extent, u64 address, u64 bytes) {
   return std::any_of(marks, marks + bytes, [](u8 mark) { return mark; });
 }
 
+// By this launch.
+static bool written(const Machine& machine, int which, u64 address) {
+  const Extent& extent = machine.extents[which];
+  return machine.grains[which][(address - extent.begin) / extent.grain].write_block;
+}
+
 enum class Access { read, write, atomic };
 
 static void watch_race(const Context& c, int lane, int which, u64 address, u64 bytes, Access access, const u8* value) {
@@ -83,13 +89,16 @@ static void watch_race(const Context& c, int lane, int which, u64 address, u64 b
   const u64 first = (address - extent.begin) / extent.grain, last = (address + bytes - 1 - extent.begin) / extent.grain;
   for (u64 k = first; k <= last; k++) {
     GlobalGrain& grain = c.machine.grains[which][k];
-    const bool written_elsewhere = grain.write_block && grain.write_block != block;
-    const bool written_here = grain.write_block == block && grain.write_epoch == epoch && grain.writer != c.warp.number;
+    auto unordered = [&](u32 by, u32 warp, u32 fences) { return !ordered(c, by - 1, warp, fences); };
+    const bool written_elsewhere = grain.write_block && grain.write_block != block &&
+                                   unordered(grain.write_block, grain.writer, grain.write_fences);
+    const bool written_here = grain.write_block == block && grain.write_epoch == epoch &&
+                              grain.writer != c.warp.number && unordered(block, grain.writer, grain.write_fences);
     if (access == Access::read) {
       if (written_elsewhere) c.report(GRID_RACE, lane, address, grain.write_block - 1);
       if (written_here) c.report(BLOCK_RACE, lane, address, grain.writer);
       if (grain.read_block != block || grain.read_epoch != epoch) grain.readers = 0;
-      grain.readers |= self, grain.read_epoch = epoch;
+      grain.readers |= self, grain.read_epoch = epoch, grain.read_fences = c.warp.device_fences;
       grain.read_block = grain.read_block == 0 || grain.read_block == block ? block : ALL;
       continue;
     }
@@ -98,15 +107,19 @@ static void watch_race(const Context& c, int lane, int which, u64 address, u64 b
       if (written_elsewhere) c.report(harmless ? SAME_VALUE_GLOBAL : GRID_RACE, lane, address, grain.write_block - 1);
       if (written_here) c.report(harmless ? SAME_VALUE_GLOBAL : BLOCK_RACE, lane, address, grain.writer);
     }
-    const u32 others = grain.readers & ~self;
-    if (grain.read_block && grain.read_block != block)
-      c.report(GRID_RACE, lane, address, grain.read_block == ALL ? -1 : int(grain.read_block - 1));
-    else if (grain.read_block == block && grain.read_epoch == epoch && others)
-      c.report(BLOCK_RACE, lane, address, __builtin_ctz(others));
+    const bool read_here = grain.read_block == block;
+    const u32 others = read_here ? grain.readers & ~self : grain.readers;
+    if (grain.read_block == ALL) {
+      c.report(GRID_RACE, lane, address, -1);
+    } else if (grain.read_block && (!read_here || grain.read_epoch == epoch)) {
+      for (u32 warp = 0; warp < 32; warp++)
+        if (others >> warp & 1 && unordered(grain.read_block, warp, grain.read_fences))
+          c.report(read_here ? BLOCK_RACE : GRID_RACE, lane, address, read_here ? int(warp) : int(grain.read_block - 1));
+    }
     if (access == Access::write && grain.write_block == block && grain.step == u32(c.machine.steps) && !same)
       c.report(LANES_DISAGREE, lane, address);
     grain.write_block = block, grain.write_epoch = epoch, grain.writer = c.warp.number;
-    grain.atomic = access == Access::atomic, grain.step = u32(c.machine.steps);
+    grain.write_fences = c.warp.device_fences, grain.atomic = access == Access::atomic, grain.step = u32(c.machine.steps);
   }
 }
 
@@ -154,7 +167,7 @@ static void count_distinct(const Context& c, const u64* addresses) {
 
 // ------------------------------------------------------------------------------------------------------- instructions
 // numbers of loads and stores: bytes of an element, it is signed, elements, bytes of a register, offset, bytes of the
-// address. Operands of loads: targets, address; of stores: address, values.
+// address, by way of the cache for read-only data. Operands of loads: targets, address; of stores: address, values.
 
 void addresses_of(const Context& c, int operand, u64* addresses) {
   const u64 offset = s64(c.number(4));
@@ -192,7 +205,9 @@ void load_global(Context& c) {
       if (which >= 0) memcpy(&value, reinterpret_cast<const void*>(at), t.bytes);
       c.write(k, lane, t.width, extended(value, t.bytes, t.is_signed));
     }
-    if (which >= 0) watch_race(c, lane, which, address, t.total, Access::read, nullptr);
+    if (which < 0) continue;
+    if (c.number(6) && written(c.machine, which, address)) c.report(READ_ONLY_CACHE, lane, address);
+    watch_race(c, lane, which, address, t.total, Access::read, nullptr);
   }
   for (int k = 0; k < t.elements; k++) {
     if (undefined[k]) c.report(UNDEFINED_READ, __builtin_ctz(undefined[k]), addresses[__builtin_ctz(undefined[k])]);
@@ -341,6 +356,7 @@ void atomic(Context& c) {
       if (which < 0) continue;
       place = reinterpret_cast<u8*>(address);
       bad = undefined_global(c.machine.extents[which], address, bytes);
+      order_by_atomic(c, address);
       watch_race(c, lane, which, address, bytes, Access::atomic, nullptr);
     }
     if (bad) {

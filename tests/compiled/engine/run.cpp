@@ -2,8 +2,6 @@
 // Lanes that part at a branch meet again at its immediate post-dominator, which reader.py finds.
 #include <sys/mman.h>
 
-#include <unordered_map>
-
 #include "machine.h"
 
 static std::vector<Handler>& handlers() {
@@ -19,7 +17,7 @@ void define(const std::string& name, Handler handler) {
   handlers().push_back(handler);
 }
 static bool define_all() {
-  define_arithmetic(), define_conversions(), define_lane_exchange(), define_memory(), define_tensor_cores();
+  define_arithmetic(), define_conversions(), define_lane_exchange(), define_memory(), define_order(), define_tensor_cores();
   return true;
 }
 
@@ -49,6 +47,18 @@ static void branch(Machine& machine, Warp& warp, const Instruction& instruction,
     warp.paths.push_back({target, taken, join});
     warp.mask = stay, warp.join = join, warp.pc++;
   }
+}
+
+// bar.red.or has operands: target, predicate. numbers: it is one, the predicate is negated.
+static void bring_to_barrier(const Context& c) {
+  if (!c.number(0)) return;
+  if (const u32 bad = c.undefined(1) & c.mask) c.report(UNDEFINED_BRANCH, __builtin_ctz(bad), 0);
+  c.machine.barrier_or |= ((c.number(1) ? ~c.predicate(1) : c.predicate(1)) & c.mask) != 0;
+}
+static void take_from_barrier(const Context& c) {
+  if (!c.number(0)) return;
+  c.write_predicate(0, c.machine.barrier_or ? ALL : 0);
+  c.set_undefined(0, 0);
 }
 
 // Runs until a barrier, the end, or the end of its time.
@@ -83,6 +93,7 @@ static void run_warp(Machine& machine, Warp& warp, u64 instructions) {
       warp.pc++;
     } else if (instruction.handler == BARRIER && !over) {
       if (mask != warp.live) machine.report(DIVERGED, warp.pc, warp.number, 0, mask);
+      bring_to_barrier(Context{machine, warp, instruction, mask});
       warp.at_barrier = true, warp.barrier_pc = warp.pc++;
       return;
     } else if (mask || over) {
@@ -118,6 +129,7 @@ static void start(Machine& machine, Warp& warp, int number, const std::vector<Co
   warp.number = number, warp.live = warp.mask = threads >= 32 ? ALL : (1u << threads) - 1;
   warp.pc = 0, warp.join = -1, warp.at_barrier = warp.done = false;
   warp.paths.clear(), warp.pending.clear(), warp.async_reads.clear();
+  warp.device_fences = 0, warp.fences_of_block.assign(machine.warps.size(), 0), warp.acquired.clear(), warp.seen.clear();
   memset(warp.registers, 0xff, launch.register_bytes);
   std::fill(warp.undefined, warp.undefined + launch.register_words, ALL);
   std::fill(warp.local.begin(), warp.local.end(), 0xff);
@@ -146,9 +158,12 @@ static void pass_barrier(Machine& machine) {
     }
     if (pc >= 0 && warp.barrier_pc != pc) machine.report(BARRIER_MISMATCH, warp.barrier_pc, warp.number, 0, pc);
     pc = warp.barrier_pc;
+    take_from_barrier(Context{machine, warp, machine.program[pc], warp.mask});
     warp.at_barrier = false;
   }
+  machine.barrier_or = false;
   machine.epoch++;
+  order_by_barrier(machine);
 }
 
 static void run_block(Machine& machine, const std::vector<Constant>& constants, const std::vector<Special>& specials) {
@@ -202,7 +217,7 @@ int engine_run(const Launch* launch, const Instruction* program, const Operand* 
   machine.shared.assign(launch->shared_bytes + 64, 0);
   machine.shared_bytes.assign(launch->shared_bytes, SharedByte());
   machine.counts.assign(launch->instructions, Count());
-  machine.findings.clear();
+  machine.findings.clear(), machine.releases.clear(), machine.barrier_or = false;
   machine.epoch = 1, machine.steps = 0;
   machine.random_state = launch->seed * 0x9E3779B97F4A7C15ull + 88172645463325252ull;
   set_noise(launch->noise, launch->seed);
