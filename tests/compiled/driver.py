@@ -214,10 +214,15 @@ class GPU:
             shared=metadata.shared,
             schedule=self.schedule,
             count_memory=self.count_memory,
+            l1_bytes=self.l1_of_a_block(launcher) if self.count_memory else 0,
         )
         self.launches.append(
             Launched(metadata.name, grid, metadata.num_warps, metadata.shared, program, result, launcher.cubin)
         )
+
+    def l1_of_a_block(self, launcher: "Launcher") -> int:
+        """Bytes; counts.py knows better."""
+        return 0
 
     # What Triton asks of a driver.
 
@@ -293,6 +298,7 @@ def emulated(
     *,
     count_memory: bool = False,
     mutate: Callable[[str, str], str] | None = None,
+    kind: type[GPU] = GPU,
 ) -> Iterator[GPU]:
     """Inside the block the package's Triton kernels run on CPU tensors, from their PTX, and ``torch.empty`` gives
     memory whose undefined bytes are known."""
@@ -302,7 +308,7 @@ def emulated(
 
     from contextrast_kernels.kernels import _sums, anchors, contextrast, pixel_anchor
 
-    gpu = GPU(arch, schedule, count_memory, mutate)
+    gpu = kind(arch, schedule, count_memory, mutate)
     patches = [
         mock.patch.object(driver, "_active", gpu),
         mock.patch.object(knobs.compilation, "listener", gpu.compiled),
