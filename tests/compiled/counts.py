@@ -38,7 +38,7 @@ from aot import TOOLS, blocks_of_a_multiprocessor
 import contextrast_kernels as ck
 from contextrast_kernels import cases
 
-from .driver import GPU, Launched, emulated
+from .driver import Launched, Launcher, emulated
 from .engine import Schedule
 
 WRITTEN = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "counted.md"
@@ -76,20 +76,16 @@ def registers_of(cubin: bytes) -> int:
     return int(re.search(r"REG:(\d+)", usage)[1])
 
 
-class CountingGPU(GPU):
-    """Every block has its share of the L1 cache that the blocks of a multiprocessor leave of 256 KiB."""
+@functools.cache
+def blocks_held(cubin: bytes, shared: int, warps: int, arch: int) -> int:
+    return blocks_of_a_multiprocessor(registers_of(cubin), shared, warps, arch)
 
-    @functools.cached_property
-    def _registers(self) -> dict[bytes, int]:
-        return {}
 
-    def l1_of_a_block(self, launcher) -> int:
-        metadata = launcher.metadata
-        if launcher.cubin not in self._registers:
-            self._registers[launcher.cubin] = registers_of(launcher.cubin)
-        registers = self._registers[launcher.cubin]
-        resident = blocks_of_a_multiprocessor(registers, metadata.shared, metadata.num_warps, self.arch)
-        return (L1_BYTES - resident * (metadata.shared + 1024)) // resident
+def l1_share(launcher: Launcher) -> int:
+    """What the shared memory of all blocks of a multiprocessor leaves of its 256 KiB, by their number."""
+    metadata = launcher.metadata
+    held = blocks_held(launcher.cubin, metadata.shared, metadata.num_warps, metadata.target.arch)
+    return (L1_BYTES - held * (metadata.shared + 1024)) // held
 
 
 KINDS = ("integer", "float", "float64", "special function", "shuffle", "barrier", "tensor core", "control")
@@ -148,7 +144,7 @@ def counted(case: cases.Case, arch: int, options: dict) -> tuple[dict[str, Count
     smaller = replace(case, batch=1, height=case.height // 4, width=case.width // 4)
     inputs = smaller.inputs()
     leaves = [x.requires_grad_() for x in inputs.features]
-    with emulated(arch, Schedule(seed=1), count_memory=True, kind=CountingGPU) as gpu:
+    with emulated(arch, Schedule(seed=1), l1_share=l1_share) as gpu:
         loss = ck.contextrast_loss(leaves, inputs.labels, inputs.predictions, **smaller.loss_options, **options)
         torch.autograd.grad(loss, leaves)
     found: dict[str, Counts] = {}

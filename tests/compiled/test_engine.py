@@ -194,6 +194,8 @@ PROGRAMS = {
     "A: bar.sync 0; B: mov.u32 %r1, 0;",
     "integer division by zero": "mov.u32 %r1, 0; div.u32 %r2, %tid, %r1;",
     "trap, or too many instructions": "AGAIN: bra.uni AGAIN;",
+    "read through the cache for read-only data of what this launch writes": "st.global.b64 [%y], 0;"
+    "ld.global.nc.b64 %d1, [%y];",
     "tensor cores read shared memory without a proxy fence": "",
     "descriptor of a matrix in shared memory": "",
 }

@@ -126,8 +126,8 @@ void store_matrix(Context& c) {
 template <class T, int ROWS, int COLUMNS>
 struct Matrix {
   int columns;
-  T values[ROWS * COLUMNS];
-  u8 undefined[ROWS * COLUMNS], bad_row[ROWS] = {0}, bad_column[COLUMNS] = {0};
+  T values[ROWS * COLUMNS] = {0};
+  u8 undefined[ROWS * COLUMNS] = {0}, bad_row[ROWS] = {0}, bad_column[COLUMNS] = {0};
   explicit Matrix(int columns) : columns(columns) {}
   void set(int row, int column, T value, bool bad) {
     values[row * columns + column] = value;
