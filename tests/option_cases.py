@@ -19,7 +19,7 @@ import contextrast_kernels as ck
 
 DTYPES = ("float64", "float32", "float16", "bfloat16")
 LAYOUTS = ("nchw", "channels_last", "slices", "unaligned")
-"""unaligned: contiguous, from an address that 16 does not divide. Matrices: rows, columns first, no axis of stride 1."""
+"""unaligned: contiguous, from an address that 16 does not divide. In info_nce: rows, columns first, neither."""
 CHANNELS = (1, 8, 64, 96, 256, 512, 720, 1024)
 CLASSES = (1, 5, 19, 150, 256)
 SIZES = {
@@ -175,18 +175,13 @@ def sweep(op: str) -> Iterator[Case]:
         (a, x), (b, y) = min(missing)
         chosen = {a: x, b: y}
 
-        def gained(name: str, index: int, chosen: dict[str, int]) -> int:
-            pairs = (((name, index), (k, v)) if names.index(name) < names.index(k) else ((k, v), (name, index))
-                     for k, v in chosen.items())  # fmt: skip
-            return sum(pair in missing for pair in pairs)
-
         for name in names:
             if name in chosen:
                 continue
             # Most new pairs first; among equals the values take turns.
-            order = sorted(
-                range(len(table[name])), key=lambda k: (-gained(name, k, chosen), (k + len(missing)) % len(table[name]))
-            )
+            new = [sum(pair in missing for pair in _pairs(names, chosen, name, k)) for k in range(len(table[name]))]
+            turn = [(k + len(missing)) % len(new) for k in range(len(new))]
+            order = sorted(range(len(new)), key=list(zip((-n for n in new), turn)).__getitem__)
             fitting = [k for k in order if _possible_so_far(op, table, {**chosen, name: k})]
             chosen[name] = fitting[0] if fitting else order[0]
         made = _case(op, **{name: table[name][k] for name, k in chosen.items()})
@@ -194,6 +189,13 @@ def sweep(op: str) -> Iterator[Case]:
             missing -= set(itertools.combinations(((name, chosen[name]) for name in names), 2))
             yield made
         missing.discard(((a, x), (b, y)))
+
+
+def _pairs(names: list[str], chosen: dict[str, int], name: str, index: int) -> Iterator[tuple]:
+    """What a further choice makes with those before."""
+    for other, value in chosen.items():
+        pair = ((name, index), (other, value))
+        yield pair if names.index(name) < names.index(other) else pair[::-1]
 
 
 def _possible_so_far(op: str, table: dict[str, tuple], chosen: dict[str, int]) -> bool:

@@ -60,8 +60,9 @@ class Finding:
 
     def __str__(self):
         return (
-            f"{self.kernel}, {self.source}: {self.kind} ({self.count} times; first: block {self.block}, warp {self.warp}, "
-            f"lane {self.lane}, address {self.address:#x}{', ' + self.where if self.where else ''}, other {self.other}); "
+            f"{self.kernel}, {self.source}: {self.kind} ({self.count} times; first: block {self.block}, "
+            f"warp {self.warp}, lane {self.lane}, address {self.address:#x}"
+            f"{', ' + self.where if self.where else ''}, other {self.other}); "
             f"PTX line {self.ptx_line}: {self.ptx[:100]}"
         )
 

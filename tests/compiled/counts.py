@@ -1,19 +1,10 @@
 """Counts what the compiled kernels execute and move, on the paper's cases. Nothing is timed.
 
-    python -m tests.compiled.counts                                   the table of docs/performance.md
+    python -m tests.compiled.counts                                   the section of docs/performance.md
     python -m tests.compiled.counts --write                           the same, into benchmarks/results/counted.md
-    python -m tests.compiled.counts --cases cityscapes --hot 15       the instructions that are executed most
+    python -m tests.compiled.counts --cases cityscapes --hot 15       and the instructions that are executed most
 
-A case runs with one image of a quarter of its height and width and the same classes, and is counted a pixel. What a
-count allows at best is the count divided by a resource's peak rate, on the pixels of the whole case:
-
-    issue    warp instructions / (multiprocessors x 4 x clock)          PTX instructions, of which ptxas makes others
-    L1       (wavefronts of shared memory + global sectors / 4) / (multiprocessors x clock)
-    L2       sectors that pass the L1 cache x 32 bytes / rate of the L2 cache
-    memory   sectors that pass the L2 cache x 32 bytes / 85 % of the memory's rate
-    tensor   products by type / rate of the tensor cores
-
-No kernel can take less time than its largest bound on that device; nothing says that it takes no more.
+A case runs with one image of half its height and width, and is counted a pixel.
 """
 
 import os
@@ -22,6 +13,7 @@ os.environ["TRITON_INTERPRET"] = "0"
 
 import argparse
 import functools
+import math
 import re
 import subprocess
 import sys
@@ -37,6 +29,7 @@ from aot import TOOLS, blocks_of_a_multiprocessor
 
 import contextrast_kernels as ck
 from contextrast_kernels import cases
+from contextrast_kernels.kernels import step
 
 from .driver import Launched, Launcher, emulated
 from .engine import Schedule
@@ -88,6 +81,25 @@ def l1_share(launcher: Launcher) -> int:
     return (L1_BYTES - held * (metadata.shared + 1024)) // held
 
 
+EXPLAINED = """\
+The kernels' PTX was executed on a CPU by `python -m tests.compiled.counts`, on one image of half the height and width,
+and what it executes and moves was counted. No figure here is a time: a bound says that a device cannot be faster, and
+nothing says that it comes near. F is the features' bytes.
+
+* *issue*: warp instructions / (multiprocessors × 4 schedulers × clock). They are PTX's; ptxas makes others of them,
+  most often fewer.
+* *L1*: (wavefronts of shared memory + sectors of global requests / 4) / (multiprocessors × clock). A wavefront is 128
+  bytes, and a conflict takes one more: "wavefronts an ideal one" is 1 without. What wgmma reads is not in it.
+* *L2*: sectors of 32 bytes that pass the L1 cache / 5.5 TB/s. A block has its share of the 256 KiB that shared memory
+  leaves, empty at first; stores and atomics pass.
+* *memory*: sectors that pass an L2 cache which holds all of one launch and nothing of the one before / 85 % of the
+  memory's rate.
+* *tensor*: products / the dense peak of their type.
+
+H100 SXM and H200: 132 multiprocessors at 1.755 GHz, 3.35 and 4.8 TB/s, 989 TFLOP/s in 16 bits, 494 in TF32, 67 in
+float64. Kernels run one after the other, so the sum of each kernel's largest bound is one too. Counts go to the whole
+case by each kernel's number of programs. 4 F is the floor: three reads of the features and one write."""
+
 KINDS = ("integer", "float", "float64", "special function", "shuffle", "barrier", "tensor core", "control")
 
 
@@ -116,19 +128,18 @@ class Counts:
     def instructions(self) -> int:
         return sum(self.kinds.values())
 
-    def bounds(self, device: Device, scale: float) -> dict[str, float]:
-        """Seconds that each resource needs at least, for ``scale`` times what was counted."""
+    def bounds(self, device: Device) -> dict[str, float]:
+        """Seconds that each resource needs at least."""
         cycles = device.multiprocessors * device.clock
         sectors = self.total("sectors", "ld global", "st global", "atom global")
         wavefronts = self.total("wavefronts", "ld shared", "st shared", "atom shared")
-        found = {
+        return {
             "issue": self.instructions / (4 * cycles),
             "L1": (wavefronts + sectors / 4) / cycles,
             "L2": self.total("beyond_l1", "ld", "st", "atom") * SECTOR / device.l2,
             "memory": self.total("beyond_l2", "ld", "st", "atom") * SECTOR / (0.85 * device.memory),
             "tensor": sum(n / device.tensor[kind] for kind, n in self.operations.items()),
         }
-        return {name: scale * seconds for name, seconds in found.items()}
 
 
 def operations_of(instruction) -> tuple[str, int]:
@@ -139,22 +150,41 @@ def operations_of(instruction) -> tuple[str, int]:
     return instruction.parts[-2], 2 * rows * N * K
 
 
-def counted(case: cases.Case, arch: int, options: dict) -> tuple[dict[str, Counts], int, list[Launched]]:
-    """Counts by kernel, the pixels that were counted, and the launches."""
-    smaller = replace(case, batch=1, height=case.height // 4, width=case.width // 4)
-    inputs = smaller.inputs()
+@dataclass
+class Counted:
+    """A case whose smaller twin was executed."""
+
+    case: cases.Case
+    twin: cases.Case
+    kernels: dict[str, Counts]
+    scales: dict[str, float]
+    """Programs of the whole case by those that were counted, by kernel."""
+    launches: list[Launched]
+
+    @property
+    def pixels(self) -> int:
+        return self.twin.batch * sum(h * w for h, w in self.twin.sizes)
+
+
+def counted(case: cases.Case, arch: int, options: dict) -> Counted:
+    twin = replace(case, batch=1, height=case.height // 2, width=case.width // 2)
+    inputs = twin.inputs()
     leaves = [x.requires_grad_() for x in inputs.features]
     with emulated(arch, Schedule(seed=1), l1_share=l1_share) as gpu:
-        loss = ck.contextrast_loss(leaves, inputs.labels, inputs.predictions, **smaller.loss_options, **options)
+        loss = ck.contextrast_loss(leaves, inputs.labels, inputs.predictions, **twin.loss_options, **options)
         torch.autograd.grad(loss, leaves)
-    found: dict[str, Counts] = {}
+    kernels: dict[str, Counts] = {}
+    programs: Counter = Counter()
     for launched in gpu.launches:
-        found.setdefault(launched.kernel, Counts()).add(launched)
-    return found, pixels_of(smaller), gpu.launches
-
-
-def pixels_of(case: cases.Case) -> int:
-    return case.batch * sum(h * w for h, w in case.sizes)
+        kernels.setdefault(launched.kernel, Counts()).add(launched)
+        programs[launched.kernel] += math.prod(launched.grid)
+    plan = step.training_step(
+        case.batch, case.sizes, case.channels, case.num_classes, case.dtype, layout=case.layout, **options
+    )
+    whole: Counter = Counter()
+    for launch in plan.launches:
+        whole[launch.kernel.__name__] += math.prod(launch.grid)
+    return Counted(case, twin, kernels, {name: whole[name] / programs[name] for name in kernels}, gpu.launches)
 
 
 # ------------------------------------------------------------------------------------------------------------ printing
@@ -171,7 +201,12 @@ def instructions_table(found: dict[str, Counts], pixels: int) -> str:
         kinds = {kind: count / pixels for kind, count in counts.kinds.items()}
         memory = sum(count for kind, count in kinds.items() if kind not in KINDS)
         rows.append(
-            [f"`{kernel}`", f"{sum(kinds.values()):.1f}", *(f"{kinds.get(kind, 0):.1f}" for kind in KINDS), f"{memory:.1f}"]
+            [
+                f"`{kernel}`",
+                f"{sum(kinds.values()):.1f}",
+                *(f"{kinds.get(kind, 0):.1f}" for kind in KINDS),
+                f"{memory:.1f}",
+            ]
         )
     return table(["kernel", "all", *KINDS, "memory"], rows)
 
@@ -203,34 +238,35 @@ def memory_table(found: dict[str, Counts], pixels: int, feature_bytes: int) -> s
     return table([*head, "atomics a pixel", "F asked of L1", "F asked of L2", "F read from memory", "F written"], rows)
 
 
-def bounds_table(found: dict[str, Counts], scale: float) -> str:
+RESOURCES = ("issue", "L1", "L2", "memory", "tensor")
+
+
+def bounds_table(found: Counted) -> str:
     rows = []
     for device in DEVICES:
         whole, largest = Counter(), 0.0
-        for counts in found.values():
-            bounds = counts.bounds(device, scale)
+        for name, counts in found.kernels.items():
+            bounds = {what: found.scales[name] * seconds for what, seconds in counts.bounds(device).items()}
             whole.update(bounds)
             largest += max(bounds.values())
-        micro = [f"{1e6 * whole[name]:.0f}" for name in ("issue", "L1", "L2", "memory", "tensor")]
-        rows.append([device.name, *micro, f"{1e6 * largest:.0f}"])
-    return table(["µs at least, by", "issue", "L1", "L2", "memory", "tensor", "each kernel's largest, summed"], rows)
+        floor = 4 * found.case.feature_bytes / (0.85 * device.memory)
+        micro = [*(whole[name] for name in RESOURCES), largest, floor]
+        rows.append([device.name, *(f"{1e6 * seconds:.0f}" for seconds in micro)])
+    return table(["µs at least, by", *RESOURCES, "largest of each kernel, summed", "4 F of memory"], rows)
 
 
-def section(case: cases.Case, arch: int, options: dict, hot: int) -> str:
-    found, pixels, launches = counted(case, arch, options)
-    smaller = replace(case, batch=1, height=case.height // 4, width=case.width // 4)
-    scale = pixels_of(case) / pixels
-    text = [
-        f"### {case}{''.join(f', {k}={v}' for k, v in options.items())}, sm_{arch}",
-        f"{pixels} pixels were counted, the whole case has {pixels_of(case)}. Warp instructions a pixel, by kind:",
-        instructions_table(found, pixels),
-        "Memory; F is the features' bytes:",
-        memory_table(found, pixels, smaller.feature_bytes),
-        "Bounds for the whole case:",
-        bounds_table(found, scale),
-    ]
+def section(found: Counted, arch: int, hot: int, in_full: bool) -> str:
+    text = [f"#### {found.case}, sm_{arch}"]
+    if in_full:
+        text += [
+            f"Warp instructions a pixel, by kind, of the {found.pixels} pixels that were counted:",
+            instructions_table(found.kernels, found.pixels),
+            "Requests to memory:",
+            memory_table(found.kernels, found.pixels, found.twin.feature_bytes),
+        ]
+    text.append(bounds_table(found))
     if hot:
-        text.append(hottest(launches, hot))
+        text.append(hottest(found.launches, hot))
     return "\n\n".join(text)
 
 
@@ -252,11 +288,13 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help=f"into {WRITTEN.name}, which docs/performance.md takes in")
     given = parser.parse_args()
     options = {"base_rate": given.base_rate} if given.base_rate else {}
-    sections = []
+    sections = [EXPLAINED]
+    print(EXPLAINED)
     for name in given.cases:
         for layout in given.layout:
-            sections.append(section(replace(cases.CASES[name], layout=layout), given.arch, options, given.hot))
-            print(sections[-1], flush=True)
+            found = counted(replace(cases.CASES[name], layout=layout), given.arch, options)
+            sections.append(section(found, given.arch, given.hot, in_full=name == given.cases[0]))
+            print(f"\n{sections[-1]}", flush=True)
     if given.write:
         WRITTEN.write_text("\n\n".join(sections) + "\n")
 

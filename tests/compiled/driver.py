@@ -291,7 +291,7 @@ def separated(zeros: Callable) -> Callable:
 @contextlib.contextmanager
 def emulated(
     arch: int = 90,
-    schedule: engine.Schedule = engine.Schedule(),  # noqa: B008 - it is frozen
+    schedule: engine.Schedule = engine.IN_ORDER,
     *,
     l1_share: Callable[[Launcher], int] | None = None,
     mutate: Callable[[str, str], str] | None = None,

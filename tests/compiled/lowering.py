@@ -7,7 +7,7 @@ expect raises Unknown: nothing is ignored.
 
 import re
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from .reader import SPECIAL, Constant, Instruction, Kernel, Operand, Register, Special, Unknown
@@ -15,8 +15,8 @@ from .reader import SPECIAL, Constant, Instruction, Kernel, Operand, Register, S
 
 class Lowered(NamedTuple):
     handler: str
-    operands: list[Operand] = []
-    numbers: list[int] = []
+    operands: Sequence[Operand] = ()
+    numbers: Sequence[int] = ()
     kind: str = "integer"
 
 
@@ -33,7 +33,8 @@ def opcode(*names: str):
 
 def lower(kernel: Kernel, instruction: Instruction) -> None:
     found = OPCODES[instruction.parts[0]](kernel, instruction)
-    instruction.handler, instruction.operands, instruction.numbers, instruction.kind = found
+    instruction.handler, instruction.kind = found.handler, found.kind
+    instruction.operands, instruction.numbers = list(found.operands), list(found.numbers)
 
 
 # ----------------------------------------------------------------------------------------------------------- operands

@@ -260,7 +260,7 @@ def joins(kernel: Kernel) -> dict[int, int]:
     number = {first: block for block, first in enumerate(leaders)}
     end = len(leaders)  # stands for the end of the program
     successors: list[set[int]] = []
-    for block, first in enumerate(leaders):
+    for block in range(end):
         after = leaders[block + 1] if block + 1 < end else len(code)
         last, following = code[after - 1], number.get(after, end)
         if last.handler == "branch":

@@ -21,10 +21,8 @@ def architectures() -> list:
     """sm_90 for most quick cases and sm_80 for the others; the sweep takes turns."""
     chosen = []
     for k, (case, slow) in enumerate(quick_and_sweep()):
-        if slow:
-            arch = (80, 90, 100)[k % 3]
-        else:
-            arch = 80 if (case.op, case.dtype) in ON_AMPERE else 90
+        quick_arch = 80 if (case.op, case.dtype) in ON_AMPERE else 90
+        arch = (80, 90, 100)[k % 3] if slow else quick_arch
         chosen.append(pytest.param(case, arch, id=f"{case} sm_{arch}", marks=[pytest.mark.slow] if slow else []))
     return chosen
 

@@ -60,7 +60,17 @@ def values(kind: str, rng) -> np.ndarray:
     """64 numbers of a type, the awkward ones first."""
     dtype = NUMPY[kind]
     if kind[0] == "f":
-        special = [0.0, -0.0, np.inf, -np.inf, np.nan, np.finfo(dtype).max, np.finfo(dtype).smallest_subnormal, 1.0, -1.0]
+        special = [
+            0.0,
+            -0.0,
+            np.inf,
+            -np.inf,
+            np.nan,
+            np.finfo(dtype).max,
+            np.finfo(dtype).smallest_subnormal,
+            1.0,
+            -1.0,
+        ]
         return np.concatenate([special, rng.standard_normal(64 - len(special)) * 10]).astype(dtype)
     info = np.iinfo(dtype)
     special = [0, 1, info.max, info.min, 31, 32, 33, 63, 64]
@@ -95,7 +105,7 @@ INSTRUCTIONS = {
     "mul.rn.f64": ("f64", ["f64", "f64"], np.multiply),
     "div.rn.f32": ("f32", ["f32", "f32"], np.divide),
     "sqrt.rn.f32": ("f32", ["f32"], np.sqrt),
-    "fma.rn.f32": ("f32", ["f32"] * 3, lambda x, y, z: (np.float64(x) * np.float64(y) + np.float64(z)).astype(np.float32)),
+    "fma.rn.f32": ("f32", ["f32"] * 3, lambda x, y, z: (np.float64(x) * y + z).astype(np.float32)),
     "min.f32": ("f32", ["f32", "f32"], np.fmin),
     "neg.f32": ("f32", ["f32"], np.negative),
     "abs.f64": ("f64", ["f64"], np.abs),
@@ -107,7 +117,7 @@ INSTRUCTIONS = {
     "cvt.rn.f32.f64": ("f32", ["f64"], lambda x: x.astype(np.float32)),
     "cvt.s64.s32": ("s64", ["s32"], lambda x: x.astype(np.int64)),
     "cvt.u16.u32": ("u16", ["u32"], lambda x: x.astype(np.uint16)),
-    "cvt.rzi.s32.f32": ("s32", ["f32"], lambda x: np.nan_to_num(np.trunc(x.astype(np.float64))).clip(-(2**31), 2**31 - 1).astype(np.int32)),
+    "cvt.rzi.s32.f32": ("s32", ["f32"], lambda x: np.nan_to_num(x.astype(float)).clip(-(2**31), 2**31 - 1).astype(int)),
 }  # fmt: skip
 
 

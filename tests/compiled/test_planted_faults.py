@@ -80,7 +80,8 @@ FAULTS = [
     Fault("loads two bytes further on", HARD, "address not aligned", "_pixel_anchor_fwd",
           r"(ld\.global\.v4\.b32[^\[]*\[ %rd\d+ \+) 0", r"\1 2"),
     Fault("a pointer that is not aligned as promised", HARD, "address not aligned", patch=unaligned_pointer),
-    Fault("sums without atomics", HARD, "race in global memory", "_class_anchors_fwd", FULL_SUM, r"st.global.b64 \1, \2;"),
+    Fault("sums without atomics", HARD, "race in global memory", "_class_anchors_fwd", FULL_SUM,
+          r"st.global.b64 \1, \2;"),
     Fault("a maximum in place of a sum", HARD, CONTRACT, "_class_anchors_fwd", r"relaxed\.add\.u64", "relaxed.max.u64"),
     Fault("the block's index of another axis", HARD, CONTRACT, "_features_bwd", r"%ctaid\.x", "%ctaid.y"),
     Fault("rows of the first operand swapped", HARD, CONTRACT, "_pixel_anchor_fwd", MMA,
@@ -90,7 +91,8 @@ FAULTS = [
     Fault("results of wgmma without wait_group", ROWS, "undefined", "_info_nce_log_sums", r"wgmma\.wait_group[^;]*;"),
     Fault("a descriptor 16 bytes further on", ROWS, CONTRACT, "_info_nce_log_sums",
           r"(wgmma\.mma_async[^;]*?, )(%rd\d+), (%p\d+|\d+), 1, 1", r"add.s64 \2, \2, 1; \1\2, \3, 1, 1"),
-    Fault("a stride twice as long", HARD, CONTRACT, "_hard_similarities", r"mad\.wide\.s32([^;]*), 2,", r"mad.wide.s32\1, 4,"),
+    Fault("a stride twice as long", HARD, CONTRACT, "_hard_similarities", r"mad\.wide\.s32([^;]*), 2,",
+          r"mad.wide.s32\1, 4,"),
     Fault("two pointers swapped on their way", HARD, "", patch=swapped_pointers),
 ]  # fmt: skip
 
