@@ -27,6 +27,9 @@ KINDS = [
     "integer division by zero",
     "trap, or too many instructions",
     "read through the cache for read-only data of what this launch writes",
+    "outside of the tensor memory that was allocated, or not freed",
+    "tensor memory used before its product or store was waited for",
+    "race in tensor memory",
 ]
 """In the order of machine.h."""
 

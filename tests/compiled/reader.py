@@ -54,6 +54,8 @@ class Instruction:
     source: str
     """Of the kernel: the innermost inlined line, and where it was inlined."""
     text: str
+    scope: str = ""
+    """The block that it stands in, with a colon; empty for the kernel's own."""
 
     # What lowering.py finds.
     handler: str = ""
@@ -155,7 +157,8 @@ class Kernel:
 
     def _read_body(self, entry: re.Match) -> None:
         number = self.text[: entry.end()].count("\n")
-        depth, pending, source, began = 1, "", "", 0
+        pending, source, began = "", "", 0
+        blocks, scope = 0, [""]  # a label in a block of its own is known there alone
         for line in self.text[entry.end() :].split("\n"):
             number += 1
             line = line.split("//")[0].strip()
@@ -166,14 +169,18 @@ class Kernel:
                 continue
             while line:
                 if not pending:
-                    if line[0] in "{}":
-                        depth += 1 if line[0] == "{" else -1
+                    if line[0] == "{":
+                        blocks, line = blocks + 1, line[1:].strip()
+                        scope.append(f"{blocks}:")
+                        continue
+                    if line[0] == "}":
+                        scope.pop()
                         line = line[1:].strip()
-                        if depth == 0:
+                        if not scope:
                             return
                         continue
                     if label := re.match(r"([$\w]+):", line):
-                        self.labels[label[1]] = len(self.instructions)
+                        self.labels[scope[-1] + label[1]] = len(self.instructions)
                         line = line[label.end() :].strip()
                         continue
                     began = number
@@ -181,7 +188,7 @@ class Kernel:
                     pending, line = pending + line + " ", ""
                     continue
                 head, line = line.split(";", 1)
-                self._read_statement((pending + head).strip(), began, source)
+                self._read_statement((pending + head).strip(), began, source, scope[-1])
                 pending, line = "", line.strip()
 
     def _source(self, line: str) -> str:
@@ -191,7 +198,7 @@ class Kernel:
             where += f" in {self.files.get(int(inlined[1]), '?')}:{inlined[2]}"
         return where
 
-    def _read_statement(self, text: str, line: int, source: str) -> None:
+    def _read_statement(self, text: str, line: int, source: str, scope: str) -> None:
         if declared := re.match(r"\.reg\s+\.(\w+)\s+(.*)", text):
             for name in declared[2].split(","):
                 self.registers[re.sub(r"<\d+>", "", name.strip())] = declared[1]
@@ -204,7 +211,12 @@ class Kernel:
             if found := re.match(r"@(!?)(%?[\w$]+)\s+", text):
                 guard, negated, text = found[2], bool(found[1]), text[found.end() :]
             opcode, _, rest = text.replace("\t", " ").partition(" ")
-            self.instructions.append(Instruction(opcode, split(rest), guard, negated, line, source, text))
+            self.instructions.append(Instruction(opcode, split(rest), guard, negated, line, source, text, scope))
+
+    def target(self, branch: Instruction) -> int:
+        """The instruction that a branch goes to; a label of its own block hides the kernel's."""
+        label = branch.arguments[-1]
+        return self.labels[branch.scope + label if branch.scope + label in self.labels else label]
 
     def type_of(self, register: str) -> str:
         if register in self.registers:
@@ -221,9 +233,10 @@ class Kernel:
         return 1 if kind == "pred" else max(int(re.search(r"\d+", kind)[0]) // 8, 2)
 
     def _place_registers(self) -> None:
-        """Every operand gets a place in a warp's register file and a word for its undefined bits."""
-        self.places: dict[Operand, tuple[int, int]] = {}
-        self.register_bytes = 0
+        """Every operand gets a place in a warp's register file and a word for its undefined bits, one for each half if
+        it has 64."""
+        self.places: dict[Operand, tuple[int, int, int]] = {}
+        self.register_bytes = self.register_words = 0
         for instruction in self.instructions:
             operands = [*instruction.operands, *([Register(instruction.guard)] if instruction.guard else [])]
             for operand in operands:
@@ -233,7 +246,9 @@ class Kernel:
                     width = self.width(operand.name)
                 else:
                     width = 4 if isinstance(operand, Special) else operand.width
-                self.places[operand] = self.register_bytes, len(self.places)
+                words = 2 if width == 8 else 1
+                self.places[operand] = self.register_bytes, self.register_words, self.register_words + words - 1
+                self.register_words += words
                 self.register_bytes += 64 if width <= 2 else 32 * width
 
 
@@ -264,7 +279,7 @@ def joins(kernel: Kernel) -> dict[int, int]:
         after = leaders[block + 1] if block + 1 < end else len(code)
         last, following = code[after - 1], number.get(after, end)
         if last.handler == "branch":
-            targets = {number.get(labels[last.arguments[-1]], end)}
+            targets = {number.get(kernel.target(last), end)}
         elif last.handler in ends:
             targets = {end}
         else:
