@@ -138,12 +138,13 @@ class Kernel:
             offset += size
         self.parameter_bytes = offset
 
-    def _read_shared(self, text: str, body: str | None = None) -> None:
-        """Arrays of known size one after the other, and the one whose size the launch gives behind them. Of what other
-        entries share, those alone that the body names."""
+    def _read_shared(self, before: str, body: str) -> None:
+        """Arrays of known size one after the other, and the one whose size the launch gives behind them: those that the
+        body declares, and of those before it what the body names."""
         pattern = r"\.shared\s+(?:\.align\s+(\d+)\s+)?\.[a-z](\d+)\s+([\w$]+)(?:\[(\d*)\])?\s*;"
-        for align, bits, name, length in sorted(re.findall(pattern, text), key=lambda found: found[3] == ""):
-            if body is not None and not re.search(rf"\b{re.escape(name)}\b", body):
+        declared = re.findall(pattern, before + body)
+        for align, bits, name, length in sorted(declared, key=lambda found: found[3] == ""):
+            if not re.search(rf"\b{re.escape(name)}\b", body):
                 continue
             step = int(align or BYTES[bits])
             self.static_shared = -(-self.static_shared // step) * step
@@ -155,7 +156,8 @@ class Kernel:
 
     def _read_body(self, entry: re.Match) -> None:
         number = self.text[: entry.end()].count("\n")
-        depth, pending, source, began = 1, "", "", 0
+        scopes: list[dict[str, str]] = [{}]  # of each open block, its own registers and how they are called here
+        pending, source, began = "", "", 0
         for line in self.text[entry.end() :].split("\n"):
             number += 1
             line = line.split("//")[0].strip()
@@ -167,9 +169,12 @@ class Kernel:
             while line:
                 if not pending:
                     if line[0] in "{}":
-                        depth += 1 if line[0] == "{" else -1
+                        if line[0] == "{":
+                            scopes.append({})
+                        else:
+                            scopes.pop()
                         line = line[1:].strip()
-                        if depth == 0:
+                        if not scopes:
                             return
                         continue
                     if label := re.match(r"([$\w]+):", line):
@@ -181,7 +186,7 @@ class Kernel:
                     pending, line = pending + line + " ", ""
                     continue
                 head, line = line.split(";", 1)
-                self._read_statement((pending + head).strip(), began, source)
+                self._read_statement((pending + head).strip(), began, source, scopes)
                 pending, line = "", line.strip()
 
     def _source(self, line: str) -> str:
@@ -191,15 +196,21 @@ class Kernel:
             where += f" in {self.files.get(int(inlined[1]), '?')}:{inlined[2]}"
         return where
 
-    def _read_statement(self, text: str, line: int, source: str) -> None:
+    def _read_statement(self, text: str, line: int, source: str, scopes: list[dict[str, str]]) -> None:
         if declared := re.match(r"\.reg\s+\.(\w+)\s+(.*)", text):
-            for name in declared[2].split(","):
-                self.registers[re.sub(r"<\d+>", "", name.strip())] = declared[1]
+            for name in (part.strip() for part in declared[2].split(",")):
+                if len(scopes) > 1 and "<" not in name:  # it hides a register of that name outside of its block
+                    scopes[-1][name] = f"{name}${len(self.registers)}"
+                    name = scopes[-1][name]
+                self.registers[re.sub(r"<\d+>", "", name)] = declared[1]
         elif text.startswith(".shared"):
-            self._read_shared(text + ";")
+            pass  # _read_shared has it
         elif text.startswith("."):
             raise Unknown(f"{self.name}: PTX line {line}: {text!r}")
         elif text:
+            if any(scopes):
+                names = {outer: inner for scope in scopes for outer, inner in scope.items()}
+                text = re.sub(r"%?[A-Za-z_$][\w$]*", lambda found: names.get(found[0], found[0]), text)
             guard, negated = None, False
             if found := re.match(r"@(!?)(%?[\w$]+)\s+", text):
                 guard, negated, text = found[2], bool(found[1]), text[found.end() :]

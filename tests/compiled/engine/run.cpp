@@ -129,7 +129,8 @@ static void start(Machine& machine, Warp& warp, int number, const std::vector<Co
   warp.number = number, warp.live = warp.mask = threads >= 32 ? ALL : (1u << threads) - 1;
   warp.pc = 0, warp.join = -1, warp.at_barrier = warp.done = false;
   warp.paths.clear(), warp.pending.clear(), warp.async_reads.clear();
-  warp.device_fences = 0, warp.fences_of_block.assign(machine.warps.size(), 0), warp.acquired.clear(), warp.seen.clear();
+  std::fill(warp.fences_of_lane, warp.fences_of_lane + 32, 0);
+  warp.fences_of_block.assign(machine.warps.size(), 0), warp.acquired.clear(), warp.seen.clear();
   memset(warp.registers, 0xff, launch.register_bytes);
   std::fill(warp.undefined, warp.undefined + launch.register_words, ALL);
   std::fill(warp.local.begin(), warp.local.end(), 0xff);
