@@ -7,14 +7,12 @@ KINDS = [
     "address not aligned to the access",
     "outside of shared memory",
     "shared address not aligned to the access",
-    "outside of local memory",
     "outside of the parameters",
     "undefined value stored",
     "undefined address",
     "undefined branch or guard",
     "undefined bytes read",
     "undefined value in an atomic",
-    "store to read-only memory",
     "race in shared memory",
     "race in global memory between warps of a block",
     "race in global memory between blocks",
@@ -28,7 +26,6 @@ KINDS = [
     "descriptor of a matrix in shared memory",
     "integer division by zero",
     "trap, or too many instructions",
-    "tensor memory",
     "read through the cache for read-only data of what this launch writes",
 ]
 """In the order of machine.h."""

@@ -12,7 +12,7 @@ lives as long as the process, as in a training.
 
 import contextlib
 import functools
-import importlib
+import importlib.util
 import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -23,7 +23,6 @@ import torch
 from torch import Tensor
 
 from contextrast_kernels.backend import backend
-from contextrast_kernels.kernels import _sums, anchors, contextrast, info_nce, pixel_anchor
 
 from . import engine, reader
 from .checks import Finding, faults
@@ -34,6 +33,8 @@ SHARED_OF_BLOCK = {80: 166912, 90: 232448, 100: 232448}
 
 def missing() -> str:
     """Why Triton's kernels cannot run here, or an empty string."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed; pip install triton"
     try:
         from triton import knobs
         from triton.backends.compiler import GPUTarget  # noqa: F401
@@ -176,6 +177,14 @@ class GPU:
     """From a kernel's name and its PTX to the PTX that runs: a planted fault."""
     launches: list[Launched] = field(default_factory=list)
     poison: Poison = field(default_factory=Poison)
+    compile_seconds: float = 0.0
+    compiled_kernels: int = 0
+
+    def compiled(self, *, times, cache_hit: bool, **_) -> None:
+        """Triton's listener, called for each kernel that was compiled or read from its cache on disk."""
+        if not cache_hit:
+            self.compile_seconds += times.total / 1e6
+            self.compiled_kernels += 1
 
     def findings(self) -> list[Finding]:
         return [finding for launched in self.launches for finding in launched.result.findings]
@@ -205,10 +214,15 @@ class GPU:
             shared=metadata.shared,
             schedule=self.schedule,
             count_memory=self.count_memory,
+            l1_bytes=self.l1_of_a_block(launcher) if self.count_memory else 0,
         )
         self.launches.append(
             Launched(metadata.name, grid, metadata.num_warps, metadata.shared, program, result, launcher.cubin)
         )
+
+    def l1_of_a_block(self, launcher: "Launcher") -> int:
+        """Bytes; counts.py knows better."""
+        return 0
 
     # What Triton asks of a driver.
 
@@ -268,13 +282,13 @@ def with_texts(init_handles: Callable) -> Callable:
     return init
 
 
-def separate_sums(*args, **kwargs) -> _sums.Sums:
+def separated(zeros: Callable) -> Callable:
     """Accumulators of which each has memory of its own, so that no overrun of one lands in the next."""
-    made = _sums_zeros(*args, **kwargs)
-    return _sums.Sums(*(None if sums is None else torch.zeros_like(sums) for sums in made))
 
+    def made(*args, **kwargs):
+        return type(sums := zeros(*args, **kwargs))(*(None if t is None else torch.zeros_like(t) for t in sums))
 
-_sums_zeros = _sums.zeros
+    return made
 
 
 @contextlib.contextmanager
@@ -284,24 +298,28 @@ def emulated(
     *,
     count_memory: bool = False,
     mutate: Callable[[str, str], str] | None = None,
+    kind: type[GPU] = GPU,
 ) -> Iterator[GPU]:
     """Inside the block the package's Triton kernels run on CPU tensors, from their PTX, and ``torch.empty`` gives
     memory whose undefined bytes are known."""
+    from triton import knobs
     from triton.compiler.compiler import CompiledKernel
     from triton.runtime.driver import driver
 
-    gpu = GPU(arch, schedule, count_memory, mutate)
+    from contextrast_kernels.kernels import _sums, anchors, contextrast, pixel_anchor
+
+    gpu = kind(arch, schedule, count_memory, mutate)
     patches = [
         mock.patch.object(driver, "_active", gpu),
+        mock.patch.object(knobs.compilation, "listener", gpu.compiled),
         mock.patch.object(CompiledKernel, "_init_handles", with_texts(CompiledKernel._init_handles)),
         mock.patch.object(importlib.import_module(backend.__module__), "_triton_status", lambda device_type: "ok"),
         backend("triton"),
     ]
     for place, names in ((torch, ("empty", "empty_like", "empty_strided")), (Tensor, ("new_empty",))):
         patches += [mock.patch.object(place, name, gpu.poison.wrap(getattr(place, name))) for name in names]
-    for module in (anchors, contextrast, info_nce, pixel_anchor):
-        if getattr(module, "zeros", None) is _sums_zeros:
-            patches.append(mock.patch.object(module, "zeros", separate_sums))
+    zeros = separated(_sums.zeros)
+    patches += [mock.patch.object(module, "zeros", zeros) for module in (anchors, contextrast, pixel_anchor)]
     with contextlib.ExitStack() as stack:
         for patch in patches:
             stack.enter_context(patch)

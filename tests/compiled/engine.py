@@ -86,7 +86,7 @@ _Instruction = structure(
 )
 _Constant = structure("Constant", **named(s32, "place", "word", "width", "unused"), value=u64)
 _Special = structure("Special", **named(s32, "place", "word", "which", "unused"))
-_Extent = structure("Extent", begin=u64, end=u64, undefined=pointer, grain=u64, read_only=u64)
+_Extent = structure("Extent", begin=u64, end=u64, undefined=pointer, grain=u64)
 _Finding = structure(
     "Finding", **named(s32, "kind", "instruction", "block", "warp", "lane", "other"), address=u64, count=u64
 )
@@ -98,9 +98,9 @@ _Launch = structure(
     "Launch",
     grid=s32 * 3,
     block=s32 * 3,
-    **named(s32, "arch", "register_bytes", "register_words", "shared_base", "shared_bytes", "local_bytes"),
+    **named(s32, "arch", "register_bytes", "register_words", "shared_base", "shared_bytes"),
     **named(s32, "parameter_bytes", "instructions", "operands", "constants", "specials", "extents", "blocks"),
-    **named(s32, "quantum", "exact_sums", "noise", "count_memory", "resident"),
+    **named(s32, "quantum", "exact_sums", "noise", "count_memory", "l1_sectors"),
     seed=u64,
     limit=u64,
 )
@@ -119,7 +119,6 @@ class Extent:
     """A mark for each byte that nobody has written, uint8; None where all are defined."""
     grain: int = 1
     """Bytes of an element: what races are watched by."""
-    read_only: bool = False
     name: str = ""
 
 
@@ -187,10 +186,17 @@ class Program:
         shared: int = 0,
         schedule: Schedule = Schedule(),  # noqa: B008 - it is frozen
         count_memory: bool = False,
-        resident: int = 1,
+        l1_bytes: int = 0,
         limit: int = 2**62,
     ) -> Result:
-        """Runs the grid. shared: bytes of dynamic shared memory; limit: instructions of warps before it is given up."""
+        """Runs the grid.
+
+        Args:
+            shared: bytes of dynamic shared memory.
+            count_memory: count what requests to memory cost too.
+            l1_bytes: a block's share of the L1 cache, for these counts.
+            limit: instructions of warps, after which the launch is given up.
+        """
         kernel = self.kernel
         blocks = grid[0] * grid[1] * grid[2]
         order = list(range(blocks))
@@ -200,7 +206,7 @@ class Program:
             random.Random(schedule.seed).shuffle(order)
         extents = sorted(extents, key=lambda extent: extent.begin)
         rows = [
-            (e.begin, e.end, None if e.undefined is None else e.undefined.ctypes.data, e.grain, e.read_only)
+            (e.begin, e.end, None if e.undefined is None else e.undefined.ctypes.data, e.grain)
             for e in extents
         ]
         launch = _Launch(
@@ -222,7 +228,7 @@ class Program:
             exact_sums=schedule.exact_sums,
             noise=schedule.noise,
             count_memory=count_memory,
-            resident=resident,
+            l1_sectors=l1_bytes // 32,
             seed=schedule.seed,
             limit=limit,
         )

@@ -2,9 +2,11 @@
 // with what is known of every byte, and the findings. run.cpp schedules; the other files define the instructions.
 #pragma once
 #include <algorithm>
+#include <list>
 #include <map>
 #include <string>
 #include <unordered_map>
+#include <unordered_set>
 #include <utility>
 #include <vector>
 
@@ -12,7 +14,7 @@
 
 constexpr u32 ALL = 0xffffffffu;  // all 32 lanes
 
-// ------------------------------------------------------------------------------- what the caller fills in (engine.py)
+// ------------------------------------------------------------------------------- what the caller fills in by engine.py
 
 struct Operand {
   s32 place;  // of the register in a warp's file: 32 lanes side by side, or one word of 32 bits for a predicate; -1: a sink
@@ -39,21 +41,20 @@ struct Extent {  // a stretch of global memory that the kernel may touch
   u64 begin, end;
   u8* undefined;  // a mark for each byte that nobody has written; null where all are defined
   u64 grain;  // races are watched in pieces of so many bytes
-  u64 read_only;
 };
 
 struct Launch {
   s32 grid[3], block[3];
   s32 arch;  // 80, 90, ...
   s32 register_bytes, register_words;  // of one warp
-  s32 shared_base, shared_bytes, local_bytes;
+  s32 shared_base, shared_bytes;
   s32 parameter_bytes;
   s32 instructions, operands, constants, specials, extents, blocks;
   s32 quantum;  // a warp runs up to so many instructions before another one may; 0: until a barrier
   s32 exact_sums;  // tensor cores add in float64 and round once, instead of as measured
   s32 noise;  // approximate instructions are as far off as PTX allows
   s32 count_memory;  // count sectors, wavefronts and caches too
-  s32 resident;  // blocks of one multiprocessor at a time: counts of the L1 cache
+  s32 l1_sectors;  // a block's share of the L1 cache
   u64 seed;  // of the orders; 0: blocks and warps in order
   u64 limit;  // instructions of warps, after which the launch is given up
 };
@@ -69,12 +70,12 @@ struct Count {  // of one instruction
 
 enum Control { BRANCH = -1, RETURN = -2, BARRIER = -3, TRAP = -4 };
 
-// The order is that of driver.KINDS.
+// The order is that of checks.KINDS.
 enum Kind {
-  GLOBAL_BOUNDS, GLOBAL_ALIGNMENT, SHARED_BOUNDS, SHARED_ALIGNMENT, LOCAL_BOUNDS, PARAMETER_BOUNDS,
-  UNDEFINED_STORE, UNDEFINED_ADDRESS, UNDEFINED_BRANCH, UNDEFINED_READ, UNDEFINED_ATOMIC, READ_ONLY,
+  GLOBAL_BOUNDS, GLOBAL_ALIGNMENT, SHARED_BOUNDS, SHARED_ALIGNMENT, PARAMETER_BOUNDS,
+  UNDEFINED_STORE, UNDEFINED_ADDRESS, UNDEFINED_BRANCH, UNDEFINED_READ, UNDEFINED_ATOMIC,
   SHARED_RACE, BLOCK_RACE, GRID_RACE, WARP_RACE, LANES_DISAGREE, SAME_VALUE_SHARED, SAME_VALUE_GLOBAL,
-  DIVERGED, BARRIER_MISMATCH, NO_PROXY_FENCE, DESCRIPTOR, DIVISION_BY_ZERO, TRAPPED, TENSOR_MEMORY, READ_ONLY_CACHE,
+  DIVERGED, BARRIER_MISMATCH, NO_PROXY_FENCE, DESCRIPTOR, DIVISION_BY_ZERO, TRAPPED, READ_ONLY_CACHE,
 };
 
 // ----------------------------------------------------------------------------------------------- what is known of memory
@@ -114,7 +115,6 @@ struct Warp {
   int number;
   u8* registers;
   u32* undefined;
-  std::vector<u8> local;  // 32 lanes one after the other
   u32 live, mask;
   int pc, join, barrier_pc;
   bool at_barrier, done;
@@ -129,6 +129,15 @@ struct Warp {
   std::vector<std::pair<u32, u32>> async_reads;
 };
 
+// See caches.cpp.
+struct L1 {
+  size_t capacity;  // sectors
+  std::list<u64> order;  // the one used last is first
+  std::unordered_map<u64, std::list<u64>::iterator> places;
+  bool holds(u64 sector);  // and does from now on
+  void clear();
+};
+
 struct Machine {
   Launch launch;
   std::vector<Instruction> program;
@@ -139,6 +148,8 @@ struct Machine {
   std::vector<SharedByte> shared_bytes;
   std::vector<Warp> warps;
   std::vector<Count> counts;
+  L1 l1;
+  std::unordered_set<u64> sectors_read, sectors_written;  // by this launch
   std::map<std::pair<int, int>, Finding> findings;
   std::unordered_map<u64, std::vector<Release>> releases;  // by the atomics at each address
   bool barrier_or;  // of what warps bring to bar.red.or
@@ -234,8 +245,13 @@ void elementwise(const std::string& name, Function) {
 u8* shared_at(const Context& c, int lane, u64 address, u64 bytes, u64 alignment);
 bool read_shared(const Context& c, int lane, u64 address, u64 bytes);  // true: some byte is undefined
 void write_shared(const Context& c, int lane, u64 address, u64 bytes, const u8* value, bool undefined, bool atomic = false);
-void count_banks(const Context& c, const u64* addresses, u32 mask, u64 bytes);
 void addresses_of(const Context& c, int operand, u64* addresses);
+
+// What requests cost (caches.cpp): sectors of global memory, wavefronts of shared memory, different addresses.
+enum class Access { read, write, atomic };
+void count_sectors(const Context& c, const u64* addresses, u64 bytes, Access access);
+void count_banks(const Context& c, const u64* addresses, u32 mask, u64 bytes);
+void count_distinct(const Context& c, const u64* addresses);
 
 // Order of global memory by fences and atomics (order.cpp).
 void order_by_atomic(const Context& c, u64 address);

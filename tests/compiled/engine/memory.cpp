@@ -80,8 +80,6 @@ static bool written(const Machine& machine, int which, u64 address) {
   return machine.grains[which][(address - extent.begin) / extent.grain].write_block;
 }
 
-enum class Access { read, write, atomic };
-
 static void watch_race(const Context& c, int lane, int which, u64 address, u64 bytes, Access access, const u8* value) {
   const Extent& extent = c.machine.extents[which];
   const u32 block = c.machine.block + 1, epoch = c.machine.epoch, self = 1u << c.warp.number;
@@ -123,48 +121,6 @@ static void watch_race(const Context& c, int lane, int which, u64 address, u64 b
   }
 }
 
-// ------------------------------------------------------------------------------------------------------------- counts
-
-// Sectors of 32 bytes that a request touches, and the fewest that hold as many bytes.
-static void count_sectors(const Context& c, const u64* addresses, u64 bytes) {
-  std::vector<u64> sectors;
-  for (int lane = 0; lane < 32; lane++)
-    if (c.active(lane))
-      for (u64 sector = addresses[lane] / 32; sector <= (addresses[lane] + bytes - 1) / 32; sector++) sectors.push_back(sector);
-  std::sort(sectors.begin(), sectors.end());
-  sectors.erase(std::unique(sectors.begin(), sectors.end()), sectors.end());
-  Count& count = c.machine.counts[c.warp.pc];
-  count.sectors += sectors.size();
-  count.ideal += (__builtin_popcount(c.mask) * bytes + 31) / 32;
-}
-
-// Wavefronts: a bank gives one word of 4 bytes a cycle. Wider accesses go in halves or quarters of a warp.
-void count_banks(const Context& c, const u64* addresses, u32 mask, u64 bytes) {
-  const int group = bytes <= 4 ? 32 : bytes <= 8 ? 16 : 8;
-  Count& count = c.machine.counts[c.warp.pc];
-  for (int first = 0; first < 32; first += group) {
-    std::vector<u64> words;
-    for (int lane = first; lane < first + group; lane++)
-      if (mask >> lane & 1)
-        for (u64 word = addresses[lane] / 4; word <= (addresses[lane] + bytes - 1) / 4; word++) words.push_back(word);
-    if (words.empty()) continue;
-    std::sort(words.begin(), words.end());
-    words.erase(std::unique(words.begin(), words.end()), words.end());
-    u64 of_bank[32] = {0};
-    for (u64 word : words) of_bank[word % 32]++;
-    count.wavefronts += *std::max_element(of_bank, of_bank + 32);
-    count.ideal++;
-  }
-}
-
-static void count_distinct(const Context& c, const u64* addresses) {
-  std::vector<u64> seen;
-  for (int lane = 0; lane < 32; lane++)
-    if (c.active(lane)) seen.push_back(addresses[lane]);
-  std::sort(seen.begin(), seen.end());
-  c.machine.counts[c.warp.pc].distinct += std::unique(seen.begin(), seen.end()) - seen.begin();
-}
-
 // ------------------------------------------------------------------------------------------------------- instructions
 // numbers of loads and stores: bytes of an element, it is signed, elements, bytes of a register, offset, bytes of the
 // address, by way of the cache for read-only data. Operands of loads: targets, address; of stores: address, values.
@@ -192,7 +148,7 @@ void load_global(Context& c) {
   const Transfer t(c);
   u64 addresses[32];
   addresses_of(c, t.elements, addresses);
-  if (c.machine.launch.count_memory) count_sectors(c, addresses, t.total);
+  if (c.machine.launch.count_memory) count_sectors(c, addresses, t.total, Access::read);
   u32 undefined[8] = {0};
   for (int lane = 0; lane < 32; lane++) {
     if (!c.active(lane)) continue;
@@ -219,17 +175,13 @@ void store_global(Context& c) {
   const Transfer t(c);
   u64 addresses[32];
   addresses_of(c, 0, addresses);
-  if (c.machine.launch.count_memory) count_sectors(c, addresses, t.total);
+  if (c.machine.launch.count_memory) count_sectors(c, addresses, t.total, Access::write);
   for (int lane = 0; lane < 32; lane++) {
     if (!c.active(lane)) continue;
     const u64 address = addresses[lane];
     const int which = global_at(c, lane, address, t.total);
     if (which < 0) continue;
     Extent& extent = c.machine.extents[which];
-    if (extent.read_only) {
-      c.report(READ_ONLY, lane, address);
-      continue;
-    }
     u8 value[64];
     for (int k = 0; k < t.elements; k++) {
       const u64 x = c.read(1 + k, lane, t.width);
@@ -335,7 +287,7 @@ void atomic(Context& c) {
   addresses_of(c, 1, addresses);
   if (c.machine.launch.count_memory) {
     if (shared) count_banks(c, addresses, c.mask, bytes);
-    else count_sectors(c, addresses, bytes);
+    else count_sectors(c, addresses, bytes, Access::atomic);
     count_distinct(c, addresses);
   }
   if (const u32 bad = c.undefined(2) & c.mask) c.report(UNDEFINED_ATOMIC, __builtin_ctz(bad), addresses[__builtin_ctz(bad)]);

@@ -133,7 +133,6 @@ static void start(Machine& machine, Warp& warp, int number, const std::vector<Co
   warp.fences_of_block.assign(machine.warps.size(), 0), warp.acquired.clear(), warp.seen.clear();
   memset(warp.registers, 0xff, launch.register_bytes);
   std::fill(warp.undefined, warp.undefined + launch.register_words, ALL);
-  std::fill(warp.local.begin(), warp.local.end(), 0xff);
   auto fill = [&](s32 place, s32 word, int width, auto value) {
     warp.undefined[word] = 0;
     u8* target = warp.registers + place;
@@ -170,6 +169,7 @@ static void pass_barrier(Machine& machine) {
 static void run_block(Machine& machine, const std::vector<Constant>& constants, const std::vector<Special>& specials) {
   for (SharedByte& byte : machine.shared_bytes) byte.undefined = 1;
   std::fill(machine.shared.begin(), machine.shared.end(), 0xff);
+  machine.l1.clear();
   machine.epoch++;
   const int warps = int(machine.warps.size());
   for (int k = 0; k < warps; k++) start(machine, machine.warps[k], k, constants, specials);
@@ -219,6 +219,8 @@ int engine_run(const Launch* launch, const Instruction* program, const Operand* 
   machine.shared_bytes.assign(launch->shared_bytes, SharedByte());
   machine.counts.assign(launch->instructions, Count());
   machine.findings.clear(), machine.releases.clear(), machine.barrier_or = false;
+  machine.l1.capacity = launch->l1_sectors;
+  machine.sectors_read.clear(), machine.sectors_written.clear();
   machine.epoch = 1, machine.steps = 0;
   machine.random_state = launch->seed * 0x9E3779B97F4A7C15ull + 88172645463325252ull;
   set_noise(launch->noise, launch->seed);
@@ -233,7 +235,6 @@ int engine_run(const Launch* launch, const Instruction* program, const Operand* 
   for (Warp& warp : machine.warps) {
     warp.registers = static_cast<u8*>(aligned_alloc(64, aligned));
     warp.undefined = static_cast<u32*>(malloc(4 * (launch->register_words + 16)));
-    warp.local.resize(32 * size_t(launch->local_bytes));
     warp.fences = warp.turn = 0;
   }
   const std::vector<Constant> all_constants(constants, constants + launch->constants);

@@ -1,0 +1,89 @@
+"""Every case of option_cases.py on the code that Triton compiles, held to the contract (SPEC 5): values and gradients
+against the reference in float64, no fault in any access, and the same bits whatever the order of blocks and warps."""
+
+import random
+
+import pytest
+import torch
+from kernel_checks import relative, run
+from option_cases import QUICK, Case, build, quick_and_sweep
+
+import contextrast_kernels as ck
+
+from .driver import emulated
+from .engine import Schedule
+
+ORDERS = Schedule(seed=1), Schedule(seed=2, quantum=60)
+"""Blocks and warps in one order; and in another, with warps preempted after 60 instructions at most."""
+
+
+def architectures() -> list:
+    """sm_90 for most quick cases and sm_80 for the others; the sweep takes turns."""
+    chosen = []
+    for k, (case, slow) in enumerate(quick_and_sweep()):
+        if slow:
+            arch = (80, 90, 100)[k % 3]
+        else:
+            arch = 80 if (case.op, case.dtype) in ON_AMPERE else 90
+        chosen.append(pytest.param(case, arch, id=f"{case} sm_{arch}", marks=[pytest.mark.slow] if slow else []))
+    return chosen
+
+
+ON_AMPERE = {("class_anchors", "bfloat16"), ("pixel_anchor_loss", "float16"), ("info_nce", "float16")}
+
+
+def hold(case: Case, arch: int, record_property, orders=ORDERS) -> None:
+    """Runs a case once in each order and asserts everything that SPEC 5 asks for."""
+    built = build(case)
+    before = [x.clone() for x in built.leaves]
+    with ck.backend("reference"):
+        value, gradient = run(built.definition, built.leaves, torch.float64)
+        own_value, own_gradient = run(built.definition, built.leaves)
+    results = []
+    for order in orders:
+        with emulated(arch, order) as gpu:
+            results.append(run(built.loss, built.leaves))
+        record_property("compiled", (gpu.compiled_kernels, gpu.compile_seconds))
+        assert gpu.launches
+        assert not gpu.faults(), "\n".join(map(str, gpu.faults()))
+    for result in results[1:]:
+        for first, second in zip(results[0], result):
+            assert torch.equal(first.nan_to_num(7), second.nan_to_num(7)), "another order gives other bits"
+    assert all(torch.equal(x.nan_to_num(7), copy.nan_to_num(7)) for x, copy in zip(built.leaves, before))
+    assert all(torch.equal(counts, built.exact[0]) for counts in built.exact)
+    if case.values in ("NaN", "inf"):
+        broken = [x.isnan() for x in (results[0][0], own_value)]
+        if case.op == "class_anchors":  # one broken channel may break its whole row
+            broken = [~x.isfinite().all(1) for x in (results[0][0], own_value)]
+        assert torch.equal(*broken)
+        return
+    rounding = 1e-12 if case.dtype == "float64" else 1e-6
+    shares = [
+        relative(ours, true) / (2 * relative(own, true) + rounding)
+        for ours, true, own in zip(results[0], (value, gradient), (own_value, own_gradient))
+    ]
+    record_property("errors", ((case.op, case.dtype, arch), *shares))
+    assert max(shares) <= 1, f"value and gradient are off by {shares} of what is allowed"
+
+
+@pytest.mark.parametrize(("case", "arch"), architectures())
+def test_case(case, arch, one_rank, record_property):
+    hold(case, arch, record_property)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", QUICK, ids=str)
+def test_contract_holds_where_ptx_leaves_rounding_open(case, one_rank, record_property):
+    """Approximate instructions as far off as PTX allows, and tensor cores that round their sums once."""
+    orders = (Schedule(seed=3, noise=True, exact_sums=True),)
+    hold(case, 90, record_property, orders)
+
+
+@pytest.mark.slow
+def test_a_training_with_changing_batches(one_rank, record_property):
+    """Cases of all ops in a random order, twice, in one kernel cache: what was compiled for one serves or leaves alone
+    the next."""
+    cases = [case for case in QUICK for _ in range(2)]
+    random.Random(0).shuffle(cases)
+    for case in cases:
+        hold(case, 90, record_property, ORDERS[:1])
