@@ -4,8 +4,9 @@ from contextrast_kernels import metrics, viz
 from contextrast_kernels.anchors import class_anchors, fuse_anchors
 from contextrast_kernels.attach import attach
 from contextrast_kernels.backend import available, backend
-from contextrast_kernels.bane import bane_negatives, distance_transform, edge_distance, error_map, select_nearest
+from contextrast_kernels.bane import bane_negatives, error_map, select_nearest
 from contextrast_kernels.contextrast import contextrast_loss
+from contextrast_kernels.distance import distance_transform, edge_distance
 from contextrast_kernels.info_nce import info_nce
 from contextrast_kernels.modules import ContextrastCriterion, ContextrastLoss, ProjectionHead
 from contextrast_kernels.pixel_anchor import pixel_anchor_loss

@@ -4,10 +4,8 @@
     D(p)   = min_{q ∈ E^n} ‖p - q‖₂,  n = e(p)                               Eq. 7: E^n are the edge pixels of B^n
     chosen = for every image and class, the ⌈ratio · |B^n|⌉ pixels of smallest (D, hash)
 
-An edge pixel of B^n has a 4-neighbour inside the image that is not in B^n. The nearest edge pixel of *any* class is
-always one of p's own class: on every monotone staircase from p to another region, the last pixel before it leaves B^n
-is an edge pixel of B^n, and nearer. So one binary distance transform serves all classes. Squared distances are
-integers, and everything is decided on the integers.
+An edge pixel of B^n has a neighbour inside the image that is not in B^n (distance.py). Squared distances are integers,
+and everything is decided on the integers.
 """
 
 import torch
@@ -16,13 +14,11 @@ from torch.nn import functional as F
 
 from contextrast_kernels import checks, maps, native
 from contextrast_kernels.backend import choose
+from contextrast_kernels.distance import NO_EDGE, edge_distance
 from contextrast_kernels.hashing import STREAM_TIES, image_hash, seed_tensor
 
 NEGATIVES = ("bane", "semi-hard", "none")
 DISTANCE_AT = ("layer", "full")
-
-NO_EDGE = torch.iinfo(torch.int32).max
-"""Squared distance where there is nothing to measure to."""
 
 
 def error_map(
@@ -49,60 +45,6 @@ def error_map(
     height, width = labels.shape[-2:]
     checks.samples_from("predictions", predictions, height, width)
     return _error_map(predictions, labels, num_classes, ignore_index, height, width)
-
-
-def edge_distance(classes: Tensor, *, squared: bool = False) -> Tensor:
-    """Distance of every pixel to the nearest edge pixel of its own class in its image (Eq. 7). Exact.
-
-    Args:
-        classes: (B, H, W) or (B, 1, H, W) integers, negative = outside of every class; as ``error_map`` returns them.
-        squared: return the exact squared distance.
-
-    Returns:
-        float32 (B, H, W) in pixels, or int32 squared. Edge pixels have 0, pixels outside have -1. A class that fills
-        its whole image has no edge: inf, or the largest int32.
-
-    Raises:
-        TypeError, ValueError: an argument of the wrong type, rank, size, range or device; the sentence names it.
-        RuntimeError: a backend was asked for that cannot run.
-    """
-    classes = checks.class_map("classes", classes)
-    checks.flag("squared", squared)
-    if choose(classes, ("native",)) == "native":
-        return native.edge_distance(classes, squared)
-    classes = classes.long()
-    inside = classes >= 0
-    distance = _squared_distance(_edges(classes) & inside)
-    return _in_pixels(torch.where(inside, distance, -1), squared)
-
-
-def distance_transform(mask: Tensor, *, squared: bool = False) -> Tensor:
-    """Euclidean distance of every nonzero pixel to the nearest zero of its map. Exact, batched; SciPy's meaning.
-
-    Args:
-        mask: (..., H, W), bool, integer or floating point; every leading axis is a batch axis. NaN is nonzero.
-        squared: return the exact squared distance.
-
-    Returns:
-        float32 (..., H, W) in pixels, or int32 squared; 0 on zeros. A map without a zero: inf, or the largest int32.
-
-    Raises:
-        TypeError, ValueError: an argument of the wrong type, rank, size, range or device; the sentence names it.
-        RuntimeError: a backend was asked for that cannot run.
-    """
-    checks.tensor("mask", mask, "a map (..., H, W)")
-    if mask.ndim < 2 or mask.is_complex():
-        raise ValueError(f"mask: expected a real map (..., H, W), got {checks.describe(mask)}")
-    checks.sides("mask", mask)
-    checks.flag("squared", squared)
-    batched = mask.unsqueeze(0) if mask.ndim == 2 else mask.flatten(0, -3)
-    if batched.is_floating_point():
-        batched = batched != 0
-    if choose(mask, ("native",)) == "native":
-        distance = native.distance_transform(batched, squared)
-    else:
-        distance = _in_pixels(_squared_distance(batched == 0), squared)
-    return distance.reshape(mask.shape)
 
 
 def select_nearest(
@@ -291,86 +233,6 @@ def _error_map(
     limit = NO_EDGE if num_classes is None else num_classes - 1
     wrong = (target >= 0) & (predicted != target) & (predicted >= 0) & (predicted <= limit)
     return torch.where(wrong, predicted, -1).int()
-
-
-def _edges(classes: Tensor) -> Tensor:
-    """Pixels with a 4-neighbour inside the image of another value: bool (B, H, W)."""
-    vertical = classes[:, 1:] != classes[:, :-1]
-    horizontal = classes[:, :, 1:] != classes[:, :, :-1]
-    return (
-        F.pad(vertical, (0, 0, 0, 1))
-        | F.pad(vertical, (0, 0, 1, 0))
-        | F.pad(horizontal, (0, 1))
-        | F.pad(horizontal, (1, 0))
-    )
-
-
-_UNREACHED = 2**30
-"""Above every squared distance between two pixels of a map of 16384 x 16384, and far from overflow."""
-
-
-def _squared_distance(seeds: Tensor) -> Tensor:
-    """Exact squared Euclidean distance to the nearest seed of the map: int64 (B, H, W), NO_EDGE in a map without seeds.
-
-    Separable: the distance g to the nearest seed of the column first, then along each row min_u (x - u)² + g(u)².
-    """
-    batch, height, width = seeds.shape
-    if seeds.numel() == 0:
-        return seeds.long()
-    row = torch.arange(height, device=seeds.device)[:, None]
-    above = torch.where(seeds, row, -_UNREACHED).cummax(1).values
-    below = torch.where(seeds, row, _UNREACHED).flip(1).cummin(1).values.flip(1)
-    g = torch.minimum(row - above, below - row)
-    g_squared = torch.where(g < height, g * g, _UNREACHED)
-    distance = _lower_envelope(g_squared.reshape(batch * height, width)).reshape(batch, height, width)
-    return torch.where(distance < _UNREACHED, distance, NO_EDGE)
-
-
-def _lower_envelope(g: Tensor) -> Tensor:
-    """min_u (x - u)² + g(u) for every x, along the rows of an int64 (R, W).
-
-    The leftmost arg-min u*(x) does not decrease with x, so it is found by divide and conquer: with u* known at every
-    2h-th x, the x half-way between two of them need only look between their arg-mins. One level's ranges touch at
-    their ends, so laid end to end they fill exactly W - 1 + (number of ranges) places whatever the data: a static
-    shape.
-    """
-    rows, width = g.shape
-    device = g.device
-    # Padded to a power of two, all that follows has the same shape for many widths: one graph for torch.compile.
-    padded = 1
-    while padded < width:
-        padded *= 2
-    g = F.pad(g, (0, padded - width), value=_UNREACHED)
-    nearest = torch.zeros_like(g)
-    h = padded
-    while h >= 1:
-        # This level answers x = h-1, 3h-1, 5h-1, ...; x = 2h-1, 4h-1, ... are known and bound the ranges.
-        known = nearest[:, 2 * h - 1 :: 2 * h]
-        bounds = torch.cat([g.new_zeros(rows, 1), known, g.new_full((rows, 1), padded - 1)], dim=1)
-        ranges = padded // (2 * h) + 1
-        starts = bounds[:, 1:-1] + torch.arange(1, ranges, device=device)
-        place = torch.zeros(rows, padded - 1 + ranges, dtype=torch.int64, device=device)
-        in_range = place.scatter(1, starts, 1).cumsum(1)
-        u = torch.arange(padded - 1 + ranges, device=device) - in_range
-        x = (2 * in_range + 1) * h - 1
-        # Value and index in one integer, so that one minimum finds both.
-        candidate = ((x - u) ** 2 + g.gather(1, u)) * padded + u
-        best = torch.full((rows, ranges), torch.iinfo(torch.int64).max, device=device)
-        best = best.scatter_reduce(1, in_range, candidate, "amin")
-        answers = nearest[:, h - 1 :: 2 * h]
-        answers.copy_(best[:, : answers.shape[1]] % padded)
-        h //= 2
-    x = torch.arange(width, device=device)
-    nearest = nearest[:, :width]
-    return (x - nearest) ** 2 + g.gather(1, nearest)
-
-
-def _in_pixels(distance_sq: Tensor, squared: bool) -> Tensor:
-    """Squared distances as int32, or distances as float32 (rounded from float64), NO_EDGE becoming inf; -1 stays -1."""
-    if squared:
-        return distance_sq.int()
-    distance = torch.where(distance_sq == NO_EDGE, torch.inf, distance_sq.double()).abs().sqrt()
-    return torch.where(distance_sq < 0, -1.0, distance).float()
 
 
 def _select_nearest(

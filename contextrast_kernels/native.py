@@ -2,7 +2,7 @@
 
 ``native.edge_distance`` is the op ``contextrast::edge_distance``, and so on: CPU and CUDA tensors of any strides, which
 are passed on and never copied. What the functions compute is said in csrc/contextrast.h; arguments are checked by their
-callers, in bane.py. None is differentiable.
+callers, in distance.py and bane.py. None is differentiable.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from torch import Tensor
 
 _PATH = pathlib.Path(__file__).with_name("_native.so")
 _ERROR_SIZE = 256
-_INTERFACE = 2
+_INTERFACE = 3
 _TYPES = (
     torch.uint8,
     torch.int8,
@@ -28,6 +28,9 @@ _TYPES = (
     torch.bfloat16,
     torch.float32,
     torch.float64,
+    torch.uint16,
+    torch.uint32,
+    torch.uint64,
 )
 _TYPE_CODES = {dtype: code for code, dtype in enumerate(_TYPES)} | {torch.bool: _TYPES.index(torch.uint8)}
 BANE_ENQUEUES = ("memset", "find_errors", "mark", "solve", "place", "choose")
@@ -55,6 +58,44 @@ class _Map(ctypes.Structure):
         )
 
 
+class _Volume(ctypes.Structure):
+    """ContextrastVolume: where a tensor (B, W), (B, H, W) or (B, Z, H, W) lies."""
+
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("batch", ctypes.c_int64),
+        ("size", ctypes.c_int64 * 3),
+        ("stride_batch", ctypes.c_int64),
+        ("stride", ctypes.c_int64 * 3),
+        ("type", ctypes.c_int32),
+    )
+
+    def __init__(self, tensor: Tensor):
+        missing = 4 - tensor.ndim
+        size, stride = (1,) * missing + tensor.shape[1:], (0,) * missing + tensor.stride()[1:]
+        batch = (tensor.shape[0], size, tensor.stride(0), stride)
+        super().__init__(tensor.data_ptr(), *batch, _TYPE_CODES[tensor.dtype])
+
+
+class _Distance(ctypes.Structure):
+    """ContextrastDistance: what is asked for, and where it goes. indices: None, or (axes, B, ...)."""
+
+    _fields_ = (
+        ("sampling", ctypes.c_double * 3),
+        ("sampled", ctypes.c_int32),
+        ("squared", ctypes.c_int32),
+        ("distance", ctypes.c_void_p),
+        ("nearest", ctypes.c_void_p * 3),
+    )
+
+    def __init__(self, sampling: Sequence[float] | None, squared: bool, distance: Tensor, indices: Tensor | None):
+        missing = 4 - distance.ndim
+        sides = (1.0,) * 3 if sampling is None else (1.0,) * missing + tuple(sampling)
+        axes = () if indices is None else (axis.data_ptr() for axis in indices)
+        nearest = (None,) * 3 if indices is None else (*(None,) * missing, *axes)
+        super().__init__(sides, sampling is not None, squared, distance.data_ptr(), nearest)
+
+
 class _Layer(ctypes.Structure):
     """ContextrastLayer: a size, and where its negatives go."""
 
@@ -62,12 +103,13 @@ class _Layer(ctypes.Structure):
 
 
 _MAP, _LAYERS = ctypes.POINTER(_Map), ctypes.POINTER(_Layer)
+_VOLUME, _DISTANCE = ctypes.POINTER(_Volume), ctypes.POINTER(_Distance)
 _POINTER, _INT64, _INT, _DOUBLE = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_double
 # The arguments that a function's two versions share, and those of its two scratch functions.
 _ARGUMENTS = {
     "error_map": (_MAP, _MAP, _INT64, _INT64, _POINTER),
-    "edge_distance": (_MAP, _INT, _POINTER, _POINTER),
-    "distance_transform": (_MAP, _INT, _POINTER, _POINTER),
+    "edge_distance": (_VOLUME, _DISTANCE, _POINTER),
+    "distance_transform": (_VOLUME, _DISTANCE, _POINTER),
     "select_nearest": (_MAP, _MAP, _DOUBLE, _INT64, _POINTER, _POINTER, _POINTER),
     "bane_negatives": (
         *(_MAP, _MAP, _INT64, _INT64, _LAYERS, _INT, _INT, _POINTER),
@@ -75,7 +117,7 @@ _ARGUMENTS = {
     ),
 }
 _SCRATCH_ARGUMENTS = {
-    "edge_distance": (_INT64, _INT64, _INT64),
+    "distance": (_VOLUME, _DISTANCE, _INT),
     "select_nearest": (_INT64, _INT64, _INT64, _INT64),
     "bane_negatives": (_MAP, _INT64, _LAYERS, _INT, _INT, _INT),
 }
@@ -191,30 +233,51 @@ def _(predictions, labels, num_classes, ignore_index):
     return torch.empty(labels.shape, dtype=torch.int32, device=labels.device)
 
 
-def _distance(name: str, image: Tensor, squared: bool) -> Tensor:
-    distance = torch.empty(image.shape, dtype=torch.int32 if squared else torch.float32, device=image.device)
-    _call(name, image.device, (_Map(image), squared, distance.data_ptr()), ("edge_distance", *image.shape))
+def _empty_distance(image: Tensor, squared: bool, sampling: Sequence[float] | None) -> Tensor:
+    dtype = torch.float32 if not squared else torch.int32 if sampling is None else torch.float64
+    return torch.empty(image.shape, dtype=dtype, device=image.device)
+
+
+def _empty_indices(image: Tensor) -> Tensor:
+    return torch.empty((image.ndim - 1, *image.shape), dtype=torch.int32, device=image.device)
+
+
+def _distance(
+    name: str, image: Tensor, squared: bool, sampling: Sequence[float] | None, indices: Tensor | None = None
+) -> Tensor:
+    distance = _empty_distance(image, squared, sampling)
+    arguments = _Volume(image), _Distance(sampling, squared, distance, indices)
+    _call(name, image.device, arguments, ("distance", *arguments, name == "edge_distance"))
     return distance
 
 
-def _fake_distance(image, squared):
-    return torch.empty(image.shape, dtype=torch.int32 if squared else torch.float32, device=image.device)
-
-
 @torch.library.custom_op("contextrast::edge_distance", mutates_args=())
-def edge_distance(classes: Tensor, squared: bool) -> Tensor:
-    """(B, H, W) integers → float32, or int32 squared, (B, H, W); -1 where the class is negative."""
-    return _distance("edge_distance", classes, squared)
+def edge_distance(classes: Tensor, squared: bool, sampling: Sequence[float] | None = None) -> Tensor:
+    """(B, H, W) or (B, Z, H, W) integers → the same shape in float32, or squared in int32 (with sampling float64); -1
+    where the class is negative."""
+    return _distance("edge_distance", classes, squared, sampling)
 
 
 @torch.library.custom_op("contextrast::distance_transform", mutates_args=())
-def distance_transform(mask: Tensor, squared: bool) -> Tensor:
-    """(B, H, W) bool or integers → float32, or int32 squared, (B, H, W); 0 on zeros."""
-    return _distance("distance_transform", mask, squared)
+def distance_transform(mask: Tensor, squared: bool, sampling: Sequence[float] | None = None) -> Tensor:
+    """(B, W), (B, H, W) or (B, Z, H, W) of any real dtype → distances as above, 0 on zeros."""
+    return _distance("distance_transform", mask, squared, sampling)
 
 
-edge_distance.register_fake(_fake_distance)
-distance_transform.register_fake(_fake_distance)
+@torch.library.custom_op("contextrast::nearest_zero", mutates_args=())
+def nearest_zero(mask: Tensor, squared: bool, sampling: Sequence[float] | None = None) -> tuple[Tensor, Tensor]:
+    """``distance_transform``, and int32 (axes, B, ...) with the place of the nearest zero; -1 where there is none."""
+    indices = _empty_indices(mask)
+    return _distance("distance_transform", mask, squared, sampling, indices), indices
+
+
+edge_distance.register_fake(_empty_distance)
+distance_transform.register_fake(_empty_distance)
+
+
+@nearest_zero.register_fake
+def _(mask, squared, sampling=None):
+    return _empty_distance(mask, squared, sampling), _empty_indices(mask)
 
 
 @torch.library.custom_op("contextrast::select_nearest", mutates_args=())

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from contextrast_kernels import checks
 from contextrast_kernels.anchors import class_anchors, fuse_anchors
-from contextrast_kernels.bane import bane_negatives, edge_distance, error_map
+from contextrast_kernels.bane import bane_negatives, error_map
 from contextrast_kernels.contextrast import check_layers
+from contextrast_kernels.distance import edge_distance
 from contextrast_kernels.embedding import unit
 from contextrast_kernels.maps import predicted_classes, targets
 

@@ -10,7 +10,7 @@
 // A function returns CONTEXTRAST_OK, or another code and one sentence in `error`, CONTEXTRAST_ERROR_SIZE bytes of the
 // caller's.
 //
-// Letters: B images, N classes, H W a map's size, h w a layer's size.
+// Letters: B images, N classes, H W a map's size, h w a layer's size, z y x the axes of a volume.
 #ifndef CONTEXTRAST_H
 #define CONTEXTRAST_H
 
@@ -22,8 +22,9 @@
 #define CONTEXTRAST_API __attribute__((visibility("default")))
 #endif
 
-#define CONTEXTRAST_INTERFACE 2  // of this file: one more whenever a function here changes its arguments or results
-#define CONTEXTRAST_MAX_SIDE 16384  // squared distances, and what the row search adds to them, stay below 2^31
+#define CONTEXTRAST_INTERFACE 3  // of this file: one more whenever a function here changes its arguments or results
+#define CONTEXTRAST_MAX_SIDE 16384  // squared distances, and what the search along a line adds to them, stay below 2^31
+#define CONTEXTRAST_MAX_VOXELS (INT64_C(1) << 31)  // of one image: a voxel's number in its image is an int32
 #define CONTEXTRAST_MAX_LAYERS 16
 #define CONTEXTRAST_ERROR_SIZE 256
 #define CONTEXTRAST_NO_EDGE INT32_MAX  // squared distance where the class has no edge in its image
@@ -44,7 +45,10 @@ typedef enum ContextrastType {
   CONTEXTRAST_FLOAT16,
   CONTEXTRAST_BFLOAT16,
   CONTEXTRAST_FLOAT32,
-  CONTEXTRAST_FLOAT64
+  CONTEXTRAST_FLOAT64,
+  CONTEXTRAST_UINT16,  // from here on: distances alone
+  CONTEXTRAST_UINT32,
+  CONTEXTRAST_UINT64
 } ContextrastType;
 
 // Where a selection looks for its distances: computed at the layer's own size, or at the labels' size and sampled.
@@ -83,23 +87,50 @@ CONTEXTRAST_API int contextrast_error_map_cuda(const ContextrastMap *predictions
                                                int64_t num_classes, int64_t ignore_index, int32_t *errors, int device,
                                                void *stream, char *error);
 
+// A batch of volumes (B, size[0], size[1], size[2]) whose axes are called z, y and x. A map has size[0] = 1, a line has
+// size[0] = size[1] = 1. Element (b, z, y, x) lies b*stride_batch + z*stride[0] + y*stride[1] + x*stride[2] elements
+// behind data.
+typedef struct ContextrastVolume {
+  const void *data;
+  int64_t batch, size[3];
+  int64_t stride_batch, stride[3];
+  int32_t type;  // ContextrastType
+} ContextrastVolume;
+
+// What a distance function is asked for, and where it writes. Every output has the volume's size and is contiguous.
+// The squared distance of two pixels that lie dz, dy and dx apart is dz² + dy² + dx², an int32, without sampling; with
+// it ((sampling[0] dz)² + (sampling[1] dy)²) + (sampling[2] dx)², each operation rounded to double.
+typedef struct ContextrastDistance {
+  double sampling[3];   // the pixel's size along z, y and x, if `sampled`
+  int32_t sampled;      // 0: sampling is not read
+  int32_t squared;      // distance is float with 0; with 1 it is int32, or double if sampled
+  void *distance;       // inf, or CONTEXTRAST_NO_EDGE in int32, where there is nothing to measure to
+  int32_t *nearest[3];  // null, or the z, y and x of the nearest pixel that is measured to; -1 where there is none. Of
+                        // pixels equally near, the first in memory: candidates are compared along z, then y, then x
+} ContextrastDistance;
+
+// Bytes of scratch of edge_distance (edges != 0) or distance_transform, below. Nothing is read or written behind the
+// pointers in volume and wanted, but which of them are null matters.
+CONTEXTRAST_API int64_t contextrast_distance_scratch_cpu(const ContextrastVolume *volume,
+                                                         const ContextrastDistance *wanted, int edges, int threads);
+CONTEXTRAST_API int64_t contextrast_distance_scratch_cuda(const ContextrastVolume *volume,
+                                                          const ContextrastDistance *wanted, int edges);
+
 // Eq. 7. Distance of every pixel with a class >= 0 to the nearest edge pixel of its class in its image: one with a
-// 4-neighbour inside the image of another value. distance (B, H, W): squared != 0: int32, CONTEXTRAST_NO_EDGE without
-// an edge; else float32, inf without an edge. Pixels of negative class: CONTEXTRAST_OUTSIDE.
-CONTEXTRAST_API int64_t contextrast_edge_distance_scratch_cpu(int64_t batch, int64_t height, int64_t width,
-                                                              int threads);
-CONTEXTRAST_API int64_t contextrast_edge_distance_scratch_cuda(int64_t batch, int64_t height, int64_t width);
-CONTEXTRAST_API int contextrast_edge_distance_cpu(const ContextrastMap *classes, int squared, void *distance,
+// neighbour (of 4 in a map, of 6 in a volume) inside the image of another value. Pixels of negative class:
+// CONTEXTRAST_OUTSIDE. classes are of an integer type; nearest must be null.
+CONTEXTRAST_API int contextrast_edge_distance_cpu(const ContextrastVolume *classes, const ContextrastDistance *wanted,
                                                   void *scratch, int threads, char *error);
-CONTEXTRAST_API int contextrast_edge_distance_cuda(const ContextrastMap *classes, int squared, void *distance,
+CONTEXTRAST_API int contextrast_edge_distance_cuda(const ContextrastVolume *classes, const ContextrastDistance *wanted,
                                                    void *scratch, int device, void *stream, char *error);
 
-// Distance of every nonzero pixel to the nearest zero of its image, 0 on zeros; types and the value without a zero as
-// above. The scratch is that of edge_distance.
-CONTEXTRAST_API int contextrast_distance_transform_cpu(const ContextrastMap *mask, int squared, void *distance,
+// Distance of every nonzero pixel to the nearest zero of its image, 0 on zeros. mask is of any type; -0 is zero and NaN
+// is not.
+CONTEXTRAST_API int contextrast_distance_transform_cpu(const ContextrastVolume *mask, const ContextrastDistance *wanted,
                                                        void *scratch, int threads, char *error);
-CONTEXTRAST_API int contextrast_distance_transform_cuda(const ContextrastMap *mask, int squared, void *distance,
-                                                        void *scratch, int device, void *stream, char *error);
+CONTEXTRAST_API int contextrast_distance_transform_cuda(const ContextrastVolume *mask,
+                                                        const ContextrastDistance *wanted, void *scratch, int device,
+                                                        void *stream, char *error);
 
 // Marks, for each image and class, exactly k = ceil(ratio * pixels of the class) pixels: those of smallest distance_sq
 // (int32, the size of classes), ties in the order of hash(*seed, 0, row*W + column). selected (B, H, W): 1 or 0.

@@ -76,8 +76,6 @@ __device__ __forceinline__ bool is_last_block(uint32_t *ticket, uint32_t total) 
 
 // ---- Host side
 
-inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // Makes a device current for as long as it lives.
 class OnDevice {
  public:

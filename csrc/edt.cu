@@ -267,25 +267,38 @@ struct OneMap {
   }
 };
 
-int transform(const char *name, const ContextrastMap &map, bool zeros, int squared, void *distance, void *memory,
-              int device, void *stream, char *error) {
-  if (const int code = check_integer_map(name, map, error)) return code;
-  if (map.batch <= 0 || map.height * map.width == 0) return CONTEXTRAST_OK;
+// What these kernels compute: maps of the usual integer types, square pixels, distances alone.
+int check_supported(const char *name, const ContextrastVolume &volume, const ContextrastDistance &wanted, char *error) {
+  if (volume.size[0] != 1 || wanted.sampled || wanted.nearest[0] || wanted.nearest[1] || wanted.nearest[2])
+    return refuse(error, "this build has no CUDA code for volumes, sampling or indices: pass %s on the CPU", name);
+  if (!is_integer(volume.type))
+    return refuse(error, "this build has no CUDA code for %s of type %d: pass bool or a signed integer type", name,
+                  static_cast<int>(volume.type));
+  return CONTEXTRAST_OK;
+}
+
+int transform(const char *name, const ContextrastVolume &volume, bool zeros, const ContextrastDistance &wanted,
+              void *memory, int device, void *stream, char *error) {
+  if (const int code = check_volume(name, volume, !zeros, error)) return code;
+  if (const int code = check_wanted(wanted, !zeros, error)) return code;
+  if (volume.batch <= 0 || volume.size[0] * volume.size[1] * volume.size[2] == 0) return CONTEXTRAST_OK;
+  if (const int code = check_supported(name, volume, wanted, error)) return code;
   Scratch scratch(memory);
-  OneMap one(scratch, map.batch, map.height, map.width);
+  OneMap one(scratch, volume.batch, volume.size[1], volume.size[2]);
   Plane &plane = one.planes.plane[0];
-  plane.map = map.data;
+  plane.map = volume.data;
   plane.none = none_of(CONTEXTRAST_INT32);
-  plane.stride_batch = map.stride_batch;
-  plane.stride_row = map.stride_row;
-  plane.stride_column = map.stride_column;
-  plane.distance = distance;
+  plane.stride_batch = volume.stride_batch;
+  plane.stride_row = volume.stride[1];
+  plane.stride_column = volume.stride[2];
+  plane.distance = wanted.distance;
 
   const OnDevice current(device);
   cudaError_t status = current.status();
   const auto on = static_cast<cudaStream_t>(stream);
   if (status == cudaSuccess) status = cudaMemsetAsync(memory, 0, static_cast<size_t>(one.zeroed), on);
-  if (status == cudaSuccess) status = enqueue_distances(one.planes, map.type, zeros, squared != 0, device, on);
+  if (status == cudaSuccess)
+    status = enqueue_distances(one.planes, volume.type, zeros, wanted.squared != 0, device, on);
   return answer(status, error);
 }
 
@@ -320,22 +333,25 @@ cudaError_t enqueue_distances(const Planes &planes, int32_t type, bool zeros, bo
 extern "C" {
 
 // The scratch of a call that will be refused is none.
-int64_t contextrast_edge_distance_scratch_cuda(int64_t batch, int64_t height, int64_t width) {
+int64_t contextrast_distance_scratch_cuda(const ContextrastVolume *volume, const ContextrastDistance *wanted,
+                                          int edges) {
   char error[CONTEXTRAST_ERROR_SIZE];
-  if (contextrast::check_sides("the map", height, width, error)) return 0;
+  if (contextrast::check_volume("the map", *volume, edges != 0, error) ||
+      contextrast::check_supported("the map", *volume, *wanted, error))
+    return 0;
   contextrast::Scratch scratch(nullptr);
-  contextrast::OneMap(scratch, batch, height, width);
+  contextrast::OneMap(scratch, volume->batch, volume->size[1], volume->size[2]);
   return scratch.used();
 }
 
-int contextrast_edge_distance_cuda(const ContextrastMap *classes, int squared, void *distance, void *scratch,
+int contextrast_edge_distance_cuda(const ContextrastVolume *classes, const ContextrastDistance *wanted, void *scratch,
                                    int device, void *stream, char *error) {
-  return contextrast::transform("classes", *classes, false, squared, distance, scratch, device, stream, error);
+  return contextrast::transform("classes", *classes, false, *wanted, scratch, device, stream, error);
 }
 
-int contextrast_distance_transform_cuda(const ContextrastMap *mask, int squared, void *distance, void *scratch,
+int contextrast_distance_transform_cuda(const ContextrastVolume *mask, const ContextrastDistance *wanted, void *scratch,
                                         int device, void *stream, char *error) {
-  return contextrast::transform("mask", *mask, true, squared, distance, scratch, device, stream, error);
+  return contextrast::transform("mask", *mask, true, *wanted, scratch, device, stream, error);
 }
 
 int contextrast_cuda_status(int device, char *error) {

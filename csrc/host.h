@@ -2,6 +2,7 @@
 #ifndef CONTEXTRAST_HOST_H
 #define CONTEXTRAST_HOST_H
 
+#include <limits.h>
 #include <stddef.h>
 #include <stdio.h>
 
@@ -36,6 +37,8 @@ int refuse(char *error, const char *format, Values... values) {
 
 inline bool is_integer(int32_t type) { return type >= CONTEXTRAST_UINT8 && type <= CONTEXTRAST_INT64; }
 
+inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 inline int check_sides(const char *name, int64_t height, int64_t width, char *error) {
   if (height >= 0 && width >= 0 && height <= CONTEXTRAST_MAX_SIDE && width <= CONTEXTRAST_MAX_SIDE)
     return CONTEXTRAST_OK;
@@ -48,6 +51,70 @@ inline int check_integer_map(const char *name, const ContextrastMap &map, char *
     return refuse(error, "%s must be a map of uint8, int8, int16, int32 or int64, got type %d with %lld channels", name,
                   static_cast<int>(map.type), static_cast<long long>(map.channels));
   return check_sides(name, map.height, map.width, error);
+}
+
+inline bool is_integer_or_unsigned(int32_t type) { return is_integer(type) || type >= CONTEXTRAST_UINT16; }
+
+// The volume of one distance function. `edges`: classes, which are integers; else a mask.
+inline int check_volume(const char *name, const ContextrastVolume &volume, bool edges, char *error) {
+  if (volume.type < CONTEXTRAST_UINT8 || volume.type > CONTEXTRAST_UINT64 ||
+      (edges && !is_integer_or_unsigned(volume.type)))
+    return refuse(error, "%s must be of %s, got type %d", name, edges ? "an integer type" : "a type in contextrast.h",
+                  static_cast<int>(volume.type));
+  int64_t voxels = 1;
+  for (const int64_t size : volume.size) {
+    if (size < 0 || size > CONTEXTRAST_MAX_SIDE)
+      return refuse(error, "%s has sides of %lld x %lld x %lld pixels, but at most %d are supported: tile or downsample it",
+                    name, static_cast<long long>(volume.size[0]), static_cast<long long>(volume.size[1]),
+                    static_cast<long long>(volume.size[2]), CONTEXTRAST_MAX_SIDE);
+    voxels *= size;
+  }
+  if (voxels > CONTEXTRAST_MAX_VOXELS)
+    return refuse(error, "%s has %lld voxels an image, but at most 2^31 are supported: tile or downsample it", name,
+                  static_cast<long long>(voxels));
+  return CONTEXTRAST_OK;
+}
+
+// Sides of pixels are positive and neither so small nor so large that a squared distance would leave the normal range
+// of double.
+constexpr double SMALLEST_SIDE = 1e-100, LARGEST_SIDE = 1e100;
+
+inline int check_wanted(const ContextrastDistance &wanted, bool edges, char *error) {
+  if (edges && (wanted.nearest[0] || wanted.nearest[1] || wanted.nearest[2]))
+    return refuse(error, "nearest must be null where distances are those to an edge");
+  for (int axis = 0; wanted.sampled && axis < 3; ++axis)
+    if (!(wanted.sampling[axis] >= SMALLEST_SIDE && wanted.sampling[axis] <= LARGEST_SIDE))
+      return refuse(error, "sampling must be from %g to %g, got %g", SMALLEST_SIDE, LARGEST_SIDE, wanted.sampling[axis]);
+  return CONTEXTRAST_OK;
+}
+
+// The arguments have been checked.
+inline Metric metric_of(const ContextrastVolume &volume, const ContextrastDistance &wanted) {
+  Metric metric = {{1, 1, 1}, {1, 1, 1}, 1, 1, {1, 1, 1}};
+  if (!wanted.sampled) return metric;
+  // The largest power of two of which all sides are multiples; sides of axes of one pixel never count.
+  int exponent = INT_MAX;
+  for (int axis = 0; axis < 3; ++axis) {
+    metric.side[axis] = volume.size[axis] > 1 ? wanted.sampling[axis] : 0;
+    if (metric.side[axis] == 0) continue;
+    int own;
+    int64_t digits = static_cast<int64_t>(ldexp(frexp(metric.side[axis], &own), 53));
+    for (own -= 53; digits % 2 == 0; digits /= 2) ++own;
+    exponent = lesser(exponent, own);
+  }
+  if (exponent == INT_MAX) return metric;
+  double largest = 0, largest_integral = 0;
+  for (int axis = 0; axis < 3; ++axis) {
+    const double steps = static_cast<double>(volume.size[axis] - 1), side = ldexp(metric.side[axis], -exponent);
+    largest_integral += side * steps * side * steps;
+    metric.weight[axis] = side < 1 << 15 ? static_cast<int32_t>(side * side) : 0;
+    largest += metric.side[axis] * steps * metric.side[axis] * steps;
+    // A last place of a cost up to `largest` is at most `largest` * 2^-52; twice that, and a little.
+    metric.search[axis] = metric.side[axis] * metric.side[axis] >= ldexp(largest, -50);
+  }
+  metric.unit = ldexp(1.0, 2 * exponent);
+  metric.integral = largest_integral < NO_COST;
+  return metric;
 }
 
 // predictions and labels of one error map

@@ -1,20 +1,24 @@
 // The lines of an exact Euclidean distance transform: what edt.cpp and edt.cu compute for one pixel, one column strip,
-// one row. Integers only.
+// one line.
 //
-// 1. Seeds. One bit a pixel. An edge pixel of class n is a pixel of n with a 4-neighbour inside the image that is not
-// in n. Only edges need the
-//    classes: leaving the region of p on any monotone staircase towards a farther seed q passes an edge pixel of p's
-//    own region that lies in the box of p and q, hence nearer than q. So the seed nearest to p is always an edge of p's
-//    class, and one binary transform serves all classes.
-// 2. Columns. 32 rows of a column are a word; a carry holds the distances to the nearest seed above and below the word.
-// The distance g along
-//    the column is then a count of leading and one of trailing zeros.
-// 3. Rows. d²(x) = min over columns u of cost(x, u) = (x-u)² + g(u)². A window around x settles it as soon as k² >=
-// best, which takes about d
-//    steps. Where that is long: for x1 < x2 and u1 < u2, cost(x1,u1) + cost(x2,u2) < cost(x1,u2) + cost(x2,u1) (Monge),
-//    so the best column never decreases with x. Anchors, every SEGMENT-th pixel, are solved by bisection between their
-//    neighbours' columns; the pixels between two anchors then search between the anchors' columns only. No row costs
-//    more than a few times its length, whatever the map.
+// 1. Seeds. One bit a pixel. An edge pixel of class n is a pixel of n with a neighbour inside the image that is not in
+//    n. Only edges need the classes: leaving the region of p on any monotone staircase towards a farther seed q passes
+//    an edge pixel of p's own region that lies in the box of p and q, hence nearer than q. So the seed nearest to p is
+//    always an edge of p's class, and one binary transform serves all classes.
+// 2. Columns, along the first axis that is longer than 1. 32 pixels of a column are a word; a carry holds the distances
+//    to the nearest seed above and below the word. The distance along the column is then a count of leading and one of
+//    trailing zeros.
+// 3. Lines, along each other axis. With g(u) the least cost within the line's pixel u over the axes before,
+//    cost(x) = min over u of g(u) + apart(x - u). A window around x settles it as soon as apart(k) >= cost, which takes
+//    about as many steps as the distance. Where that is long: apart is convex, so for x1 < x2 and u1 < u2
+//    cost(x1,u1) + cost(x2,u2) < cost(x1,u2) + cost(x2,u1) (Monge), and the best u never decreases with x. Anchors,
+//    every so many pixels, are solved by bisection between their neighbours' best; the pixels between two anchors then
+//    search between the anchors' best only. No line costs more than a few times its length, whatever the map.
+//
+// Sampling. cost is rounded to double after each operation. Rounding keeps the order of numbers, so a minimum may be
+// taken axis by axis, and each comparison may be one of rounded costs: the result is the minimum over all seeds, to the
+// bit. The Monge inequality holds with a margin of 2·side² or more, for rounded costs too as long as their last place
+// is below it (Metric::search).
 #ifndef CONTEXTRAST_LINES_H
 #define CONTEXTRAST_LINES_H
 
@@ -78,9 +82,9 @@ CONTEXTRAST_HD int trailing_zeros(uint32_t word) {
 // ---- 1. Seeds
 
 // A neighbour beyond the image border is given as `here` itself: the border is no edge.
-template <class T>
-CONTEXTRAST_HD bool is_edge(T here, T up, T down, T left, T right) {
-  return (here >= T(0)) & ((here != up) | (here != down) | (here != left) | (here != right));
+template <class T, class... Neighbours>
+CONTEXTRAST_HD bool is_edge(T here, Neighbours... neighbours) {
+  return (here >= T(0)) & ((here != neighbours) | ...);
 }
 
 // ---- 2. Columns
@@ -111,7 +115,104 @@ CONTEXTRAST_HD uint32_t column_distance(uint32_t word, int row, uint32_t carry) 
   return lesser(lesser(up, down), NO_SEED);
 }
 
-// ---- 3. Rows. `parabolas` holds parabola(g(u), u) for each column u; ranges of columns include both ends.
+// Where the nearest seed of the column is, relative to bit `row`: the one above of two that are equally near. NO_OFFSET
+// if there is none.
+constexpr int32_t NO_OFFSET = INT32_MAX;
+
+CONTEXTRAST_HD int32_t column_offset(uint32_t word, int row, uint32_t carry) {
+  const uint32_t upward = word << (31 - row), downward = word >> row;
+  const uint32_t up =
+      upward ? static_cast<uint32_t>(leading_zeros(upward)) : carry_above(carry) + static_cast<uint32_t>(row);
+  const uint32_t down =
+      downward ? static_cast<uint32_t>(trailing_zeros(downward)) : carry_below(carry) + static_cast<uint32_t>(31 - row);
+  if (lesser(up, down) >= NO_SEED) return NO_OFFSET;
+  return up <= down ? -static_cast<int32_t>(up) : static_cast<int32_t>(down);
+}
+
+// ---- 3. Lines with any sampling
+
+// How far apart pixels are. Where every side is an integer multiple of one power of two and the costs stay small, costs
+// are integers, in units of `unit`; otherwise they are doubles.
+struct Metric {
+  double side[3];     // along z, y, x
+  int32_t weight[3];  // side² in integer units
+  double unit;        // the cost of 1 in integer units
+  int32_t integral;   // which of the two
+  int32_t search[3];  // along each axis: 1 if the best u never decreases, also in rounded costs; 0: look at every u
+};
+
+constexpr int32_t NO_COST = 1 << 30;  // no seed: above every integer cost, and no overflow when such a cost is added
+
+template <class Cost>
+struct Costs;
+
+template <>
+struct Costs<int32_t> {
+  static constexpr int32_t none = NO_COST;
+  static CONTEXTRAST_HD int32_t side(const Metric &metric, int axis) { return metric.weight[axis]; }
+  static CONTEXTRAST_HD int32_t apart(int32_t weight, int steps) { return weight * steps * steps; }
+  static CONTEXTRAST_HD int32_t sum(int32_t a, int32_t b) { return a + b; }
+};
+
+template <>
+struct Costs<double> {
+  static constexpr double none = INFINITY;
+  static CONTEXTRAST_HD double side(const Metric &metric, int axis) { return metric.side[axis]; }
+#if defined(__CUDA_ARCH__)
+  static CONTEXTRAST_HD double apart(double side, int steps) {
+    const double length = __dmul_rn(side, static_cast<double>(steps));
+    return __dmul_rn(length, length);
+  }
+  static CONTEXTRAST_HD double sum(double a, double b) { return __dadd_rn(a, b); }
+#else  // compiled without contraction to fused multiply-adds
+  static CONTEXTRAST_HD double apart(double side, int steps) {
+    const double length = side * steps;
+    return length * length;
+  }
+  static CONTEXTRAST_HD double sum(double a, double b) { return a + b; }
+#endif
+};
+
+// A candidate for the best pixel of a line. `key` orders equals: its place in the line (for anchors), or the number of
+// its seed in the image's memory (for results).
+template <class Cost>
+struct Found {
+  Cost cost;
+  int32_t key;
+};
+
+template <class Cost>
+CONTEXTRAST_HD Found<Cost> better(Found<Cost> a, Found<Cost> b) {
+  return b.cost < a.cost || (b.cost == a.cost && b.key < a.key) ? b : a;
+}
+
+// The best of the pixels first + lane, first + lane + lanes, ... <= last for pixel x. keys null: places are the keys.
+// An anchor takes the first of equals as its best: then the range between two anchors' best has every pixel that is
+// best for one between them.
+template <class Cost>
+CONTEXTRAST_HD Found<Cost> search(const Cost *costs, const int32_t *keys, Cost side, int x, int first, int last,
+                                  int lane, int lanes) {
+  Found<Cost> best = {Costs<Cost>::none, INT32_MAX};
+  for (int u = first + lane; u <= last; u += lanes)
+    best = better(best, {Costs<Cost>::sum(costs[u], Costs<Cost>::apart(side, x - u)), keys ? keys[u] : u});
+  return best;
+}
+
+// What is written: a cost from the last line.
+CONTEXTRAST_HD bool has_seed(int32_t cost) { return cost < NO_COST; }
+CONTEXTRAST_HD bool has_seed(double cost) { return cost < static_cast<double>(INFINITY); }
+
+CONTEXTRAST_HD double in_pixels_squared(int32_t cost, const Metric &metric) {  // exact: unit is a power of two
+  return has_seed(cost) ? cost * metric.unit : static_cast<double>(INFINITY);
+}
+CONTEXTRAST_HD double in_pixels_squared(double cost, const Metric &) { return cost; }
+
+template <class Cost>
+CONTEXTRAST_HD float in_pixels(Cost cost, const Metric &metric) {  // sqrt, rounded to float once
+  return static_cast<float>(sqrt(in_pixels_squared(cost, metric)));
+}
+
+// ---- 3. Rows of square pixels, in 32-bit integers. `parabolas` holds parabola(g(u), u) for each column u; ranges of columns include both ends.
 
 CONTEXTRAST_HD int32_t parabola(uint32_t g, int u) {
   return (g >= NO_SEED ? NO_SEED_SQ : static_cast<int32_t>(g * g)) + u * u;

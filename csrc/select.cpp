@@ -135,6 +135,21 @@ CONTEXTRAST_CLONES void narrow(const int32_t *from, int64_t start, int64_t pixel
   for (int64_t i = start; i < start + pixels; ++i) to[i] = from[i] == NO_CLASS ? none : static_cast<T>(from[i]);
 }
 
+// How edge_distance is asked for the squared distances (B, h, w) of classes (B, h, w).
+struct EdgeDistance {
+  ContextrastVolume classes;
+  ContextrastDistance wanted;
+
+  EdgeDistance(const int32_t *map, int64_t batch, int64_t h, int64_t w, int32_t *distance_sq)
+      : classes{map, batch, {1, h, w}, h * w, {h * w, w, 1}, CONTEXTRAST_INT32},
+        wanted{{1, 1, 1}, 0, 1, distance_sq, {nullptr, nullptr, nullptr}} {}
+};
+
+int64_t edge_distance_scratch(int64_t batch, int64_t h, int64_t w, int threads) {
+  const EdgeDistance edges(nullptr, batch, h, w, nullptr);
+  return contextrast_distance_scratch_cpu(&edges.classes, &edges.wanted, 1, threads);
+}
+
 }  // namespace
 }  // namespace contextrast
 
@@ -183,13 +198,13 @@ int64_t contextrast_bane_negatives_scratch_cpu(const ContextrastMap *labels, int
   const bool full = distance_at == CONTEXTRAST_AT_FULL;
   Scratch memory(nullptr);
   if (full) memory.take<int32_t>(pixels), memory.take<int32_t>(pixels);
-  int64_t most = full ? contextrast_edge_distance_scratch_cpu(batch, labels->height, labels->width, threads) : 0;
+  int64_t most = full ? edge_distance_scratch(batch, labels->height, labels->width, threads) : 0;
   for (int i = 0; i < num_layers; ++i) {
     const int64_t h = layers[i].height, w = layers[i].width;
     Scratch own(nullptr);
     if (type != CONTEXTRAST_INT32) own.take<int32_t>(batch * h * w);
     own.take<int32_t>(batch * h * w);
-    const int64_t distances = full ? 0 : contextrast_edge_distance_scratch_cpu(batch, h, w, threads);
+    const int64_t distances = full ? 0 : edge_distance_scratch(batch, h, w, threads);
     most = greater(most, own.used() + greater(distances, group_bytes(h * w) * workers(batch, h * w, threads)));
   }
   return memory.used() + most;
@@ -207,8 +222,8 @@ int contextrast_bane_negatives_cpu(const ContextrastMap *predictions, const Cont
   const bool full = distance_at == CONTEXTRAST_AT_FULL, bane = negatives == CONTEXTRAST_BANE;
   const auto distances_of = [&](const int32_t *classes, int64_t h, int64_t w, int32_t *distance_sq,
                                 const Scratch &spare) {
-    const ContextrastMap map{classes, batch, 0, h, w, h * w, 0, w, 1, CONTEXTRAST_INT32};
-    return contextrast_edge_distance_cpu(&map, 1, distance_sq, spare.rest(), threads, error);
+    const EdgeDistance edges(classes, batch, h, w, distance_sq);
+    return contextrast_edge_distance_cpu(&edges.classes, &edges.wanted, spare.rest(), threads, error);
   };
   Scratch memory(scratch);
   int32_t *full_errors = nullptr, *full_distances = nullptr;

@@ -17,6 +17,7 @@ FLOORS = [
     ["native", "measure", "checks", "hashing", "maps", "embedding", "kernels._tiles"],
     ["backend", "ranks"],
     ["kernels"],
+    ["distance"],
     ["anchors", "pixel_anchor", "bane", "info_nce"],
     ["contextrast"],
     ["relatives"],

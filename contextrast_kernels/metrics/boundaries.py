@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from contextrast_kernels import checks
-from contextrast_kernels.bane import NO_EDGE, distance_transform
+from contextrast_kernels.distance import NO_EDGE, distance_transform
 from contextrast_kernels.maps import targets
 from contextrast_kernels.metrics.regions import confusion, iou
 from contextrast_kernels.metrics.streaming import Metric, count

@@ -12,8 +12,9 @@ from torch import Tensor
 from contextrast_kernels import checks, maps
 from contextrast_kernels.anchors import class_anchors, fuse_anchors
 from contextrast_kernels.backend import unchanged_by_autocast
-from contextrast_kernels.bane import edge_distance, error_map
+from contextrast_kernels.bane import error_map
 from contextrast_kernels.contextrast import check_layers
+from contextrast_kernels.distance import edge_distance
 from contextrast_kernels.embedding import compute_dtype, unit
 from contextrast_kernels.hashing import pixel_hash
 from contextrast_kernels.metrics.streaming import Metric, count, from_fixed, to_fixed

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from contextrast_kernels import checks
-from contextrast_kernels.bane import NO_EDGE, edge_distance
+from contextrast_kernels.distance import NO_EDGE, edge_distance
 from contextrast_kernels.embedding import compute_dtype, unit
 from contextrast_kernels.hashing import image_hash
 

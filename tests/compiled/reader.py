@@ -54,8 +54,8 @@ class Instruction:
     source: str
     """Of the kernel: the innermost inlined line, and where it was inlined."""
     text: str
-    scope: str = ""
-    """The block that it stands in, with a colon; empty for the kernel's own."""
+    blocks: list[int]
+    """Numbers of the blocks that it stands in, the kernel's own first."""
 
     # What lowering.py finds.
     handler: str = ""
@@ -97,7 +97,8 @@ class Kernel:
         """Type of each register, by its name or by the prefix that a range shares."""
         self.parameters: list[Parameter] = []
         self.instructions: list[Instruction] = []
-        self.labels: dict[str, int] = {}
+        self.labels: dict[tuple[str, int], int] = {}
+        """By name and number of the block."""
         self.shared: dict[str, Variable] = {}
         self.static_shared = 0
         self.threads: tuple[int, int, int] | None = None
@@ -140,12 +141,13 @@ class Kernel:
             offset += size
         self.parameter_bytes = offset
 
-    def _read_shared(self, text: str, body: str | None = None) -> None:
-        """Arrays of known size one after the other, and the one whose size the launch gives behind them. Of what other
-        entries share, those alone that the body names."""
+    def _read_shared(self, before: str, body: str) -> None:
+        """Arrays of known size one after the other, and the one whose size the launch gives behind them: those that the
+        body declares, and of those before it what the body names."""
         pattern = r"\.shared\s+(?:\.align\s+(\d+)\s+)?\.[a-z](\d+)\s+([\w$]+)(?:\[(\d*)\])?\s*;"
-        for align, bits, name, length in sorted(re.findall(pattern, text), key=lambda found: found[3] == ""):
-            if body is not None and not re.search(rf"\b{re.escape(name)}\b", body):
+        declared = re.findall(pattern, before + body)
+        for align, bits, name, length in sorted(declared, key=lambda found: found[3] == ""):
+            if not re.search(rf"\b{re.escape(name)}\b", body):
                 continue
             step = int(align or BYTES[bits])
             self.static_shared = -(-self.static_shared // step) * step
@@ -157,8 +159,9 @@ class Kernel:
 
     def _read_body(self, entry: re.Match) -> None:
         number = self.text[: entry.end()].count("\n")
-        pending, source, began = "", "", 0
-        blocks, scope = 0, [""]  # a label in a block of its own is known there alone
+        # Of each open block: its number, and its own registers with how they are called here.
+        scopes: list[tuple[int, dict[str, str]]] = [(0, {})]
+        pending, source, began, blocks = "", "", 0, 0
         for line in self.text[entry.end() :].split("\n"):
             number += 1
             line = line.split("//")[0].strip()
@@ -169,18 +172,18 @@ class Kernel:
                 continue
             while line:
                 if not pending:
-                    if line[0] == "{":
-                        blocks, line = blocks + 1, line[1:].strip()
-                        scope.append(f"{blocks}:")
-                        continue
-                    if line[0] == "}":
-                        scope.pop()
+                    if line[0] in "{}":
+                        if line[0] == "{":
+                            blocks += 1
+                            scopes.append((blocks, {}))
+                        else:
+                            scopes.pop()
                         line = line[1:].strip()
-                        if not scope:
+                        if not scopes:
                             return
                         continue
                     if label := re.match(r"([$\w]+):", line):
-                        self.labels[scope[-1] + label[1]] = len(self.instructions)
+                        self.labels[label[1], scopes[-1][0]] = len(self.instructions)
                         line = line[label.end() :].strip()
                         continue
                     began = number
@@ -188,7 +191,7 @@ class Kernel:
                     pending, line = pending + line + " ", ""
                     continue
                 head, line = line.split(";", 1)
-                self._read_statement((pending + head).strip(), began, source, scope[-1])
+                self._read_statement((pending + head).strip(), began, source, scopes)
                 pending, line = "", line.strip()
 
     def _source(self, line: str) -> str:
@@ -198,25 +201,30 @@ class Kernel:
             where += f" in {self.files.get(int(inlined[1]), '?')}:{inlined[2]}"
         return where
 
-    def _read_statement(self, text: str, line: int, source: str, scope: str) -> None:
+    def _read_statement(self, text: str, line: int, source: str, scopes: list[tuple[int, dict[str, str]]]) -> None:
         if declared := re.match(r"\.reg\s+\.(\w+)\s+(.*)", text):
-            for name in declared[2].split(","):
-                self.registers[re.sub(r"<\d+>", "", name.strip())] = declared[1]
+            for name in (part.strip() for part in declared[2].split(",")):
+                if len(scopes) > 1 and "<" not in name:  # it hides a register of that name outside of its block
+                    name = scopes[-1][1].setdefault(name, f"{name}${len(self.registers)}")
+                self.registers[re.sub(r"<\d+>", "", name)] = declared[1]
         elif text.startswith(".shared"):
-            self._read_shared(text + ";")
+            pass  # _read_shared has it
         elif text.startswith("."):
             raise Unknown(f"{self.name}: PTX line {line}: {text!r}")
         elif text:
+            if names := {outer: inner for _, own in scopes for outer, inner in own.items()}:
+                text = re.sub(r"%?[A-Za-z_$][\w$]*", lambda found: names.get(found[0], found[0]), text)
             guard, negated = None, False
             if found := re.match(r"@(!?)(%?[\w$]+)\s+", text):
                 guard, negated, text = found[2], bool(found[1]), text[found.end() :]
             opcode, _, rest = text.replace("\t", " ").partition(" ")
-            self.instructions.append(Instruction(opcode, split(rest), guard, negated, line, source, text, scope))
+            blocks = [number for number, _ in scopes]
+            self.instructions.append(Instruction(opcode, split(rest), guard, negated, line, source, text, blocks))
 
     def target(self, branch: Instruction) -> int:
-        """The instruction that a branch goes to; a label of its own block hides the kernel's."""
+        """The instruction that a branch goes to: the label of the innermost block that has it."""
         label = branch.arguments[-1]
-        return self.labels[branch.scope + label if branch.scope + label in self.labels else label]
+        return next(self.labels[label, n] for n in reversed(branch.blocks) if (label, n) in self.labels)
 
     def type_of(self, register: str) -> str:
         if register in self.registers:

@@ -221,6 +221,15 @@ def wgmma(descriptor: str, fence: str) -> str:
         wgmma.wait_group.sync.aligned 0;"""
 
 
+ALLOCATED = """mov.b32 %r1, memory; setp.lt.u32 %p1, %tid, 32; shl.b32 %r2, %tid, 16; and.b32 %r2, %r2, 2097152;
+    @%p1 tcgen05.alloc.cta_group::1.sync.aligned.shared::cta.b32 [%r1], 32; bar.sync 0;"""
+FREED = "bar.sync 0; @%p1 tcgen05.dealloc.cta_group::1.sync.aligned.b32 %r3, 32;"
+STORED = "tcgen05.st.sync.aligned.16x32bx2.x1.b32 [%r2], 1, {%tid};"
+PROGRAMS["outside of the tensor memory that was allocated, or not freed"] = ALLOCATED
+PROGRAMS["tensor memory used before its product or store was waited for"] = (
+    f"{ALLOCATED} {STORED} tcgen05.ld.sync.aligned.16x32bx2.x1.b32 {{%r4}}, [%r2], 1; {FREED}"
+)
+PROGRAMS["race in tensor memory"] = f"{ALLOCATED} mov.u32 %r2, 0; {STORED} tcgen05.wait::st.sync.aligned; {FREED}"
 PROGRAMS["tensor cores read shared memory without a proxy fence"] = wgmma("", "")
 PROGRAMS["descriptor of a matrix in shared memory"] = wgmma("or.b64 %d1, %d1, 562949953421312;", "fence.proxy.async;")
 
@@ -248,8 +257,10 @@ def test_every_kind_of_finding_has_a_program():
         "atom.global.add.u32 %r1, [%out], 1;",
         "setp.lt.u32 %p1, %tid, 64; ld.global.b64 %d1, [%x]; @%p1 st.global.b64 [%y], %d1;",
         wgmma("", "fence.proxy.async;"),
+        f"{ALLOCATED} {STORED} tcgen05.wait::st.sync.aligned;"
+        f"tcgen05.ld.sync.aligned.16x32bx2.x1.b32 {{%r4}}, [%r2], 1; st.global.b32 [%y], %r4; {FREED}",
     ],
-    ids=["barrier", "warp barrier", "atomics", "guard", "proxy fence"],
+    ids=["barrier", "warp barrier", "atomics", "guard", "proxy fence", "tensor memory"],
 )
 def test_what_is_in_order_gives_no_finding(body):
     for quantum in (0, 3):

@@ -91,7 +91,7 @@ struct SharedByte {
 
 struct GlobalGrain {
   u32 write_block, read_block, write_epoch, read_epoch, step, readers;  // blocks + 1; 0: none; read_block ALL: several
-  u32 write_fences, read_fences;  // that the writer and the last reader had made
+  u32 write_fences, read_fences;  // that the writing lane and the last reading one had made
   u8 writer, atomic;
 };
 
@@ -125,7 +125,7 @@ struct Warp {
   std::vector<Path> paths;
   u32 fences;  // of the async proxy, so far
   u32 turn;  // counts __syncwarp
-  u32 device_fences;
+  u32 fences_of_lane[32];  // of the whole device
   std::vector<u32> fences_of_block;  // at the last barrier
   std::vector<Sight> acquired, seen;  // by atomics since the last fence; before it
   // Results of wgmma that may not be read before wait_group, and the shared memory that is still being read.

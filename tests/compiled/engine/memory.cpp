@@ -96,7 +96,7 @@ static void watch_race(const Context& c, int lane, int which, u64 address, u64 b
       if (written_elsewhere) c.report(GRID_RACE, lane, address, grain.write_block - 1);
       if (written_here) c.report(BLOCK_RACE, lane, address, grain.writer);
       if (grain.read_block != block || grain.read_epoch != epoch) grain.readers = 0;
-      grain.readers |= self, grain.read_epoch = epoch, grain.read_fences = c.warp.device_fences;
+      grain.readers |= self, grain.read_epoch = epoch, grain.read_fences = c.warp.fences_of_lane[lane];
       grain.read_block = grain.read_block == 0 || grain.read_block == block ? block : ALL;
       continue;
     }
@@ -117,7 +117,7 @@ static void watch_race(const Context& c, int lane, int which, u64 address, u64 b
     if (access == Access::write && grain.write_block == block && grain.step == u32(c.machine.steps) && !same)
       c.report(LANES_DISAGREE, lane, address);
     grain.write_block = block, grain.write_epoch = epoch, grain.writer = c.warp.number;
-    grain.write_fences = c.warp.device_fences, grain.atomic = access == Access::atomic, grain.step = u32(c.machine.steps);
+    grain.write_fences = c.warp.fences_of_lane[lane], grain.atomic = access == Access::atomic, grain.step = u32(c.machine.steps);
   }
 }
 

@@ -1,13 +1,20 @@
 // Order between accesses of global memory that no barrier gives: a warp writes, fences and updates a word atomically;
-// another one that updates the same word later, and then fences, sees what the first wrote. A fence counts if all live
-// lanes of the warp come to it together. What a warp learns from others it does not pass on by its own atomics; kernels
-// that would need that are reported as races.
+// another one that updates the same word later, and then fences, sees what the first wrote. A warp has made the fences
+// that each of its live lanes has. What a warp learns from others it does not pass on by its own atomics; kernels that
+// would need that are reported as races.
 #include "machine.h"
+
+static u32 fences_of(const Warp& warp) {
+  u32 fewest = ALL;
+  for (int lane = 0; lane < 32; lane++)
+    if (warp.live >> lane & 1) fewest = std::min(fewest, warp.fences_of_lane[lane]);
+  return fewest == ALL ? 0 : fewest;
+}
 
 // What a warp's atomic makes known: the fences that each warp of its block had made, as far as barriers tell it.
 static std::vector<u32> fences_known(const Warp& warp) {
   std::vector<u32> fences = warp.fences_of_block;
-  fences[warp.number] = warp.device_fences;
+  fences[warp.number] = fences_of(warp);
   return fences;
 }
 
@@ -31,8 +38,9 @@ static void merge(std::vector<Sight>& into, const std::vector<Sight>& from) {
 }
 
 void fence_device(Context& c) {
-  if (c.mask != c.warp.live) return;
-  c.warp.device_fences++;
+  const u32 before = fences_of(c.warp);
+  for (int lane = 0; lane < 32; lane++) c.warp.fences_of_lane[lane] += c.active(lane);
+  if (fences_of(c.warp) == before) return;
   merge(c.warp.seen, c.warp.acquired);
   c.warp.acquired.clear();
 }
@@ -41,7 +49,7 @@ void order_by_barrier(Machine& machine) {
   std::vector<u32> fences;
   std::vector<Sight> acquired, seen;
   for (const Warp& warp : machine.warps) {
-    fences.push_back(warp.device_fences);
+    fences.push_back(fences_of(warp));
     merge(acquired, warp.acquired), merge(seen, warp.seen);
   }
   for (Warp& warp : machine.warps) warp.fences_of_block = fences, warp.acquired = acquired, warp.seen = seen;

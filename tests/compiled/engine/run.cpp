@@ -136,7 +136,8 @@ static void start(Machine& machine, Warp& warp, int number, const std::vector<Co
   warp.pc = 0, warp.join = -1, warp.at_barrier = warp.done = false;
   warp.commits_seen = 0;
   warp.paths.clear(), warp.pending.clear(), warp.async_reads.clear();
-  warp.device_fences = 0, warp.fences_of_block.assign(machine.warps.size(), 0), warp.acquired.clear(), warp.seen.clear();
+  std::fill(warp.fences_of_lane, warp.fences_of_lane + 32, 0);
+  warp.fences_of_block.assign(machine.warps.size(), 0), warp.acquired.clear(), warp.seen.clear();
   memset(warp.registers, 0xff, launch.register_bytes);
   std::fill(warp.undefined, warp.undefined + launch.register_words, ALL);
   auto fill = [&](s32 place, s32 word, s32 high, int width, auto value) {
