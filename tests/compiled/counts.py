@@ -2,9 +2,10 @@
 
     python -m tests.compiled.counts                                   the section of docs/performance.md
     python -m tests.compiled.counts --write                           the same, into benchmarks/results/counted.md
-    python -m tests.compiled.counts --cases cityscapes --hot 15       and the instructions that are executed most
+    python -m tests.compiled.counts --cases camvid --hot 15           one case, and what it executes most
 
-A case runs with one image of half its height and width, and is counted a pixel.
+A case runs with one image of half its height and width, and is counted a pixel. Cityscapes has tables by kernel, as
+has a case alone; the others have their bounds.
 """
 
 import os
@@ -83,11 +84,11 @@ def l1_share(launcher: Launcher) -> int:
 
 EXPLAINED = """\
 The kernels' PTX was executed on a CPU by `python -m tests.compiled.counts`, on one image of half the height and width,
-and what it executes and moves was counted. No figure here is a time: a bound says that a device cannot be faster, and
-nothing says that it comes near. F is the features' bytes.
+and what it executes and moves was counted. No figure here is a time: a bound is what a resource needs at its peak rate
+if it never waits, and nothing says that a device comes near. F is the features' bytes.
 
-* *issue*: warp instructions / (multiprocessors × 4 schedulers × clock). They are PTX's; ptxas makes others of them,
-  most often fewer.
+* *issue*: warp instructions / (multiprocessors × 4 schedulers × clock). They are PTX's, taken as one machine
+  instruction each, while ptxas drops and adds some.
 * *L1*: (wavefronts of shared memory + sectors of global requests / 4) / (multiprocessors × clock). A wavefront is 128
   bytes, and a conflict takes one more: "wavefronts an ideal one" is 1 without. What wgmma reads is not in it.
 * *L2*: sectors of 32 bytes that pass the L1 cache / 5.5 TB/s. A block has its share of the 256 KiB that shared memory
@@ -97,8 +98,9 @@ nothing says that it comes near. F is the features' bytes.
 * *tensor*: products / the dense peak of their type.
 
 H100 SXM and H200: 132 multiprocessors at 1.755 GHz, 3.35 and 4.8 TB/s, 989 TFLOP/s in 16 bits, 494 in TF32, 67 in
-float64. Kernels run one after the other, so the sum of each kernel's largest bound is one too. Counts go to the whole
-case by each kernel's number of programs. 4 F is the floor: three reads of the features and one write."""
+float64. Kernels run one after the other, so the sum of each kernel's largest bound is one too. Counts
+are multiplied with the ratio of the pixels, for kernels whose grid depends on them; a smaller image has more padding.
+4 F is the floor: three reads of the features and one write."""
 
 KINDS = ("integer", "float", "float64", "special function", "shuffle", "barrier", "tensor core", "control")
 
@@ -158,12 +160,13 @@ class Counted:
     twin: cases.Case
     kernels: dict[str, Counts]
     scales: dict[str, float]
-    """Programs of the whole case by those that were counted, by kernel."""
+    """What the counts of each kernel are multiplied with for the whole case: the pixels' ratio, or 1 where the grid
+    does not depend on them."""
     launches: list[Launched]
 
-    @property
-    def pixels(self) -> int:
-        return self.twin.batch * sum(h * w for h, w in self.twin.sizes)
+
+def pixels_of(case: cases.Case) -> int:
+    return case.batch * sum(h * w for h, w in case.sizes)
 
 
 def counted(case: cases.Case, arch: int, options: dict) -> Counted:
@@ -184,7 +187,9 @@ def counted(case: cases.Case, arch: int, options: dict) -> Counted:
     whole: Counter = Counter()
     for launch in plan.launches:
         whole[launch.kernel.__name__] += math.prod(launch.grid)
-    return Counted(case, twin, kernels, {name: whole[name] / programs[name] for name in kernels}, gpu.launches)
+    pixels = pixels_of(case) / pixels_of(twin)
+    scales = {name: 1.0 if whole[name] == programs[name] else pixels for name in kernels}
+    return Counted(case, twin, kernels, scales, gpu.launches)
 
 
 # ------------------------------------------------------------------------------------------------------------ printing
@@ -256,13 +261,13 @@ def bounds_table(found: Counted) -> str:
 
 
 def section(found: Counted, arch: int, hot: int, in_full: bool) -> str:
-    text = [f"#### {found.case}, sm_{arch}"]
+    text = [f"### {found.case}, sm_{arch}"]
     if in_full:
         text += [
-            f"Warp instructions a pixel, by kind, of the {found.pixels} pixels that were counted:",
-            instructions_table(found.kernels, found.pixels),
+            f"Warp instructions a pixel, by kind, of the {pixels_of(found.twin)} pixels that were counted:",
+            instructions_table(found.kernels, pixels_of(found.twin)),
             "Requests to memory:",
-            memory_table(found.kernels, found.pixels, found.twin.feature_bytes),
+            memory_table(found.kernels, pixels_of(found.twin), found.twin.feature_bytes),
         ]
     text.append(bounds_table(found))
     if hot:
@@ -285,7 +290,7 @@ def main() -> None:
     parser.add_argument("--arch", type=int, default=90)
     parser.add_argument("--base-rate", type=float, default=0.0)
     parser.add_argument("--hot", type=int, default=0, help="list so many instructions that are executed most")
-    parser.add_argument("--write", action="store_true", help=f"into {WRITTEN.name}, which docs/performance.md takes in")
+    parser.add_argument("--write", action="store_true", help=f"into {WRITTEN.name}, for docs/performance.md")
     given = parser.parse_args()
     options = {"base_rate": given.base_rate} if given.base_rate else {}
     sections = [EXPLAINED]
@@ -293,7 +298,9 @@ def main() -> None:
     for name in given.cases:
         for layout in given.layout:
             found = counted(replace(cases.CASES[name], layout=layout), given.arch, options)
-            sections.append(section(found, given.arch, given.hot, in_full=name == given.cases[0]))
+            sections.append(
+                section(found, given.arch, given.hot, in_full=name == "cityscapes" or len(given.cases) == 1)
+            )
             print(f"\n{sections[-1]}", flush=True)
     if given.write:
         WRITTEN.write_text("\n\n".join(sections) + "\n")
