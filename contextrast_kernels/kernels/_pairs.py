@@ -10,7 +10,7 @@ from torch import Tensor
 from triton import language as tl
 
 from contextrast_kernels.kernels import _launch
-from contextrast_kernels.kernels._tiles import dot_float64, plain
+from contextrast_kernels.kernels._tiles import FLOAT32_DOT, dot_float64, plain
 
 
 class Matrix(NamedTuple):
@@ -169,7 +169,7 @@ def _minus_dot(x, z, acc):
     if x.dtype == tl.float64:
         return dot_float64(-x, tl.trans(z), acc)
     elif x.dtype == tl.float32:
-        return acc - tl.dot(x, tl.trans(z), input_precision="tf32x3")
+        return acc - tl.dot(x, tl.trans(z), input_precision=FLOAT32_DOT)
     else:
         return acc - tl.dot(x, tl.trans(z))
 

@@ -5,6 +5,7 @@ chunks of channels: once for what needs the whole vector (its norm, its products
 cache, for what is done with it. Letters as everywhere: B images, N classes, D channels, h w layer size, P pixels.
 """
 
+import torch
 import triton
 from triton import language as tl
 
@@ -17,6 +18,9 @@ PUSHED_BITS = tl.constexpr(26)
 FLOAT64_DOT = tl.constexpr(tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9))
 """Whether tl.dot takes float64. Triton 3.6 cannot compile it for Ampere and Hopper, nor always for Blackwell; 3.9 can;
 the versions between were not tried."""
+ON_AMD = tl.constexpr(torch.version.hip is not None)
+FLOAT32_DOT = tl.constexpr("ieee" if torch.version.hip else "tf32x3")
+"""How float32 is multiplied. AMD's matrix cores have no TF32, which three products make precise; they take float32."""
 
 # -------------------------------------------------------------------------------------------------- layers and blocks
 
@@ -176,7 +180,7 @@ def dot_features(a, x, acc, PIECES: tl.constexpr = 3, CHAINED: tl.constexpr = Fa
 
     bfloat16: a in PIECES pieces; three hold all of its bits, two hold 16 or more. float16: two TF32 pieces, since a
     may leave float16's range and x is exact in TF32; the first has 8 bits, so that few of its sums need more than a
-    float32 has. float32: three TF32 products. float64: as it is.
+    float32 has. float32: three TF32 products. float64: as it is. On AMD float16 and float32 are multiplied in float32.
 
     Tensor cores cut a sum toward zero after every few products, which shrinks a long sum. A sum here starts at zero
     with the smallest pieces and is added to acc in float32, rounded to nearest. CHAINED saves that addition where only
@@ -193,15 +197,15 @@ def dot_features(a, x, acc, PIECES: tl.constexpr = 3, CHAINED: tl.constexpr = Fa
         else:
             small = tl.dot(middle, x)
         return acc + tl.dot(high, x, small)
-    elif x.dtype == tl.float16:
+    elif x.dtype == tl.float16 and not ON_AMD:
         exact = x.to(tl.float32)
         high = a.to(tl.bfloat16).to(tl.float32)
         if CHAINED:
             return tl.dot(high, exact, tl.dot(a - high, exact, acc, input_precision="tf32"), input_precision="tf32")
         return acc + tl.dot(high, exact, tl.dot(a - high, exact, input_precision="tf32"), input_precision="tf32")
-    elif x.dtype == tl.float32:
+    elif x.dtype != tl.float64:
         # Triton's three products start at zero as well, the smallest first, and are then added to acc.
-        return tl.dot(a, x, acc, input_precision="tf32x3")
+        return tl.dot(a, x.to(tl.float32), acc, input_precision=FLOAT32_DOT)
     else:
         return dot_float64(a, x, acc)
 
