@@ -307,11 +307,13 @@ def sweep(
         given = {"x": picked, **part.arguments, **arguments}
         if out is not None:
             given["out"] = written
+        # Several threads hold each element of a tile with few channels, and of every tile of float64's products.
+        several = part.constants["D"] < 32 or features[0].dtype == torch.float64
         launch(
             kernel,
             (sum(part.blocks) * splits,),
             given,
-            {**tiles, **part.constants},
+            {**tiles, **part.constants, **(UNFUSED if several else {})},
             **(_moved(features, picked, written, arguments, results) if _recorded is not None else {}),
         )
 
