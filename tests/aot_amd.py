@@ -16,10 +16,10 @@ import torch
 
 torch.version.hip = "compiled ahead of time"
 
-import aot
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+import aot  # noqa: E402
+import triton  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
 
 LANES = {"gfx90a": 64, "gfx942": 64, "gfx1100": 32, "gfx1201": 32}
 """Of a wavefront."""
