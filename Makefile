@@ -13,12 +13,14 @@ SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*)
 demo: $(VENV)/.demo
 	$(RUN) -m contextrast_kernels demo $(if $(DATA),--data $(DATA)) $(if $(ROOT),--root "$(ROOT)") $(if $(LOSS),--loss $(LOSS)) $(ARGS)
 
-# Two processes, each with whole files.
+# Two processes, each with whole files; then the compiled kernels, for which Triton must not interpret.
 test: $(VENV)/.all
-	$(RUN) -m pytest -n 2 --dist loadfile $(ARGS)
+	$(RUN) -m pytest -n 2 --dist loadfile --ignore tests/compiled $(ARGS)
+	TRITON_INTERPRET=0 $(RUN) -m pytest -n 2 tests/compiled $(ARGS)
 
 test-all: $(VENV)/.all
-	$(RUN) -m pytest -m "slow or not slow" $(ARGS)
+	$(RUN) -m pytest -m "slow or not slow" --ignore tests/compiled $(ARGS)
+	TRITON_INTERPRET=0 $(RUN) -m pytest -n 2 tests/compiled -m "slow or not slow" $(ARGS)
 
 # The oldest supported torch, with the Triton that it pins, whose interpreter needs a NumPy before 2.4.
 test-floor: .venv-floor/.all

@@ -29,6 +29,9 @@ CHOICES = ("auto", "reference", "triton", "native")
 MOST_CLASSES, MOST_CHANNELS = 256, 1024
 """What the Triton kernels take."""
 
+AMD = torch.version.hip is not None
+"""A torch for AMD's GPUs calls them "cuda" as well."""
+
 _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("contextrast_kernels.backend", default=None)
 
 
@@ -107,13 +110,25 @@ def _status(name: str, device_type: str) -> str:
 
 
 def available() -> dict[str, str]:
-    """Each backend's state on this machine: "ok", or the reason why it cannot run here."""
+    """Each backend's state on this machine: "ok", or the reason why it cannot run here.
+
+    On an AMD GPU "triton" says that its kernels are compiled for it and have never been run: "auto" takes the
+    reference there, and ``backend("triton")`` runs them.
+    """
     device_type = "cuda" if torch.cuda.is_available() else "cpu"
+    triton = _status("triton", device_type)
     return {
         "reference": "ok",
-        "triton": _status("triton", device_type),
+        "triton": untried_on_amd() if triton == "ok" and device_type == "cuda" and AMD else triton,
         "native": _status("native", device_type),
     }
+
+
+def untried_on_amd() -> str:
+    return (
+        "Triton's kernels compile for AMD GPUs but have never been run on one; "
+        "backend('triton') runs them, and python -m contextrast_kernels doctor checks their results"
+    )
 
 
 @functools.cache
@@ -153,6 +168,8 @@ def choose(tensor: Tensor, offered: tuple[str, ...], unfit: str = "") -> str:
         if candidate == "triton" and device_type == "cpu":
             continue  # the interpreter is for tests: it has to be asked for
         status = unfit or _transform(candidate) or _status(candidate, device_type)
+        if status == "ok" and candidate == "triton" and AMD:
+            status = untried_on_amd()
         if status == "ok":
             return candidate
         if device_type in ("cpu", "cuda") and not torch.compiler.is_compiling():

@@ -10,6 +10,7 @@ import torch
 
 import contextrast_kernels as ck
 from contextrast_kernels import checks, hashing, native
+from contextrast_kernels.backend import untried_on_amd
 
 OPS = {
     "reference": "every op, on any device",
@@ -54,11 +55,13 @@ def _devices() -> list[str]:
     if torch.backends.mps.is_available():
         lines.append(f"MPS: not used; {checks.WITHOUT_FLOAT64}")
     if not torch.cuda.is_available():
-        return [*lines, f"CUDA: no device (torch was built for CUDA {torch.version.cuda or 'not at all'})"]
+        built = f"ROCm {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda or 'not at all'}"
+        return [*lines, f"CUDA: no device (torch was built for {built})"]
     for i in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(i)
         memory = properties.total_memory / 2**30
-        lines.append(f"cuda:{i}: {properties.name}, sm_{properties.major}{properties.minor}, {memory:.0f} GiB")
+        arch = properties.gcnArchName if torch.version.hip else f"sm_{properties.major}{properties.minor}"
+        lines.append(f"cuda:{i}: {properties.name}, {arch}, {memory:.0f} GiB")
     return lines
 
 
@@ -82,7 +85,8 @@ def _checks() -> list[tuple[str, Callable[[], str]]]:
     for device in devices:
         if native.status(device) == "ok":
             checks.append((f"native on {device} against the reference", lambda device=device: _check_native(device)))
-    if ck.available()["triton"] == "ok":
+    # On an AMD GPU, where no one has run them, the check shows whether the kernels work.
+    if ck.available()["triton"] in ("ok", untried_on_amd()):
         checks.append((f"triton on {devices[-1]} against the reference", lambda: _check_triton(devices[-1])))
     return checks
 

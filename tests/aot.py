@@ -4,7 +4,6 @@ Runs in a process of its own, because Triton decides at import whether kernels a
 
     python tests/aot.py --dtype bfloat16 --arch 90 --channels 256 --classes 19      a table
     python tests/aot.py --matrix 0/12                                               a twelfth of every case there is
-    python tests/aot.py --matrix 0/12 --grant                                       the same, into tests/budgets.json
     python tests/aot.py ... --json                                                  rows for tests/test_resources.py
 
 Blocks a multiprocessor holds follow from registers, shared memory and warps by arithmetic; nothing is run.
@@ -34,7 +33,6 @@ from triton.compiler import ASTSource
 from contextrast_kernels.kernels import _launch, anchors, contextrast, info_nce, pixel_anchor
 from contextrast_kernels.native import code_dtype
 
-BUDGETS = Path(__file__).with_name("budgets.json")
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 POINTERS = {
     torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.float64: "*fp64",
@@ -62,6 +60,7 @@ class Case(NamedTuple):
     """hard: a given map (or BANE's); base: a given map, or drawn; both; all: every pixel of another class. Of info_nce:
     its positives."""
     normalize: bool = True
+    normalize_anchors: bool = False
     detach_anchors: bool = False
     arch: int = 90
     only: str = ""
@@ -98,6 +97,8 @@ def matrix():
         yield Case("info_nce", dtype, D, sizes="1024 x 20000", negatives="each", arch=arch)
         yield Case("pixel_anchor_loss", dtype, D, arch=arch, only="_given_table")
         yield Case("class_anchors", dtype, D, normalize=False, arch=arch, only="_largest_features")
+        for kernel in ("_anchor_tables", "_finish"):
+            yield Case("contextrast_loss", dtype, D, normalize_anchors=True, arch=arch, only=kernel)
     options = [
         Case("info_nce", sizes="24 x 190000", negatives="each"),
         Case("info_nce", sizes="1024 x itself", negatives="pooled"),
@@ -187,7 +188,8 @@ def all_launches(case: Case) -> list[_launch.Launch]:
             rate = {"hard": 0.0, "base": 0.3, "all": 1.0}[case.negatives]
             seed, weights = empty(1, dtype=torch.int64), (1.0,) * len(sizes)
             outcome, y, terms = contextrast.forward(
-                features, labels, e, seed, case.N, 255, weights, 0.1, 0.7, rate, case.normalize, False
+                *(features, labels, e, seed, case.N, 255, weights, 0.1, 0.7, rate),
+                *(case.normalize, case.normalize_anchors),
             )
             pull = None if case.detach_anchors else outcome.pull
             contextrast.backward(outcome.loss, features, y, terms, pull, 0.1, case.normalize)
@@ -296,34 +298,6 @@ def compiled(cases):
                 yield case._asdict() | group | known[source]
 
 
-# ------------------------------------------------------------------------------------------------------------ budgets
-
-
-def version() -> str:
-    return ".".join(triton.__version__.split(".")[:2])
-
-
-def budget_key(row: dict) -> str:
-    """Budgets are granted by kernel, dtype and the number of channels that the tile table distinguishes."""
-    most = next(most for most in (256, 512, 1024) if row["D"] <= most)
-    return f"{row['kernel']} {row['dtype']} D {most}"
-
-
-def grant(rows: list[dict]) -> None:
-    """Raises tests/budgets.json to what the rows need. Remove this Triton's lines first to have them lowered."""
-    budgets = json.loads(BUDGETS.read_text())
-    column = budgets.setdefault(version(), {})
-    for row in rows:
-        budget = column.setdefault(budget_key(row), {"registers": 0, "stack": 0, "shared": 0})
-        for what in budget:
-            budget[what] = max(budget[what], row[what])
-    lines = []
-    for triton_version, column in sorted(budgets.items()):
-        entries = ",\n".join(f"    {json.dumps(key)}: {json.dumps(column[key])}" for key in sorted(column))
-        lines.append(f"  {json.dumps(triton_version)}: {{\n{entries}\n  }}")
-    BUDGETS.write_text("{\n" + ",\n".join(lines) + "\n}\n")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--op", nargs="+", choices=OPS, default=OPS[:3])
@@ -337,7 +311,6 @@ def main() -> None:
     parser.add_argument("--arch", nargs="+", type=int, default=[90])
     parser.add_argument("--matrix", metavar="i/n", help="part i of n of all cases, instead of the above")
     parser.add_argument("--kernel", nargs="+", help="print only these")
-    parser.add_argument("--grant", action="store_true", help="raise tests/budgets.json to what is found")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     if options.matrix:
@@ -358,11 +331,9 @@ def main() -> None:
         ]
     rows = []
     for row in compiled(cases):
-        rows.append(row | {"budget": budget_key(row)})
+        rows.append(row)
         if not options.json and (not options.kernel or row["kernel"] in options.kernel):
             print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
-    if options.grant:
-        grant(rows)
     if options.json:
         json.dump(rows, sys.stdout)
 

@@ -19,6 +19,10 @@ from triton import language as tl
 
 from contextrast_kernels.kernels._tile_table import NARROW, next_power_of_2
 
+UNFUSED = {"enable_fp_fusion": False}
+"""For kernels whose threads all store one number that they reduced. Fused into the first step of a reduction, a product
+is rounded in one of two lanes only, and their sums differ in the last bit."""
+
 CACHED = 256
 """Different sets of feature maps whose places are remembered."""
 
@@ -303,11 +307,13 @@ def sweep(
         given = {"x": picked, **part.arguments, **arguments}
         if out is not None:
             given["out"] = written
+        # Several threads hold each element of a tile with few channels, and of every tile of float64's products.
+        several = part.constants["D"] < 32 or features[0].dtype == torch.float64
         launch(
             kernel,
             (sum(part.blocks) * splits,),
             given,
-            {**tiles, **part.constants},
+            {**tiles, **part.constants, **(UNFUSED if several else {})},
             **(_moved(features, picked, written, arguments, results) if _recorded is not None else {}),
         )
 

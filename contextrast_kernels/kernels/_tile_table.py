@@ -3,8 +3,7 @@
 Chosen by what the compiler says, not yet by time: a GPU replaces a row's reason with the measurement that chose it.
 A reason gives, over both layouts at D 256 unless said, registers a thread, stack in bytes a thread (where registers
 are spilled to) and shared memory on sm_90, and the blocks that a multiprocessor holds of them, calculated.
-``python tests/aot.py`` prints these; tests/budgets.json holds them for sm_80, 90 and 100, which compile so much alike
-that no architecture has rows of its own.
+``python tests/aot.py`` prints these. sm_80, 90 and 100 compile so much alike that no architecture has rows of its own.
 """
 
 import functools

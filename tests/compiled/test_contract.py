@@ -1,0 +1,115 @@
+"""Every case of option_cases.py on the code that Triton compiles, held to the contract (SPEC 5): values and gradients
+against the reference in float64, no fault in any access, and the same bits whatever the order of blocks and warps."""
+
+import random
+
+import pytest
+import torch
+from kernel_checks import relative, run
+from option_cases import QUICK, Case, build, quick_and_sweep
+
+import contextrast_kernels as ck
+
+from .driver import emulated
+from .engine import Schedule
+
+ORDERS = Schedule(seed=1), Schedule(seed=2, quantum=60)
+"""Blocks and warps in one order; and in another, with warps preempted after 60 instructions at most."""
+
+
+def architectures() -> list:
+    """sm_90 for most quick cases and sm_80 for the others; the sweep takes turns."""
+    chosen = []
+    for k, (case, slow) in enumerate(quick_and_sweep()):
+        quick_arch = 80 if (case.op, case.dtype) in ON_AMPERE else 90
+        arch = (80, 90, 100)[k % 3] if slow else quick_arch
+        chosen.append(pytest.param(case, arch, id=f"{case} sm_{arch}", marks=[pytest.mark.slow] if slow else []))
+    return chosen
+
+
+ON_AMPERE = {("class_anchors", "bfloat16"), ("pixel_anchor_loss", "float16"), ("info_nce", "float16")}
+
+
+def hold(case: Case, arch: int, record_property, orders=ORDERS) -> None:
+    """Runs a case once in each order and asserts everything that SPEC 5 asks for."""
+    built = build(case)
+    before = [x.clone() for x in built.leaves]
+    with ck.backend("reference"):
+        value, gradient = run(built.definition, built.leaves, torch.float64)
+        own_value, own_gradient = run(built.definition, built.leaves)
+    results, faults = [], []
+    for order in orders:
+        with emulated(arch, order) as gpu:
+            results.append(run(built.loss, built.leaves))
+        record_property("compiled", (gpu.compiled_kernels, gpu.compile_seconds))
+        assert gpu.launches
+        faults += gpu.faults()
+    shares = [0.0]
+    if case.values in ("NaN", "inf"):
+        broken = [x.isnan() for x in (results[0][0], own_value)]
+        if case.op == "class_anchors":  # one broken channel may break its whole row
+            broken = [~x.isfinite().all(1) for x in (results[0][0], own_value)]
+        assert torch.equal(*broken)
+    else:
+        rounding = 1e-12 if case.dtype == "float64" else 1e-6
+        if case.options.get("group"):  # ranks exchange sums of exponentials in fixed point
+            rounding = max(rounding, 1e-11)
+        shares = [
+            relative(ours, true) / (2 * relative(own, true) + rounding)
+            for ours, true, own in zip(results[0], (value, gradient), (own_value, own_gradient))
+        ]
+        record_property("errors", ((case.op, case.dtype, arch), *shares))
+    assert not faults, f"{len(faults)} findings, such as\n" + "\n".join(map(str, faults[:6]))
+    assert max(shares) <= 1, f"value and gradient are off by {shares} of what is allowed"
+    for result in results[1:]:
+        for first, second in zip(results[0], result):
+            assert torch.equal(first.nan_to_num(7), second.nan_to_num(7)), "another order gives other bits"
+    assert all(torch.equal(x.nan_to_num(7), copy.nan_to_num(7)) for x, copy in zip(built.leaves, before))
+    assert all(torch.equal(counts, built.exact[0]) for counts in built.exact)
+
+
+@pytest.mark.parametrize(("case", "arch"), architectures())
+def test_case(case, arch, one_rank, record_property):
+    hold(case, arch, record_property)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", QUICK, ids=str)
+def test_contract_holds_where_ptx_leaves_rounding_open(case, one_rank, record_property):
+    """Approximate instructions as far off as PTX allows, and tensor cores that round their sums once."""
+    orders = (Schedule(seed=3, noise=True, exact_sums=True),)
+    hold(case, 90, record_property, orders)
+
+
+@pytest.mark.parametrize("axis", ["images", "rows"])
+def test_offsets_past_two_billion(axis, tmp_path):
+    """Features whose images, or whose rows, lie so far apart that an offset in elements passes 2³¹."""
+    case = Case("contextrast_loss", {"layer_weights": (1.0,)}, "bfloat16", D=64)
+    built = build(case)
+    (x,) = built.leaves
+    h, w = x.shape[2:]
+    far = 2**31 + 64 if axis == "images" else 2**28 + 64
+    strides = (far, h * w, w, 1) if axis == "images" else (h * far, w, far, 1)
+    size = 1 + sum((n - 1) * step for n, step in zip(x.shape, strides))
+    sparse = torch.from_file(str(tmp_path / "sparse"), shared=True, size=size, dtype=x.dtype)
+    apart = sparse.as_strided(x.shape, strides)
+    expected = []
+    for y in (x, apart.copy_(x)):
+        with emulated(90, ORDERS[0]) as gpu:
+            y = y.detach().requires_grad_()
+            loss = built.loss(y)
+            expected.append((loss.detach(), *torch.autograd.grad(loss, y)))
+        assert not gpu.faults(), "\n".join(map(str, gpu.faults()))
+    (loss, gradient), (far_loss, far_gradient) = expected
+    torch.testing.assert_close(far_loss, loss, rtol=1e-6, atol=0)
+    torch.testing.assert_close(far_gradient, gradient, rtol=2**-7, atol=2**-24)
+
+
+@pytest.mark.slow
+def test_a_training_with_changing_batches(one_rank, record_property):
+    """Cases of all ops in a random order, twice, in one kernel cache: what was compiled for one serves or leaves alone
+    the next."""
+    cases = [case for case in QUICK for _ in range(2)]
+    random.Random(0).shuffle(cases)
+    for case in cases:
+        hold(case, 90, record_property, ORDERS[:1])
