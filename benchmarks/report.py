@@ -496,8 +496,8 @@ One map of 512 × 1024 pixels with 19 classes, int64 in, squared distances out. 
 and do not pay for finding them. `edt`'s multi-label transform measures to the nearest pixel outside, another distance,
 and kornia's is an approximation. The maps are those of `contextrast_kernels/cases.py`."""
 NOTHING_ON_GPU = """\
-Not measured yet. Nothing has run on a GPU so far: not the CUDA kernels of `csrc/`, which are compiled and run block by
-block in an emulator that holds them equal to the CPU code bit for bit, and not the fused Triton kernels of the loss,
+Not measured yet. Nothing has run on a GPU so far: not the CUDA kernels of `csrc/`, whose compiled code runs
+on a simulated GPU that holds it equal to the CPU code bit for bit, and not the fused Triton kernels of the loss,
 which are held to the definitions in Triton's interpreter and compiled ahead of time for sm_80, 90 and 100.
 `python -m contextrast_kernels bench --plan` lists what the fused loss would launch and move."""
 

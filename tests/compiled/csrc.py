@@ -12,6 +12,7 @@ Descriptors, tilings, grids, shared memory and the packing of arguments are thos
 import contextlib
 import ctypes
 import hashlib
+import itertools
 import os
 import shutil
 import subprocess
@@ -32,6 +33,7 @@ from .checks import Finding
 
 ROOT = Path(__file__).resolve().parents[2]
 RUNTIME = Path(__file__).with_name("runtime.cpp")
+ARCHITECTURES = 80, 90, 100
 SHARED_OF_BLOCK = {80: 166912, 90: 232448, 100: 232448}
 """Bytes of shared memory that a block may have, by architecture."""
 
@@ -40,7 +42,7 @@ MOST_GAPS = 4096
 PIPED = {"capture_output": True, "text": True}
 # -lineinfo: findings name lines of csrc. __SANITIZE_ADDRESS__: csrc/host.h says which bytes of scratch are nobody's.
 FLAGS = (
-    *("-std=c++17", "-lineinfo", "-cudart", "none", "-shared", "-Xcompiler", "-fPIC,-O1,-fvisibility=hidden"),
+    *("-std=c++17", "-lineinfo", "-cudart", "none", "-shared", "-Xcompiler", "-fPIC,-O0,-fvisibility=hidden"),
     *("-D__SANITIZE_ADDRESS__", "-I", str(ROOT / "csrc")),
 )
 
@@ -53,7 +55,9 @@ def missing() -> str:
 
 
 def find_nvcc() -> str | None:
-    return shutil.which("nvcc") or next((p for p in ("/usr/local/cuda/bin/nvcc",) if os.access(p, os.X_OK)), None)
+    homes = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")]
+    places = [None, *(os.path.join(home, "bin") for home in (*homes, "/usr/local/cuda") if home)]
+    return next(filter(None, (shutil.which("nvcc", path=place) for place in places)), None)
 
 
 @dataclass(frozen=True)
@@ -61,36 +65,41 @@ class Built:
     library: Path
     ptx: dict[str, str]
     """The module's text by the name of its source file."""
+    paths: dict[str, Path]
+    """Where that text lies."""
     arch: int
 
 
 def build(arch: int, sources: Iterable[Path] | None = None, folder: Path | None = None) -> Built:
-    """Compiles the sources, csrc/*.cu unless said otherwise, once for all who ask with the same texts.
+    """Compiles csrc/*.cu for all architectures, or other sources for this one, once for each text.
 
     folder: where results are kept; build/ptx of the project unless said otherwise.
     """
+    archs = ARCHITECTURES if sources is None else (arch,)
     sources = sorted((ROOT / "csrc").glob("*.cu")) if sources is None else list(sources)
     nvcc, folder = find_nvcc(), folder or ROOT / "build" / "ptx"
     read = [*sources, RUNTIME, *sorted((ROOT / "csrc").glob("*.*h"))]
-    version = subprocess.run([nvcc, "--version"], capture_output=True, check=True).stdout
-    key = hashlib.sha256(b"\0".join([*(path.read_bytes() for path in read), " ".join(FLAGS).encode(), version]))
-    target = folder / f"{arch}-{key.hexdigest()[:16]}"
+    version = subprocess.run([nvcc, "--version"], check=True, **PIPED).stdout
+    key = hashlib.sha256(b"\0".join([*(path.read_bytes() for path in read), repr((FLAGS, archs, version)).encode()]))
+    target = folder / key.hexdigest()[:16]
     if not target.exists():
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             kept, result = Path(scratch, "kept"), Path(scratch, "result")
             kept.mkdir()
             result.mkdir()
-            command = [nvcc, *FLAGS, f"-gencode=arch=compute_{arch},code=compute_{arch}", "--keep", "--keep-dir", kept]
+            codes = [f"-gencode=arch=compute_{each},code=compute_{each}" for each in archs]
+            command = [nvcc, *FLAGS, *codes, "--threads", "2", "--keep", "--keep-dir", kept]
             done = subprocess.run([*command, *sources, RUNTIME, "-o", result / "library.so"], **PIPED)
             if done.returncode:
                 raise RuntimeError(done.stderr)
-            for source in sources:
-                [ptx] = kept.glob(f"{source.stem}*.ptx")
-                shutil.copy(ptx, result / f"{source.stem}.ptx")
+            for source, each in itertools.product(sources, archs):
+                found = [*kept.glob(f"{source.stem}*_{each}.ptx"), *kept.glob(f"{source.stem}.ptx")]
+                shutil.copy(found[0], result / f"{source.stem}.{each}.ptx")
             with contextlib.suppress(OSError):  # another process was faster
                 result.rename(target)
-    return Built(target / "library.so", {path.stem: path.read_text() for path in target.glob("*.ptx")}, arch)
+    ptx = {path.name.split(".")[0]: path for path in target.glob(f"*.{arch}.ptx")}
+    return Built(target / "library.so", {name: path.read_text() for name, path in ptx.items()}, ptx, arch)
 
 
 _Launch = ctypes.CFUNCTYPE(
