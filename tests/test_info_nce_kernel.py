@@ -10,6 +10,7 @@ from kernel_checks import (
     DEVICE,
     DTYPES,
     NEEDS_TRITON,
+    ON_COMPILED_CODE,
     assert_like_the_definition,
     poisoned_memory,  # noqa: F401 - a fixture for all tests here
     relative,
@@ -62,6 +63,7 @@ SHAPES = [
 ]
 
 
+@ON_COMPILED_CODE
 @pytest.mark.parametrize(("shape", "form"), crossed(SHAPES, [*itertools.product(POSITIVES, DTYPES)]))
 def test_every_shape(rng, shape, form):
     """Every day a shape in one form and dtype, each shape in another."""
@@ -71,6 +73,7 @@ def test_every_shape(rng, shape, form):
     assert_like_the_definition(loss_of(row_labels, column_labels, positives=positives), x)
 
 
+@ON_COMPILED_CODE
 @pytest.mark.parametrize(("case", "own"), crossed(list(itertools.product(SETS, POSITIVES)), [False, True]))
 def test_every_set_of_negatives_and_weights(rng, case, own):
     kind, positives = case
@@ -299,6 +302,7 @@ def test_well_separated_classes_keep_their_small_losses(dtype):
         assert_like_the_definition(loss_of(y, positives=positives, temperature=0.1), [x])
 
 
+@ON_COMPILED_CODE
 def test_two_runs_agree_bit_by_bit(rng):
     x, z, y, c = vectors(rng, 5, 16), vectors(rng, 300, 16), labels(rng, 5), labels(rng, 300)
     with ck.backend("triton"):

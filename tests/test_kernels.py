@@ -8,6 +8,7 @@ from kernel_checks import (
     DEVICE,
     DTYPES,
     NEEDS_TRITON,
+    ON_COMPILED_CODE,
     assert_like_the_definition,
     feature_map,
     labels_and_predictions,
@@ -41,6 +42,7 @@ ANCHOR_CASES = [
 ]
 
 
+@ON_COMPILED_CODE
 @pytest.mark.parametrize(("case", "dtype"), crossed(ANCHOR_CASES, DTYPES))
 def test_class_anchors(rng, case, dtype):
     B, D, N, size, layout = case
@@ -149,6 +151,7 @@ def negative_maps(rng, kind, B, N, size):
     }
 
 
+@ON_COMPILED_CODE
 @pytest.mark.parametrize(("kind", "dtype"), crossed(["hard", "base", "both", "neither"], DTYPES))
 def test_pixel_anchor_loss(rng, kind, dtype):
     x = feature_map(rng, 2, 20, 3, 5, dtype)
@@ -158,6 +161,7 @@ def test_pixel_anchor_loss(rng, kind, dtype):
     assert_like_the_definition(lambda x, a: ck.pixel_anchor_loss(x, labels, a, **maps), [x, rows])
 
 
+@ON_COMPILED_CODE
 @pytest.mark.parametrize("kind", ["hard", "neither"])
 @pytest.mark.parametrize(
     "case",
@@ -179,8 +183,7 @@ def test_pixel_anchor_loss_at_the_edges(rng, case, kind):
     assert_like_the_definition(lambda x: ck.pixel_anchor_loss(x, labels, rows.to(x.dtype), **maps, **options), [x])
 
 
-@pytest.mark.parametrize("kind", ["hard", "both", "neither"])
-@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize(("kind", "normalize"), crossed(["hard", "both", "neither"], [True, False]))
 def test_pixel_anchor_loss_gradcheck(rng, kind, normalize):
     x = feature_map(rng, 1, 8, 2, 3).requires_grad_()
     labels = torch.tensor([[[0, 1, 0], [2, 255, 0]]], device=DEVICE)
@@ -264,6 +267,7 @@ CONTEXTRAST_CASES = {
 }
 
 
+@ON_COMPILED_CODE
 @pytest.mark.parametrize("options", CONTEXTRAST_CASES.values(), ids=list(CONTEXTRAST_CASES))
 def test_contextrast_loss(rng, options):
     xs = pyramid(rng, 2, 12, [(3, 4), (2, 2)])
@@ -352,6 +356,7 @@ def test_logits_as_predictions(rng):
     assert_like_the_definition(total(labels, logits, 4, 2), xs)
 
 
+@ON_COMPILED_CODE
 def test_two_runs_agree_bit_by_bit(rng):
     xs = pyramid(rng, 1, 12, [(4, 5), (2, 2)], torch.float32)
     labels, predictions = labels_and_predictions(rng, 1, 4, 10, 12)
@@ -551,9 +556,8 @@ def every_op(rng):
 OPS = ["class_anchors", "pixel_anchor_loss", "contextrast_loss", "contextrast_loss, dense"]
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize(("op", "dynamic"), crossed(OPS, [False, True]))
 @pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("op", OPS)
 def test_torch_compile(rng, op, compiler, dynamic):
     """One graph, the bits of eager mode, and no compilation on the second call."""
     eager = every_op(rng)[op]

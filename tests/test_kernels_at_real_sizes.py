@@ -321,7 +321,7 @@ def assert_the_corner_is_all(shape, options):
 
 @pytest.mark.parametrize("options", [{}, {"base_rate": 1.0}], ids=["hard", "dense"])
 @pytest.mark.parametrize(
-    "shape", [pytest.param((2, 8, 12, 20), id="small"),
+    "shape", [pytest.param((2, 8, 12, 20), id="small", marks=AT_REAL_SIZE),
               # Offsets past 2³¹ across images; and inside one.
               pytest.param((9, 256, 1024, 1024), id="many images", marks=pytest.mark.gpu),
               pytest.param((1, 256, 4096, 2304), id="one image", marks=pytest.mark.gpu)],

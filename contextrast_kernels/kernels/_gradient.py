@@ -23,6 +23,7 @@ from triton import language as tl
 from contextrast_kernels.kernels import _launch
 from contextrast_kernels.kernels._tile_table import tiles
 from contextrast_kernels.kernels._tiles import (
+    FLOAT32_DOT,
     anchor_products,
     block_of,
     channels,
@@ -307,7 +308,7 @@ def _features_bwd_dense(
                 if tl.float64 == ACC:
                     grown = grown + (dot_float64(rows, weights, gradients[i]),)  # noqa: RUF005
                 else:
-                    grown = grown + (tl.dot(rows, weights, gradients[i], input_precision="tf32x3"),)  # noqa: RUF005
+                    grown = grown + (tl.dot(rows, weights, gradients[i], input_precision=FLOAT32_DOT),)  # noqa: RUF005
             gradients = grown
         outer = tl.where(valid, norm * g, 0.0)
         inner = along * norm * norm

@@ -19,6 +19,10 @@ from triton import language as tl
 
 from contextrast_kernels.kernels._tile_table import NARROW, next_power_of_2
 
+UNFUSED = {"enable_fp_fusion": False}
+"""For kernels whose threads all store one number that they reduced. Fused into the first step of a reduction, a product
+is rounded in one of two lanes only, and their sums differ in the last bit."""
+
 CACHED = 256
 """Different sets of feature maps whose places are remembered."""
 

@@ -103,7 +103,7 @@ def log_sums(
             "Z": Z,
             "N": N,
         },
-        {"RUN": RUN},
+        {"RUN": RUN, **_launch.UNFUSED},
         reads=_launch.nbytes(partial),
     )
     return Z, None

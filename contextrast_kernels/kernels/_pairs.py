@@ -10,7 +10,7 @@ from torch import Tensor
 from triton import language as tl
 
 from contextrast_kernels.kernels import _launch
-from contextrast_kernels.kernels._tiles import dot_float64, plain
+from contextrast_kernels.kernels._tiles import FLOAT32_DOT, dot_float64, plain
 
 
 class Matrix(NamedTuple):
@@ -163,14 +163,15 @@ def vector_tiles(
 
 
 @triton.jit
-def _dot(x, z, acc):
-    """acc + x zᵀ, as exact as the accumulator."""
+def _minus_dot(x, z, acc):
+    """acc - x zᵀ, as exact as the accumulator. A product that is added becomes part of the tensor cores' sum, which is
+    cut toward zero; one that is subtracted is a sum of its own: see ``dot_features``."""
     if x.dtype == tl.float64:
-        return dot_float64(x, tl.trans(z), acc)
+        return dot_float64(-x, tl.trans(z), acc)
     elif x.dtype == tl.float32:
-        return tl.dot(x, tl.trans(z), acc, input_precision="tf32x3")
+        return acc - tl.dot(x, tl.trans(z), input_precision=FLOAT32_DOT)
     else:
-        return tl.dot(x, tl.trans(z), acc)
+        return acc - tl.dot(x, tl.trans(z))
 
 
 @triton.jit
@@ -196,12 +197,12 @@ def products(
     s = tl.zeros((HELD, STREAM), ACC)
     if HOLD:
         for i in tl.static_range((D + K - 1) // K):
-            s = _dot(held[i], streamed[i], s)
+            s = _minus_dot(held[i], streamed[i], s)
     else:
         for d0 in range(0, D, K):
             left = vector_tile(x, x_first, x_wanted, d0, D, HELD, K, X_LIES)
-            s = _dot(left, vector_tile(z, z_first, z_wanted, d0, D, STREAM, K, Z_LIES), s)
-    return s
+            s = _minus_dot(left, vector_tile(z, z_first, z_wanted, d0, D, STREAM, K, Z_LIES), s)
+    return -s
 
 
 @triton.jit

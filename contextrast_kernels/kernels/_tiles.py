@@ -5,6 +5,7 @@ chunks of channels: once for what needs the whole vector (its norm, its products
 cache, for what is done with it. Letters as everywhere: B images, N classes, D channels, h w layer size, P pixels.
 """
 
+import torch
 import triton
 from triton import language as tl
 
@@ -17,6 +18,9 @@ PUSHED_BITS = tl.constexpr(26)
 FLOAT64_DOT = tl.constexpr(tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9))
 """Whether tl.dot takes float64. Triton 3.6 cannot compile it for Ampere and Hopper, nor always for Blackwell; 3.9 can;
 the versions between were not tried."""
+ON_AMD = tl.constexpr(torch.version.hip is not None)
+FLOAT32_DOT = tl.constexpr("ieee" if torch.version.hip else "tf32x3")
+"""How float32 is multiplied. AMD's matrix cores have no TF32, which three products make precise; they take float32."""
 
 # -------------------------------------------------------------------------------------------------- layers and blocks
 
@@ -170,24 +174,38 @@ def inverse_norm(size, NORMALIZE: tl.constexpr):
 
 
 @triton.jit
-def dot_features(a, x, acc):
-    """acc + a · x, exact to about twice the bits of x. a (M, K) is in the accumulator's type, x (K, ·) is features
-    as they came: raw x meets the tensor cores, so nothing is done to its elements, and what weights them is in the
-    small operand.
+def dot_features(a, x, acc, PIECES: tl.constexpr = 3, CHAINED: tl.constexpr = False):
+    """acc + a · x to float32's precision. a (M, K) is in the accumulator's type, x (K, ·) is features as they came:
+    raw x meets the tensor cores, so nothing is done to its elements, and what weights them is in the small operand.
 
-    bfloat16: a in two pieces. float16: two TF32 pieces, since a may leave float16's range and x is exact in TF32.
-    float32: three TF32 products. float64: as it is.
+    bfloat16: a in PIECES pieces; three hold all of its bits, two hold 16 or more. float16: two TF32 pieces, since a
+    may leave float16's range and x is exact in TF32; the first has 8 bits, so that few of its sums need more than a
+    float32 has. float32: three TF32 products. float64: as it is. On AMD float16 and float32 are multiplied in float32.
+
+    Tensor cores cut a sum toward zero after every few products, which shrinks a long sum. A sum here starts at zero
+    with the smallest pieces and is added to acc in float32, rounded to nearest. CHAINED saves that addition where only
+    16 bits of the sum are kept.
     """
     if x.dtype == tl.bfloat16:
         high = a.to(tl.bfloat16)
-        low = (a - high.to(tl.float32)).to(tl.bfloat16)
-        return tl.dot(high, x, tl.dot(low, x, acc))
-    elif x.dtype == tl.float16:
+        rest = a - high.to(tl.float32)
+        middle = rest.to(tl.bfloat16)
+        if CHAINED:
+            return tl.dot(high, x, tl.dot(middle, x, acc))
+        if PIECES == 3:
+            small = tl.dot(middle, x, tl.dot((rest - middle.to(tl.float32)).to(tl.bfloat16), x))
+        else:
+            small = tl.dot(middle, x)
+        return acc + tl.dot(high, x, small)
+    elif x.dtype == tl.float16 and not ON_AMD:
         exact = x.to(tl.float32)
-        high = (a.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
-        return tl.dot(high, exact, tl.dot(a - high, exact, acc, input_precision="tf32"), input_precision="tf32")
-    elif x.dtype == tl.float32:
-        return tl.dot(a, x, acc, input_precision="tf32x3")
+        high = a.to(tl.bfloat16).to(tl.float32)
+        if CHAINED:
+            return tl.dot(high, exact, tl.dot(a - high, exact, acc, input_precision="tf32"), input_precision="tf32")
+        return acc + tl.dot(high, exact, tl.dot(a - high, exact, input_precision="tf32"), input_precision="tf32")
+    elif x.dtype != tl.float64:
+        # Triton's three products start at zero as well, the smallest first, and are then added to acc.
+        return tl.dot(a, x.to(tl.float32), acc, input_precision=FLOAT32_DOT)
     else:
         return dot_float64(a, x, acc)
 
@@ -228,7 +246,7 @@ def anchor_products(
     products = tl.zeros((classes.shape[0], P), ACC)
     for k in range(0, D, K):
         tile = channels(row, pixel, live, k, sD, D, K)
-        products = dot_features(class_rows(table, classes, k, D, K), tile, products)
+        products = dot_features(class_rows(table, classes, k, D, K), tile, products, PIECES=2)
     return products
 
 

@@ -128,6 +128,7 @@ def anchor_tables(
             "BLOCK": next_power_of_2(D),
             "NORMALIZE": sums.reach is None,
             "NORMALIZE_ANCHORS": normalize_anchors,
+            **_launch.UNFUSED,
         },
         reads=_launch.nbytes(sums.vectors),
         writes=_launch.nbytes(sums.vectors, table),

@@ -106,7 +106,7 @@ def forward(rows: Tensor, columns: Tensor, of: Pairs, mean: bool) -> tuple[Tenso
         _info_nce_mean,
         (1,),
         {**of_rows, "loss": loss, "count": count},
-        {"RUN": MEAN_RUN, **label},
+        {"RUN": MEAN_RUN, **label, **_launch.UNFUSED},
         reads=_launch.nbytes(losses),
     )
     return loss, count, kept
@@ -599,7 +599,7 @@ def _info_nce_bwd(
                     tile = streamed[i]
                 else:
                     tile = vector_tile(z, first, wanted, d0 + i * K, D, STREAM, K, Z_LIES, D % CHANNELS == 0)
-                grown = grown + (dot_features(slopes, tile, gradients[i]),)  # noqa: RUF005
+                grown = grown + (dot_features(slopes, tile, gradients[i], CHAINED=True),)  # noqa: RUF005
             gradients = grown
     scale = inverse_temperature
     if MEAN:

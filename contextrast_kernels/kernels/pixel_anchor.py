@@ -145,7 +145,7 @@ def given_table(anchors: Tensor, counts: Tensor, dtype: torch.dtype) -> tuple[Te
             "table": table,
             "lengths": lengths,
         },
-        {"D": D, "BLOCK": next_power_of_2(D)},
+        {"D": D, "BLOCK": next_power_of_2(D), **_launch.UNFUSED},
         reads=_launch.nbytes(anchors),
         writes=_launch.nbytes(table),
     )
@@ -221,6 +221,7 @@ def finish(
             "NORMALIZE": scales.reach is None,
             "NORMALIZE_ANCHORS": normalize_anchors,
             "GIVEN": fusion_weight is None,
+            **_launch.UNFUSED,
         },
         reads=_launch.nbytes(*(words for words in (sums.vectors, sums.pushed) if words is not None)),
         writes=_launch.nbytes(pull),
@@ -374,8 +375,8 @@ def _pixel_anchor_fwd(
                 tile = channels(row, c * sW, live, d0 + k * K, sD, D, K, D % COLUMNS == 0)
                 if some_broken:
                     tile = tl.where(sound[None, :], tile, 0.0)
-                more_pulled = more_pulled + (dot_features(pull, tl.trans(tile), pulled[k]),)  # noqa: RUF005
-                more_pushed = more_pushed + (dot_features(push, tl.trans(tile), pushed[k]),)  # noqa: RUF005
+                more_pulled = more_pulled + (dot_features(pull, tl.trans(tile), pulled[k], CHAINED=SHARED),)  # noqa: RUF005
+                more_pushed = more_pushed + (dot_features(push, tl.trans(tile), pushed[k], CHAINED=SHARED),)  # noqa: RUF005
             pulled = more_pulled
             pushed = more_pushed
 
@@ -504,8 +505,8 @@ def _finish(
         if NORMALIZE_ANCHORS:
             # â = a/‖a‖: dL/da = (dL/dâ - â ⟨â, dL/dâ⟩) / ‖a‖.
             unit = tl.load(table + (i * N + n) * D + d, mask=d < D, other=0.0).to(tl.float64)
-            length = tl.load(lengths + i * N + n).to(tl.float64)
-            slope = (slope - unit * tl.sum(unit * slope, 0)) * inverse_norm(length * length, True)
+            own_length = tl.load(lengths + i * N + n).to(tl.float64)
+            slope = (slope - unit * tl.sum(unit * slope, 0)) * inverse_norm(own_length * own_length, True)
         if not GIVEN:
             if i < L - 1:
                 from_below += tl.where((top_count > 0) & (count > 0), w_h * slope, 0.0)

@@ -27,6 +27,9 @@ KINDS = [
     "integer division by zero",
     "trap, or too many instructions",
     "read through the cache for read-only data of what this launch writes",
+    "outside of the tensor memory that was allocated, or not freed",
+    "tensor memory used before its product or store was waited for",
+    "race in tensor memory",
 ]
 """In the order of machine.h."""
 
@@ -60,8 +63,9 @@ class Finding:
 
     def __str__(self):
         return (
-            f"{self.kernel}, {self.source}: {self.kind} ({self.count} times; first: block {self.block}, warp {self.warp}, "
-            f"lane {self.lane}, address {self.address:#x}{', ' + self.where if self.where else ''}, other {self.other}); "
+            f"{self.kernel}, {self.source}: {self.kind} ({self.count} times; first: block {self.block}, "
+            f"warp {self.warp}, lane {self.lane}, address {self.address:#x}"
+            f"{', ' + self.where if self.where else ''}, other {self.other}); "
             f"PTX line {self.ptx_line}: {self.ptx[:100]}"
         )
 

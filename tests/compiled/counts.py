@@ -1,19 +1,11 @@
 """Counts what the compiled kernels execute and move, on the paper's cases. Nothing is timed.
 
-    python -m tests.compiled.counts                                   the table of docs/performance.md
+    python -m tests.compiled.counts                                   the section of docs/performance.md
     python -m tests.compiled.counts --write                           the same, into benchmarks/results/counted.md
-    python -m tests.compiled.counts --cases cityscapes --hot 15       the instructions that are executed most
+    python -m tests.compiled.counts --cases camvid --hot 15           one case, and what it executes most
 
-A case runs with one image of a quarter of its height and width and the same classes, and is counted a pixel. What a
-count allows at best is the count divided by a resource's peak rate, on the pixels of the whole case:
-
-    issue    warp instructions / (multiprocessors x 4 x clock)          PTX instructions, of which ptxas makes others
-    L1       (wavefronts of shared memory + global sectors / 4) / (multiprocessors x clock)
-    L2       sectors that pass the L1 cache x 32 bytes / rate of the L2 cache
-    memory   sectors that pass the L2 cache x 32 bytes / 85 % of the memory's rate
-    tensor   products by type / rate of the tensor cores
-
-No kernel can take less time than its largest bound on that device; nothing says that it takes no more.
+A case runs with one image of half its height and width, and is counted a pixel. Cityscapes has tables by kernel, as
+has a case alone; the others have their bounds.
 """
 
 import os
@@ -22,6 +14,7 @@ os.environ["TRITON_INTERPRET"] = "0"
 
 import argparse
 import functools
+import math
 import re
 import subprocess
 import sys
@@ -37,8 +30,9 @@ from aot import TOOLS, blocks_of_a_multiprocessor
 
 import contextrast_kernels as ck
 from contextrast_kernels import cases
+from contextrast_kernels.kernels import step
 
-from .driver import GPU, Launched, emulated
+from .driver import Launched, Launcher, emulated
 from .engine import Schedule
 
 WRITTEN = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "counted.md"
@@ -76,21 +70,37 @@ def registers_of(cubin: bytes) -> int:
     return int(re.search(r"REG:(\d+)", usage)[1])
 
 
-class CountingGPU(GPU):
-    """Every block has its share of the L1 cache that the blocks of a multiprocessor leave of 256 KiB."""
+@functools.cache
+def blocks_held(cubin: bytes, shared: int, warps: int, arch: int) -> int:
+    return blocks_of_a_multiprocessor(registers_of(cubin), shared, warps, arch)
 
-    @functools.cached_property
-    def _registers(self) -> dict[bytes, int]:
-        return {}
 
-    def l1_of_a_block(self, launcher) -> int:
-        metadata = launcher.metadata
-        if launcher.cubin not in self._registers:
-            self._registers[launcher.cubin] = registers_of(launcher.cubin)
-        registers = self._registers[launcher.cubin]
-        resident = blocks_of_a_multiprocessor(registers, metadata.shared, metadata.num_warps, self.arch)
-        return (L1_BYTES - resident * (metadata.shared + 1024)) // resident
+def l1_share(launcher: Launcher) -> int:
+    """What the shared memory of all blocks of a multiprocessor leaves of its 256 KiB, by their number."""
+    metadata = launcher.metadata
+    held = blocks_held(launcher.cubin, metadata.shared, metadata.num_warps, metadata.target.arch)
+    return (L1_BYTES - held * (metadata.shared + 1024)) // held
 
+
+EXPLAINED = """\
+The kernels' PTX was executed on a CPU by `python -m tests.compiled.counts`, on one image of half the height and width,
+and what it executes and moves was counted. No figure here is a time: a bound is what a resource needs at its peak rate
+if it never waits, and nothing says that a device comes near. F is the features' bytes.
+
+* *issue*: warp instructions / (multiprocessors × 4 schedulers × clock). They are PTX's, taken as one machine
+  instruction each, while ptxas drops and adds some.
+* *L1*: (wavefronts of shared memory + sectors of global requests / 4) / (multiprocessors × clock). A wavefront is 128
+  bytes, and a conflict takes one more: "wavefronts an ideal one" is 1 without. What wgmma reads is not in it.
+* *L2*: sectors of 32 bytes that pass the L1 cache / 5.5 TB/s. A block has its share of the 256 KiB that shared memory
+  leaves, empty at first; stores and atomics pass.
+* *memory*: sectors that pass an L2 cache which holds all of one launch and nothing of the one before / 85 % of the
+  memory's rate.
+* *tensor*: products / the dense peak of their type.
+
+H100 SXM and H200: 132 multiprocessors at 1.755 GHz, 3.35 and 4.8 TB/s, 989 TFLOP/s in 16 bits, 494 in TF32, 67 in
+float64. Kernels run one after the other, so the sum of each kernel's largest bound is one too. Counts
+are multiplied with the ratio of the pixels, for kernels whose grid depends on them; a smaller image has more padding.
+4 F is the floor: three reads of the features and one write."""
 
 KINDS = ("integer", "float", "float64", "special function", "shuffle", "barrier", "tensor core", "control")
 
@@ -120,19 +130,18 @@ class Counts:
     def instructions(self) -> int:
         return sum(self.kinds.values())
 
-    def bounds(self, device: Device, scale: float) -> dict[str, float]:
-        """Seconds that each resource needs at least, for ``scale`` times what was counted."""
+    def bounds(self, device: Device) -> dict[str, float]:
+        """Seconds that each resource needs at least."""
         cycles = device.multiprocessors * device.clock
         sectors = self.total("sectors", "ld global", "st global", "atom global")
         wavefronts = self.total("wavefronts", "ld shared", "st shared", "atom shared")
-        found = {
+        return {
             "issue": self.instructions / (4 * cycles),
             "L1": (wavefronts + sectors / 4) / cycles,
             "L2": self.total("beyond_l1", "ld", "st", "atom") * SECTOR / device.l2,
             "memory": self.total("beyond_l2", "ld", "st", "atom") * SECTOR / (0.85 * device.memory),
             "tensor": sum(n / device.tensor[kind] for kind, n in self.operations.items()),
         }
-        return {name: scale * seconds for name, seconds in found.items()}
 
 
 def operations_of(instruction) -> tuple[str, int]:
@@ -143,22 +152,44 @@ def operations_of(instruction) -> tuple[str, int]:
     return instruction.parts[-2], 2 * rows * N * K
 
 
-def counted(case: cases.Case, arch: int, options: dict) -> tuple[dict[str, Counts], int, list[Launched]]:
-    """Counts by kernel, the pixels that were counted, and the launches."""
-    smaller = replace(case, batch=1, height=case.height // 4, width=case.width // 4)
-    inputs = smaller.inputs()
-    leaves = [x.requires_grad_() for x in inputs.features]
-    with emulated(arch, Schedule(seed=1), count_memory=True, kind=CountingGPU) as gpu:
-        loss = ck.contextrast_loss(leaves, inputs.labels, inputs.predictions, **smaller.loss_options, **options)
-        torch.autograd.grad(loss, leaves)
-    found: dict[str, Counts] = {}
-    for launched in gpu.launches:
-        found.setdefault(launched.kernel, Counts()).add(launched)
-    return found, pixels_of(smaller), gpu.launches
+@dataclass
+class Counted:
+    """A case whose smaller twin was executed."""
+
+    case: cases.Case
+    twin: cases.Case
+    kernels: dict[str, Counts]
+    scales: dict[str, float]
+    """What the counts of each kernel are multiplied with for the whole case: the pixels' ratio, or 1 where the grid
+    does not depend on them."""
+    launches: list[Launched]
 
 
 def pixels_of(case: cases.Case) -> int:
     return case.batch * sum(h * w for h, w in case.sizes)
+
+
+def counted(case: cases.Case, arch: int, options: dict) -> Counted:
+    twin = replace(case, batch=1, height=case.height // 2, width=case.width // 2)
+    inputs = twin.inputs()
+    leaves = [x.requires_grad_() for x in inputs.features]
+    with emulated(arch, Schedule(seed=1), l1_share=l1_share) as gpu:
+        loss = ck.contextrast_loss(leaves, inputs.labels, inputs.predictions, **twin.loss_options, **options)
+        torch.autograd.grad(loss, leaves)
+    kernels: dict[str, Counts] = {}
+    programs: Counter = Counter()
+    for launched in gpu.launches:
+        kernels.setdefault(launched.kernel, Counts()).add(launched)
+        programs[launched.kernel] += math.prod(launched.grid)
+    plan = step.training_step(
+        case.batch, case.sizes, case.channels, case.num_classes, case.dtype, layout=case.layout, **options
+    )
+    whole: Counter = Counter()
+    for launch in plan.launches:
+        whole[launch.kernel.__name__] += math.prod(launch.grid)
+    pixels = pixels_of(case) / pixels_of(twin)
+    scales = {name: 1.0 if whole[name] == programs[name] else pixels for name in kernels}
+    return Counted(case, twin, kernels, scales, gpu.launches)
 
 
 # ------------------------------------------------------------------------------------------------------------ printing
@@ -175,7 +206,12 @@ def instructions_table(found: dict[str, Counts], pixels: int) -> str:
         kinds = {kind: count / pixels for kind, count in counts.kinds.items()}
         memory = sum(count for kind, count in kinds.items() if kind not in KINDS)
         rows.append(
-            [f"`{kernel}`", f"{sum(kinds.values()):.1f}", *(f"{kinds.get(kind, 0):.1f}" for kind in KINDS), f"{memory:.1f}"]
+            [
+                f"`{kernel}`",
+                f"{sum(kinds.values()):.1f}",
+                *(f"{kinds.get(kind, 0):.1f}" for kind in KINDS),
+                f"{memory:.1f}",
+            ]
         )
     return table(["kernel", "all", *KINDS, "memory"], rows)
 
@@ -207,34 +243,35 @@ def memory_table(found: dict[str, Counts], pixels: int, feature_bytes: int) -> s
     return table([*head, "atomics a pixel", "F asked of L1", "F asked of L2", "F read from memory", "F written"], rows)
 
 
-def bounds_table(found: dict[str, Counts], scale: float) -> str:
+RESOURCES = ("issue", "L1", "L2", "memory", "tensor")
+
+
+def bounds_table(found: Counted) -> str:
     rows = []
     for device in DEVICES:
         whole, largest = Counter(), 0.0
-        for counts in found.values():
-            bounds = counts.bounds(device, scale)
+        for name, counts in found.kernels.items():
+            bounds = {what: found.scales[name] * seconds for what, seconds in counts.bounds(device).items()}
             whole.update(bounds)
             largest += max(bounds.values())
-        micro = [f"{1e6 * whole[name]:.0f}" for name in ("issue", "L1", "L2", "memory", "tensor")]
-        rows.append([device.name, *micro, f"{1e6 * largest:.0f}"])
-    return table(["µs at least, by", "issue", "L1", "L2", "memory", "tensor", "each kernel's largest, summed"], rows)
+        floor = 4 * found.case.feature_bytes / (0.85 * device.memory)
+        micro = [*(whole[name] for name in RESOURCES), largest, floor]
+        rows.append([device.name, *(f"{1e6 * seconds:.0f}" for seconds in micro)])
+    return table(["µs at least, by", *RESOURCES, "largest of each kernel, summed", "4 F of memory"], rows)
 
 
-def section(case: cases.Case, arch: int, options: dict, hot: int) -> str:
-    found, pixels, launches = counted(case, arch, options)
-    smaller = replace(case, batch=1, height=case.height // 4, width=case.width // 4)
-    scale = pixels_of(case) / pixels
-    text = [
-        f"### {case}{''.join(f', {k}={v}' for k, v in options.items())}, sm_{arch}",
-        f"{pixels} pixels were counted, the whole case has {pixels_of(case)}. Warp instructions a pixel, by kind:",
-        instructions_table(found, pixels),
-        "Memory; F is the features' bytes:",
-        memory_table(found, pixels, smaller.feature_bytes),
-        "Bounds for the whole case:",
-        bounds_table(found, scale),
-    ]
+def section(found: Counted, arch: int, hot: int, in_full: bool) -> str:
+    text = [f"### {found.case}, sm_{arch}"]
+    if in_full:
+        text += [
+            f"Warp instructions a pixel, by kind, of the {pixels_of(found.twin)} pixels that were counted:",
+            instructions_table(found.kernels, pixels_of(found.twin)),
+            "Requests to memory:",
+            memory_table(found.kernels, pixels_of(found.twin), found.twin.feature_bytes),
+        ]
+    text.append(bounds_table(found))
     if hot:
-        text.append(hottest(launches, hot))
+        text.append(hottest(found.launches, hot))
     return "\n\n".join(text)
 
 
@@ -253,14 +290,18 @@ def main() -> None:
     parser.add_argument("--arch", type=int, default=90)
     parser.add_argument("--base-rate", type=float, default=0.0)
     parser.add_argument("--hot", type=int, default=0, help="list so many instructions that are executed most")
-    parser.add_argument("--write", action="store_true", help=f"into {WRITTEN.name}, which docs/performance.md takes in")
+    parser.add_argument("--write", action="store_true", help=f"into {WRITTEN.name}, for docs/performance.md")
     given = parser.parse_args()
     options = {"base_rate": given.base_rate} if given.base_rate else {}
-    sections = []
+    sections = [EXPLAINED]
+    print(EXPLAINED)
     for name in given.cases:
         for layout in given.layout:
-            sections.append(section(replace(cases.CASES[name], layout=layout), given.arch, options, given.hot))
-            print(sections[-1], flush=True)
+            found = counted(replace(cases.CASES[name], layout=layout), given.arch, options)
+            sections.append(
+                section(found, given.arch, given.hot, in_full=name == "cityscapes" or len(given.cases) == 1)
+            )
+            print(f"\n{sections[-1]}", flush=True)
     if given.write:
         WRITTEN.write_text("\n\n".join(sections) + "\n")
 

@@ -172,7 +172,8 @@ class GPU:
 
     arch: int
     schedule: engine.Schedule
-    count_memory: bool = False
+    l1_share: Callable[["Launcher"], int] | None = None
+    """From a launch to the bytes of L1 cache that a block has. Where it is given, memory requests are counted."""
     mutate: Callable[[str, str], str] | None = None
     """From a kernel's name and its PTX to the PTX that runs: a planted fault."""
     launches: list[Launched] = field(default_factory=list)
@@ -213,16 +214,12 @@ class GPU:
             extents=extents(tensors, self.poison),
             shared=metadata.shared,
             schedule=self.schedule,
-            count_memory=self.count_memory,
-            l1_bytes=self.l1_of_a_block(launcher) if self.count_memory else 0,
+            count_memory=self.l1_share is not None,
+            l1_bytes=self.l1_share(launcher) if self.l1_share else 0,
         )
         self.launches.append(
             Launched(metadata.name, grid, metadata.num_warps, metadata.shared, program, result, launcher.cubin)
         )
-
-    def l1_of_a_block(self, launcher: "Launcher") -> int:
-        """Bytes; counts.py knows better."""
-        return 0
 
     # What Triton asks of a driver.
 
@@ -294,11 +291,10 @@ def separated(zeros: Callable) -> Callable:
 @contextlib.contextmanager
 def emulated(
     arch: int = 90,
-    schedule: engine.Schedule = engine.Schedule(),  # noqa: B008 - it is frozen
+    schedule: engine.Schedule = engine.IN_ORDER,
     *,
-    count_memory: bool = False,
+    l1_share: Callable[[Launcher], int] | None = None,
     mutate: Callable[[str, str], str] | None = None,
-    kind: type[GPU] = GPU,
 ) -> Iterator[GPU]:
     """Inside the block the package's Triton kernels run on CPU tensors, from their PTX, and ``torch.empty`` gives
     memory whose undefined bytes are known."""
@@ -308,7 +304,7 @@ def emulated(
 
     from contextrast_kernels.kernels import _sums, anchors, contextrast, pixel_anchor
 
-    gpu = kind(arch, schedule, count_memory, mutate)
+    gpu = GPU(arch, schedule, l1_share, mutate)
     patches = [
         mock.patch.object(driver, "_active", gpu),
         mock.patch.object(knobs.compilation, "listener", gpu.compiled),

@@ -65,7 +65,7 @@ def library() -> ctypes.CDLL:
     return ctypes.CDLL(str(built))
 
 
-# ------------------------------------------------------------------------------------------- the structures of machine.h
+# ------------------------------------------------------------------------------------------ the structures of machine.h
 
 s32, u64, pointer = ctypes.c_int32, ctypes.c_uint64, ctypes.c_void_p
 
@@ -78,13 +78,13 @@ def named(kind, *names: str) -> dict:
     return dict.fromkeys(names, kind)
 
 
-_Operand = structure("Operand", **named(s32, "place", "word"))
+_Operand = structure("Operand", **named(s32, "place", "word", "high"))
 _Instruction = structure(
     "Instruction",
     **named(s32, "handler", "guard", "guard_word", "guard_negated", "first", "count"),
     numbers=s32 * 8,
 )
-_Constant = structure("Constant", **named(s32, "place", "word", "width", "unused"), value=u64)
+_Constant = structure("Constant", **named(s32, "place", "word", "high", "width"), value=u64)
 _Special = structure("Special", **named(s32, "place", "word", "which", "unused"))
 _Extent = structure("Extent", begin=u64, end=u64, undefined=pointer, grain=u64)
 _Finding = structure(
@@ -138,6 +138,9 @@ class Schedule:
     """Run only so many of the first and of the last blocks; 0: all."""
 
 
+IN_ORDER = Schedule(seed=0)
+
+
 @dataclass
 class Result:
     findings: list[Finding]
@@ -155,25 +158,27 @@ class Program:
         places, operands = kernel.places, []
         self.instructions = (_Instruction * len(kernel.instructions))()
         for k, (row, instruction) in enumerate(zip(self.instructions, kernel.instructions)):
-            row.handler = CONTROL.get(instruction.handler) or library().engine_handler(instruction.handler.encode())
+            row.handler = CONTROL.get(instruction.handler) or library().engine_handler(
+                instruction.handler.encode(), len(instruction.operands)
+            )
             if row.handler == UNDEFINED_INSTRUCTION:
                 place = f"{kernel.name}: PTX line {instruction.line}: {instruction.text!r}"
-                raise reader.Unknown(f"{place}: the engine has no {instruction.handler}")
+                raise reader.Unknown(f"{place}: the engine has no {instruction.handler} of that form")
             row.guard = -1
             if instruction.guard:
-                row.guard, row.guard_word = places[reader.Register(instruction.guard)]
+                row.guard, row.guard_word, _ = places[reader.Register(instruction.guard)]
                 row.guard_negated = instruction.negated
             row.first, row.count = len(operands), len(instruction.operands)
             numbers = instruction.numbers
             if instruction.handler == "branch":
-                numbers = [kernel.labels[instruction.arguments[-1]], kernel.joins[k]]
+                numbers = [kernel.target(instruction), kernel.joins[k]]
             row.numbers[: len(numbers)] = numbers
-            operands += [(-1, -1) if operand is None else places[operand] for operand in instruction.operands]
+            operands += [(-1, -1, -1) if operand is None else places[operand] for operand in instruction.operands]
         self.operands = _table(_Operand, operands)
         constants = [(at, o) for o, at in places.items() if isinstance(o, reader.Constant)]
-        self.constants = _table(_Constant, [(*at, o.width, 0, o.bits) for at, o in constants])
+        self.constants = _table(_Constant, [(*at, o.width, o.bits) for at, o in constants])
         specials = [(at, o) for o, at in places.items() if isinstance(o, reader.Special)]
-        self.specials = _table(_Special, [(*at, o.number, 0) for at, o in specials])
+        self.specials = _table(_Special, [(*at[:2], o.number, 0) for at, o in specials])
 
     def run(
         self,
@@ -184,7 +189,7 @@ class Program:
         parameters: bytes,
         extents: list[Extent],
         shared: int = 0,
-        schedule: Schedule = Schedule(),  # noqa: B008 - it is frozen
+        schedule: Schedule = IN_ORDER,
         count_memory: bool = False,
         l1_bytes: int = 0,
         limit: int = 2**62,
@@ -205,16 +210,13 @@ class Program:
         if schedule.seed:
             random.Random(schedule.seed).shuffle(order)
         extents = sorted(extents, key=lambda extent: extent.begin)
-        rows = [
-            (e.begin, e.end, None if e.undefined is None else e.undefined.ctypes.data, e.grain)
-            for e in extents
-        ]
+        rows = [(e.begin, e.end, None if e.undefined is None else e.undefined.ctypes.data, e.grain) for e in extents]
         launch = _Launch(
             grid=grid,
             block=block,
             arch=arch,
             register_bytes=kernel.register_bytes,
-            register_words=len(kernel.places),
+            register_words=kernel.register_words,
             shared_base=reader.SHARED_BASE,
             shared_bytes=kernel.static_shared + shared,
             parameter_bytes=len(parameters),

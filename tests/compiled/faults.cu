@@ -68,7 +68,7 @@ __global__ void inside_a_block(int fault, const int *in, int *out) {
   dynamic[64 + thread] = value;
   if (fault != NO_WARP_BARRIER) __syncwarp();
   value += dynamic[64 + thread / WARP * WARP + (lane + 1) % WARP];
-  if (fault == UNWRITTEN_GLOBAL && out[thread] > 0) value = 0;
+  while (fault == UNWRITTEN_GLOBAL && static_cast<volatile int *>(out)[thread] > 0);
   if (fault == UNWRITTEN_INDEX) value += in[out[thread] & 63];
   if (fault == UNWRITTEN_SUM) atomicAdd(out, value);
   if (fault == MISALIGNED) *reinterpret_cast<int2 *>(out + 1) = int2{value, value};

@@ -7,7 +7,7 @@ expect raises Unknown: nothing is ignored.
 
 import re
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from .reader import SPECIAL, Constant, Instruction, Kernel, Operand, Register, Special, Unknown
@@ -15,8 +15,8 @@ from .reader import SPECIAL, Constant, Instruction, Kernel, Operand, Register, S
 
 class Lowered(NamedTuple):
     handler: str
-    operands: list[Operand] = []
-    numbers: list[int] = []
+    operands: Sequence[Operand] = ()
+    numbers: Sequence[int] = ()
     kind: str = "integer"
 
 
@@ -33,7 +33,8 @@ def opcode(*names: str):
 
 def lower(kernel: Kernel, instruction: Instruction) -> None:
     found = OPCODES[instruction.parts[0]](kernel, instruction)
-    instruction.handler, instruction.operands, instruction.numbers, instruction.kind = found
+    instruction.handler, instruction.kind = found.handler, found.kind
+    instruction.operands, instruction.numbers = list(found.operands), list(found.numbers)
 
 
 # ----------------------------------------------------------------------------------------------------------- operands
@@ -216,6 +217,8 @@ def _atomic(kernel, i):
         raise Unknown("state space")
     expect(i, *spaces, *UPDATES, "relaxed", "acq_rel", "acquire", "release", "cta", "gpu", "sys", of=parts[1:-1])
     kind = type_named(parts[-1])
+    if kind.floating and kind.bits < 32:
+        raise Unknown(f"type {parts[-1]}")
     old, where, *values = i.arguments if parts[0] == "atom" else ["_", *i.arguments]
     at = address(kernel, where)
     taken = [operand(kernel, old, kind.width), at.base, *operands(kernel, kind, *values)]
@@ -290,6 +293,61 @@ def _wgmma(kernel, i):
     return Lowered("wgmma", registers, numbers, "tensor core")
 
 
+# ------------------------------------------------------------------------------------------ Blackwell's tensor memory
+
+
+@opcode("tcgen05")
+def _tensor_memory(kernel, i):
+    what, arguments = i.parts[1], i.arguments
+    if what in ("relinquish_alloc_permit", "wait::ld") or what.startswith("fence"):
+        return Lowered("nop", kind="control")
+    if what == "wait::st":
+        return Lowered("tcgen05.wait::st", kind="control")
+    if what == "dealloc":
+        return Lowered("tcgen05.dealloc", numbers=[int(arguments[1])], kind="control")
+    at = address(kernel, arguments[1] if what == "ld" else arguments[0])
+    where = [at.offset, at.width]
+    if what == "alloc":
+        return Lowered("tcgen05.alloc", [at.base], [int(arguments[1]), 0, 0, 0, *where], "control")
+    if what == "commit":
+        expect(i, "cta_group::1", "mbarrier::arrive::one", "shared::cluster", of=i.parts[2:-1])
+        return Lowered("tcgen05.commit", [at.base], [0, 0, 0, 0, *where], "control")
+    if what in ("ld", "st"):
+        expect(i, "sync", "aligned", "16x32bx2", *(p for p in i.parts if re.fullmatch(r"x\d+", p)), of=i.parts[2:-1])
+        half, values = (arguments[2], arguments[0]) if what == "ld" else (arguments[1], arguments[2])
+        registers = [operand(kernel, r, 4) for r in group(values)]
+        taken = [*registers, at.base] if what == "ld" else [at.base, *registers]
+        return Lowered(f"tcgen05.{what}", taken, [len(registers), int(half), 0, 0, *where], f"{what} tensor")
+    if what != "mma" or len(arguments) != 5:
+        raise Unknown(what)
+    kinds = {"kind::f16": 0, "kind::tf32": 2}
+    expect(i, "cta_group::1", *kinds, of=i.parts[2:])
+    _, a, b, descriptor, accumulate = arguments
+    in_tensor_memory = a.startswith("[")
+    A = address(kernel, a) if in_tensor_memory else Address(operand(kernel, a, 8), 0, 8)
+    taken = [at.base, A.base, operand(kernel, b, 8), operand(kernel, descriptor, 4), Register(accumulate)]
+    numbers = [one_of(i.parts, kinds), int(in_tensor_memory), A.offset, 0, *where]
+    return Lowered("tcgen05.mma", taken, numbers, "tensor core")
+
+
+@opcode("mbarrier")
+def _mbarrier(kernel, i):
+    what = i.parts[1]
+    expect(i, "parity", "shared::cta", "shared", of=i.parts[2:-1])
+    at = address(kernel, i.arguments[what == "try_wait"])
+    numbers = [int(i.arguments[1]) if what == "init" else 0, 0, 0, 0, at.offset, at.width]
+    taken = [at.base]
+    if what == "try_wait":
+        taken = [Register(i.arguments[0]), at.base, operand(kernel, i.arguments[2], 4)]
+    return Lowered(f"mbarrier.{what}", taken, numbers, "control")
+
+
+@opcode("elect")
+def _elect(kernel, i):
+    target, chosen = i.arguments[0].split("|")
+    return Lowered("elect", [operand(kernel, target, 4), Register(chosen), operand(kernel, i.arguments[1], 4)])
+
+
 # ------------------------------------------------------------------------------------------------------ between lanes
 
 
@@ -303,18 +361,14 @@ def _shuffle(kernel, i):
 
 @opcode("redux")
 def _reduction(kernel, i):
-    name, sign = i.parts[2], i.parts[3][0]
-    modes = {"add": 0, "and": 5, "or": 6, "xor": 7, "min": 1 if sign == "s" else 3, "max": 2 if sign == "s" else 4}
+    name, kind = i.parts[2], type_named(i.parts[-1])
+    expect(i, "sync", name)
+    if kind.floating:
+        modes = {"min": 8, "max": 9}
+    else:
+        signed = kind.letter == "s"
+        modes = {"add": 0, "and": 5, "or": 6, "xor": 7, "min": 1 if signed else 3, "max": 2 if signed else 4}
     return Lowered("redux", operands(kernel, Type("b", 32), *i.arguments), [modes[name]], "shuffle")
-
-
-@opcode("match")
-def _match(kernel, i):
-    expect(i, "any", "sync")
-    kind = type_named(i.parts[-1])
-    target, source, mask = i.arguments
-    taken = [operand(kernel, target, 4), operand(kernel, source, kind.width), operand(kernel, mask, 4)]
-    return Lowered(f"match.any.{i.parts[-1]}", taken, kind="shuffle")
 
 
 @opcode("vote")
@@ -469,6 +523,8 @@ def float_arithmetic(kernel, i, kind):
     kept = [part for part in modifiers if part != "rn"]
     if name in ("div", "rcp", "sqrt") and not {"approx", "full"} & set(kept):
         kept = ["rn", *kept]
+    if name in ("min", "max") and len(i.arguments) == 4:
+        name = f"{name}3"
     counted = "special function" if name in SPECIAL_FUNCTIONS else kind_of(kind)
     return Lowered(".".join([name, *kept, i.parts[-1]]), operands(kernel, kind, *i.arguments), kind=counted)
 

@@ -54,6 +54,8 @@ class Instruction:
     source: str
     """Of the kernel: the innermost inlined line, and where it was inlined."""
     text: str
+    blocks: list[int]
+    """Numbers of the blocks that it stands in, the kernel's own first."""
 
     # What lowering.py finds.
     handler: str = ""
@@ -95,7 +97,8 @@ class Kernel:
         """Type of each register, by its name or by the prefix that a range shares."""
         self.parameters: list[Parameter] = []
         self.instructions: list[Instruction] = []
-        self.labels: dict[str, int] = {}
+        self.labels: dict[tuple[str, int], int] = {}
+        """By name and number of the block."""
         self.shared: dict[str, Variable] = {}
         self.static_shared = 0
         self.threads: tuple[int, int, int] | None = None
@@ -156,8 +159,9 @@ class Kernel:
 
     def _read_body(self, entry: re.Match) -> None:
         number = self.text[: entry.end()].count("\n")
-        scopes: list[dict[str, str]] = [{}]  # of each open block, its own registers and how they are called here
-        pending, source, began = "", "", 0
+        # Of each open block: its number, and its own registers with how they are called here.
+        scopes: list[tuple[int, dict[str, str]]] = [(0, {})]
+        pending, source, began, blocks = "", "", 0, 0
         for line in self.text[entry.end() :].split("\n"):
             number += 1
             line = line.split("//")[0].strip()
@@ -170,7 +174,8 @@ class Kernel:
                 if not pending:
                     if line[0] in "{}":
                         if line[0] == "{":
-                            scopes.append({})
+                            blocks += 1
+                            scopes.append((blocks, {}))
                         else:
                             scopes.pop()
                         line = line[1:].strip()
@@ -178,7 +183,7 @@ class Kernel:
                             return
                         continue
                     if label := re.match(r"([$\w]+):", line):
-                        self.labels[label[1]] = len(self.instructions)
+                        self.labels[label[1], scopes[-1][0]] = len(self.instructions)
                         line = line[label.end() :].strip()
                         continue
                     began = number
@@ -196,26 +201,30 @@ class Kernel:
             where += f" in {self.files.get(int(inlined[1]), '?')}:{inlined[2]}"
         return where
 
-    def _read_statement(self, text: str, line: int, source: str, scopes: list[dict[str, str]]) -> None:
+    def _read_statement(self, text: str, line: int, source: str, scopes: list[tuple[int, dict[str, str]]]) -> None:
         if declared := re.match(r"\.reg\s+\.(\w+)\s+(.*)", text):
             for name in (part.strip() for part in declared[2].split(",")):
                 if len(scopes) > 1 and "<" not in name:  # it hides a register of that name outside of its block
-                    scopes[-1][name] = f"{name}${len(self.registers)}"
-                    name = scopes[-1][name]
+                    name = scopes[-1][1].setdefault(name, f"{name}${len(self.registers)}")
                 self.registers[re.sub(r"<\d+>", "", name)] = declared[1]
         elif text.startswith(".shared"):
             pass  # _read_shared has it
         elif text.startswith("."):
             raise Unknown(f"{self.name}: PTX line {line}: {text!r}")
         elif text:
-            if any(scopes):
-                names = {outer: inner for scope in scopes for outer, inner in scope.items()}
+            if names := {outer: inner for _, own in scopes for outer, inner in own.items()}:
                 text = re.sub(r"%?[A-Za-z_$][\w$]*", lambda found: names.get(found[0], found[0]), text)
             guard, negated = None, False
             if found := re.match(r"@(!?)(%?[\w$]+)\s+", text):
                 guard, negated, text = found[2], bool(found[1]), text[found.end() :]
             opcode, _, rest = text.replace("\t", " ").partition(" ")
-            self.instructions.append(Instruction(opcode, split(rest), guard, negated, line, source, text))
+            blocks = [number for number, _ in scopes]
+            self.instructions.append(Instruction(opcode, split(rest), guard, negated, line, source, text, blocks))
+
+    def target(self, branch: Instruction) -> int:
+        """The instruction that a branch goes to: the label of the innermost block that has it."""
+        label = branch.arguments[-1]
+        return next(self.labels[label, n] for n in reversed(branch.blocks) if (label, n) in self.labels)
 
     def type_of(self, register: str) -> str:
         if register in self.registers:
@@ -232,9 +241,10 @@ class Kernel:
         return 1 if kind == "pred" else max(int(re.search(r"\d+", kind)[0]) // 8, 2)
 
     def _place_registers(self) -> None:
-        """Every operand gets a place in a warp's register file and a word for its undefined bits."""
-        self.places: dict[Operand, tuple[int, int]] = {}
-        self.register_bytes = 0
+        """Every operand gets a place in a warp's register file and a word for its undefined bits, one for each half if
+        it has 64."""
+        self.places: dict[Operand, tuple[int, int, int]] = {}
+        self.register_bytes = self.register_words = 0
         for instruction in self.instructions:
             operands = [*instruction.operands, *([Register(instruction.guard)] if instruction.guard else [])]
             for operand in operands:
@@ -244,7 +254,9 @@ class Kernel:
                     width = self.width(operand.name)
                 else:
                     width = 4 if isinstance(operand, Special) else operand.width
-                self.places[operand] = self.register_bytes, len(self.places)
+                words = 2 if width == 8 else 1
+                self.places[operand] = self.register_bytes, self.register_words, self.register_words + words - 1
+                self.register_words += words
                 self.register_bytes += 64 if width <= 2 else 32 * width
 
 
@@ -271,11 +283,11 @@ def joins(kernel: Kernel) -> dict[int, int]:
     number = {first: block for block, first in enumerate(leaders)}
     end = len(leaders)  # stands for the end of the program
     successors: list[set[int]] = []
-    for block, first in enumerate(leaders):
+    for block in range(end):
         after = leaders[block + 1] if block + 1 < end else len(code)
         last, following = code[after - 1], number.get(after, end)
         if last.handler == "branch":
-            targets = {number.get(labels[last.arguments[-1]], end)}
+            targets = {number.get(kernel.target(last), end)}
         elif last.handler in ends:
             targets = {end}
         else:

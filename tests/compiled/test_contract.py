@@ -21,10 +21,8 @@ def architectures() -> list:
     """sm_90 for most quick cases and sm_80 for the others; the sweep takes turns."""
     chosen = []
     for k, (case, slow) in enumerate(quick_and_sweep()):
-        if slow:
-            arch = (80, 90, 100)[k % 3]
-        else:
-            arch = 80 if (case.op, case.dtype) in ON_AMPERE else 90
+        quick_arch = 80 if (case.op, case.dtype) in ON_AMPERE else 90
+        arch = (80, 90, 100)[k % 3] if slow else quick_arch
         chosen.append(pytest.param(case, arch, id=f"{case} sm_{arch}", marks=[pytest.mark.slow] if slow else []))
     return chosen
 
@@ -39,31 +37,33 @@ def hold(case: Case, arch: int, record_property, orders=ORDERS) -> None:
     with ck.backend("reference"):
         value, gradient = run(built.definition, built.leaves, torch.float64)
         own_value, own_gradient = run(built.definition, built.leaves)
-    results = []
+    results, faults = [], []
     for order in orders:
         with emulated(arch, order) as gpu:
             results.append(run(built.loss, built.leaves))
         record_property("compiled", (gpu.compiled_kernels, gpu.compile_seconds))
         assert gpu.launches
-        assert not gpu.faults(), "\n".join(map(str, gpu.faults()))
-    for result in results[1:]:
-        for first, second in zip(results[0], result):
-            assert torch.equal(first.nan_to_num(7), second.nan_to_num(7)), "another order gives other bits"
-    assert all(torch.equal(x.nan_to_num(7), copy.nan_to_num(7)) for x, copy in zip(built.leaves, before))
-    assert all(torch.equal(counts, built.exact[0]) for counts in built.exact)
+        faults += gpu.faults()
+    shares = [0.0]
     if case.values in ("NaN", "inf"):
         broken = [x.isnan() for x in (results[0][0], own_value)]
         if case.op == "class_anchors":  # one broken channel may break its whole row
             broken = [~x.isfinite().all(1) for x in (results[0][0], own_value)]
         assert torch.equal(*broken)
-        return
-    rounding = 1e-12 if case.dtype == "float64" else 1e-6
-    shares = [
-        relative(ours, true) / (2 * relative(own, true) + rounding)
-        for ours, true, own in zip(results[0], (value, gradient), (own_value, own_gradient))
-    ]
-    record_property("errors", ((case.op, case.dtype, arch), *shares))
+    else:
+        rounding = 1e-12 if case.dtype == "float64" else 1e-6
+        shares = [
+            relative(ours, true) / (2 * relative(own, true) + rounding)
+            for ours, true, own in zip(results[0], (value, gradient), (own_value, own_gradient))
+        ]
+        record_property("errors", ((case.op, case.dtype, arch), *shares))
+    assert not faults, f"{len(faults)} findings, such as\n" + "\n".join(map(str, faults[:6]))
     assert max(shares) <= 1, f"value and gradient are off by {shares} of what is allowed"
+    for result in results[1:]:
+        for first, second in zip(results[0], result):
+            assert torch.equal(first.nan_to_num(7), second.nan_to_num(7)), "another order gives other bits"
+    assert all(torch.equal(x.nan_to_num(7), copy.nan_to_num(7)) for x, copy in zip(built.leaves, before))
+    assert all(torch.equal(counts, built.exact[0]) for counts in built.exact)
 
 
 @pytest.mark.parametrize(("case", "arch"), architectures())
@@ -77,6 +77,30 @@ def test_contract_holds_where_ptx_leaves_rounding_open(case, one_rank, record_pr
     """Approximate instructions as far off as PTX allows, and tensor cores that round their sums once."""
     orders = (Schedule(seed=3, noise=True, exact_sums=True),)
     hold(case, 90, record_property, orders)
+
+
+@pytest.mark.parametrize("axis", ["images", "rows"])
+def test_offsets_past_two_billion(axis, tmp_path):
+    """Features whose images, or whose rows, lie so far apart that an offset in elements passes 2³¹."""
+    case = Case("contextrast_loss", {"layer_weights": (1.0,)}, "bfloat16", D=64)
+    built = build(case)
+    (x,) = built.leaves
+    h, w = x.shape[2:]
+    far = 2**31 + 64 if axis == "images" else 2**28 + 64
+    strides = (far, h * w, w, 1) if axis == "images" else (h * far, w, far, 1)
+    size = 1 + sum((n - 1) * step for n, step in zip(x.shape, strides))
+    sparse = torch.from_file(str(tmp_path / "sparse"), shared=True, size=size, dtype=x.dtype)
+    apart = sparse.as_strided(x.shape, strides)
+    expected = []
+    for y in (x, apart.copy_(x)):
+        with emulated(90, ORDERS[0]) as gpu:
+            y = y.detach().requires_grad_()
+            loss = built.loss(y)
+            expected.append((loss.detach(), *torch.autograd.grad(loss, y)))
+        assert not gpu.faults(), "\n".join(map(str, gpu.faults()))
+    (loss, gradient), (far_loss, far_gradient) = expected
+    torch.testing.assert_close(far_loss, loss, rtol=1e-6, atol=0)
+    torch.testing.assert_close(far_gradient, gradient, rtol=2**-7, atol=2**-24)
 
 
 @pytest.mark.slow

@@ -60,7 +60,17 @@ def values(kind: str, rng) -> np.ndarray:
     """64 numbers of a type, the awkward ones first."""
     dtype = NUMPY[kind]
     if kind[0] == "f":
-        special = [0.0, -0.0, np.inf, -np.inf, np.nan, np.finfo(dtype).max, np.finfo(dtype).smallest_subnormal, 1.0, -1.0]
+        special = [
+            0.0,
+            -0.0,
+            np.inf,
+            -np.inf,
+            np.nan,
+            np.finfo(dtype).max,
+            np.finfo(dtype).smallest_subnormal,
+            1.0,
+            -1.0,
+        ]
         return np.concatenate([special, rng.standard_normal(64 - len(special)) * 10]).astype(dtype)
     info = np.iinfo(dtype)
     special = [0, 1, info.max, info.min, 31, 32, 33, 63, 64]
@@ -95,7 +105,7 @@ INSTRUCTIONS = {
     "mul.rn.f64": ("f64", ["f64", "f64"], np.multiply),
     "div.rn.f32": ("f32", ["f32", "f32"], np.divide),
     "sqrt.rn.f32": ("f32", ["f32"], np.sqrt),
-    "fma.rn.f32": ("f32", ["f32"] * 3, lambda x, y, z: (np.float64(x) * np.float64(y) + np.float64(z)).astype(np.float32)),
+    "fma.rn.f32": ("f32", ["f32"] * 3, lambda x, y, z: (np.float64(x) * y + z).astype(np.float32)),
     "min.f32": ("f32", ["f32", "f32"], np.fmin),
     "neg.f32": ("f32", ["f32"], np.negative),
     "abs.f64": ("f64", ["f64"], np.abs),
@@ -107,7 +117,7 @@ INSTRUCTIONS = {
     "cvt.rn.f32.f64": ("f32", ["f64"], lambda x: x.astype(np.float32)),
     "cvt.s64.s32": ("s64", ["s32"], lambda x: x.astype(np.int64)),
     "cvt.u16.u32": ("u16", ["u32"], lambda x: x.astype(np.uint16)),
-    "cvt.rzi.s32.f32": ("s32", ["f32"], lambda x: np.nan_to_num(np.trunc(x.astype(np.float64))).clip(-(2**31), 2**31 - 1).astype(np.int32)),
+    "cvt.rzi.s32.f32": ("s32", ["f32"], lambda x: np.nan_to_num(x.astype(float)).clip(-(2**31), 2**31 - 1).astype(int)),
 }  # fmt: skip
 
 
@@ -194,6 +204,8 @@ PROGRAMS = {
     "A: bar.sync 0; B: mov.u32 %r1, 0;",
     "integer division by zero": "mov.u32 %r1, 0; div.u32 %r2, %tid, %r1;",
     "trap, or too many instructions": "AGAIN: bra.uni AGAIN;",
+    "read through the cache for read-only data of what this launch writes": "st.global.b64 [%y], 0;"
+    "ld.global.nc.b64 %d1, [%y];",
     "tensor cores read shared memory without a proxy fence": "",
     "descriptor of a matrix in shared memory": "",
 }
@@ -209,6 +221,15 @@ def wgmma(descriptor: str, fence: str) -> str:
         wgmma.wait_group.sync.aligned 0;"""
 
 
+ALLOCATED = """mov.b32 %r1, memory; setp.lt.u32 %p1, %tid, 32; shl.b32 %r2, %tid, 16; and.b32 %r2, %r2, 2097152;
+    @%p1 tcgen05.alloc.cta_group::1.sync.aligned.shared::cta.b32 [%r1], 32; bar.sync 0;"""
+FREED = "bar.sync 0; @%p1 tcgen05.dealloc.cta_group::1.sync.aligned.b32 %r3, 32;"
+STORED = "tcgen05.st.sync.aligned.16x32bx2.x1.b32 [%r2], 1, {%tid};"
+PROGRAMS["outside of the tensor memory that was allocated, or not freed"] = ALLOCATED
+PROGRAMS["tensor memory used before its product or store was waited for"] = (
+    f"{ALLOCATED} {STORED} tcgen05.ld.sync.aligned.16x32bx2.x1.b32 {{%r4}}, [%r2], 1; {FREED}"
+)
+PROGRAMS["race in tensor memory"] = f"{ALLOCATED} mov.u32 %r2, 0; {STORED} tcgen05.wait::st.sync.aligned; {FREED}"
 PROGRAMS["tensor cores read shared memory without a proxy fence"] = wgmma("", "")
 PROGRAMS["descriptor of a matrix in shared memory"] = wgmma("or.b64 %d1, %d1, 562949953421312;", "fence.proxy.async;")
 
@@ -236,8 +257,10 @@ def test_every_kind_of_finding_has_a_program():
         "atom.global.add.u32 %r1, [%out], 1;",
         "setp.lt.u32 %p1, %tid, 64; ld.global.b64 %d1, [%x]; @%p1 st.global.b64 [%y], %d1;",
         wgmma("", "fence.proxy.async;"),
+        f"{ALLOCATED} {STORED} tcgen05.wait::st.sync.aligned;"
+        f"tcgen05.ld.sync.aligned.16x32bx2.x1.b32 {{%r4}}, [%r2], 1; st.global.b32 [%y], %r4; {FREED}",
     ],
-    ids=["barrier", "warp barrier", "atomics", "guard", "proxy fence"],
+    ids=["barrier", "warp barrier", "atomics", "guard", "proxy fence", "tensor memory"],
 )
 def test_what_is_in_order_gives_no_finding(body):
     for quantum in (0, 3):

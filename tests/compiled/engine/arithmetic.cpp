@@ -179,6 +179,9 @@ void define_floats(const std::string& type) {
   elementwise<T, T>("sqrt.rn" + type, [](T x) { return canonical(std::sqrt(x)); });
   elementwise<T, T, T>("min" + type, [](T x, T y) { return minimum(x, y); });
   elementwise<T, T, T>("max" + type, [](T x, T y) { return maximum(x, y); });
+  // Blackwell's forms with three numbers.
+  elementwise<T, T, T, T>("min3" + type, [](T x, T y, T z) { return minimum(minimum(x, y), z); });
+  elementwise<T, T, T, T>("max3" + type, [](T x, T y, T z) { return maximum(maximum(x, y), z); });
   // Signs are bits: a NaN keeps its own.
   using U = std::conditional_t<sizeof(T) == 4, u32, u64>;
   elementwise<U, U>("abs" + type, [](U x) { return U(x & ~(U(1) << (8 * sizeof(U) - 1))); });
@@ -252,10 +255,10 @@ void define_pairs() {
   static constexpr auto low = [](u64 x) { return as_float(u32(x)); };
   static constexpr auto high = [](u64 x) { return as_float(u32(x >> 32)); };
   static constexpr auto pair = [](float l, float h) { return u64(bits_of(canonical(h))) << 32 | bits_of(canonical(l)); };
-  elementwise<u64, u64, u64>("add.f32x2", [](u64 x, u64 y) { return pair(low(x) + low(y), high(x) + high(y)); });
-  elementwise<u64, u64, u64>("sub.f32x2", [](u64 x, u64 y) { return pair(low(x) - low(y), high(x) - high(y)); });
-  elementwise<u64, u64, u64>("mul.f32x2", [](u64 x, u64 y) { return pair(low(x) * low(y), high(x) * high(y)); });
-  elementwise<u64, u64, u64, u64>("fma.f32x2", [](u64 x, u64 y, u64 z) {
+  halfwise<2>("add.f32x2", [](u64 x, u64 y) { return pair(low(x) + low(y), high(x) + high(y)); });
+  halfwise<2>("sub.f32x2", [](u64 x, u64 y) { return pair(low(x) - low(y), high(x) - high(y)); });
+  halfwise<2>("mul.f32x2", [](u64 x, u64 y) { return pair(low(x) * low(y), high(x) * high(y)); });
+  halfwise<3>("fma.f32x2", [](u64 x, u64 y, u64 z) {
     return pair(std::fma(low(x), low(y), low(z)), std::fma(high(x), high(y), high(z)));
   });
 }
@@ -349,6 +352,7 @@ void define_arithmetic() {
   define_halves<F16>(".f16");
   define_halves<BF16>(".bf16");
   define_pairs();
+  halfwise<1>("mov.u64", [](u64 x) { return x; });
   define_equality<u16>(".u16"), define_equality<u32>(".u32"), define_equality<u64>(".u64");
   define_order<u16>(".u16"), define_order<u32>(".u32"), define_order<u64>(".u64");
   define_order<s16>(".s16"), define_order<s32>(".s32"), define_order<s64>(".s64");

@@ -63,25 +63,26 @@ void define_rounding_to_integers(const std::string& types) {
 void pack(Context& c) {
   const int bytes = c.number(0), parts = c.number(1);
   u64 results[32] = {0};
-  u32 undefined = 0;
+  u32 low = 0, high = 0;
   for (int k = 0; k < parts; k++) {
-    undefined |= c.undefined(1 + k);
+    (2 * k < parts ? low : high) |= c.undefined(1 + k);
     for (int lane = 0; lane < 32; lane++)
       results[lane] |= extended(c.read(1 + k, lane, std::max(bytes, 2)), bytes, false) << (8 * bytes * k);
   }
   for (int lane = 0; lane < 32; lane++)
     if (c.active(lane)) c.write(0, lane, bytes * parts, results[lane]);
-  c.set_undefined(0, undefined);
+  if (bytes * parts < 8) low = high = low | high;
+  c.set_undefined(0, low, high);
 }
 void unpack(Context& c) {
   const int bytes = c.number(0), parts = c.number(1);
-  const u32 undefined = c.undefined(0);
+  const u32 low = c.undefined_low(0), high = c.undefined_high(0);
   u64 values[32];
   for (int lane = 0; lane < 32; lane++) values[lane] = c.read(0, lane, bytes * parts);
   for (int k = 0; k < parts; k++) {
     for (int lane = 0; lane < 32; lane++)
       if (c.active(lane)) c.write(1 + k, lane, std::max(bytes, 2), extended(values[lane] >> 8 * bytes * k, bytes, false));
-    c.set_undefined(1 + k, undefined);
+    c.set_undefined(1 + k, bytes * parts < 8 ? low | high : 2 * k < parts ? low : high);
   }
 }
 

@@ -32,7 +32,8 @@ void shuffle(Context& c) {
   }
 }
 
-// Operands: target, source, mask. numbers[0]: 0 add, 1 min.s, 2 max.s, 3 min.u, 4 max.u, 5 and, 6 or, 7 xor.
+// Operands: target, source, mask.
+// numbers[0]: 0 add, 1 min.s, 2 max.s, 3 min.u, 4 max.u, 5 and, 6 or, 7 xor, 8 min.f32, 9 max.f32.
 void reduce(Context& c) {
   const u32* source = c.reg<u32>(1);
   c.needs(c.reg<u32>(2)[c.first_lane()]);
@@ -48,7 +49,9 @@ void reduce(Context& c) {
       case 4: result = std::max(result, x); break;
       case 5: result &= x; break;
       case 6: result |= x; break;
-      default: result ^= x;
+      case 7: result ^= x; break;
+      case 8: result = bits_of(minimum(as_float(result), as_float(x))); break;
+      default: result = bits_of(maximum(as_float(result), as_float(x)));
     }
   }
   u32 results[32];

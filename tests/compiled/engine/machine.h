@@ -19,6 +19,7 @@ constexpr u32 ALL = 0xffffffffu;  // all 32 lanes
 struct Operand {
   s32 place;  // of the register in a warp's file: 32 lanes side by side, or one word of 32 bits for a predicate; -1: a sink
   s32 word;   // of its undefined bits, one a lane
+  s32 high;   // the same of the upper half of 64 bits; else the same word
 };
 
 struct Instruction {
@@ -29,7 +30,7 @@ struct Instruction {
 };
 
 struct Constant {
-  s32 place, word, width, unused;
+  s32 place, word, high, width;
   u64 value;
 };
 
@@ -76,6 +77,7 @@ enum Kind {
   UNDEFINED_STORE, UNDEFINED_ADDRESS, UNDEFINED_BRANCH, UNDEFINED_READ, UNDEFINED_ATOMIC,
   SHARED_RACE, BLOCK_RACE, GRID_RACE, WARP_RACE, LANES_DISAGREE, SAME_VALUE_SHARED, SAME_VALUE_GLOBAL,
   DIVERGED, BARRIER_MISMATCH, NO_PROXY_FENCE, DESCRIPTOR, DIVISION_BY_ZERO, TRAPPED, READ_ONLY_CACHE,
+  TENSOR_BOUNDS, TENSOR_ORDER, TENSOR_RACE,
 };
 
 // ----------------------------------------------------------------------------------------------- what is known of memory
@@ -118,6 +120,8 @@ struct Warp {
   u32 live, mask;
   int pc, join, barrier_pc;
   bool at_barrier, done;
+  bool paused;  // waits for another warp in a loop
+  u32 commits_seen;  // of Blackwell's products
   std::vector<Path> paths;
   u32 fences;  // of the async proxy, so far
   u32 turn;  // counts __syncwarp
@@ -203,11 +207,17 @@ struct Context {
   }
   void write_predicate(int k, u32 value) const { predicate(k) = (predicate(k) & ~mask) | (value & mask); }
 
-  u32& undefined(int k) const { return warp.undefined[operand(k).word]; }
+  u32 undefined(int k) const { return warp.undefined[operand(k).word] | warp.undefined[operand(k).high]; }
+  u32 undefined_low(int k) const { return warp.undefined[operand(k).word]; }
+  u32 undefined_high(int k) const { return warp.undefined[operand(k).high]; }
   u32 undefined_guard() const { return instruction.guard >= 0 ? warp.undefined[instruction.guard_word] : 0; }
-  void set_undefined(int k, u32 lanes) const {
+  void set_undefined(int k, u32 lanes) const { set_undefined(k, lanes, lanes); }
+  void set_undefined(int k, u32 low, u32 high) const {  // of the halves of a register of 64 bits
     if (sink(k)) return;
-    undefined(k) = (undefined(k) & ~mask) | (mask & (lanes | undefined_guard()));
+    const u32 guard = undefined_guard();
+    u32 &first = warp.undefined[operand(k).word], &second = warp.undefined[operand(k).high];
+    second = (second & ~mask) | (mask & (high | guard));
+    first = (first & ~mask) | (mask & (low | guard));
   }
 
   void report(Kind kind, int lane, u64 address, int other = -1) const {
@@ -222,8 +232,9 @@ struct Context {
 
 using Handler = void (*)(Context&);
 
-// Enters an instruction into the table that reader.py's names are looked up in.
-void define(const std::string& name, Handler handler);
+// Enters an instruction into the table that lowering.py's names are looked up in. operands: how many it has; -1: the
+// handler and its function in lowering.py agree on that.
+void define(const std::string& name, Handler handler, int operands = -1);
 
 // An instruction that computes each lane of its first operand from the same lane of the others:
 //   elementwise<u32, u32, u32>("add.u32", [](u32 x, u32 y) { return x + y; });
@@ -234,11 +245,23 @@ void apply_elementwise(Context& c, std::index_sequence<k...>) {
   c.write(0, results);
   c.set_undefined(0, (c.undefined(1 + k) | ...));
 }
+// The same for each half of registers of 64 bits.
+template <class Function, size_t... k>
+void apply_halfwise(Context& c, std::index_sequence<k...>) {
+  u64 results[32];
+  for (int lane = 0; lane < 32; lane++) results[lane] = Function()(c.reg<u64>(1 + k)[lane]...);
+  c.write(0, results);
+  c.set_undefined(0, (c.undefined_low(1 + k) | ...), (c.undefined_high(1 + k) | ...));
+}
+template <int arguments, class Function>
+void halfwise(const std::string& name, Function) {
+  define(name, [](Context& c) { apply_halfwise<Function>(c, std::make_index_sequence<arguments>()); }, 1 + arguments);
+}
 template <class Result, class... Arguments, class Function>
 void elementwise(const std::string& name, Function) {
   define(name, [](Context& c) {
     apply_elementwise<Function, Result, Arguments...>(c, std::index_sequence_for<Arguments...>());
-  });
+  }, 1 + sizeof...(Arguments));
 }
 
 // Shared and global memory, with their checks (memory.cpp). A lane of -1 stands for the whole warp.
@@ -259,6 +282,8 @@ void order_by_barrier(Machine& machine);
 bool ordered(const Context& c, u32 block, u32 warp, u32 fences);  // before this warp: what that one did with so many fences
 
 void set_noise(bool on, u64 seed);
+void reset_tensor_memory();
+void check_tensor_memory_is_free(Machine& machine);
 
 // What each file enters; called once.
 void define_arithmetic();
@@ -267,3 +292,4 @@ void define_lane_exchange();
 void define_memory();
 void define_order();
 void define_tensor_cores();
+void define_tensor_memory();

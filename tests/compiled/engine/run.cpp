@@ -8,16 +8,20 @@ static std::vector<Handler>& handlers() {
   static std::vector<Handler> list;
   return list;
 }
-static std::unordered_map<std::string, int>& names() {
-  static std::unordered_map<std::string, int> table;
+struct Entry {
+  int number, operands;
+};
+static std::unordered_map<std::string, Entry>& names() {
+  static std::unordered_map<std::string, Entry> table;
   return table;
 }
-void define(const std::string& name, Handler handler) {
-  names()[name] = int(handlers().size());
+void define(const std::string& name, Handler handler, int operands) {
+  names()[name] = {int(handlers().size()), operands};
   handlers().push_back(handler);
 }
 static bool define_all() {
   define_arithmetic(), define_conversions(), define_lane_exchange(), define_memory(), define_order(), define_tensor_cores();
+  define_tensor_memory();
   return true;
 }
 
@@ -63,6 +67,7 @@ static void take_from_barrier(const Context& c) {
 
 // Runs until a barrier, the end, or the end of its time.
 static void run_warp(Machine& machine, Warp& warp, u64 instructions) {
+  warp.paused = false;
   while (instructions-- > 0) {
     if (!warp.mask || warp.pc == warp.join) {
       if (!warp.paths.empty()) resume(warp);
@@ -85,6 +90,7 @@ static void run_warp(Machine& machine, Warp& warp, u64 instructions) {
       Context context{machine, warp, instruction, mask};
       if (mask) handlers()[instruction.handler](context);
       warp.pc++;
+      if (warp.paused) return;
     } else if (instruction.handler == BRANCH && !over) {
       branch(machine, warp, instruction, mask);
     } else if (instruction.handler == RETURN && !over) {
@@ -128,13 +134,14 @@ static void start(Machine& machine, Warp& warp, int number, const std::vector<Co
   const int threads = launch.block[0] * launch.block[1] * launch.block[2] - 32 * number;
   warp.number = number, warp.live = warp.mask = threads >= 32 ? ALL : (1u << threads) - 1;
   warp.pc = 0, warp.join = -1, warp.at_barrier = warp.done = false;
+  warp.commits_seen = 0;
   warp.paths.clear(), warp.pending.clear(), warp.async_reads.clear();
   std::fill(warp.fences_of_lane, warp.fences_of_lane + 32, 0);
   warp.fences_of_block.assign(machine.warps.size(), 0), warp.acquired.clear(), warp.seen.clear();
   memset(warp.registers, 0xff, launch.register_bytes);
   std::fill(warp.undefined, warp.undefined + launch.register_words, ALL);
-  auto fill = [&](s32 place, s32 word, int width, auto value) {
-    warp.undefined[word] = 0;
+  auto fill = [&](s32 place, s32 word, s32 high, int width, auto value) {
+    warp.undefined[word] = warp.undefined[high] = 0;
     u8* target = warp.registers + place;
     if (width == 1) *reinterpret_cast<u32*>(target) = value(0) ? ALL : 0;
     else
@@ -143,9 +150,9 @@ static void start(Machine& machine, Warp& warp, int number, const std::vector<Co
         memcpy(target + lane * width, &x, width);
       }
   };
-  for (const Constant& constant : constants) fill(constant.place, constant.word, constant.width, [&](int) { return constant.value; });
+  for (const Constant& constant : constants) fill(constant.place, constant.word, constant.high, constant.width, [&](int) { return constant.value; });
   for (const Special& s : specials)
-    fill(s.place, s.word, 4, [&](int lane) { return u64(special(machine, s.which, 32 * number + lane)); });
+    fill(s.place, s.word, s.word, 4, [&](int lane) { return u64(special(machine, s.which, 32 * number + lane)); });
 }
 
 // All warps have arrived, or have ended, which a block with barriers may not do.
@@ -170,6 +177,7 @@ static void run_block(Machine& machine, const std::vector<Constant>& constants, 
   for (SharedByte& byte : machine.shared_bytes) byte.undefined = 1;
   std::fill(machine.shared.begin(), machine.shared.end(), 0xff);
   machine.l1.clear();
+  reset_tensor_memory();
   machine.epoch++;
   const int warps = int(machine.warps.size());
   for (int k = 0; k < warps; k++) start(machine, machine.warps[k], k, constants, specials);
@@ -184,9 +192,10 @@ static void run_block(Machine& machine, const std::vector<Constant>& constants, 
       if (!warp.done && !warp.at_barrier) run_warp(machine, warp, quantum ? 1 + machine.random() % quantum : ~u64(0));
     }
     auto all = [&](auto what) { return std::all_of(machine.warps.begin(), machine.warps.end(), what); };
-    if (all([](const Warp& warp) { return warp.done; })) return;
+    if (all([](const Warp& warp) { return warp.done; })) break;
     if (all([](const Warp& warp) { return warp.done || warp.at_barrier; })) pass_barrier(machine);
   }
+  check_tensor_memory_is_free(machine);
 }
 
 // -------------------------------------------------------------------------------------------------------- the interface
@@ -197,12 +206,13 @@ static size_t watched_bytes(const Extent& extent) {
 
 extern "C" {
 
-// The number of an instruction; -100: unknown.
-int engine_handler(const char* name) {
+// The number of an instruction with so many operands; -100: there is none.
+int engine_handler(const char* name, int operands) {
   static const bool defined = define_all();
   (void)defined;
   const auto found = names().find(name);
-  return found == names().end() ? -100 : found->second;
+  if (found == names().end() || (found->second.operands >= 0 && found->second.operands != operands)) return -100;
+  return found->second.number;
 }
 
 // Runs `order[0 .. launch->blocks - 1]` of the grid's blocks; returns how many findings were written.

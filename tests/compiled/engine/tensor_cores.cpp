@@ -4,12 +4,9 @@
 // products are aligned to the largest of them and cut to 26 bits, their sum is cut to float32, and blocks are added one
 // after the other. A block is 8 products of 16-bit numbers or 4 of TF32 on Ampere, twice as many later. NVIDIA
 // guarantees none of it; with exact_sums everything is added in float64 and rounded once, the other extreme.
-#include "machine.h"
+#include "tensor_cores.h"
 
-enum Type { FLOAT16, BFLOAT16, TFLOAT32, FLOAT64 };
-
-// C (M x N) += A (M x K) B (K x N), row by row; N is a multiple of 8.
-static void multiply_add(const Machine& machine, const float* A, const float* B, float* C, int M, int N, int K, int block) {
+void multiply_add(const Machine& machine, const float* A, const float* B, float* C, int M, int N, int K, int block) {
   auto finite = [](const float* x, int n) { return std::all_of(x, x + n, [](float v) { return std::isfinite(v); }); };
   if (machine.launch.exact_sums || !finite(A, M * K) || !finite(B, K * N) || !finite(C, M * N)) {
     for (int i = 0; i < M; i++)
@@ -45,7 +42,7 @@ static void multiply_add(const Machine& machine, const float* A, const float* B,
       }
 }
 
-static int products_of_a_block(const Machine& machine, Type type) {
+int products_of_a_block(const Machine& machine, Type type) {
   return (type == TFLOAT32 ? 4 : 8) * (machine.launch.arch >= 90 ? 2 : 1);
 }
 
@@ -126,8 +123,8 @@ void store_matrix(Context& c) {
 template <class T, int ROWS, int COLUMNS>
 struct Matrix {
   int columns;
-  T values[ROWS * COLUMNS];
-  u8 undefined[ROWS * COLUMNS], bad_row[ROWS] = {0}, bad_column[COLUMNS] = {0};
+  T values[ROWS * COLUMNS] = {0};
+  u8 undefined[ROWS * COLUMNS] = {0}, bad_row[ROWS] = {0}, bad_column[COLUMNS] = {0};
   explicit Matrix(int columns) : columns(columns) {}
   void set(int row, int column, T value, bool bad) {
     values[row * columns + column] = value;
@@ -137,9 +134,8 @@ struct Matrix {
   }
 };
 
-// Elements of a 32-bit register: two of 16 bits or one TF32.
-static int elements_of(Type type) { return type == TFLOAT32 ? 1 : 2; }
-static float element(u32 word, int k, Type type) { return type == TFLOAT32 ? tf32_of(word) : half_of(u16(word >> 16 * k), type); }
+int elements_of(Type type) { return type == TFLOAT32 ? 1 : 2; }
+float element(u32 word, int k, Type type) { return type == TFLOAT32 ? tf32_of(word) : half_of(u16(word >> 16 * k), type); }
 
 // Row and column of what a lane holds in register k of A (16 x K), of B (K x 8), and of the accumulator (16 x N).
 struct Place {
@@ -254,7 +250,9 @@ static u64 address_in_descriptor(u64 descriptor, int mn, int k, int bytes, bool 
 }
 
 // What the generic proxy wrote is visible to the tensor cores only after its warp's fence.proxy.async.
-static float element_in_shared(Context& c, u64 descriptor, int mn, int k, Type type, bool outer_major, bool& undefined) {
+float element_in_shared(
+    Context& c, u64 descriptor, int mn, int k, Type type, bool outer_major, std::vector<std::pair<u32, u32>>& reads,
+    bool& undefined) {
   const int bytes = type == TFLOAT32 ? 4 : 2;
   const u64 address = address_in_descriptor(descriptor, mn, k, bytes, outer_major);
   const u8* place = shared_at(c, 0, address, bytes, bytes);
@@ -264,7 +262,7 @@ static float element_in_shared(Context& c, u64 descriptor, int mn, int k, Type t
   if (!byte.undefined && byte.write_epoch && byte.fences == c.machine.warps[byte.writer].fences)
     c.report(NO_PROXY_FENCE, 0, address, byte.writer);
   undefined = read_shared(c, -1, address, bytes);
-  c.warp.async_reads.push_back({u32(address), u32(bytes)});
+  reads.push_back({u32(address), u32(bytes)});
   u32 word = 0;
   memcpy(&word, place, bytes);
   return element(word, 0, type);
@@ -294,7 +292,7 @@ void multiply_group(Context& c) {
     for (int row = 0; row < 16; row++)
       for (int k = 0; k < K; k++) {
         bool bad;
-        const float value = element_in_shared(c, descriptor, 16 * (warp.number % 4) + row, k, type, c.number(4), bad);
+        const float value = element_in_shared(c, descriptor, 16 * (warp.number % 4) + row, k, type, c.number(4), warp.async_reads, bad);
         A.set(row, k, value, bad);
       }
   } else {
@@ -305,7 +303,7 @@ void multiply_group(Context& c) {
   for (int k = 0; k < K; k++)
     for (int column = 0; column < N; column++) {
       bool bad;
-      const float value = element_in_shared(c, descriptor, column, k, type, c.number(5), bad);
+      const float value = element_in_shared(c, descriptor, column, k, type, c.number(5), warp.async_reads, bad);
       B.set(k, column, value, bad);
     }
   bool accumulate = c.number(6);
@@ -337,7 +335,7 @@ void multiply_group(Context& c) {
     const auto known = pending(k);
     if (known == warp.pending.end()) warp.pending.push_back({c.operand(k).word, undefined});
     else known->second = undefined;
-    c.undefined(k) = ALL;
+    warp.undefined[c.operand(k).word] = ALL;
   }
 }
 
