@@ -363,7 +363,7 @@ struct Line {
 template <bool KEYS, class Cost>
 CONTEXTRAST_HD bool window(const Cost *costs, const int32_t *keys, int64_t step, const Cost *apart, int steps,
                            Cost *best, int32_t *best_keys) {
-  Best<KEYS, Cost> found;
+  Best<KEYS, Cost> found{};
   found.costs = Block<Cost>::at(best);
   if (!found.is_open(apart[1])) return true;
   if constexpr (KEYS) found.keys = Keys<Cost>::at(best_keys);
