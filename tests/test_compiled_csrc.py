@@ -313,24 +313,25 @@ FOUND = [
 """What the machine says of each fault of faults.cu, in their order."""
 
 
-@pytest.mark.parametrize("seed", [1, 2])
-def test_the_machine_finds_each_planted_fault(seed):
+def test_the_machine_finds_each_planted_fault():
     gpu = csrc.Device(csrc.build(90, [FAULTS]))
     gpu.limit = 100_000
     gpu.library.fault.argtypes = (csrc.ctypes.c_int, *(csrc.ctypes.c_void_p,) * 3)
     gpu.library.fault.restype = csrc.ctypes.c_char_p
     for which, expected in enumerate(FOUND):
-        given, result, scratch = torch.arange(64).int(), torch.empty(64, dtype=torch.int32), torch.empty(1024).byte()
-        memory = csrc.inputs([given]) + [csrc.Memory(t, "new", True) for t in (result, scratch)]
-        gpu.holds(memory, Schedule(seed, quantum=10 * seed))
-        gpu.findings.clear()
-        said = gpu.library.fault(which, *(t.data_ptr() for t in (given, result, scratch))).decode()
-        assert gpu.error is None
-        found = [fault.kind for fault in faults(gpu.findings)]
+        said = set()
+        for seed in 1, 2:
+            given, result, scratch = torch.arange(64).int(), torch.empty(64).int(), torch.empty(1024).byte()
+            memory = csrc.inputs([given]) + [csrc.Memory(t, "new", True) for t in (result, scratch)]
+            gpu.holds(memory, Schedule(seed, quantum=10 * seed))
+            gpu.findings.clear()
+            said.add(gpu.library.fault(which, *(t.data_ptr() for t in (given, result, scratch))).decode())
+            said.update(fault.kind for fault in faults(gpu.findings))
+            assert gpu.error is None
         if expected == "nothing":
-            assert (said, found) == ("no error", [])
+            assert said == {"no error"}
         else:
-            assert any(expected in kind for kind in [said, *found]), f"fault {which}: {expected!r}, got {said}, {found}"
+            assert any(expected in sentence for sentence in said), f"fault {which}: {expected!r}, got {said}"
 
 
 def deletions(gpu):
