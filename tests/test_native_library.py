@@ -92,25 +92,6 @@ def compiler():
     return COMPILER
 
 
-def test_lanes_of_the_kernels_emulated(compiler, tmp_path):
-    """The arithmetic of one lane, warp by warp, against loops; hash and bins too (lane_emulation.cpp)."""
-    program = tmp_path / "lanes"
-    flags = [
-        "-std=c++17",
-        "-O1",
-        "-Wall",
-        "-Wextra",
-        "-Werror",
-        "-fsanitize=address,undefined",
-        "-fno-sanitize-recover=all",
-    ]
-    source = ROOT / "tests" / "lane_emulation.cpp"
-    subprocess.run([compiler, *flags, f"-I{ROOT / 'csrc'}", source, "-o", program], check=True)
-    done = subprocess.run([program], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout.split()[0]) > 100_000
-
-
 @pytest.fixture(scope="session")
 def sanitized_library(compiler):
     """csrc/ once more with AddressSanitizer and UBSan, in build/, where the next run finds most of it done."""
