@@ -48,6 +48,13 @@ def frames(root: pathlib.Path, split: str, size: tuple[int, int]) -> tuple[Tenso
     return torch.stack(images), torch.stack(labels)
 
 
+def class_weights(labels: Tensor) -> Tensor:
+    """Weigh the cross-entropy's classes by the square root of the median frequency over their own, so that a short
+    training learns the rare ones too. SegNet's protocol weighs without the root."""
+    counts = torch.bincount(labels.flatten().long(), minlength=VOID + 1)[: len(CLASSES)].clamp(min=1).float()
+    return (counts.median() / counts).sqrt()
+
+
 def _read(path: pathlib.Path, mode: str | None = None) -> np.ndarray:
     try:
         with Image.open(path) as image:

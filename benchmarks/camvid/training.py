@@ -85,6 +85,7 @@ class Training:
         self.protocol, self.arm, self.seed, self.weight, self.frames = protocol, arm, seed, weight, frames
         self.images, self.labels = (part[seed % protocol.every :: protocol.every] for part in frames.train)
         self.augment = data.augmentation(protocol.size)
+        self.class_weights = data.class_weights(self.labels)
         N = len(data.CLASSES)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(data.draw(seed, 0))
@@ -113,7 +114,7 @@ class Training:
         labels = labels.to(device)
         with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
             logits = self.network(images)
-            cross_entropy = F.cross_entropy(logits, labels, ignore_index=data.VOID)
+            cross_entropy = F.cross_entropy(logits, labels, self.class_weights, ignore_index=data.VOID)
             contrast = None
             if self.loss is not None:
                 contrast = self.weight * self.loss(self.tap.features(), labels, logits)

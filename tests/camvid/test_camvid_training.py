@@ -82,6 +82,12 @@ def test_few_labels_are_a_quarter_of_the_frames_that_the_seed_chooses(tiny, fram
         assert torch.equal(run.images, frames.train[0][seed::4])
 
 
+def test_class_weights_match_an_example_worked_by_hand():
+    """Classes 0..10 with 1, 4, 9, ... 121 pixels: the median is 36, and the weights are 6 / 1, 6 / 2, ... 6 / 11."""
+    labels = torch.tensor([n for n in range(11) for _ in range((n + 1) ** 2)] + [data.VOID] * 50, dtype=torch.uint8)
+    assert data.class_weights(labels).tolist() == pytest.approx([6 / n for n in range(1, 12)])
+
+
 def test_every_frame_comes_once_before_any_comes_again():
     seen = torch.cat([data.order(7, 3, 5, i) for i in range(7)])
     for epoch in seen.split(7):
@@ -94,7 +100,7 @@ def test_log_of_the_gradients_is_that_of_autograd(tiny, frames):
 
     class Same(torch.nn.Module):
         def forward(self, features, labels, logits):
-            return torch.nn.functional.cross_entropy(logits, labels, ignore_index=data.VOID)
+            return torch.nn.functional.cross_entropy(logits, labels, run.class_weights, ignore_index=data.VOID)
 
     run = training.Training(tiny, arms.ARMS["bane"], 3, 0.25, frames)
     run.loss = Same()
