@@ -10,7 +10,7 @@
 #   bench      host loss parts ... rows of results: python -m benchmarks.run --help
 #              probes              open questions, each with its prediction: python -m benchmarks.probes --help
 #   sanitize   memcheck ...        compute-sanitizer over the CUDA kernels
-#   train      demo camvid         trainings: the demo, and the CamVid study (python -m benchmarks.train_camvid --help)
+#   train      demo camvid         trainings: the demo, and the CamVid study (python -m benchmarks.camvid --help)
 #
 # Every step takes under nine minutes. One that was finished with these sources is not repeated, and a failing one does
 # not stop the rest: run the same command until it says that nothing is left. A table comes last. The exit status is 1
@@ -26,7 +26,7 @@
 #                 take build/on_gpu, which git ignores, where OUT is emptied before each command
 #   PYTHON        python3 unless set
 #   PEERS         folder with checkouts of the relatives (benchmarks/peers.py), CAMVID: folder with CamVid's frames
-#   STUDY         more arguments of train/camvid, such as "--arms components --network small --iterations 1500"
+#   STUDY         more arguments of train/camvid, such as "--protocol long --arms components"
 #   CONTEXTRAST_COMMIT   what to write into the results where there is no git
 #
 # The first half hour on a GPU, in commands of ten minutes:
@@ -135,8 +135,8 @@ plan() {
     train/camvid)
       [[ -n ${CAMVID-} ]] || why="set CAMVID to the folder with CamVid's frames"
       # Checkpoints are too large to hand over: they stay in KEEP. Unquoted: STUDY holds several arguments.
-      command=("$python" -m benchmarks.train_camvid --root "${CAMVID-}" --out "$results" --keep "$KEEP/checkpoints"
-        ${tiny:+--arms components --seeds 0 --height 64 --iterations 4} ${STUDY-}) ;;
+      command=("$python" -m benchmarks.camvid --root "${CAMVID-}" --out "$KEEP/camvid"
+        ${tiny:+--protocol timing --arms baseline} ${STUDY-}) ;;
   esac
 }
 
@@ -148,7 +148,7 @@ hand_over() {
     printf '%s\n' "${table[@]}"
   } > "$KEEP/summary.txt"
   [[ $KEEP == "$OUT" ]] || cp "$KEEP/summary.txt" "$OUT"
-  cp "$results"/*.csv "$OUT" 2> /dev/null
+  cp "$results"/*.csv "$KEEP"/camvid/*.csv "$OUT" 2> /dev/null
   tar -C "$KEEP" -czf "$OUT/logs.tar.gz" $(cd "$KEEP" && ls -d logs demo 2> /dev/null)
 }
 

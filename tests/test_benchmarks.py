@@ -176,7 +176,9 @@ cpu_only = pytest.mark.skipif(
 
 @cpu_only
 @pytest.mark.parametrize(
-    "networks", [("small",), pytest.param(run.NETWORKS_TIMED, marks=pytest.mark.slow)], ids=["small", "all"]
+    "networks",
+    [("efficientnet_lite0",), pytest.param(run.NETWORKS_TIMED, marks=pytest.mark.slow)],
+    ids=["small", "all"],
 )
 def test_the_runner_goes_through_maps_peers_steps_and_compilers(tmp_path, capsys, monkeypatch, networks):
     monkeypatch.setattr(run, "NETWORKS_TIMED", networks)
@@ -196,7 +198,7 @@ def test_the_runner_goes_through_maps_peers_steps_and_compilers(tmp_path, capsys
     assert {
         ("edge_distance", "contextrast"),
         ("select_nearest", "sort of 64-bit keys"),
-        ("training step", "small"),
+        ("training step", "efficientnet_lite0"),
         ("contextrast_loss forward+backward", "torch.compile"),
     } <= ran
     runs(tmp_path, *parts)
@@ -276,7 +278,7 @@ def test_a_row_that_differs_or_crashes_is_written_down_as_failed(tmp_path, monke
 )
 def test_a_loss_that_is_not_the_definitions_is_not_timed(tmp_path, monkeypatch, part, broken):
     pytest.importorskip("triton")
-    monkeypatch.setattr(run, "NETWORKS_TIMED", ("small",))
+    monkeypatch.setattr(run, "NETWORKS_TIMED", ("efficientnet_lite0",))
     exact = ck.contextrast_loss
     monkeypatch.setattr(
         ck, "contextrast_loss", lambda *inputs, **o: exact(*inputs, **o) * (1.01 if _requested() == "triton" else 1)

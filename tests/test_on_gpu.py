@@ -123,14 +123,14 @@ def test_a_failing_step_stops_nothing_and_a_finished_one_is_not_repeated(without
 
 def test_with_a_gpu_nothing_is_small_or_left_out(with_gpu):
     wanted = ("sanitize", "test", "bench/host", "bench/loss", "bench/peers", "train")
-    done, states = with_gpu.run(*wanted, PEERS="/peers", CAMVID="/frames", STUDY="--arms ratio")
+    done, states = with_gpu.run(*wanted, PEERS="/peers", CAMVID="/frames", STUDY="--arms components")
     assert done.returncode == 0, done.stdout + done.stderr
     assert set(states.values()) == {"ok"} and len(states) == 13
     called = with_gpu.calls.read_text()
     assert "--tiny" not in called and "-m gpu tests --ignore=tests/test_kernels.py" in called
-    assert "--parts peers --peers /peers" in called and "benchmarks.train_camvid --root /frames" in called
-    [study] = [line for line in called.splitlines() if "train_camvid" in line]
-    assert f"--keep {with_gpu.keep}/checkpoints --arms ratio --minutes 8.33" in study
+    assert "--parts peers --peers /peers" in called and "benchmarks.camvid --root /frames" in called
+    [study] = [line for line in called.splitlines() if "benchmarks.camvid" in line]
+    assert f"--out {with_gpu.keep}/camvid --arms components --minutes 8.33" in study
     assert done.stdout.splitlines()[-1] == "nothing is left"
 
 

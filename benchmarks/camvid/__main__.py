@@ -16,11 +16,16 @@ import time
 from collections.abc import Iterable, Sequence
 
 import torch
-from filelock import FileLock, Timeout
-from tqdm import tqdm
 
+try:
+    from filelock import FileLock, Timeout
+    from tqdm import tqdm
+
+    from benchmarks.camvid import data, training
+except ImportError as error:
+    sys.exit(f'the CamVid study needs {error.name} ({error}). Install it: pip install -e ".[study]".')
 from benchmarks import results
-from benchmarks.camvid import arms, data, training
+from benchmarks.camvid import arms
 from benchmarks.camvid.rows import FILE, Result
 
 

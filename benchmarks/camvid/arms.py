@@ -1,4 +1,4 @@
-"""What is trained: protocols, arms and the order. All of it is data."""
+"""What is trained: classes, protocols, arms and the order. All of it is data."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -6,6 +6,11 @@ from dataclasses import dataclass, field, replace
 from torch import nn
 
 import contextrast_kernels as ck
+
+CLASSES = (*("sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car", "pedestrian", "bicyclist"),)
+RARE = ("pole", "sign", "fence", "pedestrian", "bicyclist")
+"""The classes with less than 1.5 % of the training pixels each."""
+VOID = 255
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2.functional import InterpolationMode, resize
 
-CLASSES = (*("sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car", "pedestrian", "bicyclist"),)
-RARE = ("pole", "sign", "fence", "pedestrian", "bicyclist")
-"""The classes with less than 1.5 % of the training pixels each."""
-VOID = 255
+from benchmarks.camvid.arms import CLASSES, VOID
 
 
 class DataError(Exception):

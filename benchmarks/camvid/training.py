@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import contextrast_kernels as ck
-from benchmarks.camvid import data
+from benchmarks.camvid import arms, data
 from benchmarks.camvid.arms import Arm, Protocol
 from benchmarks.camvid.networks import NETWORKS, Segmenter
 from benchmarks.camvid.rows import Result
@@ -86,7 +86,7 @@ class Training:
         self.images, self.labels = (part[seed % protocol.every :: protocol.every] for part in frames.train)
         self.augment = data.augmentation(protocol.size)
         self.class_weights = data.class_weights(self.labels)
-        N = len(data.CLASSES)
+        N = len(arms.CLASSES)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(data.draw(seed, 0))
             self.network: Segmenter = NETWORKS[protocol.network](N, protocol.pretrained)
@@ -114,7 +114,7 @@ class Training:
         labels = labels.to(device)
         with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
             logits = self.network(images)
-            cross_entropy = F.cross_entropy(logits, labels, self.class_weights, ignore_index=data.VOID)
+            cross_entropy = F.cross_entropy(logits, labels, self.class_weights, ignore_index=arms.VOID)
             contrast = None
             if self.loss is not None:
                 contrast = self.weight * self.loss(self.tap.features(), labels, logits)
@@ -133,14 +133,14 @@ class Training:
     def probe(self, cross_entropy: Tensor, contrast: Tensor | None, logits: Tensor, labels: Tensor) -> None:
         """Log this iteration: see ``Log``."""
         fifth = self.iteration * FIFTHS // self.protocol.iterations
-        stages, N = self.network.stages, len(data.CLASSES)
+        stages, N = self.network.stages, len(arms.CLASSES)
         at_edge, errors = [], []
         for stage in stages:
             predicted, true = (nearest(x, stage.shape[-2:]) for x in (logits.argmax(1), labels))
             wrong = ck.error_map(predicted, true, num_classes=N)
             distance = ck.edge_distance(wrong)
             at_edge.append(((distance == 0).sum() / (wrong >= 0).sum()).item())
-            errors.append(((wrong >= 0).sum() / (true != data.VOID).sum()).item())
+            errors.append(((wrong >= 0).sum() / (true != arms.VOID).sum()).item())
         self.log.add(fifth, "at_edge", at_edge)
         self.log.add(fifth, "errors", errors)
         if contrast is None:
@@ -236,7 +236,7 @@ def nearest(x: Tensor, size: torch.Size) -> Tensor:
 @torch.no_grad()
 def evaluate(network: nn.Module, validation: tuple[Tensor, Tensor], batch: int) -> dict:
     """Score a network on the validation frames: the columns of ``Result``."""
-    N = len(data.CLASSES)
+    N = len(arms.CLASSES)
     regions = ck.metrics.ConfusionMatrix(N)
     boundary = ck.metrics.BoundaryIoU(N, (3, 5))
     embeddings = ck.metrics.AlignmentUniformity(N)
@@ -258,7 +258,7 @@ def evaluate(network: nn.Module, validation: tuple[Tensor, Tensor], batch: int) 
         network.train()
     found = regions.compute() | boundary.compute() | embeddings.compute()
     per_class = found["iou_per_class"]
-    scores = {"miou": found["miou"], "rare": per_class[[data.CLASSES.index(name) for name in data.RARE]].nanmean()}
+    scores = {"miou": found["miou"], "rare": per_class[[arms.CLASSES.index(name) for name in arms.RARE]].nanmean()}
     scores |= {f"boundary_{r}": found[f"boundary_miou_{r}px"] for r in (3, 5)}
     scores |= {name: found[name] for name in ("alignment", "uniformity")}
     scores = {name: value.item() for name, value in scores.items()}

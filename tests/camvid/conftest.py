@@ -7,10 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-pytest.importorskip("timm", reason="timm is not installed")
-pytest.importorskip("torchvision", reason="torchvision is not installed")
-
-from benchmarks.camvid import arms, data, training
+from benchmarks.camvid import arms
 
 TINY = replace(
     arms.PRETRAINED, name="tiny", size=(64, 96), batch=2, iterations=4, learning_rate=0.01, pretrained=False, probes=2
@@ -39,6 +36,8 @@ def root(tmp_path_factory):
 
 @pytest.fixture
 def frames(root):
+    from benchmarks.camvid import data, training
+
     where = {"device": "a CPU", "torch": torch.__version__, "libraries": "", "commit": "0123456"}
     return training.Frames(
         data.frames(root, "train", TINY.size), data.frames(root, "val", TINY.size), where, torch.device("cpu")

@@ -8,6 +8,9 @@ from dataclasses import replace
 import pytest
 from filelock import FileLock
 
+pytest.importorskip("timm", reason="timm is not installed")
+pytest.importorskip("torchvision", reason="torchvision is not installed")
+
 from benchmarks import results
 from benchmarks.camvid import __main__ as command
 from benchmarks.camvid import arms, training

@@ -6,6 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+pytest.importorskip("timm", reason="timm is not installed")
+pytest.importorskip("torchvision", reason="torchvision is not installed")
+
 from benchmarks.camvid import arms, data, training
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -84,7 +87,7 @@ def test_few_labels_are_a_quarter_of_the_frames_that_the_seed_chooses(tiny, fram
 
 def test_class_weights_match_an_example_worked_by_hand():
     """Classes 0..10 with 1, 4, 9, ... 121 pixels: the median is 36, and the weights are 6 / 1, 6 / 2, ... 6 / 11."""
-    labels = torch.tensor([n for n in range(11) for _ in range((n + 1) ** 2)] + [data.VOID] * 50, dtype=torch.uint8)
+    labels = torch.tensor([n for n in range(11) for _ in range((n + 1) ** 2)] + [arms.VOID] * 50, dtype=torch.uint8)
     assert data.class_weights(labels).tolist() == pytest.approx([6 / n for n in range(1, 12)])
 
 
@@ -100,7 +103,7 @@ def test_log_of_the_gradients_is_that_of_autograd(tiny, frames):
 
     class Same(torch.nn.Module):
         def forward(self, features, labels, logits):
-            return torch.nn.functional.cross_entropy(logits, labels, run.class_weights, ignore_index=data.VOID)
+            return torch.nn.functional.cross_entropy(logits, labels, run.class_weights, ignore_index=arms.VOID)
 
     run = training.Training(tiny, arms.ARMS["bane"], 3, 0.25, frames)
     run.loss = Same()
@@ -115,7 +118,7 @@ def test_log_of_the_errors_matches_a_count(tiny, frames):
     run = training.Training(replace(tiny, batch=1), arms.ARMS["bane"], 3, 0.1, frames)
     run.network.stages = [torch.zeros(1, 1, 8, 8)] * 2
     labels = torch.zeros(1, 16, 16, dtype=torch.long)
-    labels[:, :2] = data.VOID
+    labels[:, :2] = arms.VOID
     logits = torch.zeros(1, 11, 16, 16)
     logits[:, 0] = 1
     logits[:, 4, 4:14, 4:14] = 2  # at 8 x 8 a square of 5 x 5 errors, 16 of them at its edge
@@ -133,13 +136,13 @@ def test_scores_are_those_of_the_metrics_on_whole_frames(tiny, frames):
     images, labels = frames.validation
     with torch.no_grad():
         predicted = run.network.eval()(images.float() / 255).argmax(1)
-    valid, ious = labels != data.VOID, []
+    valid, ious = labels != arms.VOID, []
     for n in range(11):
         both = ((predicted == n) & (labels == n)).sum()
         either = (((predicted == n) & valid) | (labels == n)).sum()
         ious.append((both / either).item() if either else float("nan"))
     assert scores["miou"] == pytest.approx(torch.tensor(ious).nanmean().item(), abs=1e-6)
-    rare = [ious[data.CLASSES.index(name)] for name in data.RARE]
+    rare = [ious[arms.CLASSES.index(name)] for name in arms.RARE]
     assert scores["rare"] == pytest.approx(torch.tensor(rare).nanmean().item(), abs=1e-6)
     assert [float(x) for x in scores["iou_per_class"].split()] == pytest.approx(ious, abs=1e-4, nan_ok=True)
 
