@@ -9,6 +9,7 @@ import time
 from dataclasses import replace
 from types import SimpleNamespace
 
+import nets
 import pytest
 import torch
 
@@ -174,13 +175,24 @@ cpu_only = pytest.mark.skipif(
 )
 
 
+@pytest.fixture
+def small(monkeypatch):
+    """A network of four convolutions among those that are timed."""
+
+    def build(num_classes):
+        network = nets.Net()
+        network.classifier = torch.nn.Conv2d(nets.WIDTHS[0], num_classes, 1)
+        network.layers = [f"stages.{i}" for i in range(4)]
+        return network
+
+    monkeypatch.setitem(run.NETWORKS, "small", build)
+
+
 @cpu_only
 @pytest.mark.parametrize(
-    "networks",
-    [("efficientnet_lite0",), pytest.param(run.NETWORKS_TIMED, marks=pytest.mark.slow)],
-    ids=["small", "all"],
+    "networks", [("small",), pytest.param(run.NETWORKS_TIMED, marks=pytest.mark.slow)], ids=["small", "all"]
 )
-def test_the_runner_goes_through_maps_peers_steps_and_compilers(tmp_path, capsys, monkeypatch, networks):
+def test_the_runner_goes_through_maps_peers_steps_and_compilers(tmp_path, capsys, monkeypatch, small, networks):
     monkeypatch.setattr(run, "NETWORKS_TIMED", networks)
     parts = ("--parts", "edt", "peers", "step", "compiled")
     expected = 18 + 3 * len(networks)
@@ -198,7 +210,7 @@ def test_the_runner_goes_through_maps_peers_steps_and_compilers(tmp_path, capsys
     assert {
         ("edge_distance", "contextrast"),
         ("select_nearest", "sort of 64-bit keys"),
-        ("training step", "efficientnet_lite0"),
+        ("training step", networks[0]),
         ("contextrast_loss forward+backward", "torch.compile"),
     } <= ran
     runs(tmp_path, *parts)
@@ -276,9 +288,9 @@ def test_a_row_that_differs_or_crashes_is_written_down_as_failed(tmp_path, monke
 @pytest.mark.parametrize(
     ("part", "broken"), [("step", "with contextrast"), pytest.param("loss", "triton", marks=pytest.mark.slow)]
 )
-def test_a_loss_that_is_not_the_definitions_is_not_timed(tmp_path, monkeypatch, part, broken):
+def test_a_loss_that_is_not_the_definitions_is_not_timed(tmp_path, monkeypatch, small, part, broken):
     pytest.importorskip("triton")
-    monkeypatch.setattr(run, "NETWORKS_TIMED", ("efficientnet_lite0",))
+    monkeypatch.setattr(run, "NETWORKS_TIMED", ("small",))
     exact = ck.contextrast_loss
     monkeypatch.setattr(
         ck, "contextrast_loss", lambda *inputs, **o: exact(*inputs, **o) * (1.01 if _requested() == "triton" else 1)
