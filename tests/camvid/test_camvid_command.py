@@ -61,6 +61,7 @@ def test_alpha_is_the_papers_unless_another_is_a_point_better():
     assert arms.alpha(close) == 0.1
 
 
+@pytest.mark.slow
 def test_stopped_calls_end_as_one_call(root, tmp_path, tiny_protocols, monkeypatch, capsys):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     job = ("--protocol", "few-labels", "--arms", "bane", "--seeds", 2)
@@ -96,19 +97,30 @@ def test_finished_rows_are_skipped_and_the_sweeps_alpha_is_used(root, tmp_path, 
     earlier += [row("pretrained", name, 0) for name in ("baseline", "ccl")]
     results.write(tmp_path / FILE, earlier, Result)
     trained = []
-    monkeypatch.setattr(training.Training, "run", lambda run, *_: trained.append((run.arm.name, run.weight)))
+
+    class Stub:
+        iteration = 0
+
+        def __init__(self, protocol, arm, seed, weight, frames):
+            trained.append((arm.name, weight))
+
+        def run(self, *_):
+            return None
+
+    monkeypatch.setattr(training, "Training", Stub)
     assert call(root, tmp_path, "--arms", "components", "--seeds", 0, 1) == 0
     few = [("baseline", 0.0), ("bane", 0.3), ("ccl", 0.3)]
-    assert trained == [("bane", 0.3), ("semi-hard", 0.3), *few, *few, ("semi-hard", 0.3), *few][: len(trained)]
-    assert len(trained) == 2 + 3 + 4 + 3
+    assert trained == [("bane", 0.3), ("semi-hard", 0.3), *few, *few, ("semi-hard", 0.3), *few]
 
 
+@pytest.mark.slow
 def test_step_times_are_rows_without_scores(root, tmp_path, tiny_protocols):
     assert call(root, tmp_path, "--protocol", "timing", "--arms", "baseline") == 0
     [timed] = rows_in(tmp_path)
     assert timed.step_ms > 0 and timed.miou is None and timed.weight == 0
 
 
+@pytest.mark.slow
 def test_training_that_fails_stops_no_other(root, tmp_path, tiny_protocols, monkeypatch, capsys):
     steps = training.Training.step
 
