@@ -312,7 +312,7 @@ def finished(rows: Sequence[Result]) -> int:
 def page(rows: Sequence[Result], drawn: Iterable[str]) -> str:
     """docs/camvid.md: ``page.md`` with its fields filled."""
     small, full = PRETRAINED, PROTOCOLS["full"]
-    commits = [row.commit for row in rows if row.protocol != "timing"]
+    commits = [row.commit for row in sorted(rows, key=lambda row: row.protocol == "timing")]
     complete = all(len(scored(rows, "alpha", arm)) == len(SWEEP_SEEDS) for arm in SWEEP)
     pictures = {
         "differences": "Difference of each arm from the baseline, seed by seed",
