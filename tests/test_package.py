@@ -120,7 +120,9 @@ def test_an_unknown_command_is_refused_with_the_known_ones(arguments):
     assert "doctor" in result.stderr and "demo" in result.stderr
 
 
-@pytest.mark.parametrize("case", ["cityscapes", "ade20k", "camvid"])
+@pytest.mark.parametrize(
+    "case", ["cityscapes", *(pytest.param(name, marks=pytest.mark.slow) for name in ("ade20k", "camvid"))]
+)
 def test_the_plan_lists_every_launch(case):
     pytest.importorskip("triton")
     result = _run("bench", "--plan", "--case", case)

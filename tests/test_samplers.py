@@ -6,6 +6,7 @@ import pytest
 import torch
 from inputs import scene
 from scipy import stats
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import contextrast_kernels as ck
 from contextrast_kernels.relatives.samplers import SAMPLERS, indices_of, rank_in_segment, take_rows, thinned
@@ -173,12 +174,22 @@ def test_thinned_keeps_the_first_of_the_chosen_and_all_where_they_are_few(rng):
             assert order[kept].max() < order[chosen & ~kept].min()
 
 
-def test_indices_of_are_the_first_ones(rng):
+class Traced(TorchDispatchMode):
+    """A dispatch mode that changes nothing: with one, no value may decide a shape."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **kwargs or {})
+
+
+def test_indices_have_no_padding_where_values_may_be_read(rng):
     chosen = torch.from_numpy(rng.random((3, 9)) < 0.4)
     found = chosen.flatten().nonzero().squeeze(1)
     for most in (0, 1, len(found) - 1, len(found), len(found) + 1, 27):
         index, filled = indices_of(chosen, most)
         n = min(most, len(found))
+        assert index.tolist() == found[:n].tolist() and filled.tolist() == [True] * n
+        with Traced():
+            index, filled = indices_of(chosen, most)
         assert index.tolist() == found[:n].tolist() + list(range(n, most))
         assert filled.tolist() == [True] * n + [False] * (most - n)
 

@@ -38,8 +38,8 @@ class MultiScaleContrastLoss(SampledLoss):
         cross_weights: w_low and w_mid.
         temperature: τ.
         sampler: "common-count" (published), or one of ``PixelContrastLoss``'s; each scale is drawn on its own.
-        max_samples, max_views, min_pixels: the sampler's. ``max_samples`` rows are reserved, so on a CPU, where the
-            reference stores rows x rows numbers, set it to about a thousand.
+        max_samples, max_views, min_pixels: the sampler's. On a CPU, where the reference stores rows x rows
+            numbers, about a thousand ``max_samples`` bound its memory.
         detach_deepest: no gradient through the columns of the cross-scale terms.
         normalize: embeddings are x / ‖x‖₂ over D.
         seed: the first seed; advances by one each training forward, as in ``ContextrastLoss``.

@@ -54,8 +54,7 @@ class PNELoss(SampledLoss):
         set_size: S.
         max_hard: the largest |H| that takes part.
         max_samples: rows that are computed at most, over the whole batch. Of more hard pixels as many are drawn, and
-            the mean is taken over these. On a CPU, where the reference stores rows x columns numbers, set it to about
-            a thousand.
+            the mean is taken over these.
         layer: which one, where the features are a list: 0 is the highest resolution.
         parity: the official code's value and gradient (times 1.3 its ``loss_weight``); ``max_samples`` must not bind.
         seed: the first seed; advances by one each training forward, as in ``ContextrastLoss``.

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from contextrast_kernels import checks
+from contextrast_kernels.backend import may_read_values
 from contextrast_kernels.bane import NO_EDGE, edge_distance
 from contextrast_kernels.embedding import compute_dtype, unit
 from contextrast_kernels.hashing import image_hash
@@ -145,13 +146,17 @@ def rank_in_segment(segment: Tensor, segments: int, order: Tensor) -> Tensor:
 
 
 def indices_of(chosen: Tensor, most: int) -> tuple[Tensor, Tensor]:
-    """The flat indices of the chosen elements, int64 (most,), and which of them are filled, bool (most,).
+    """The flat indices of the chosen elements, int64 (R,), and which of them are filled, bool (R,).
 
-    In ascending order, the filled ones first; the i-th of the others is i: the gradients of rows that read one element
-    are added one after another, so no element stands in for all of them. More than ``most``, which is at most the
-    number of elements, are cut off.
+    R is ``most``, or the number of chosen elements where that is smaller and may be read (eager, on a CPU). The indices
+    are in ascending order, the filled ones first. The i-th of the others is i: the gradients of rows that read one
+    element are added one after another, so no element stands in for all of them. More than ``most``, which is at most
+    the number of elements, are cut off.
     """
     flat = chosen.flatten()
+    if may_read_values(flat):
+        index = flat.nonzero()[:most, 0]
+        return index, torch.ones_like(index, dtype=torch.bool)
     place = flat.cumsum(0) - 1
     slot = torch.where(flat & (place < most), place, most)
     every = torch.arange(flat.shape[0], device=flat.device)
