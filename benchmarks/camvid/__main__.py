@@ -65,10 +65,17 @@ def parse(arguments: Sequence[str] | None) -> tuple[argparse.ArgumentParser, arg
     return parser, options
 
 
-def known(path: pathlib.Path, commit: str) -> list[Result]:
-    """Read the rows of earlier calls. SchemaError: they are of another study, or of another commit."""
+def known(path: pathlib.Path, where: dict, device: torch.device) -> list[Result]:
+    """Read the rows of earlier calls. SchemaError: they are of another study, another commit, or not of this GPU."""
     rows = results.read(path, Result)
-    other = sorted({row.commit for row in rows if row.protocol != "timing"} - {commit})
+    trained = [row for row in rows if row.protocol != "timing"]
+    elsewhere = sorted({row.device for row in trained} - {where["device"]})
+    if device.type == "cuda" and elsewhere:
+        raise results.SchemaError(
+            f"{path}: expected rows of {where['device']}, got rows of {elsewhere[0]}. Give another --out for this GPU."
+        )
+    commit = where["commit"]
+    other = sorted({row.commit for row in trained} - {commit})
     if other:
         raise results.SchemaError(
             f"{path}: expected rows of this checkout's commit {commit}, got rows of {', '.join(other)}. "
@@ -96,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             tempfile.TemporaryFile(dir=options.out).close()  # what cannot be written is said before a training
             held.enter_context(FileLock(options.out / ".lock", timeout=0))
             where = environment(device)
-            done = {row.measured for row in known(path, where["commit"])}
+            done = {row.measured for row in known(path, where, device)}
             left = [job for job in options.jobs if job not in done]
             for job in left:
                 protocol = arms.PROTOCOLS[job[0]]
@@ -136,7 +143,7 @@ def train(
             )
             frames, read = training.Frames(train_frames, validation, where, device), protocol.size
         weight = arms.ARMS[arm].weight
-        weight = arms.alpha(known(path, where["commit"])) if weight is None else weight
+        weight = arms.alpha(known(path, where, device)) if weight is None else weight
         checkpoint = path.parent / f"{name}-{arm}-{seed}.pt"
         try:
             run = training.Training(protocol, arms.ARMS[arm], seed, weight, frames)

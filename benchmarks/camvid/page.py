@@ -181,7 +181,13 @@ def layers(rows: Sequence[Result]) -> str:
     for i, stride in enumerate(STRIDES if means else ()):
         of_layer = {name: values[-1][i] for name, values in means.items()}
         lines.append([stride, *(number(of_layer[name] * unit, form) for name, (_, unit, form) in LAYERS.items())])
-    return table(["layer", *(title for title, *_ in LAYERS.values())], lines)
+    arm = watched(rows)[0].arm if means else ""
+    told = (
+        f"\n\nThe table is of `{arm}` and holds means over the last fifth of the iterations; the picture shows each "
+        "fifth. The gradients are those of the same batch at the output of each encoder stage; that of the loss "
+        "includes its weight α."
+    )
+    return table(["layer", *(title for title, *_ in LAYERS.values())], lines) + (told if means else "")
 
 
 def seen(rows: Sequence[Result]) -> str:
@@ -328,7 +334,6 @@ def page(rows: Sequence[Result], drawn: Iterable[str]) -> str:
         everything=everything(rows),
         seen=seen(rows),
         layers=layers(rows),
-        watched="bane" if scored(rows, "pretrained", "bane") else "alpha-0.1",
         sweep_seeds=" and ".join(map(str, SWEEP_SEEDS)),
         margin=f"{100 * MARGIN:g}",
         choice=f"The sweep is complete: α = {alpha(rows):g}." if complete else "The sweep is not complete yet.",

@@ -6,6 +6,7 @@ import sys
 from dataclasses import replace
 
 import pytest
+import torch
 from filelock import FileLock
 
 pytest.importorskip("timm", reason="timm is not installed")
@@ -242,3 +243,11 @@ def test_rows_that_are_not_of_the_schema_are_refused(tmp_path, changes, flaw):
     with pytest.raises(results.SchemaError, match=flaw):
         results.write(tmp_path / FILE, [replace(row("pretrained", "bane", 0), **changes)], Result)
     assert not (tmp_path / FILE).exists()
+
+
+def test_rows_of_a_cpu_are_not_continued_on_a_gpu(tmp_path):
+    results.write(tmp_path / FILE, [row("pretrained", "bane", 5)], Result)
+    where = {"device": "a GPU", "commit": "0123456"}
+    with pytest.raises(results.SchemaError, match="Give another --out for this GPU"):
+        command.known(tmp_path / FILE, where, torch.device("cuda"))
+    assert len(command.known(tmp_path / FILE, where, torch.device("cpu"))) == 1
