@@ -268,8 +268,8 @@ def plot_layers(axes_of, rows: Sequence[Result]):
     titles = {
         "at_edge": "share of errors at distance 0",
         "negatives": "negatives",
-        "ratio": "gradient norm / cross-entropy's",
-        "cosine": "cosine with the cross-entropy's gradient",
+        "ratio": "gradient norm over the cross-entropy's",
+        "cosine": "cosine of the two gradients",
     }
     for axes, (name, title) in zip(panels, titles.items()):
         fifths = means[name]
@@ -277,11 +277,13 @@ def plot_layers(axes_of, rows: Sequence[Result]):
         for i, values in enumerate(zip(*fifths)):
             label = STRIDES[i] if i < len(STRIDES) else "all parameters of the encoder"
             axes.plot(x, values, "o-" if i < len(STRIDES) else "k--", markersize=3, label=label)
-        axes.set(xlabel="% of the iterations", title=title)
+        axes.set_xlabel("% of the iterations")
+        axes.set_title(title, fontsize=10)
         axes.grid(alpha=0.3)
     panels[1].set_yscale("log")
-    panels[2].set_yscale("log")
     panels[2].legend(frameon=False, fontsize=8)
+    panels[2].set_ylim(bottom=0)
+    panels[0].figure.tight_layout()
 
 
 def plots(rows: Sequence[Result]) -> dict[str, tuple[Callable, list[Result]]]:
