@@ -63,7 +63,7 @@ $(VENV)/.demo: $(VENV)/bin/python $(SOURCES)
 	touch $@
 
 $(VENV)/.all: $(VENV)/bin/python $(SOURCES)
-	$(RUN) -m pip install --quiet --editable '.[demo,test,bench,models,docs]'
+	$(RUN) -m pip install --quiet --editable '.[demo,test,bench,models,docs,study]'
 	touch $@ $(VENV)/.demo
 
 .venv-floor/.all: .venv-floor/bin/python $(SOURCES)

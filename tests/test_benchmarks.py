@@ -9,6 +9,7 @@ import time
 from dataclasses import replace
 from types import SimpleNamespace
 
+import nets
 import pytest
 import torch
 
@@ -174,6 +175,19 @@ cpu_only = pytest.mark.skipif(
 )
 
 
+@pytest.fixture
+def small(monkeypatch):
+    """A network of four convolutions among those that are timed."""
+
+    def build(num_classes):
+        network = nets.Net()
+        network.classifier = torch.nn.Conv2d(nets.WIDTHS[0], num_classes, 1)
+        network.layers = [f"stages.{i}" for i in range(4)]
+        return network
+
+    monkeypatch.setitem(run.NETWORKS, "small", build)
+
+
 @cpu_only
 def test_the_runner_measures_maps_and_peers_once(tmp_path, capsys):
     parts = ("--parts", "edt", "peers")
@@ -196,7 +210,7 @@ def test_the_runner_measures_maps_and_peers_once(tmp_path, capsys):
 @cpu_only
 @pytest.mark.slow
 @pytest.mark.parametrize("networks", [("small",), run.NETWORKS_TIMED], ids=["small", "all"])
-def test_the_runner_measures_training_steps_and_compilers(tmp_path, monkeypatch, networks):
+def test_the_runner_measures_training_steps_and_compilers(tmp_path, monkeypatch, small, networks):
     monkeypatch.setattr(run, "NETWORKS_TIMED", networks)
     assert runs(tmp_path, "--parts", "step", "compiled") == 0
     rows = rows_in(tmp_path)
@@ -278,7 +292,7 @@ def test_a_row_that_differs_or_crashes_is_written_down_as_failed(tmp_path, monke
 @pytest.mark.parametrize(
     ("part", "broken"), [("step", "with contextrast"), pytest.param("loss", "triton", marks=pytest.mark.slow)]
 )
-def test_a_loss_that_is_not_the_definitions_is_not_timed(tmp_path, monkeypatch, part, broken):
+def test_a_loss_that_is_not_the_definitions_is_not_timed(tmp_path, monkeypatch, small, part, broken):
     pytest.importorskip("triton")
     monkeypatch.setattr(run, "NETWORKS_TIMED", ("small",))
     exact = ck.contextrast_loss

@@ -1,1 +1,1 @@
-"""The CamVid study: arms, networks, a training, its row, the page. ``python -m benchmarks.train_camvid`` runs it."""
+"""The CamVid study: does the loss help a network that starts from ImageNet weights? It uses the public API alone."""

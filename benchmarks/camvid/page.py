@@ -1,379 +1,361 @@
-"""docs/camvid.md, its plots, and the evidence in docs/method.md, from ``results/camvid.csv`` alone."""
+"""docs/camvid.md, its pictures, and the study's block of docs/method.md, from ``results/camvid.csv`` alone."""
 
+import json
+import math
+import pathlib
+import re
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 
-from benchmarks.camvid import rows as schema
-from benchmarks.camvid.arms import ARMS, TABLES, Arm
-from benchmarks.camvid.networks import NETWORKS
+from benchmarks.camvid.arms import (
+    ARMS,
+    COMPONENTS,
+    FEW,
+    MARGIN,
+    PRETRAINED,
+    PROTOCOLS,
+    RARE,
+    REST,
+    SEEDS,
+    SWEEP,
+    SWEEP_SEEDS,
+    alpha,
+    plan,
+)
+from benchmarks.camvid.paired import Comparison, compare, holm
 from benchmarks.camvid.rows import Result
-from benchmarks.camvid.training import FULL, SHORTENED
-from contextrast_kernels.demo.scenes import ZOOM
 
-PAPER = {
-    "components": ("HRNet-W48, CamVid", {"baseline": 82.17, "ccl": 83.14, "semi-hard": 83.38, "bane": 84.33}),
-    "relatives": ("HRNet-W48, CamVid", {"baseline": 82.17, "multi-scale": 83.14, "bane": 84.33}),
-    "fusion": (
-        "HRNet-W48, Cityscapes",
-        {"fusion-0": 81.15, "fusion-0.3": 81.27, "fusion-0.5": 81.80, "ccl": 81.88, "fusion-1": 81.31},
-    ),
-    "ratio": (
-        "HRNet-W48, Cityscapes",
-        {"ccl": 81.88, "ratio-10": 81.89, "ratio-30": 81.58, "bane": 82.20, "ratio-70": 81.58, "ratio-100": 81.10},
-    ),
+PERCENT = {"miou": "mIoU", "rare": "rare classes", "boundary_3": "boundary, 3 px", "boundary_5": "boundary, 5 px"}
+OTHERS = {"alignment": "alignment", "uniformity": "uniformity"}
+STUDIES = {"pretrained": (*COMPONENTS, *REST), "few-labels": FEW}
+CHOICES = {"ccl": 9, "base-rate-0.1": 9, "full-distance": 15, "semi-hard": 17}
+"""Arms that read an open choice (◇) of docs/method.md differently, and its number."""
+LEAST = 3
+"""With fewer seeds nothing is concluded."""
+STRIDES = ("stride 4", "stride 8", "stride 16", "stride 32")
+LAYERS = {
+    "errors": ("errors, %", 100, ".1f"),
+    "at_edge": ("of them at distance 0, %", 100, ".0f"),
+    "negatives": ("negatives", 1, ".0f"),
+    "classes": ("classes", 1, ".1f"),
+    "loss": ("loss", 1, ".2f"),
+    "ratio": ("gradient / cross-entropy's", 1, ".3f"),
+    "cosine": ("their cosine", 1, "+.3f"),
 }
-"""Of the paper's tables 2, 6, 7 and 8: mIoU in percent."""
-TITLES = {
-    "components": "The components (table 6)",
-    "relatives": "Beside the published relatives",
-    "fusion": "The weight of the last layer's anchors (table 7; `ccl` is its 0.7)",
-    "ratio": "The share of errors that BANE takes (table 8; `ccl` is its 0, `bane` its 50)",
-    "choices": "Where the paper is silent",
-}
-SWEEPS = {
-    "fusion": ("w_h, of contextual contrast alone", (0.0, 0.3, 0.5, 0.7, 1.0)),
-    "ratio": ("% of the errors, 0: contextual contrast alone", (0, 10, 30, 50, 70, 100)),
-}
-OTHERS = ", ".join(name for name in NETWORKS if name not in ("small", FULL.network))
-COMPARED = {"miou": "mIoU", "trimap_5": "mIoU within 5 px of a boundary"}
-NOTHING = "not measured yet"
-UNANSWERED = """\
-The study says nothing about a ◇ without a row. Of some the package has no other reading, so that no arm could answer
-them: a class that the last layer lacks (3), a selection in each image (6), the mean over the present classes (11), a
-class without a negative (12)."""
-ON_TIMES = """\
-The time is the median of a training's steps, with data, augmentation, network and optimizer. A step of a network of
-many small layers, such as HRNet, takes as long as the host needs to launch them, and says little about the loss, whose
-[own times](performance.md) are elsewhere. Times are compared on one device alone."""
-NO_EVIDENCE = "shortened protocol, no evidence for the full one"
+"""What the table of layers has of the log: heading, unit, format."""
+NOTHING = "Not measured yet."
+TEMPLATE = pathlib.Path(__file__).with_suffix(".md")
 
 
 # -------------------------------------------------------------------------------------------------------------- numbers
 
 
-def groups(rows: Iterable[Result]) -> list[list[Result]]:
-    """Rows of one setting together; the full protocol first, then those with most rows, then the longest trainings."""
-    found: dict[tuple, list[Result]] = {}
-    for row in rows:
-        found.setdefault(row.setting, []).append(row)
-
-    def place(group: list[Result]) -> tuple:
-        row = group[0]
-        return row.protocol != "full", -len(group), -row.iterations * row.batch * row.height * row.width
-
-    return sorted(found.values(), key=place)
+def scored(rows: Iterable[Result], protocol: str, arm: str) -> dict[int, Result]:
+    """Give the finished trainings of an arm by seed."""
+    return {row.seed: row for row in rows if (row.protocol, row.arm, row.status) == (protocol, arm, "ok")}
 
 
-def by_seed(rows: Iterable[Result], arm: str) -> dict[int, Result]:
-    return {row.seed: row for row in rows if row.arm == arm and row.status == "ok"}
+def difference(rows: Sequence[Result], protocol: str, arm: str, score: str, against: str = "baseline") -> Comparison:
+    """Compare two arms seed by seed; IoUs in percentage points."""
+    one, other = scored(rows, protocol, arm), scored(rows, protocol, against)
+    unit = 100 if score in PERCENT else 1
+    return compare([unit * (getattr(one[s], score) - getattr(other[s], score)) for s in sorted(one.keys() & other)])
 
 
-def differences(rows: Sequence[Result], arm: str, against: str, score: str) -> list[float]:
-    """Of one score, seed by seed, in percentage points."""
-    one, other = by_seed(rows, arm), by_seed(rows, against)
-    return [100 * (getattr(one[seed], score) - getattr(other[seed], score)) for seed in sorted(one.keys() & other)]
+def corrected(rows: Sequence[Result], protocol: str) -> dict[str, float]:
+    """Give each arm's p-value of its mIoU against the baseline, by Holm over the protocol's arms."""
+    names = [arm for arm in STUDIES[protocol] if arm != "baseline"]
+    return dict(zip(names, holm([difference(rows, protocol, arm, "miou").p for arm in names])))
 
 
-def half_width(values: Sequence[float]) -> float:
-    """Of the 95 % interval of their mean, by Student's t."""
-    from scipy.stats import t
+def headline(rows: Sequence[Result]) -> str:
+    """Say what the data show of the loss's defaults against the cross-entropy alone."""
+    full, few = (len(difference(rows, protocol, "bane", "miou").differences) for protocol in STUDIES)
+    if max(full, few) < LEAST:
+        return f"Not known yet: {full} of {len(SEEDS)} planned seeds are trained, {few} with a quarter of the labels"
+    return (
+        f"With all labels: {verdict(rows, 'pretrained')}. With a quarter of the labels: {verdict(rows, 'few-labels')}"
+    )
 
-    return float(t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
+
+def verdict(rows: Sequence[Result], protocol: str) -> str:
+    found, planned = difference(rows, protocol, "bane", "miou"), len(SEEDS)
+    n = len(found.differences)
+    if n < LEAST:
+        return f"not known yet, {n} of {planned} planned seeds are trained"
+    seeds = f"{n} of {planned} planned seeds"
+    size = f"{found.mean:+.2f} points of mIoU {interval(found.student)}, {seeds}"
+    if not corrected(rows, protocol)["bane"] < 0.05:
+        return f"no effect was seen ({size}; {found.detectable:.1f} points or more would have been seen)"
+    return f"yes ({size})" if found.mean > 0 else f"it does harm ({size})"
 
 
-def spread(values: Sequence[float], form: str) -> str:
-    """Mean ± standard deviation."""
+def interval(pair: tuple[float, float], form: str = "+.2f") -> str:
+    return f"[{pair[0]:{form}}, {pair[1]:{form}}]" if not math.isnan(pair[0]) else "–"
+
+
+def number(value: float, form: str) -> str:
+    return "–" if math.isnan(value) else f"{value:{form}}"
+
+
+def spread(values: Sequence[float], form: str = ".2f") -> str:
+    """Give the mean ± the standard deviation."""
     if not values:
         return "–"
     return f"{statistics.fmean(values):{form}}" + (f" ± {statistics.stdev(values):{form}}" if len(values) > 1 else "")
 
 
-def signed(values: Sequence[float]) -> str:
-    """Mean and 95 % interval."""
-    if not values:
-        return "–"
-    mean = statistics.fmean(values)
-    if len(values) == 1:
-        return f"{mean:+.2f}, one seed"
-    half = half_width(values)
-    return f"{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}]"
+def logged(rows: Iterable[Result]) -> dict[str, list[list[float]]]:
+    """Average the logs of several trainings: name → for each fifth of the training the layers' values, or NaN."""
+    found = [json.loads(row.log) for row in rows if row.log]
+    means = {}
+    for name in dict.fromkeys(name for log in found for name in log):
+        stacks = zip(*(log[name] for log in found if name in log))
+        means[name] = [
+            [
+                statistics.fmean(some) if (some := [value for value in of_layer if value is not None]) else math.nan
+                for of_layer in zip(*fifth)
+            ]
+            for fifth in stacks
+        ]
+    return means
+
+
+def watched(rows: Sequence[Result]) -> list[Result]:
+    """Give the trainings with the loss's defaults; as long as there are none, those of the sweep at its 0.1."""
+    return list((scored(rows, "pretrained", "bane") or scored(rows, "alpha", "alpha-0.1")).values())
 
 
 # --------------------------------------------------------------------------------------------------------------- tables
 
 
-def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    if not lines:
+        return NOTHING
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *lines))
 
 
-def compared(rows: Sequence[Result], name: str) -> str:
-    """One table of arms; "" where it would say no more than that of the components."""
-    trained = [arm for arm in TABLES[name] if any(row.arm == arm for row in rows)]
-    if name != "components" and not set(trained) - set(TABLES["components"]):
-        return ""
-    where, paper = PAPER.get(name, ("", {}))
+def compared(rows: Sequence[Result], protocol: str) -> str:
+    """One line for each trained arm: mIoU, and how far the difference from the baseline can be trusted."""
+    p, lines = corrected(rows, protocol), []
+    for arm in STUDIES[protocol]:
+        of_arm = scored(rows, protocol, arm)
+        diverged = sum((row.protocol, row.arm) == (protocol, arm) and row.status != "ok" for row in rows)
+        if not of_arm and not diverged:
+            continue
+        found = difference(rows, protocol, arm, "miou")
+        cells = ["", "", "", "", ""]
+        if arm != "baseline":
+            cells = [number(found.mean, "+.2f"), interval(found.student), interval(found.bootstrap)]
+            cells += [number(p[arm], ".2g"), number(found.detectable, ".1f")]
+        seeds = f"{len(of_arm)}" + (f", {diverged} diverged" if diverged else "")
+        miou = spread([100 * row.miou for row in of_arm.values()])
+        lines.append([f"`{arm}`", ARMS[arm].text, seeds, miou, *cells])
+    head = ["arm", "", "seeds", "mIoU, %", "− baseline", "95 %, Student", "95 %, bootstrap", "p, Holm", "detectable"]
+    return table(head, lines)
+
+
+def everything(rows: Sequence[Result]) -> str:
+    """The other measures: the mean, and its difference from the baseline."""
     lines = []
-    for arm in trained:
-        of_arm = by_seed(rows, arm).values()
-        base = ARMS[arm].against if name == "choices" else "baseline"
-        text = ARMS[arm].text + (f" (ours: `{base}`)" if name == "choices" and arm != base else "")
-        diverged = sum(row.arm == arm and row.status != "ok" for row in rows)
-        cells = [f"`{arm}`", text, str(len(of_arm)) + (f", {diverged} diverged" if diverged else "")]
-        for score in ("miou", "miou_multi_scale", "trimap_5"):
-            cells.append(spread([100 * getattr(row, score) for row in of_arm], ".2f"))
-            found = differences(rows, arm, base, score)
-            of_fewer = f", {len(found)} seeds" if 1 < len(found) < len(of_arm) else ""
-            cells.append("" if arm == base else signed(found) + of_fewer)
-        lines.append(cells + ([f"{paper[arm]:.2f}" if arm in paper else ""] if paper else []))
-    less = "− ours" if name == "choices" else "− baseline"
-    head = ["arm", "", "seeds", "mIoU", less, "multi-scale mIoU", less, "mIoU within 5 px", less]
-    return f"### {TITLES[name]}\n\n" + table(head + ([f"paper: {where}"] if paper else []), lines)
+    for protocol, names in STUDIES.items():
+        for arm in names:
+            of_arm = scored(rows, protocol, arm).values()
+            if not of_arm:
+                continue
+            cells = [protocol, f"`{arm}`"]
+            for score in (*list(PERCENT)[1:], *OTHERS):
+                unit, form = (100, ".2f") if score in PERCENT else (1, ".3f")
+                found = difference(rows, protocol, arm, score)
+                mean = f"{unit * statistics.fmean(getattr(row, score) for row in of_arm):{form}}"
+                beside = "" if math.isnan(found.p) else f" {interval(found.student, '+' + form)}"
+                change = "" if arm == "baseline" or not found.differences else f" ({found.mean:+{form}}{beside})"
+                cells.append(mean + change)
+            lines.append(cells)
+    return table(["protocol", "arm", *list(PERCENT.values())[1:], *OTHERS.values()], lines)
 
 
-def all_scores(rows: Sequence[Result]) -> str:
-    devices = {row.device for row in rows}
-    percent = {"miou", "miou_multi_scale", *(f"{kind}_{r}" for kind in ("trimap", "boundary") for r in schema.RADII)}
-    lines = []
-    for arm in ARMS:
-        of_arm = list(by_seed(rows, arm).values())
-        if of_arm:
-            cells = [
-                spread([(100 if score in percent else 1) * getattr(row, score) for row in of_arm], form)
-                for score, form in [(name, ".2f" if name in percent else ".3f") for name in schema.SCORES[2:]]
-            ]
-            timed = [row for row in of_arm if row.median_step_ms]
-            times = {
-                device: spread([row.median_step_ms for row in timed if row.device == device], ".1f")
-                for device in dict.fromkeys(row.device for row in timed)
-            }
-            on_each = [time if len(devices) == 1 else f"{device}: {time}" for device, time in times.items()]
-            lines.append([f"`{arm}`", *cells, ", ".join(on_each) or "–"])
-    head = [
-        "arm",
-        *(f"within {r} px" for r in schema.RADII),
-        *(f"Boundary IoU {r} px" for r in schema.RADII),
-        *("A", "U", *(f"U_{k}" for k in schema.NEAREST)),
-        "ms a step",
-    ]
-    said = f"\n\n{ON_TIMES}" if any(row.median_step_ms for row in rows) else ""
-    return "### Boundaries, embeddings, time\n\n" + table(head, lines) + said
+def layers(rows: Sequence[Result]) -> str:
+    """What the loss found in the last fifth of the training, layer by layer."""
+    means, lines = logged(watched(rows)), []
+    for i, stride in enumerate(STRIDES if means else ()):
+        of_layer = {name: values[-1][i] for name, values in means.items()}
+        lines.append([stride, *(number(of_layer[name] * unit, form) for name, (_, unit, form) in LAYERS.items())])
+    arm = watched(rows)[0].arm if means else ""
+    told = (
+        f"\n\nThe table is of `{arm}` and holds means over the last fifth of the iterations; the picture shows each "
+        "fifth. The gradients are those of the same batch at the output of each encoder stage; that of the loss "
+        "includes its weight α."
+    )
+    return table(["layer", *(title for title, *_ in LAYERS.values())], lines) + (told if means else "")
 
 
-def sources(rows: Sequence[Result]) -> str:
-    """Where and with what, and which arms elsewhere than most."""
-    places: dict[tuple, list[Result]] = {}
-    for row in rows:
-        place = (row.device, row.driver, row.torch, row.triton, row.libraries, row.commit)
-        places.setdefault(place, []).append(row)
-    lines, most = [], max(map(len, places.values()))
-    for (device, driver, torch, triton, libraries, commit), there in places.items():
-        versions = (("driver", driver), ("torch", torch), ("Triton", triton), ("", libraries), ("commit", commit))
-        named = ", ".join(f"{name} {version}".strip() for name, version in versions if version)
-        which = f", of {', '.join(f'`{arm}`' for arm in dict.fromkeys(row.arm for row in there))}"
-        lines.append(f"{device}, {named} ({len(there)} trainings{which if len(there) < most else ''})")
-    return "Trained on " + "; ".join(lines) + "."
-
-
-def hardly_found(rows: Sequence[Result]) -> str:
-    """How many classes the trainings do not learn; "" where they learn all."""
-    ious = [[float(iou) for iou in row.iou_per_class.split()] for row in rows if row.iou_per_class]
-    low = [sum(iou < 0.01 for iou in of_row) for of_row in ious]
-    if not any(low):
+def seen(rows: Sequence[Result]) -> str:
+    """Say in words what the table of layers shows."""
+    means = logged(watched(rows))
+    if not means:
         return ""
-    return f" Of {len(ious[0])} classes {statistics.fmean(low):.1f}, on average, have an IoU below 1 % at the end."
-
-
-def described(row: Result) -> str:
-    augmentation = "kornia" if row.augmentation == "kornia" else "plain torch"
+    edge = [[f"{100 * fifth[i]:.0f} %" for i in (0, -1)] for fifth in (means["at_edge"][0], means["at_edge"][-1])]
+    ratio, cosine = means["ratio"][-1][-1], means["cosine"][-1][-1]
     return (
-        f"{row.network}, {row.height} × {row.width} px, batch {row.batch}, {row.iterations} iterations, learning rate "
-        f"{row.learning_rate:g}, embeddings of {row.channels} channels, {row.precision}, augmentation by {augmentation}"
+        f"In the last fifth of the training {edge[1][0]} of the error pixels at stride 4 and {edge[1][1]} at stride 32 "
+        f"are at distance 0 ({edge[0][0]} and {edge[0][1]} in the first fifth). Among pixels at the same distance BANE "
+        f"chooses by its hash, so where nearly all are at distance 0 it is nearly the semi-hard choice. Over all "
+        f"parameters of the encoder the gradient of the weighted loss has {100 * ratio:.1f} % of the norm of the "
+        f"cross-entropy's, and the cosine of the two is {cosine:+.3f}."
     )
 
 
-def other_readings() -> list[Arm]:
-    """The arms that answer a ◇ otherwise than we do, in the order of docs/method.md."""
-    return sorted((arm for arm in ARMS.values() if arm.question), key=lambda arm: arm.question)
+def sweep(rows: Sequence[Result]) -> str:
+    lines = [
+        [f"{ARMS[arm].weight:g}", str(len(of_arm)), spread([100 * row.miou for row in of_arm.values()])]
+        for arm in sorted(SWEEP, key=lambda arm: ARMS[arm].weight)
+        if (of_arm := scored(rows, "alpha", arm))
+    ]
+    return table(["α", "seeds", "mIoU, %"], lines)
+
+
+def times(rows: Sequence[Result]) -> str:
+    timed = {row.arm: row for row in rows if row.protocol == "timing"}
+    base = timed.get("baseline")
+    lines = [
+        [f"`{arm}`", f"{row.step_ms:.0f}", f"{row.step_ms / base.step_ms:.2f}" if base else "–", row.device]
+        for arm, row in timed.items()
+    ]
+    return table(["arm", "ms a step", "× baseline", "device"], lines)
 
 
 def evidence(rows: Sequence[Result]) -> str:
-    """For docs/method.md: what other readings change, of each protocol's first setting."""
-    full, shortened = (
-        next((group for group in groups(rows) if group[0].protocol == protocol), [])
-        for protocol in ("full", "shortened")
-    )
+    """The block of docs/method.md: what other readings change against ours."""
     lines = []
-    for arm in other_readings():
+    for arm, choice in sorted(CHOICES.items(), key=lambda pair: pair[1]):
         cells = []
-        for group in (full, shortened):
-            found = differences(group, arm.name, arm.against, "miou")
-            cells.append(f"{signed(found)}, n = {len(found)}" if found else NOTHING)
-        lines.append([str(arm.question), f"`{arm.name}`: {arm.text}", f"`{arm.against}`", *cells])
-    return table(["◇", "other reading", "ours", "full protocol", NO_EVIDENCE], lines) + "\n\n" + UNANSWERED
+        for protocol, names in STUDIES.items():
+            found = difference(rows, protocol, arm, "miou", against="bane")
+            n = len(found.differences)
+            told = f"{found.mean:+.2f} {interval(found.student)}, n = {n}" if n else "not measured yet"
+            cells.append(told if arm in names else "not planned")
+        lines.append([str(choice), f"`{arm}`: {ARMS[arm].text}", *cells])
+    return table(["◇", "other reading (ours: `bane`)", "all labels", "a quarter of the labels"], lines)
 
 
 # ---------------------------------------------------------------------------------------------------------------- plots
 
 
-def plot_arms(axes_of, rows: Sequence[Result]):
-    """What each arm changes against the baseline."""
-    pairs = {arm: (arm, "baseline") for arm in ARMS if arm != "baseline"}
-    plot_differences(axes_of, rows, pairs, "points above the baseline")
-
-
-def plot_choices(axes_of, rows: Sequence[Result]):
-    """What each other reading of an open question changes against ours."""
-    pairs = {f"◇ {arm.question}: {arm.name} − {arm.against}": (arm.name, arm.against) for arm in other_readings()}
-    plot_differences(axes_of, rows, pairs, "points above ours")
-
-
-def plot_differences(axes_of, rows: Sequence[Result], pairs: dict[str, tuple[str, str]], label: str):
-    """Of an arm from another: a dot for each seed, the mean with its interval."""
-    pairs = {name: pair for name, pair in pairs.items() if differences(rows, *pair, "miou")}
-    panels = axes_of(2, (11, 1.2 + 0.24 * len(pairs)))
-    for axes, (score, title) in zip(panels, COMPARED.items()):
-        for place, pair in enumerate(pairs.values()):
-            values = differences(rows, *pair, score)
-            mean = statistics.fmean(values)
-            if len(values) > 2:  # of two, the interval would be all that is seen
-                axes.errorbar(mean, place, xerr=half_width(values), color="0.6", capsize=3, linewidth=1, zorder=1)
-            axes.plot(values, [place] * len(values), "o", color="C0", markersize=3, alpha=0.7)
-            axes.plot(mean, place, "D", color="C3", markersize=4)
+def plot_differences(axes_of, rows: Sequence[Result]):
+    """A dot for each seed, the mean with its 95 % interval by Student's t."""
+    pairs = [(p, arm) for p, names in STUDIES.items() for arm in names if difference(rows, p, arm, "miou").differences]
+    pairs = [pair for pair in pairs if pair[1] != "baseline"]
+    panels = axes_of(3, (12, 1.4 + 0.3 * len(pairs)))
+    for axes, score in zip(panels, ("miou", "boundary_3", "rare")):
+        for place, pair in enumerate(pairs):
+            found = difference(rows, *pair, score)
+            axes.plot(found.differences, [place] * len(found.differences), "o", color="C0", markersize=3, alpha=0.6)
+            axes.plot(found.mean, place, "D", color="C3", markersize=5)
+            if found.student[0] == found.student[0]:
+                axes.plot(found.student, [place] * 2, color="C3", linewidth=1)
         axes.axvline(0, color="black", linewidth=0.8)
-        axes.set_yticks(range(len(pairs)), pairs if axes is panels[0] else [], fontsize=8)
+        axes.set_yticks(range(len(pairs)), [f"{arm}, {p}" for p, arm in pairs] if axes is panels[0] else [])
         axes.invert_yaxis()
-        axes.set_xlabel(f"{title}: {label}")
+        axes.set_xlabel(f"{PERCENT[score]}: points above the baseline")
         axes.grid(axis="x", alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
-    explained(panels, rows)
 
 
-def plot_sweeps(axes_of, rows: Sequence[Result]):
-    """Tables 7 and 8, each arm against the baseline: a dot for each seed, a line through the means."""
-    panels = axes_of(len(SWEEPS), (11, 4))
-    for axes, (name, (label, values)) in zip(panels, SWEEPS.items()):
-        for place, (score, text) in enumerate(COMPARED.items()):
-            colour, shift = f"C{place}", (place - 0.5) * 0.02 * (max(values) - min(values))
-            points = [(x + shift, differences(rows, arm, "baseline", score)) for x, arm in zip(values, TABLES[name])]
-            means = [statistics.fmean(y) for _, y in points]
-            axes.plot([x for x, _ in points], means, "-D", color=colour, label=text, markersize=5, linewidth=1)
-            for (x, y), mean in zip(points, means):
-                axes.plot([x] * len(y), y, "o", color=colour, markersize=3, alpha=0.5)
-                if len(y) > 2:
-                    axes.errorbar(x, mean, yerr=half_width(y), color=colour, alpha=0.5, capsize=3, linewidth=1)
-        axes.axhline(0, color="black", linewidth=0.8)
-        axes.set_xticks(values)
-        axes.set_xlabel(label)
-        axes.sharey(panels[0])
+def plot_layers(axes_of, rows: Sequence[Result]):
+    """The log over the training, a line for each layer."""
+    means = logged(watched(rows))
+    panels = axes_of(4, (15, 3.4))
+    titles = {
+        "at_edge": "share of errors at distance 0",
+        "negatives": "negatives",
+        "ratio": "gradient norm over the cross-entropy's",
+        "cosine": "cosine of the two gradients",
+    }
+    for axes, (name, title) in zip(panels, titles.items()):
+        fifths = means[name]
+        x = [(2 * i + 1) * 50 / len(fifths) for i in range(len(fifths))]
+        for i, values in enumerate(zip(*fifths)):
+            label = STRIDES[i] if i < len(STRIDES) else "all parameters of the encoder"
+            axes.plot(x, values, "o-" if i < len(STRIDES) else "k--", markersize=3, label=label)
+        axes.set_xlabel("% of the iterations")
+        axes.set_title(title, fontsize=10)
         axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
-    panels[0].set_ylabel("points above the baseline")
-    panels[0].legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, frameon=False, fontsize=8)
-    explained(panels, rows)
-
-
-def explained(panels, rows: Sequence[Result]) -> None:
-    seeds = len({row.seed for row in rows})
-    panels[0].set_title(
-        f"{rows[0].protocol} protocol: {rows[0].network}, {rows[0].iterations} iterations", loc="left", size=10
-    )
-    panels[-1].set_title(f"dots: {seeds} seeds; diamond: mean, 95 % interval", fontsize=9, loc="right")
+    panels[1].set_yscale("log")
+    panels[2].legend(frameon=False, fontsize=8)
+    panels[2].set_ylim(bottom=0)
+    panels[0].figure.tight_layout()
 
 
 def plots(rows: Sequence[Result]) -> dict[str, tuple[Callable, list[Result]]]:
-    """Name → how it is drawn and from which rows, those of the first setting; without rows it is left out."""
-    first = next(iter(groups(rows)), [])
-
-    def compared_with(other: str) -> set[str]:
-        return {arm for arm in ARMS if differences(first, arm, other, "miou")} - {other}
-
-    with_baseline, found = compared_with("baseline"), {}
-    if with_baseline:
-        found["arms"] = plot_arms
-    if any(arm.name in compared_with(arm.against) for arm in other_readings()):
-        found["choices"] = plot_choices
-    if all(with_baseline >= set(TABLES[name]) for name in SWEEPS):
-        found["sweeps"] = plot_sweeps
-    return {name: (draw, first) for name, draw in found.items()}
+    """Give for each picture how it is drawn and from which rows; one without rows is left out."""
+    found = {}
+    if any(difference(rows, p, arm, "miou").differences for p, names in STUDIES.items() for arm in names[1:]):
+        found["differences"] = (plot_differences, [row for row in rows if row.protocol in STUDIES])
+    if watched(rows):
+        found["layers"] = (plot_layers, watched(rows))
+    return found
 
 
 # ----------------------------------------------------------------------------------------------------------------- page
 
-FEWER = "; ".join(
-    f"`{arm.name}` with {', '.join(f'{name} {value}' for name, value in arm.on_cpu.items())}"
-    for arm in ARMS.values()
-    if arm.on_cpu
-)
-INTRODUCTION = f"""\
-# The CamVid study
 
-Does the loss help, and which of the readings that the paper leaves open trains best? Each arm is trained with several
-seeds by `python -m benchmarks.train_camvid`; this page is generated from its rows, `benchmarks/results/camvid.csv`, by
-`python -m benchmarks.report`, and CI fails where it says something else than they do.
+def where(rows: Sequence[Result]) -> str:
+    """Say on what and by which code the rows were trained."""
+    trained = [row for row in rows if row.protocol != "timing"]
+    places: dict[tuple, int] = {}
+    for row in trained:
+        place = (row.device, f"torch {row.torch}", row.libraries, f"commit {row.commit}")
+        places[place] = places.get(place, 0) + 1
+    told = "; ".join(f"{', '.join(filter(None, place))} ({n} trainings)" for place, n in places.items())
+    seconds = [row.cpu_seconds for row in trained if row.cpu_seconds]
+    cost = f" A training took {statistics.median(seconds):.0f} CPU seconds (median)." if seconds else ""
+    return f"Trained on: {told or 'nothing yet'}.{cost}"
 
-Arms with the same seed start from the same weights and see the same images, so differences are taken seed by seed. ±
-is the standard deviation over seeds; in brackets stands the 95 % interval of the mean difference by Student's t. An
-interval that holds 0 leaves open which is better, and with three seeds it is wide. There are {len(ARMS) - 1} arms
-beside the baseline: some intervals miss 0 by chance alone. On another device, or with other versions, the rounding is
-another, too, which alone moves where a short training ends. Scores are of the last iteration, on the validation frames,
-in percent.
 
-| | the paper | full protocol here |
-| --- | --- | --- |
-| first weights | ImageNet | random: none are downloaded |
-| frames | not said | SegNet's: 367 for training, 101 for validation, no test frames, 360 × 480 px |
-| crop | not said | 352 × 480: HRNet's branches need multiples of 32 |
-| network | HRNet-W48, DeepLabV3 with ResNet-101, OCRNet | {FULL.network}; by `--network` {OTHERS} |
-| batch, iterations | 16, 6000 | {FULL.batch}, {FULL.iterations} |
-| optimizer | SGD, momentum 0.9, polynomial decay | the same; rate {FULL.learning_rate:g}, power {FULL.power:g}, \
-weight decay {FULL.weight_decay:g}, as MS/CS |
-| augmentation | colour jitter, flip, scale | the same: scale {ZOOM[0]:g} to {ZOOM[1]:g}, with shifts; by kornia or \
-in plain torch |
-| scores | mean over scales 0.75 to 2 and flips | that (multi-scale mIoU), and one forward (all others) |
-| boundary mIoU | not defined | within r px of a label boundary, and Boundary IoU with bands of r px |
-| A, U, U_k | of the last layer before the segmentation head | of what goes into the last convolution; A: lower is \
-better, U: higher |
-| relatives | not said | their official code's settings, but for what follows |
-
-The relatives share network, optimizer and batches with all arms, and so are not quite as they were published:
-
-- All take the projections of the network's layers, by the head of MS/CS; ContrastiveSeg, RegionContrast and PNE, which
-  take one layer, the first. On their own they take HRNet's branches side by side (ContrastiveSeg) or the decoder's
-  features, RegionContrast's without a projection.
-- The cross-entropy is plain. RegionContrast's own mines hard pixels (OHEM) and has an auxiliary head of weight 0.4.
-- ContrastiveSeg is as its official CamVid configuration has it: weight 0.1, τ = 0.07, 1024 pixels, 100 of a class and
-  image, a bank of 5000 pixels and 5000 regions a class. But its warm-up is left out, in which the contrast does not
-  count: 5000 iterations there, 3000 with the bank.
-- RegionContrast's bank has a place for each of CamVid's 367 training images, as the published 2975 are those of
-  Cityscapes. For it and PNE no configuration of CamVid is published; weight, τ and sizes are those of Cityscapes.
-- Where official code and paper differ, the docstring of each loss says what it computes.
-- On a CPU, which stores rows × columns, they take less: {FEWER}."""
-ON_SHORTENED = f"""\
-Anything less than the paper's sizes, batch and iterations, or the small network. Without a GPU that is the default: the
-small network, frames of {SHORTENED.height} rows, batch {SHORTENED.batch}, {SHORTENED.iterations} iterations, scales \
-up to {SHORTENED.scales[-1]:g}. For a quarter of an hour of a GPU, `python -m benchmarks.train_camvid --help` has a
-protocol: `--arms components --network small --iterations 1500`, 12 trainings, if an iteration takes 40 ms or less.
-It shows that the study runs from end to end, goes on where it stopped and is counted, and nothing about how the losses
-compare where training is as long as the paper's: {NO_EVIDENCE}."""
+def finished(rows: Sequence[Result]) -> int:
+    """Count the planned trainings that are finished."""
+    return len({row.measured for row in rows} & {(p.name, arm.name, seed) for p, arm, seed in plan()})
 
 
 def page(rows: Sequence[Result], drawn: Iterable[str]) -> str:
-    """docs/camvid.md."""
-    drawn, found = set(drawn), groups(rows)
+    """docs/camvid.md: ``page.md`` with its fields filled."""
+    small, full = PRETRAINED, PROTOCOLS["full"]
+    commits = [row.commit for row in sorted(rows, key=lambda row: row.protocol == "timing")]
+    complete = all(len(scored(rows, "alpha", arm)) == len(SWEEP_SEEDS) for arm in SWEEP)
     pictures = {
-        "arms": "Difference of each arm from the baseline, seed by seed",
-        "choices": "Difference of each other reading from ours, seed by seed",
-        "sweeps": "Difference from the baseline over the fusion weight and the ratio",
+        "differences": "Difference of each arm from the baseline, seed by seed",
+        "layers": "Errors at distance 0, negatives, and the two gradients over the training, by layer",
     }
-    images = [f"![{text}](camvid/{name}.png)" for name, text in pictures.items() if name in drawn]
-    sections = [INTRODUCTION, "## Full protocol"]
-    if not any(group[0].protocol == "full" for group in found):
-        sections.append(NOTHING.capitalize() + ".")
-    for n, group in enumerate(found):
-        if group[0].protocol == "shortened" and (n == 0 or found[n - 1][0].protocol == "full"):
-            sections += ["## Shortened protocol: a test of the program", ON_SHORTENED]
-        sections.append(f"**{described(group[0])}.** {sources(group)}{hardly_found(group)}")
-        sections += images if n == 0 else []
-        sections += [compared(group, name) for name in TABLES]
-        sections.append(all_scores(group))
-    return "\n\n".join(filter(None, sections)) + "\n"
+    fields = {f"picture_{name}": f"![{text}](camvid/{name}.png)" for name, text in pictures.items() if name in drawn}
+    fields = {f"picture_{name}": "" for name in pictures} | fields
+    text = TEMPLATE.read_text().format(
+        headline=headline(rows),
+        where=where(rows),
+        compared_pretrained=compared(rows, "pretrained"),
+        compared_few=compared(rows, "few-labels"),
+        everything=everything(rows),
+        seen=seen(rows),
+        layers=layers(rows),
+        sweep_seeds=" and ".join(map(str, SWEEP_SEEDS)),
+        margin=f"{100 * MARGIN:g}",
+        choice=f"The sweep is complete: α = {alpha(rows):g}." if complete else "The sweep is not complete yet.",
+        sweep=sweep(rows),
+        times=times(rows),
+        rare=", ".join(RARE),
+        height=small.size[0],
+        width=small.size[1],
+        batch=small.batch,
+        iterations=small.iterations,
+        rate=f"{small.learning_rate:g}",
+        decay=f"{small.weight_decay:g}",
+        full_size=f"{full.size[0]} × {full.size[1]}",
+        full_batch=full.batch,
+        full_iterations=full.iterations,
+        full_rate=f"{full.learning_rate:g}",
+        long_iterations=PROTOCOLS["long"].iterations,
+        done=finished(rows),
+        planned=len(list(plan())),
+        commit=commits[0] if commits else "COMMIT",
+        **fields,
+    )
+    return re.sub(r"\n{3,}", "\n\n", text)

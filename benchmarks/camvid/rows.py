@@ -1,118 +1,65 @@
-"""The schema of ``results/camvid.csv``: a row is one finished training."""
+"""The schema of ``results/camvid.csv``: a row is one finished training. ``benchmarks.results`` reads and writes it."""
 
 import math
 from dataclasses import dataclass
 
-from benchmarks.camvid.arms import ARMS
+from benchmarks.camvid.arms import ARMS, PROTOCOLS
 
 FILE = "camvid.csv"
-RADII = (5, 7, 10)
-NEAREST = (3, 5)
-PAPER = {"height": 360, "batch": 16, "iterations": 6000}
-SETTING = (
-    *("protocol", "network", "augmentation", "iterations", "batch", "height", "width", "channels", "learning_rate"),
-    "precision",
-)
-"""What rows that are compared with each other have in common. Not the device: a study can go on on another of its kind,
-which the precision names."""
-SCORES = (
-    *("miou", "miou_multi_scale", *(f"trimap_{r}" for r in RADII), *(f"boundary_{r}" for r in RADII)),
-    *("alignment", "uniformity", *(f"uniformity_{k}" for k in NEAREST)),
-)
+SCORES = ("miou", "rare", "boundary_3", "boundary_5", "alignment", "uniformity")
 
 
 @dataclass(frozen=True)
 class Result:
-    """One training. IoUs are fractions; boundaries in pixels of the labels as trained."""
+    """One training. IoUs are fractions; boundaries are in pixels of the frames as trained."""
 
+    protocol: str
     arm: str
     seed: int
-    protocol: str
-    """"full": the paper's sizes, batch and iterations, with a network of its kind. "shortened": anything less, a test
-    of the program."""
-    network: str
-    augmentation: str
-    """Whose colour jitter, flip and scale: "kornia" or "plain"."""
-    iterations: int
-    batch: int
-    height: int
-    width: int
-    """Of a frame. Training crops its sides to multiples of 32."""
-    channels: int
-    """D, of the embeddings."""
-    learning_rate: float
-    precision: str
-
+    weight: float
+    """The weight of the loss beside the cross-entropy."""
     status: str
     """"ok", or "diverged: " and where."""
     miou: float | None = None
-    """Of one forward of each validation frame, as all that follows but the next."""
-    miou_multi_scale: float | None = None
-    """Of mean probabilities over the protocol's scales, each with its mirror image."""
-    trimap_5: float | None = None
-    """Mean IoU within 5 px of a boundary of the labels."""
-    trimap_7: float | None = None
-    trimap_10: float | None = None
+    rare: float | None = None
+    """Mean IoU of the rare classes."""
+    boundary_3: float | None = None
+    """Boundary IoU (Cheng et al.) with bands of 3 px."""
     boundary_5: float | None = None
-    """Boundary IoU (Cheng et al.), bands of 5 px."""
-    boundary_7: float | None = None
-    boundary_10: float | None = None
     alignment: float | None = None
-    """A, and then U, U_3, U_5, of what goes into the last convolution."""
+    """Alignment and uniformity of what goes into the last convolution."""
     uniformity: float | None = None
-    uniformity_3: float | None = None
-    uniformity_5: float | None = None
     iou_per_class: str = ""
-    cross_entropy: float | None = None
-    """Mean of the last tenth of the iterations, as is the next."""
-    contrast: float | None = None
-    """Before its weight. Empty without a contrastive loss."""
-    median_step_ms: float | None = None
-    """With data and augmentation. Empty without a GPU, where it would tell nothing."""
-
+    step_ms: float | None = None
+    """The median of a step with data and augmentation: in rows of the protocol ``timing`` alone."""
+    cpu_seconds: float | None = None
+    """Of the whole training with its evaluation, all calls together. Other processes' load lengthens it."""
+    log: str = ""
+    """JSON, means over each fifth of the iterations: see ``training.Log``."""
     device: str = ""
-    driver: str = ""
     torch: str = ""
-    triton: str = ""
     libraries: str = ""
-    """Those that network and augmentation come from."""
     commit: str = ""
+    """Of the checkout that trained, and so of the loss."""
 
     @property
     def measured(self) -> tuple:
-        """What tells rows apart: a training is not repeated because a commit came in between."""
-        return self.arm, self.seed, *self.setting
-
-    @property
-    def setting(self) -> tuple:
-        return tuple(getattr(self, name) for name in SETTING)
+        """What identifies a training. A training is not repeated."""
+        return self.protocol, self.arm, self.seed
 
     def flaw(self) -> str | None:
-        """What it lacks, as a sentence."""
+        """Say in a sentence what makes the row unusable."""
+        if self.protocol not in PROTOCOLS:
+            return f"protocol: expected one of {', '.join(PROTOCOLS)}, got {self.protocol!r}."
         if self.arm not in ARMS:
             return f"arm: expected one of {', '.join(ARMS)}, got {self.arm!r}."
-        for name in ("network", "augmentation", "precision", "device", "torch"):
-            if not getattr(self, name):
-                return f"expected {name} to be filled."
-        for name in ("seed", "iterations", "batch", "height", "width", "channels", "learning_rate"):
-            if getattr(self, name) is None:
-                return f"expected {name} to be filled."
-        if self.protocol != protocol(self.network, self.height, self.batch, self.iterations):
-            return f"protocol: expected full (which takes {PAPER} and not the small network) or shortened, rightly."
+        if self.seed is None or self.weight is None or not self.device or not self.torch:
+            return "expected seed, weight, device and torch to be filled."
         if self.status != "ok" and not self.status.startswith("diverged: "):
             return f"status: expected ok or 'diverged: where', got {self.status!r}."
-        scores = {name: getattr(self, name) for name in (*SCORES, *(["median_step_ms"] if self.driver else []))}
-        if self.status == "ok":
-            lacking = [name for name, score in scores.items() if score is None or not math.isfinite(score)]
-            if lacking:
-                return (
-                    f"expected a finite {', '.join(lacking)} of a finished training: take the row out to run it again."
-                )
-        elif any(score is not None for score in scores.values()):
-            return "expected no scores of a training that diverged."
+        expected = () if self.status != "ok" else ("step_ms",) if self.protocol == "timing" else SCORES
+        for name in (*SCORES, "step_ms"):
+            value = getattr(self, name)
+            if (value is None) == (name in expected) or (value is not None and not math.isfinite(value)):
+                return f"{name}: expected {'a finite number' if name in expected else 'no number'}, got {value}."
         return None
-
-
-def protocol(network: str, height: int, batch: int, iterations: int) -> str:
-    full = network != "small" and {"height": height, "batch": batch, "iterations": iterations} == PAPER
-    return "full" if full else "shortened"

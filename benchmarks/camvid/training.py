@@ -1,410 +1,268 @@
-"""One training of the study, which can be left at any iteration and taken up again: on a CPU to the same bits, on a GPU
-as far as its backward passes repeat themselves.
+"""One training of the study. It can be left at any iteration and taken up again, on a CPU to the same bits.
 
-Frames, augmentation and first weights are functions of seed and iteration alone, so that all arms see the same; what
-the past leaves (weights, momentum, the loss's own state, the random numbers of dropout) is in the checkpoint.
+Frames, augmentation and first weights are functions of seed and iteration, so that all arms of a seed see the same. The
+checkpoint holds the rest: weights, momentum, the loss's own state and the log.
 """
 
 import contextlib
 import io
+import json
 import math
 import pathlib
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import contextrast_kernels as ck
-from benchmarks.camvid import rows
-from benchmarks.camvid.arms import Arm
+from benchmarks.camvid import arms, data
+from benchmarks.camvid.arms import Arm, Protocol
 from benchmarks.camvid.networks import NETWORKS, Segmenter
 from benchmarks.camvid.rows import Result
-from contextrast_kernels.demo.scenes import VOID, Batch, CamVid
-from contextrast_kernels.demo.training import mixed_precision, wait
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-MULTIPLE = 32
-"""HRNet's branches fit together in images of such sides."""
-TENTHS = 10
-WEIGHTS, ORDER, CHANGE, DROPOUT = range(4)
-"""What is drawn: first weights; the frames' order; their augmentation; what layers draw for themselves."""
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What all arms of a comparison share."""
-
-    network: str
-    height: int
-    """Of a frame, to which it is resized."""
-    iterations: int
-    batch: int
-    channels: int
-    learning_rate: float
-    scales: tuple[float, ...]
-    """Of the multi-scale evaluation."""
-    weight_decay: float = 5e-4
-    momentum: float = 0.9
-    power: float = 0.9
-    """Of the polynomial decay of the learning rate."""
-
-
-FULL = Setting("hrnet_w18", **rows.PAPER, channels=256, learning_rate=0.01, scales=(0.75, 1.0, 1.25, 1.5, 1.75, 2.0))
-SHORTENED = Setting(
-    "small", height=96, iterations=150, batch=8, channels=64, learning_rate=0.05, scales=(0.75, 1.0, 1.25)
-)
-
-
-class Diverged(Exception):
-    """A loss, or a score, is not finite."""
-
-
-class OutOfTime(Exception):
-    """The evaluation was broken off."""
+DIM, FIFTHS, SAVED = 256, 5, 120.0
+"""Channels of the embeddings; stages of the log; seconds between checkpoints."""
 
 
 class CheckpointError(Exception):
-    """A checkpoint cannot be used; the message is one sentence that names the file."""
+    """A checkpoint cannot be used. The message is one sentence that names the file."""
 
 
-def drawn(seed: int, *what: int) -> int:
-    """A seed of 32 bits for one draw."""
-    return int(np.random.SeedSequence((seed, *what)).generate_state(1)[0])
+class Diverged(Exception):
+    """A loss or a score is not finite."""
 
 
-def frames(count: int, batch: int, seed: int, iteration: int) -> Tensor:
-    """Which of ``count`` frames an iteration takes: each once before any comes again."""
-    places = range(iteration * batch, (iteration + 1) * batch)
-    orders = {
-        epoch: torch.randperm(count, generator=torch.Generator().manual_seed(drawn(seed, ORDER, epoch)))
-        for epoch in {place // count for place in places}
-    }
-    return torch.stack([orders[place // count][place % count] for place in places])
+@dataclass
+class Log:
+    """What is seen of the loss at work, from the high-resolution layer to the low one, summed over each fifth.
 
+    Of every probed iteration: ``at_edge``, the share of error pixels at distance 0; ``errors``, the share of valid
+    pixels that are errors; of the Contextrast loss also ``negatives``, ``classes`` and ``loss``, all of a layer. Of the
+    gradients: ``ratio``, the norm of the weighted loss's over that of the cross-entropy's, and ``cosine`` of the two,
+    at each stage's output, and as the last number over all parameters of the encoder.
+    """
 
-def to_device(values: Tensor, device: torch.device) -> Tensor:
-    """Without waiting for the device."""
-    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values
+    sums: dict[str, list]
+    counts: dict[str, list]
 
+    def add(self, fifth: int, name: str, values: list[float]) -> None:
+        sums = self.sums.setdefault(name, [[0.0] * len(values) for _ in range(FIFTHS)])
+        counts = self.counts.setdefault(name, [[0] * len(values) for _ in range(FIFTHS)])
+        for i, value in enumerate(values):
+            if math.isfinite(value):  # a layer without errors has no share of them
+                sums[fifth][i] += value
+                counts[fifth][i] += 1
 
-@contextlib.contextmanager
-def random_numbers(seed: int) -> Iterator[None]:
-    """The host's global generator starts from this seed, and goes on afterwards as if nothing had been drawn."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        yield
+    def text(self) -> str:
+        def mean(total: float, count: int) -> float | None:
+            return float(f"{total / count:.4g}") if count else None
 
-
-@contextlib.contextmanager
-def fixed_shapes() -> Iterator[None]:
-    """cuDNN tries its algorithms at the first batch, since all that follow have its shape."""
-    before = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = True
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.benchmark = before
-
-
-def cropped(images: Tensor, labels: Tensor) -> Batch:
-    """The middle, with sides that are multiples of 32."""
-    for axis in (-2, -1):
-        length = images.shape[axis] // MULTIPLE * MULTIPLE
-        first = (images.shape[axis] - length) // 2
-        images, labels = images.narrow(axis, first, length), labels.narrow(axis, first, length)
-    return images, labels
-
-
-def padded(values: Tensor, fill: float) -> Tensor:
-    """Filled at the right and below, to sides that are multiples of 32."""
-    H, W = values.shape[-2:]
-    return F.pad(values, (0, -W % MULTIPLE, 0, -H % MULTIPLE), value=fill)
-
-
-class Clock:
-    """Milliseconds from tick to tick, without waiting for the device before they are read."""
-
-    def __init__(self, device: torch.device):
-        self.device, self.ticks = device, []
-
-    def tick(self) -> None:
-        if self.device.type == "cuda":
-            self.ticks.append(torch.cuda.Event(enable_timing=True))
-            self.ticks[-1].record()
-        else:
-            self.ticks.append(time.perf_counter())
-
-    def read(self) -> list[float]:
-        """Since the last reading, after which the next interval begins with the next tick."""
-        wait(self.device)
-        pairs, self.ticks = list(zip(self.ticks, self.ticks[1:])), []
-        if self.device.type == "cuda":
-            return [begin.elapsed_time(end) for begin, end in pairs]
-        return [1000 * (end - begin) for begin, end in pairs]
+        means = {
+            name: [[mean(*pair) for pair in zip(*lines)] for lines in zip(sums, self.counts[name])]
+            for name, sums in self.sums.items()
+        }
+        return json.dumps(means, separators=(",", ":"))
 
 
 @dataclass(frozen=True)
-class Study:
-    """What all trainings of one call share."""
+class Frames:
+    """The frames of both splits on the device, and what every row says of where it was trained."""
 
-    setting: Setting
-    data: CamVid
-    augmentation: str
-    augment: Callable[[Tensor, Tensor], Batch]
+    train: tuple[Tensor, Tensor]
+    validation: tuple[Tensor, Tensor]
     environment: dict
-
-    @property
-    def device(self) -> torch.device:
-        return self.data.images.device
-
-    def blank(self, arm: Arm, seed: int) -> Result:
-        """The row of a training that has not begun."""
-        setting, (height, width) = self.setting, self.data.size
-        shared = ("network", "iterations", "batch", "channels", "learning_rate")
-        return Result(
-            arm=arm.name,
-            seed=seed,
-            protocol=rows.protocol(setting.network, setting.height, setting.batch, setting.iterations),
-            augmentation=self.augmentation,
-            **{name: getattr(setting, name) for name in shared},
-            height=height,
-            width=width,
-            precision="bfloat16 autocast" if self.device.type == "cuda" else "float32",
-            status="ok",
-            **self.environment,
-        )
+    device: torch.device
 
 
 class Training:
     """An arm with a seed, at some iteration."""
 
-    def __init__(self, arm: Arm, seed: int, study: Study):
-        self.arm, self.seed, self.study = arm, seed, study
-        self.setting = setting = study.setting
-        self.data, self.device, N = study.data, study.device, len(study.data.classes)
-        with random_numbers(drawn(seed, WEIGHTS)):
-            self.network: Segmenter = NETWORKS[setting.network](N)
-            self.network.to(self.device, memory_format=torch.channels_last)
-            self.contrast, self.tap = arm.build(N, setting.channels, seed, self.device.type), None
-            if self.contrast is not None:
+    def __init__(self, protocol: Protocol, arm: Arm, seed: int, weight: float, frames: Frames):
+        self.protocol, self.arm, self.seed, self.weight, self.frames = protocol, arm, seed, weight, frames
+        self.images, self.labels = (part[seed % protocol.every :: protocol.every] for part in frames.train)
+        self.augment = data.augmentation(protocol.size)
+        self.class_weights = data.class_weights(self.labels)
+        N = len(arms.CLASSES)
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(data.draw(seed, 0))
+            self.network: Segmenter = NETWORKS[protocol.network](N, protocol.pretrained)
+            self.network.to(frames.device, memory_format=torch.channels_last)
+            self.loss, self.tap = arm.build(N, DIM, seed), None
+            if self.loss is not None:
                 with contextlib.redirect_stdout(io.StringIO()):
-                    self.tap = ck.attach(self.network, self.network.layers, dim=setting.channels)
-                self.contrast.to(self.device)
+                    self.tap = ck.attach(self.network, self.network.layers, dim=DIM)
+                self.loss.to(frames.device)
         self.optimizer = torch.optim.SGD(
-            self.network.parameters(),
-            lr=setting.learning_rate,
-            momentum=setting.momentum,
-            weight_decay=setting.weight_decay,
+            self.network.parameters(), protocol.learning_rate, protocol.momentum, weight_decay=protocol.weight_decay
         )
-        self.schedule = torch.optim.lr_scheduler.PolynomialLR(self.optimizer, setting.iterations, setting.power)
-        self.iteration = 0
-        self.losses = torch.zeros(setting.iterations, 2, device=self.device)  # cross-entropy, contrast
+        self.schedule = torch.optim.lr_scheduler.PolynomialLR(self.optimizer, protocol.iterations, protocol.power)
+        self.iteration, self.cpu_seconds, self.log = 0, 0.0, Log({}, {})
         self.milliseconds: list[float] = []
-        torch.manual_seed(drawn(seed, DROPOUT))  # of host and device
 
     # ------------------------------------------------------------------------------------------------------- training
 
     def step(self) -> None:
-        """One iteration. Nothing waits for the device."""
-        chosen = to_device(frames(len(self.data.images), self.setting.batch, self.seed, self.iteration), self.device)
-        images, labels = self.data.images[chosen].float() / 255, self.data.labels[chosen].long()
-        with random_numbers(drawn(self.seed, CHANGE, self.iteration)):
-            images, labels = cropped(*self.study.augment(images, labels))
-        with mixed_precision(self.device):
-            logits = self.network(images.contiguous(memory_format=torch.channels_last))
-            loss = cross_entropy = F.cross_entropy(logits, labels, ignore_index=VOID)
-            if self.tap is not None:
-                contrast = self.contrast(self.tap.features(), labels, logits)
-                loss = cross_entropy + self.arm.weight * contrast
-                self.losses[self.iteration, 1] = contrast.detach()
-        self.losses[self.iteration, 0] = cross_entropy.detach()
+        """Train for one iteration."""
+        protocol, device = self.protocol, self.frames.device
+        began = time.perf_counter()
+        images, labels = data.batch(self.images, self.labels, self.augment, self.seed, self.iteration, protocol.batch)
+        images = images.to(device, memory_format=torch.channels_last)
+        labels = labels.to(device)
+        with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
+            logits = self.network(images)
+            cross_entropy = F.cross_entropy(logits, labels, self.class_weights, ignore_index=arms.VOID)
+            contrast = None
+            if self.loss is not None:
+                contrast = self.weight * self.loss(self.tap.features(), labels, logits)
+        total = cross_entropy if contrast is None else cross_entropy + contrast
+        if not math.isfinite(total.item()):
+            raise Diverged(f"the loss is not finite at iteration {self.iteration + 1}")
+        if self.iteration % protocol.probes == 0:
+            self.probe(cross_entropy, contrast, logits.detach(), labels)
         self.optimizer.zero_grad()
-        loss.backward()
+        total.backward()
         self.optimizer.step()
         self.schedule.step()
         self.iteration += 1
+        self.milliseconds.append(1000 * (time.perf_counter() - began))
 
-    def advance(self, ends: float, checkpoint: pathlib.Path, told: Callable[[int], object]) -> Result | None:
-        """Trains to the end and returns the row, or until ``ends`` (of time.monotonic) and returns None. Leaves a
-        checkpoint at every tenth and when it stops. ``told``: called with the iterations done since. The evaluation too
-        is broken off, to be begun anew by the next call; where it is all that is left, it takes the time it needs."""
-        total, clock, before = self.setting.iterations, Clock(self.device), self.iteration
-        evaluation_ends = ends if before < total else math.inf
+    def probe(self, cross_entropy: Tensor, contrast: Tensor | None, logits: Tensor, labels: Tensor) -> None:
+        """Log this iteration: see ``Log``."""
+        fifth = self.iteration * FIFTHS // self.protocol.iterations
+        stages, N = self.network.stages, len(arms.CLASSES)
+        at_edge, errors = [], []
+        for stage in stages:
+            predicted, true = (nearest(x, stage.shape[-2:]) for x in (logits.argmax(1), labels))
+            wrong = ck.error_map(predicted, true, num_classes=N)
+            distance = ck.edge_distance(wrong)
+            at_edge.append(((distance == 0).sum() / (wrong >= 0).sum()).item())
+            errors.append(((wrong >= 0).sum() / (true != arms.VOID).sum()).item())
+        self.log.add(fifth, "at_edge", at_edge)
+        self.log.add(fifth, "errors", errors)
+        if contrast is None:
+            return
+        if isinstance(self.loss, ck.ContextrastLoss):
+            for name in ("negatives", "classes", "loss"):
+                self.log.add(fifth, name, self.loss.last[name].float().tolist())
+        weights = list(self.network.backbone.parameters())
+        wanted = [*stages, *weights]
+        pairs = [
+            [g if g is not None else torch.zeros_like(x) for g, x in zip(found, wanted)]
+            for found in (
+                torch.autograd.grad(loss, wanted, retain_graph=True, allow_unused=True)
+                for loss in (cross_entropy, contrast)
+            )
+        ]
+        groups = [[i] for i in range(len(stages))] + [range(len(stages), len(wanted))]
+        ratios, cosines = [], []
+        for group in groups:
+            of_entropy, of_contrast = (torch.cat([part[i].double().flatten() for i in group]) for part in pairs)
+            ratios.append((of_contrast.norm() / of_entropy.norm()).item())
+            cosines.append(F.cosine_similarity(of_entropy, of_contrast, dim=0).item())
+        self.log.add(fifth, "ratio", ratios)
+        self.log.add(fifth, "cosine", cosines)
+
+    def run(self, checkpoint: pathlib.Path, ends: float = math.inf, told: Callable = lambda: None) -> Result | None:
+        """Train to the end and return the row; or leave a checkpoint at ``ends`` (of time.monotonic) and return None.
+
+        A checkpoint is saved every two minutes. ``told`` is called after each iteration.
+        """
+        blank = Result(
+            self.protocol.name, self.arm.name, self.seed, self.weight, status="ok", **self.frames.environment
+        )
+        mark, saved = time.process_time(), time.monotonic()
         try:
-            with fixed_shapes():
-                while self.iteration < total and time.monotonic() < ends:
-                    clock.tick()
-                    self.step()
-                    if self.iteration * TENTHS // total > before * TENTHS // total:
-                        self.read(clock)
-                        self.save(checkpoint)
-                        told(self.iteration - before)
-                        before = self.iteration
-            self.read(clock)
-            if time.monotonic() < ends:
-                return self.row(evaluation_ends)
-        except OutOfTime:
-            return None
+            while self.iteration < self.protocol.iterations:
+                self.step()
+                told()
+                now = time.monotonic()
+                over = now >= ends
+                if over or now - saved > SAVED or self.iteration == self.protocol.iterations:
+                    self.cpu_seconds += time.process_time() - mark
+                    mark, saved = time.process_time(), now
+                    self.save(checkpoint)
+                if over:
+                    return None
+            if self.protocol.name == "timing":
+                return replace(blank, step_ms=statistics.median(self.milliseconds[2:]))
+            scores = evaluate(self.network, self.frames.validation, self.protocol.batch)
         except Diverged as error:
-            return replace(self.study.blank(self.arm, self.seed), status=f"diverged: {error}")
-        self.save(checkpoint)
-        told(self.iteration - before)
-        return None
-
-    def read(self, clock: Clock) -> None:
-        clock.tick()
-        self.milliseconds += clock.read()
-        broken = (~self.losses[: self.iteration].isfinite().all(1)).nonzero()
-        if len(broken):
-            raise Diverged(f"the loss is not finite from iteration {int(broken[0]) + 1} on")
+            return replace(blank, status=f"diverged: {error}", log=self.log.text())
+        seconds = self.cpu_seconds + time.process_time() - mark
+        return replace(blank, **scores, cpu_seconds=seconds, log=self.log.text())
 
     # ------------------------------------------------------------------------------------------------------ checkpoint
 
+    def parts(self) -> dict:
+        loss = {} if self.loss is None else {"loss": self.loss}
+        return {"network": self.network, "optimizer": self.optimizer, "schedule": self.schedule, **loss}
+
     def save(self, path: pathlib.Path) -> None:
-        """Replaces the checkpoint as a whole, so that one is always there. OSError: it cannot be written."""
-        on_gpu = self.device.type == "cuda"
-        state = {
-            "iteration": self.iteration,
-            "network": self.network.state_dict(),
-            "contrast": self.contrast.state_dict() if self.contrast is not None else {},
-            "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(),
-            "losses": self.losses,
-            "milliseconds": self.milliseconds,
-            "random": [torch.get_rng_state(), *([torch.cuda.get_rng_state(self.device)] if on_gpu else [])],
-        }
-        path.parent.mkdir(parents=True, exist_ok=True)
+        """Replace the checkpoint as a whole, so that a complete one is always there."""
+        state = {name: part.state_dict() for name, part in self.parts().items()}
+        what = repr((self.protocol, self.arm, self.weight))
         half = path.with_suffix(".new")
-        try:
-            torch.save(state, half)
-        except RuntimeError as error:  # torch's writer calls a full disk an unexpected position
-            raise OSError(f"torch could not write {half}, as where the disk is full") from error
+        rest = (what, self.iteration, self.cpu_seconds, self.log.sums, self.log.counts)
+        torch.save(state | {"rest": rest}, half)
         half.replace(path)
 
     def resume(self, path: pathlib.Path) -> None:
-        """Goes on from a checkpoint. CheckpointError: it is damaged, or of other code."""
+        """Go on from a checkpoint."""
         try:
-            saved = torch.load(path, map_location=self.device, weights_only=True)
-            self.iteration, self.milliseconds = saved["iteration"], saved["milliseconds"]
-            self.network.load_state_dict(saved["network"])
-            if self.contrast is not None:
-                self.contrast.load_state_dict(saved["contrast"])
-            self.optimizer.load_state_dict(saved["optimizer"])
-            self.schedule.load_state_dict(saved["schedule"])
-            self.losses.copy_(saved["losses"])
-            host, *device = (state.cpu() for state in saved["random"])
-        except Exception as error:  # whatever a damaged file makes of torch.load
+            state = torch.load(path, map_location=self.frames.device, weights_only=True)
+            what, self.iteration, self.cpu_seconds, *log = state["rest"]
+            if what != repr((self.protocol, self.arm, self.weight)):
+                raise ValueError("it is of other settings")
+            for name, part in self.parts().items():
+                part.load_state_dict(state[name])
+        except Exception as error:  # whatever a damaged file makes torch.load raise
+            reason = str(error).partition("\n")[0]
             raise CheckpointError(
-                f"cannot go on from {path} ({type(error).__name__}): delete it to begin anew."
+                f"{path}: cannot be resumed ({reason}). Delete it to begin this training anew."
             ) from error
-        torch.set_rng_state(host)
-        for state in device:
-            torch.cuda.set_rng_state(state, self.device)
-
-    # ------------------------------------------------------------------------------------------------------ evaluation
-
-    def row(self, ends: float = math.inf) -> Result:
-        """The finished training's. Raises OutOfTime at ``ends``, and Diverged where a score is not finite."""
-        scores = evaluate(self.network, self.data, self.setting.scales, ends)
-        broken = [name for name in rows.SCORES if not math.isfinite(scores[name])]
-        if broken:
-            raise Diverged(f"no finite {', '.join(broken)} after the last iteration")
-        entropy, contrast = self.losses[-max(1, self.setting.iterations // TENTHS) :].double().mean(0).tolist()
-        return replace(
-            self.study.blank(self.arm, self.seed),
-            **scores,
-            cross_entropy=entropy,
-            contrast=contrast if self.contrast is not None else None,
-            median_step_ms=statistics.median(self.milliseconds) if self.device.type == "cuda" else None,
-        )
-
-    def pictures(self) -> dict[str, "Figure"]:
-        """The paper's figure 5 over the validation frames, and the negatives of the one with most classes."""
-        images, labels = self.data.validation
-        N, classes = len(self.data.classes), self.data.classes
-        similarity = ck.metrics.AnchorSimilarity(N, group=None)
-        self.network.eval()
-        self.tap.train()  # else it records nothing
-        self.tap.heads.eval()
-        for some, of_some in zip(images.split(8), labels.split(8)):
-            some, of_some = padded(some, 0.0), padded(of_some, VOID)
-            with mixed_precision(self.device):
-                logits = self.network(some.contiguous(memory_format=torch.channels_last))
-                similarity.update([x.detach() for x in self.tap.features()], of_some, logits.detach())
-        chosen = torch.stack([(labels == n).flatten(1).any(1) for n in range(N)]).sum(0).argmax()
-        with torch.no_grad():
-            logits = forward(self.network, images[chosen : chosen + 1])[0]
-        self.network.train()
-        sizes = [tuple(side // layer.stride for side in labels.shape[-2:]) for layer in self.tap.layers]
-        found = {"num_classes": N, "sizes": sizes, "class_names": classes}
-        return {
-            "figure-5": ck.viz.similarity_curve(similarity.compute()),
-            "negatives": ck.viz.negatives(images[chosen], labels[chosen], logits, **found),
-        }
+        self.log = Log(*log)
 
 
-@contextlib.contextmanager
-def input_of(module: nn.Module) -> Iterator[list[Tensor]]:
-    """What goes into a module, the latest alone."""
-    seen: list[Tensor] = []
-    handle = module.register_forward_pre_hook(lambda _, inputs: seen.__setitem__(slice(None), inputs))
-    try:
-        yield seen
-    finally:
-        handle.remove()
+def nearest(x: Tensor, size: torch.Size) -> Tensor:
+    """Sample a map as the loss does: row r takes row (r * H) // h."""
+    rows, columns = (torch.arange(n, device=x.device) * N // n for n, N in zip(size, x.shape[-2:]))
+    return x[..., rows[:, None], columns]
 
 
 @torch.no_grad()
-def evaluate(network: Segmenter, data: CamVid, scales: tuple[float, ...], ends: float = math.inf) -> dict:
-    """The scores of ``rows.Result`` on the validation frames, whole and at the size that was read. Raises OutOfTime at
-    ``ends`` (of time.monotonic)."""
-    N, options = len(data.classes), {"group": None}
-    regions, at_scales = (ck.metrics.ConfusionMatrix(N, **options) for _ in range(2))
-    trimap = ck.metrics.TrimapIoU(N, rows.RADII, **options)
-    boundary = ck.metrics.BoundaryIoU(N, rows.RADII, **options)
-    embeddings = ck.metrics.AlignmentUniformity(N, rows.NEAREST, **options)
-    was_training = network.training
+def evaluate(network: nn.Module, validation: tuple[Tensor, Tensor], batch: int) -> dict:
+    """Score a network on the validation frames: the columns of ``Result``."""
+    N = len(arms.CLASSES)
+    regions = ck.metrics.ConfusionMatrix(N)
+    boundary = ck.metrics.BoundaryIoU(N, (3, 5))
+    embeddings = ck.metrics.AlignmentUniformity(N)
+    seen: list[Tensor] = []
+    handle = network.classify.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     network.eval()
-    with input_of(network.classify) as seen:
-        for images, labels in zip(*(whole.split(8) for whole in data.validation)):
-            wait(images.device)
-            if time.monotonic() >= ends:
-                network.train(was_training)
-                raise OutOfTime
-            logits = forward(network, images)
-            embeddings.update(seen[0], padded(labels, VOID))
-            for metric in (regions, trimap, boundary):
-                metric.update(logits, labels)
-            probabilities = torch.zeros_like(logits)
-            for scale in scales:
-                sides = [max(MULTIPLE, round(scale * side)) for side in images.shape[-2:]]
-                scaled = F.interpolate(images, sides, mode="bilinear", antialias=scale < 1)
-                for mirrored in (False, True):
-                    some = forward(network, scaled.flip(-1) if mirrored else scaled)
-                    some = F.interpolate(some.flip(-1) if mirrored else some, images.shape[-2:], mode="bilinear")
-                    probabilities += some.softmax(1)
-            at_scales.update(probabilities, labels)
-    network.train(was_training)
-    region, near, bands, how = (metric.compute() for metric in (regions, trimap, boundary, embeddings))
-    scores = {"miou": region["miou"], "miou_multi_scale": at_scales.compute()["miou"]}
-    scores |= {f"trimap_{r}": near[f"trimap_miou_{r}px"] for r in rows.RADII}
-    scores |= {f"boundary_{r}": bands[f"boundary_miou_{r}px"] for r in rows.RADII}
-    scores |= {name: how[name] for name in rows.SCORES if name in how}
-    per_class = " ".join(f"{value:.4f}" for value in region["iou_per_class"].tolist())
-    return {name: score.item() for name, score in scores.items()} | {"iou_per_class": per_class}
-
-
-def forward(network: Segmenter, images: Tensor) -> Tensor:
-    """Float32 logits of images of any size."""
-    H, W = images.shape[-2:]
-    with mixed_precision(images.device):
-        logits = network(padded(images, 0.0).contiguous(memory_format=torch.channels_last))
-    return logits[..., :H, :W].float()
+    try:
+        for images, labels in zip(*(part.split(batch) for part in validation)):
+            seen.clear()
+            images = images.float() / 255
+            labels = labels.long()
+            with torch.autocast("cuda", torch.bfloat16, enabled=images.is_cuda):
+                logits = network(images.contiguous(memory_format=torch.channels_last))
+            regions.update(logits, labels)
+            boundary.update(logits, labels)
+            embeddings.update(seen[0], labels)
+    finally:
+        handle.remove()
+        network.train()
+    found = regions.compute() | boundary.compute() | embeddings.compute()
+    per_class = found["iou_per_class"]
+    scores = {"miou": found["miou"], "rare": per_class[[arms.CLASSES.index(name) for name in arms.RARE]].nanmean()}
+    scores |= {f"boundary_{r}": found[f"boundary_miou_{r}px"] for r in (3, 5)}
+    scores |= {name: found[name] for name in ("alignment", "uniformity")}
+    scores = {name: value.item() for name, value in scores.items()}
+    broken = [name for name, value in scores.items() if not math.isfinite(value)]
+    if broken:
+        raise Diverged(f"no finite {', '.join(broken)} after the last iteration")
+    return scores | {"iou_per_class": " ".join(f"{value:.4f}" for value in per_class.tolist())}
