@@ -51,7 +51,8 @@ class ContextrastLoss(nn.Module):
         seed: the first seed. It lives in an int64 buffer that advances by one each training-mode forward, so
             that a saved state continues the same draws; evaluation leaves it alone. It follows the labels' device.
             Keep the loss outside of activation checkpointing, whose second forward would draw anew.
-        Everything else as in ``contextrast_loss``.
+
+    The other arguments are those of ``contextrast_loss``.
 
     After a forward ``last`` holds detached tensors of shape (layers,): "loss" (L_i, unweighted), "classes" (classes
     present), "positives" (valid pixels), "negatives" (chosen and base pixels) and "errors" (wrongly predicted
