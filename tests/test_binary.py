@@ -168,7 +168,6 @@ REFUSED = {
     "PixelContrastLoss": lambda: ck.PixelContrastLoss(1),
     "MultiScaleContrastLoss": lambda: ck.MultiScaleContrastLoss(1),
     "PNELoss": lambda: ck.PNELoss(1),
-    "MemoryBank": lambda: ck.MemoryBank(1, 4),
     "RegionContrastLoss": lambda: ck.RegionContrastLoss(1, ck.MemoryBank(2, 4)),
     "Sampler": lambda: ck.Sampler("bane", 8, 8)(ONE, ONE, 1, 0),
     "error_map": lambda: ck.error_map(ONE, ONE, num_classes=1),

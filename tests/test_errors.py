@@ -415,7 +415,7 @@ TABLE = [
     ("rows of rank 3", lambda: nce(rows=ROWS[None]), ValueError, "rows", r"\(1, 5, 3\)"),
     ("integer rows", lambda: nce(rows=ROWS.long()), TypeError, "rows", "int64"),
     ("float8 rows", lambda: nce(rows=ROWS.to(torch.float8_e4m3fn)), TypeError, "rows", "float8"),
-    ("unsigned 64-bit row labels", lambda: nce(labels=ROW_LABELS.to(torch.uint64)), TypeError, "row_labels", "uint64"),
+    ("bool row labels", lambda: nce(labels=ROW_LABELS > 0), TypeError, "row_labels", "bool"),
     ("unknown positives", lambda: nce(positives="all"), ValueError, "positives", "all"),
     ("reduction by sum", lambda: nce(reduction="sum"), ValueError, "reduction", "sum"),
     ("bool row negatives", lambda: nce(row_negatives=ROW_LABELS > 0), TypeError, "row_negatives", "bool"),
@@ -513,7 +513,7 @@ TABLE = [
     ("trimap of no radius", lambda: ck.metrics.TrimapIoU(4, ()), TypeError, "radii", r"\(\)"),
     ("trimap of a negative radius", lambda: ck.metrics.TrimapIoU(4, (5, -1)), ValueError, "radii", "-1"),
     ("trimap mask of a negative radius", lambda: ck.metrics.boundary_mask(LABELS, -1), ValueError, "radius", "-1"),
-    ("boundary of half a pixel", lambda: ck.metrics.BoundaryIoU(4, (0.5,)), TypeError, "widths", "0.5"),
+    ("boundary of a pixel and a half", lambda: ck.metrics.BoundaryIoU(4, (1.5,)), TypeError, "widths", "1.5"),
     ("boundary of width 0", lambda: ck.metrics.BoundaryIoU(4, (0,)), ValueError, "widths", "0"),
     ("boundary F1 of radius NaN", lambda: ck.metrics.BoundaryF1(4, math.nan), ValueError, "radius", "nan"),
     ("instance sizes of three classes", lambda: instances(sizes=(1.0, 2.0, 3.0)), ValueError, "instance_sizes", "3"),
@@ -606,6 +606,7 @@ TABLE = [
 # Options that contextrast_loss checks at the call and ContextrastLoss already when it is built.
 OPTIONS = [
     ({"num_classes": 0}, ValueError, "num_classes", "0"),
+    ({"num_classes": 1}, ValueError, "num_classes", "1"),
     ({"num_classes": 4.5}, TypeError, "num_classes", "4.5"),
     ({"ignore_index": "void"}, TypeError, "ignore_index", "void"),
     ({"temperature": 0}, ValueError, "temperature", "0"),

@@ -42,7 +42,7 @@ class MemoryBank(nn.Module):
 
     def __init__(self, num_classes: int, dim: int, *, pixels: int = 5000, regions: int = 5000, group=None):
         super().__init__()
-        checks.several_classes(num_classes)
+        checks.num_classes(num_classes)
         checks.integer("dim", dim, low=1)
         checks.integer("pixels", pixels, low=0)
         checks.integer("regions", regions, low=0)
