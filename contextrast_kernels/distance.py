@@ -159,9 +159,13 @@ def check_sampling(value, spatial_dims: int) -> tuple[float, ...] | None:
         raise ValueError(
             f"sampling: expected a number or {spatial_dims} numbers, one for each spatial axis, got {len(value)}"
         )
+    # A NumPy scalar of 32 bits cannot be compared with the limits.
+    value = tuple(
+        float(side) if isinstance(side, numbers.Real) and not isinstance(side, bool) else side for side in value
+    )
     for side in value:
         checks.real("sampling", side, low=_SMALLEST_SIDE, high=_LARGEST_SIDE)
-    return tuple(float(side) for side in value)
+    return value
 
 
 # ------------------------------------------------------------------------------------------------------------ reference
