@@ -190,13 +190,24 @@ def layer_negatives(
     return layers, torch.stack(counts)
 
 
-def negative_codes(predictions: Tensor, labels: Tensor, sizes, num_classes: int, *selection) -> tuple[Tensor, Tensor]:
+def negative_codes(
+    predictions: Tensor,
+    labels: Tensor,
+    sizes: list[tuple[int, ...]],
+    num_classes: int,
+    ratio: float,
+    negatives: str,
+    distance_at: str,
+    ignore_index: int,
+    seed: int | Tensor,
+    sampling: tuple[float, ...] | None = None,
+) -> tuple[Tensor, Tensor]:
     """``layer_negatives`` as the fused loss reads them: all layers end to end in one or two bytes a pixel
     (``native.code_dtype``), whose largest number is none."""
-    *options, sampling = selection
+    selection = (predictions, labels, sizes, num_classes, ratio, negatives, distance_at, ignore_index, seed)
     if _one_native_call(labels, sampling):
-        return native.bane_codes(*_native_arguments(predictions, labels, sizes, num_classes, *options))
-    layers, errors = layer_negatives(predictions, labels, sizes, num_classes, *selection)
+        return native.bane_codes(*_native_arguments(*selection))
+    layers, errors = layer_negatives(*selection, sampling)
     dtype = native.code_dtype(num_classes)
     chosen = torch.cat([layer.flatten() for layer in layers])
     return torch.where(chosen >= 0, chosen, torch.iinfo(dtype).max).to(dtype), errors
