@@ -235,17 +235,17 @@ class _Finder:
         return join and sources[0] < call.start <= sources[1]
 
     def _is_hidden(self, call: Call, layer: Layer, node: int) -> bool:
-        """Whether a module around this one takes and gives finer maps alone: an attention reduces its keys inside."""
-        parent = call.module
+        """Whether a module around this one makes finer maps of it alone: an attention reduces its keys inside."""
+        parent = call.module.rpartition(".")[0]
         while parent:
-            parent = parent.rpartition(".")[0]
             around = self.calls.get(parent)
-            if around is None or not around.maps or not around.start <= node < around.end:
-                continue
-            if layer.pixels < min(other.pixels for other in around.layers) and not any(
-                self.graph.rise[around.start : around.end]
-            ):
-                return True
+            if around is not None and around.maps and around.start <= node < around.end:
+                finer = layer.pixels < min(other.pixels for other in around.layers)
+                if finer and not any(self.graph.rise[around.start : around.end]):
+                    ends = [n for _, n in around.maps if n]
+                    if node in self.graph.ancestors(ends, stop=range(around.start)):
+                        return True
+            parent = parent.rpartition(".")[0]
         return False
 
     # ------------------------------------------------------------------------------------------------------- the trunk
