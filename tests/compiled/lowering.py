@@ -190,9 +190,8 @@ CACHE_HINTS = ("volatile", "relaxed", "weak", "nc", "ca", "cg", "cs", "cta", "gp
 def _transfer(kernel, i):
     loads = i.parts[0] != "st"
     parts = i.opcode.replace("shared::cta", "shared").replace("L1::", "").split(".")
-    space = next((part for part in parts if part in ("global", "shared", "param")), None)
-    if space is None:
-        raise Unknown("state space")
+    # A generic address is taken for one of global memory: any other lies outside of every tensor.
+    space = next((part for part in parts if part in ("global", "shared", "param")), "global")
     expect(i, space, "v2", "v4", "v8", "evict_last", "no_allocate", *CACHE_HINTS, of=parts[1:-1])
     kind = type_named(parts[-1])
     value, where = i.arguments if loads else reversed(i.arguments)
