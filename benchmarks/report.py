@@ -497,8 +497,9 @@ One map of 512 × 1024 pixels with 19 classes, int64 in, squared distances out. 
 and do not pay for finding them. `edt`'s multi-label transform measures to the nearest pixel outside, another distance,
 and kornia's is an approximation. The maps are those of `contextrast_kernels/cases.py`."""
 NOTHING_ON_GPU = """\
-Not measured yet. Nothing has run on a GPU so far. The fused Triton kernels of the loss are executed from their PTX on a
-CPU and held to the definitions there (`tests/compiled`), and compiled ahead of time for sm_80, 90 and 100.
+Not measured yet. Nothing has run on a GPU so far. The fused Triton kernels of the loss and the CUDA kernels of `csrc/`
+are executed from their PTX on a CPU, held to the definitions there (`tests/compiled`), and compiled ahead of time for
+sm_80, 90 and 100.
 `python -m contextrast_kernels bench --plan` lists what the fused loss would launch and move."""
 
 

@@ -12,7 +12,6 @@ constexpr int WARP = 32;
 constexpr unsigned ALL_LANES = 0xFFFFFFFFu;
 constexpr int BLOCK = 256;  // threads, where a kernel has no reason for another number
 
-#if defined(__CUDACC__)  // tests/emulation has its own
 // A block's shared memory: one object of a fixed size, or as much as the launch asks for.
 template <class T>
 __device__ __forceinline__ T &block_shared() {
@@ -25,7 +24,6 @@ __device__ __forceinline__ T *dynamic_shared() {
   extern __shared__ int4 shared[];
   return reinterpret_cast<T *>(shared);
 }
-#endif
 
 // ---- Several layers in one launch: layer i has the blocks first[i]..first[i + 1] - 1.
 

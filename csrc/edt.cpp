@@ -2,13 +2,13 @@
 //   1. mark: the seeds, and for edge_distance the pixels whose distance is wanted, a bit each. A word has 32 pixels of a
 //      column, which is a line along the first axis that is longer than 1.
 //   2. carry: the nearest seeds above and below each word.
-//   3. solve: plane after plane across the columns, first along y (in volumes), then along x. A block of LANES pixels,
-//      neighbours along x, is settled by a window; the blocks that it leaves open are searched line by line.
+//   3. solve: plane after plane across the columns, first along y (in volumes), then along x. A block of 64 bytes of
+//      costs, of neighbours along x, is settled by a window; the blocks that it leaves open are searched line by line.
 // Only pixels that are wanted and no seed, the far ones, are searched for. Along any axis the neighbours of a run of far
 // pixels are seeds, or the image ends there, so that no pixel beyond them matters.
 #include <string.h>
 
-#include <type_traits>
+#include <limits>
 
 #include "host.h"
 #include "lines.h"
@@ -17,13 +17,12 @@ namespace contextrast {
 namespace {
 
 constexpr int BAND = 32;
-constexpr int LANES = 16;                          // pixels of a block
 constexpr int STRIP = 64;                          // columns of a plane that are searched along y together
 constexpr int WINDOW = 8, WINDOW_BESIDE_OPEN = 2;  // steps before a block is left to the search
 constexpr int MARGIN = 32;                         // pixels without a seed around each line
-constexpr int BLOCKS = CONTEXTRAST_MAX_SIDE / LANES + 1;
+constexpr int BLOCKS = CONTEXTRAST_MAX_SIDE / 8;   // the most blocks of a line
 constexpr int TASK_PIXELS = 1 << 14;
-static_assert(MARGIN >= WINDOW + LANES && BAND == 2 * LANES, "what is read beside a line");
+static_assert(MARGIN >= WINDOW + 16, "what a block of 64 bytes reads beside its line");
 
 // The volume without axes of one pixel: (columns' length, y, x); a map is (H, 1, W), a line is (1, 1, W). Neither a sum
 // of costs nor an order in memory changes with it.
@@ -75,99 +74,109 @@ struct Words {
   uint32_t *seeds, *carries = nullptr, *wanted = nullptr;
 
   Words(Scratch &scratch, const Volume &volume, bool edges) {
-    const int64_t count = volume.batch * volume.bands() * volume.plane();
+    const int64_t count = volume.batch * volume.bands() * volume.plane() + 8;  // rows are read by eight words
     seeds = scratch.take<uint32_t>(count);
     if (volume.bands() > 1) carries = scratch.take<uint32_t>(count);
     if (edges) wanted = scratch.take<uint32_t>(count);
   }
 };
 
-// ---- 1. Mark
+// ---- 1. Mark. Values are compared as signed integers of their width.
 
-template <class T>
-CONTEXTRAST_HD bool is_zero(T value) {
-  return value == T(0);
-}
-struct Half {  // float16 or bfloat16
-  uint16_t bits;
+// What a type's bits mean.
+struct Meaning {
+  int width;          // in bytes
+  bool has_sign;      // of integers: negative values are outside of every class
+  bool ignores_sign;  // of floating point: -0 is zero
+
+  explicit Meaning(int32_t type) {
+    switch (type) {
+      case CONTEXTRAST_UINT8:
+      case CONTEXTRAST_INT8: width = 1; break;
+      case CONTEXTRAST_INT16:
+      case CONTEXTRAST_UINT16:
+      case CONTEXTRAST_FLOAT16:
+      case CONTEXTRAST_BFLOAT16: width = 2; break;
+      case CONTEXTRAST_INT32:
+      case CONTEXTRAST_UINT32:
+      case CONTEXTRAST_FLOAT32: width = 4; break;
+      default: width = 8;
+    }
+    has_sign = type != CONTEXTRAST_UINT8 && type < CONTEXTRAST_UINT16;
+    ignores_sign = type >= CONTEXTRAST_FLOAT16 && type <= CONTEXTRAST_FLOAT64;
+  }
 };
-CONTEXTRAST_HD bool is_zero(Half value) { return (value.bits & 0x7FFF) == 0; }
 
-// One row of zeros, whose pixels lie `step` elements apart.
-template <class T>
-CONTEXTRAST_HD void mark_zeros(const T *__restrict here, int64_t step, int width, int bit, uint32_t *__restrict seeds) {
-  for (int64_t x = 0; x < width; ++x) seeds[x] |= static_cast<uint32_t>(is_zero(here[x * step])) << bit;
+// body(T()) for the signed integer of a width.
+template <class Body>
+void with_width(int width, const Body &body) {
+  switch (width) {
+    case 1: return body(int8_t());
+    case 2: return body(int16_t());
+    case 4: return body(int32_t());
+    default: return body(int64_t());
+  }
 }
 
-// One row of classes with its neighbours across; at a border of the image they are the row itself.
+// One row, whose pixels lie `step` elements apart. Bits that `counts` leaves out make no pixel nonzero.
 template <class T>
-struct Across {
-  const T *up, *down, *above, *below;
+CONTEXTRAST_HD void mark_zeros(const T *__restrict here, int64_t step, int width, T counts, int bit,
+                               uint32_t *__restrict seeds) {
+  for (int64_t x = 0; x < width; ++x) seeds[x] |= static_cast<uint32_t>((here[x * step] & counts) == 0) << bit;
+}
+
+// A row of classes with its neighbours across; at a border of the image they are the row itself.
+template <class T>
+struct Rows {
+  const T *here, *up, *down, *above, *below;
 };
 
 template <class T>
-CONTEXTRAST_HD void mark_edge(const T *here, const Across<T> &across, int64_t x, int64_t left, int64_t right, int bit,
+CONTEXTRAST_HD void mark_edge(const Rows<T> &rows, int64_t at, int64_t left, int64_t right, bool has_sign, int bit,
                               uint32_t &seeds, uint32_t &wanted) {
-  const T own = here[x];
-  seeds |= static_cast<uint32_t>(is_edge(own, across.up[x], across.down[x], across.above[x], across.below[x],
-                                         here[left], here[right]))
-           << bit;
-  wanted |= static_cast<uint32_t>(own >= T(0)) << bit;
+  const T own = rows.here[at];
+  const bool is_wanted = !has_sign | (own >= T(0));
+  const bool differs = (own != rows.up[at]) | (own != rows.down[at]) | (own != rows.above[at]) |
+                       (own != rows.below[at]) | (own != rows.here[left]) | (own != rows.here[right]);
+  seeds |= static_cast<uint32_t>(is_wanted & differs) << bit;
+  wanted |= static_cast<uint32_t>(is_wanted) << bit;
 }
 
 template <class T>
-CONTEXTRAST_HD void mark_edges(const T *__restrict here, const Across<T> &across, int64_t step, int width, int bit,
+CONTEXTRAST_HD void mark_edges(const Rows<T> &rows, int64_t step, int width, bool has_sign, int bit,
                                uint32_t *__restrict seeds, uint32_t *__restrict wanted) {
   const int64_t last = width - 1;
   for (int64_t x = 1; x < last; ++x)
-    mark_edge(here, across, x * step, (x - 1) * step, (x + 1) * step, bit, seeds[x], wanted[x]);
+    mark_edge(rows, x * step, (x - 1) * step, (x + 1) * step, has_sign, bit, seeds[x], wanted[x]);
   for (const int64_t x : {int64_t(0), last})
-    mark_edge(here, across, x * step, greater<int64_t>(x - 1, 0) * step, lesser(x + 1, last) * step, bit, seeds[x],
+    mark_edge(rows, x * step, greater<int64_t>(x - 1, 0) * step, lesser(x + 1, last) * step, has_sign, bit, seeds[x],
               wanted[x]);
 }
 
 // The words of row y of one band, which starts at plane `top`.
 template <class T>
-CONTEXTRAST_CLONES void mark_words(const Volume &volume, const T *image, int top, int y, uint32_t *seeds,
-                                   uint32_t *wanted) {
+CONTEXTRAST_CLONES void mark_words(const Volume &volume, const Meaning &meaning, const T *image, int top, int y,
+                                   uint32_t *seeds, uint32_t *wanted) {
   const int width = volume.size[2];
-  const int64_t step = volume.stride[2];
+  const int64_t across = volume.stride[0], along = volume.stride[1], step = volume.stride[2];
+  const T counts = meaning.ignores_sign ? std::numeric_limits<T>::max() : T(-1);
   memset(seeds, 0, static_cast<size_t>(width) * sizeof *seeds);
   if (wanted) memset(wanted, 0, static_cast<size_t>(width) * sizeof *wanted);
   for (int z = top; z < lesser(top + BAND, volume.size[0]); ++z) {
-    const T *here = image + z * volume.stride[0] + y * volume.stride[1];
-    if constexpr (!std::is_arithmetic_v<T>) {
-      mark_zeros(here, step, width, z - top, seeds);
-    } else if (!wanted) {
+    const T *here = image + z * across + y * along;
+    const int bit = z - top;
+    if (wanted) {
+      const Rows<T> rows{here, z > 0 ? here - across : here, z + 1 < volume.size[0] ? here + across : here,
+                         y > 0 ? here - along : here, y + 1 < volume.size[1] ? here + along : here};
       if (step == 1)
-        mark_zeros(here, 1, width, z - top, seeds);
+        mark_edges(rows, 1, width, meaning.has_sign, bit, seeds, wanted);
       else
-        mark_zeros(here, step, width, z - top, seeds);
-    } else if constexpr (std::is_integral_v<T>) {
-      const Across<T> across{z > 0 ? here - volume.stride[0] : here,
-                             z + 1 < volume.size[0] ? here + volume.stride[0] : here,
-                             y > 0 ? here - volume.stride[1] : here,
-                             y + 1 < volume.size[1] ? here + volume.stride[1] : here};
-      if (step == 1)
-        mark_edges(here, across, 1, width, z - top, seeds, wanted);
-      else
-        mark_edges(here, across, step, width, z - top, seeds, wanted);
+        mark_edges(rows, step, width, meaning.has_sign, bit, seeds, wanted);
+    } else if (step == 1) {
+      mark_zeros(here, 1, width, counts, bit, seeds);
+    } else {
+      mark_zeros(here, step, width, counts, bit, seeds);
     }
-  }
-}
-
-// body(T()) for the C++ type T of a volume.
-template <class Body>
-void with_type(int32_t type, const Body &body) {
-  switch (type) {
-    case CONTEXTRAST_UINT16: return body(uint16_t());
-    case CONTEXTRAST_UINT32: return body(uint32_t());
-    case CONTEXTRAST_UINT64: return body(uint64_t());
-    case CONTEXTRAST_FLOAT16:
-    case CONTEXTRAST_BFLOAT16: return body(Half());
-    case CONTEXTRAST_FLOAT32: return body(float());
-    case CONTEXTRAST_FLOAT64: return body(double());
-    default: return with_integer(type, body);
   }
 }
 
@@ -191,15 +200,118 @@ CONTEXTRAST_CLONES void carry_columns(const uint32_t *seeds, uint32_t *carries, 
 
 // ---- 3. Solve
 
+// Eight 32-bit lanes, and a block of 64 bytes of costs. The compiler splits them where registers are shorter.
+using Ints = int32_t __attribute__((vector_size(32), aligned(4), may_alias));
+using Words8 = uint32_t __attribute__((vector_size(32), aligned(4), may_alias));
+using Floats = float __attribute__((vector_size(32), aligned(4), may_alias));
+using Doubles = double __attribute__((vector_size(32), aligned(8), may_alias));
+using HalfInts = int32_t __attribute__((vector_size(16), aligned(4), may_alias));
+
 template <class Cost>
-struct Same;  // a signed integer of the size of a cost
+struct Vectors;
 template <>
-struct Same<int32_t> {
-  using Integer = int32_t;
+struct Vectors<int32_t> {
+  using Costs = Ints;
+  using Keys = Ints;
+  using Places = Ints;
+  static CONTEXTRAST_HD Ints ramp() { return Ints{0, 1, 2, 3, 4, 5, 6, 7}; }
+  static CONTEXTRAST_HD Ints narrow(Ints mask) { return mask; }
 };
 template <>
-struct Same<double> {
-  using Integer = int64_t;
+struct Vectors<double> {
+  using Costs = Doubles;
+  using Keys = HalfInts;
+  using Places = int64_t __attribute__((vector_size(32), aligned(8), may_alias));
+  static CONTEXTRAST_HD Places ramp() { return Places{0, 1, 2, 3}; }
+  static CONTEXTRAST_HD HalfInts narrow(Places mask) { return __builtin_convertvector(mask, HalfInts); }
+};
+
+template <class Cost>
+constexpr int LANES = 64 / sizeof(Cost);  // pixels of a block: two vectors
+
+template <class V>
+CONTEXTRAST_HD V least(V a, V b) {
+  return a < b ? a : b;
+}
+template <class V>
+CONTEXTRAST_HD V most(V a, V b) {
+  return a > b ? a : b;
+}
+template <class V, class T>
+CONTEXTRAST_HD V load(const T *from) {
+  return *reinterpret_cast<const V *>(from);
+}
+template <class V, class T>
+CONTEXTRAST_HD void store(V value, T *to) {
+  *reinterpret_cast<V *>(to) = value;
+}
+CONTEXTRAST_HD bool any(Ints mask) {
+  using Long = int64_t __attribute__((vector_size(32), may_alias));
+  const Long all = reinterpret_cast<Long>(mask);
+  return (all[0] | all[1] | all[2] | all[3]) != 0;
+}
+CONTEXTRAST_HD bool any(Vectors<double>::Places mask) { return any(reinterpret_cast<Ints>(mask)); }
+
+template <class Cost>
+struct Block {
+  using V = typename Vectors<Cost>::Costs;
+  static constexpr int HALF = LANES<Cost> / 2;
+  V a, b;
+
+  static CONTEXTRAST_HD Block of(Cost value) { return {V{} + value, V{} + value}; }
+  static CONTEXTRAST_HD Block at(const Cost *from) { return {load<V>(from), load<V>(from + HALF)}; }
+  CONTEXTRAST_HD void put(Cost *to) const {
+    store(a, to);
+    store(b, to + HALF);
+  }
+  CONTEXTRAST_HD Block operator+(Cost value) const { return {a + value, b + value}; }
+};
+template <class Cost>
+CONTEXTRAST_HD Block<Cost> least(const Block<Cost> &x, const Block<Cost> &y) {
+  return {least(x.a, y.a), least(x.b, y.b)};
+}
+
+template <class Cost>
+struct Keys {
+  using V = typename Vectors<Cost>::Keys;
+  static constexpr int HALF = LANES<Cost> / 2;
+  V a, b;
+
+  static CONTEXTRAST_HD Keys of(int32_t value) { return {V{} + value, V{} + value}; }
+  static CONTEXTRAST_HD Keys at(const int32_t *from) { return {load<V>(from), load<V>(from + HALF)}; }
+  CONTEXTRAST_HD void put(int32_t *to) const {
+    store(a, to);
+    store(b, to + HALF);
+  }
+};
+
+// What a block has found so far. `keys` stays unused without KEYS.
+template <bool KEYS, class Cost>
+struct Best {
+  Block<Cost> costs;
+  Keys<Cost> keys;
+
+  CONTEXTRAST_HD void try_candidate(const Block<Cost> &other, const Keys<Cost> &other_keys) {
+    if constexpr (KEYS) {
+      const auto a = Vectors<Cost>::narrow(other.a < costs.a) |
+                     (Vectors<Cost>::narrow(other.a == costs.a) & (other_keys.a < keys.a));
+      const auto b = Vectors<Cost>::narrow(other.b < costs.b) |
+                     (Vectors<Cost>::narrow(other.b == costs.b) & (other_keys.b < keys.b));
+      keys.a = a ? other_keys.a : keys.a;
+      keys.b = b ? other_keys.b : keys.b;
+    }
+    costs = least(costs, other);
+  }
+
+  // Whether a pixel at the cost `next` away could still improve the block: a seed there, or with keys one as near that
+  // comes first.
+  CONTEXTRAST_HD bool is_open(Cost next) const {
+    const auto worst = most(costs.a, costs.b);
+    if constexpr (KEYS)
+      return any(worst >= next);
+    else
+      return any(worst > next);
+  }
 };
 
 // apart(steps) along one axis for -steps..steps, steps being the axis and a block more.
@@ -226,101 +338,91 @@ struct Line {
   int32_t *keys, *best_keys;
 
   Line(Scratch &scratch, int64_t size, int64_t abreast, bool with_keys) {
-    const int64_t count = (size + 2 * MARGIN) * abreast;
+    const int64_t count = (size + 2 * MARGIN) * abreast, margin = MARGIN * abreast;
     costs = scratch.take<Cost>(count);
     best = scratch.take<Cost>(count);
     keys = with_keys ? scratch.take<int32_t>(count) : nullptr;
     best_keys = with_keys ? scratch.take<int32_t>(count) : nullptr;
-    if (costs) {
-      for (int64_t i = 0; i < MARGIN * abreast; ++i) costs[i] = costs[count - 1 - i] = Costs<Cost>::none;
-      for (int64_t i = 0; with_keys && i < MARGIN * abreast; ++i) keys[i] = keys[count - 1 - i] = INT32_MAX;
-      costs += MARGIN * abreast;
-      if (with_keys) keys += MARGIN * abreast;
-    }
+    if (!costs) return;
+    for (int64_t i = 0; i < margin; ++i) costs[i] = costs[count - 1 - i] = Costs<Cost>::none;
+    for (int64_t i = 0; with_keys && i < margin; ++i) keys[i] = keys[count - 1 - i] = INT32_MAX;
+    costs += margin;
+    if (with_keys) keys += margin;
+  }
+
+  CONTEXTRAST_HD Line from(int64_t start) const {
+    Line line = *this;
+    line.costs += start;
+    line.best += start;
+    if (keys) line.keys += start, line.best_keys += start;
+    return line;
   }
 };
-
-// Whether a pixel `next` away could still improve a block: a seed there, or with keys one as near that comes first.
-template <bool KEYS, class Cost>
-CONTEXTRAST_HD bool is_open(const Cost *best, Cost next) {
-  Cost most = best[0];
-  for (int i = 1; i < LANES; ++i) most = greater(most, best[i]);
-  return KEYS ? most >= next : most > next;
-}
-
-template <bool KEYS, class Cost>
-CONTEXTRAST_HD void try_candidate(Cost cost, int32_t key, Cost &best, int32_t &best_key) {
-  if constexpr (KEYS) {
-    const bool is_better = (cost < best) | ((cost == best) & (key < best_key));
-    best = is_better ? cost : best;
-    best_key = is_better ? key : best_key;
-  } else {
-    best = lesser(best, cost);
-  }
-}
 
 // The window of one block, `steps` pixels to either side, which lie `step` elements apart. True if the block is settled.
 template <bool KEYS, class Cost>
 CONTEXTRAST_HD bool window(const Cost *costs, const int32_t *keys, int64_t step, const Cost *apart, int steps,
                            Cost *best, int32_t *best_keys) {
-  if (!is_open<KEYS>(best, apart[1])) return true;
-  for (int k = 1; k <= steps; ++k) {
-    const Cost *before = costs - k * step, *after = costs + k * step;
-    const Cost cost = apart[k];
+  Best<KEYS, Cost> found{};
+  found.costs = Block<Cost>::at(best);
+  if (!found.is_open(apart[1])) return true;
+  if constexpr (KEYS) found.keys = Keys<Cost>::at(best_keys);
+  bool is_open = true;
+  for (int k = 1; k <= steps && is_open; ++k) {
+    const Block<Cost> before = Block<Cost>::at(costs - k * step), after = Block<Cost>::at(costs + k * step);
     if constexpr (KEYS) {
-      const int32_t *keys_before = keys - k * step, *keys_after = keys + k * step;
-      for (int i = 0; i < LANES; ++i) {
-        try_candidate<KEYS>(before[i] + cost, keys_before[i], best[i], best_keys[i]);
-        try_candidate<KEYS>(after[i] + cost, keys_after[i], best[i], best_keys[i]);
-      }
+      found.try_candidate(before + apart[k], Keys<Cost>::at(keys - k * step));
+      found.try_candidate(after + apart[k], Keys<Cost>::at(keys + k * step));
     } else {
-      for (int i = 0; i < LANES; ++i) best[i] = lesser(best[i], lesser(before[i], after[i]) + cost);
+      found.try_candidate(least(before, after) + apart[k], Keys<Cost>{});
     }
-    if (k % 2 == 0 && !is_open<KEYS>(best, apart[k + 1])) return true;
+    if (k % 2 == 0) is_open = found.is_open(apart[k + 1]);
   }
-  return false;
+  found.costs.put(best);
+  if constexpr (KEYS) found.keys.put(best_keys);
+  return !is_open;
 }
 
 // The first pixel of first..last that is best for pixel x. What it looks at beyond `last` cannot be better.
 template <class Cost>
 CONTEXTRAST_HD int first_best(const Cost *costs, const Cost *apart, int x, int first, int last) {
-  using Integer = typename Same<Cost>::Integer;
-  Cost low[LANES];
-  Integer chunk[LANES];
-  for (int i = 0; i < LANES; ++i) {
-    low[i] = Costs<Cost>::none;
-    chunk[i] = first;
+  using V = typename Vectors<Cost>::Costs;
+  using Places = typename Vectors<Cost>::Places;
+  constexpr int HALF = LANES<Cost> / 2;
+  V low = V{} + Costs<Cost>::none, low_b = low;
+  Places chunk{}, chunk_b{}, here = Places{} + first;
+  const Cost *to = costs + last, *away = apart + (first - x);
+  for (const Cost *from = costs + first; from <= to; from += 2 * HALF, away += 2 * HALF, here += 2 * HALF) {
+    const V a = load<V>(from) + load<V>(away), b = load<V>(from + HALF) + load<V>(away + HALF);
+    chunk = a < low ? here : chunk;
+    chunk_b = b < low_b ? here + HALF : chunk_b;
+    low = least(low, a);
+    low_b = least(low_b, b);
   }
-  for (int u = first; u <= last; u += LANES) {
-    const Cost *here = costs + u, *away = apart + (u - x);
-    for (int i = 0; i < LANES; ++i) {
-      const Cost cost = here[i] + away[i];
-      chunk[i] = cost < low[i] ? Integer(u) : chunk[i];
-      low[i] = lesser(low[i], cost);
-    }
+  const auto is_b = (low_b < low) | ((low_b == low) & (chunk_b < chunk));
+  low = is_b ? low_b : low;
+  chunk = (is_b ? chunk_b : chunk) + Vectors<Cost>::ramp();
+  Cost cost = low[0];
+  auto place = chunk[0];
+  for (int i = 1; i < HALF; ++i) {
+    const bool is_better = low[i] < cost || (low[i] == cost && chunk[i] < place);
+    place = is_better ? chunk[i] : place;
+    cost = is_better ? low[i] : cost;
   }
-  Cost least = low[0];
-  for (int i = 1; i < LANES; ++i) least = lesser(least, low[i]);
-  Integer place = INT32_MAX;
-  for (int i = 0; i < LANES; ++i) place = lesser(place, low[i] == least ? chunk[i] + i : Integer(INT32_MAX));
   return static_cast<int>(place);
 }
 
-// best = the least cost of the block's pixels x.. over the pixels first..last of the line.
+// best = the least cost of the block's pixels x.. over the pixels first..last of the line, where a distance is wanted.
 template <bool KEYS, class Cost>
 CONTEXTRAST_HD void sweep(const Cost *costs, const int32_t *keys, const Cost *apart, int x, int first, int last,
                           Cost *best, int32_t *best_keys) {
-  Cost low[LANES];
-  int32_t low_keys[LANES];
-  for (int i = 0; i < LANES; ++i) low[i] = best[i];
-  for (int i = 0; KEYS && i < LANES; ++i) low_keys[i] = best_keys[i];
-  for (int u = first; u <= last; ++u) {
-    const Cost cost = costs[u];
-    const Cost *away = apart + (x - u);
-    for (int i = 0; i < LANES; ++i) try_candidate<KEYS>(cost + away[i], KEYS ? keys[u] : 0, low[i], low_keys[i]);
-  }
-  for (int i = 0; i < LANES; ++i) best[i] = low[i];
-  for (int i = 0; KEYS && i < LANES; ++i) best_keys[i] = low_keys[i];
+  Best<KEYS, Cost> found{Block<Cost>::of(Costs<Cost>::none), Keys<Cost>::of(INT32_MAX)};
+  for (int u = first; u <= last; ++u)
+    found.try_candidate(Block<Cost>::at(apart + (x - u)) + costs[u], KEYS ? Keys<Cost>::of(keys[u]) : Keys<Cost>{});
+  const Block<Cost> old = Block<Cost>::at(best);
+  const Cost none = 0;
+  Block<Cost>{old.a < none ? old.a : found.costs.a, old.b < none ? old.b : found.costs.b}.put(best);
+  if constexpr (KEYS) found.keys.put(best_keys);
 }
 
 // Solves the open blocks of a line: anchors, which are the first pixels of blocks, by bisection, then each block between
@@ -328,7 +430,8 @@ CONTEXTRAST_HD void sweep(const Cost *costs, const int32_t *keys, const Cost *ap
 template <bool KEYS, class Cost>
 CONTEXTRAST_HD void search_line(const Line<Cost> &line, const Cost *apart, int size, bool bisects,
                                 const uint8_t *open) {
-  int first = 0, last = size - 1, from = 0, to = (size - 1) / LANES;
+  constexpr int lanes = LANES<Cost>;
+  int first = 0, last = size - 1, from = 0, to = (size - 1) / lanes;
   while (from <= to && !open[from]) ++from;
   if (from > to) return;
   while (!open[to]) --to;
@@ -338,18 +441,16 @@ CONTEXTRAST_HD void search_line(const Line<Cost> &line, const Cost *apart, int s
 
   int place[BLOCKS + 1];
   const int count = to - from + 1;
-  place[0] = first;
-  place[count] = last;
   if (bisects) {
-    place[0] = first_best(line.costs, apart, from * LANES, first, last);
-    place[count] = first_best(line.costs, apart, (to + 1) * LANES, place[0], last);
+    place[0] = first_best(line.costs, apart, from * lanes, first, last);
+    place[count] = first_best(line.costs, apart, (to + 1) * lanes, place[0], last);
     for (int step = first_step(count); step; step /= 2)
       for (int j = step; j < count; j += 2 * step)
-        place[j] = first_best(line.costs, apart, (from + j) * LANES, place[j - step], place[lesser(j + step, count)]);
+        place[j] = first_best(line.costs, apart, (from + j) * lanes, place[j - step], place[lesser(j + step, count)]);
   }
   for (int j = 0; j < count; ++j) {
     if (!open[from + j]) continue;
-    const int x = (from + j) * LANES;
+    const int x = (from + j) * lanes;
     sweep<KEYS>(line.costs, line.keys, apart, x, bisects ? place[j] : first, bisects ? place[j + 1] : last,
                 line.best + x, KEYS ? line.best_keys + x : nullptr);
   }
@@ -357,144 +458,196 @@ CONTEXTRAST_HD void search_line(const Line<Cost> &line, const Cost *apart, int s
 
 // The bits of one row of a plane.
 struct Row {
-  const uint32_t *seeds, *carries, *wanted;
+  const uint32_t *seeds, *carries, *wanted;  // carries, wanted: null if there are none, or all are
   int bit;
 
-  CONTEXTRAST_HD uint32_t carry(int x) const { return carries ? carries[x] : pack_carry(NO_SEED, NO_SEED); }
-  CONTEXTRAST_HD uint32_t wishes(int x) const { return wanted ? wanted[x] : ~0u; }
+  CONTEXTRAST_HD Row(const Words &words, int64_t start, int bit)
+      : seeds(words.seeds + start),
+        carries(words.carries ? words.carries + start : nullptr),
+        wanted(words.wanted ? words.wanted + start : nullptr),
+        bit(bit) {}
+};
 
-  // Whether one of the pixels x..x+count-1 is far.
-  CONTEXTRAST_HD bool is_far(int x, int count) const {
-    uint32_t far = 0;
-    if (wanted)
-      for (int i = x; i < x + count; ++i) far |= wanted[i] & ~seeds[i];
-    else
-      for (int i = x; i < x + count; ++i) far |= ~seeds[i];
-    return far >> bit & 1;
+// Eight pixels of a row: the steps to the nearest seed of their columns, and whether it is below (only of use if there
+// is one). Leading and trailing zeros come from the exponents of floats.
+struct Columns {
+  Ints steps, is_below, is_wanted;
+
+  CONTEXTRAST_HD Columns(const Row &row, int x) {
+    const Words8 seeds = load<Words8>(row.seeds + x);
+    const Words8 carries = row.carries ? load<Words8>(row.carries + x) : Words8{} + pack_carry(NO_SEED, NO_SEED);
+    const Ints upward = reinterpret_cast<Ints>(seeds << (31 - row.bit));
+    const Ints downward = reinterpret_cast<Ints>(seeds >> row.bit);
+    // Without the bit behind the first, rounding to float cannot carry.
+    const Ints first = upward & ~(upward >> 1);
+    Ints up = 31 + 127 - (reinterpret_cast<Ints>(__builtin_convertvector(first, Floats)) >> 23);
+    up = upward < 0 ? Ints{} : upward == 0 ? reinterpret_cast<Ints>(carries & 0xFFFF) + row.bit : up;
+    const Ints only = downward & -downward;
+    Ints down = (reinterpret_cast<Ints>(__builtin_convertvector(only, Floats)) >> 23 & 0xFF) - 127;
+    down = downward == 0 ? reinterpret_cast<Ints>(carries >> 16) + (31 - row.bit) : down;
+    is_below = down < up;
+    steps = least(up, down);
+    is_wanted = row.wanted ? reinterpret_cast<Ints>(load<Words8>(row.wanted + x) << (31 - row.bit)) < 0 : Ints{} - 1;
+  }
+
+  // Whether one of eight pixels is neither a seed nor unwanted.
+  static CONTEXTRAST_HD bool any_far(const Row &row, int x) {
+    const Words8 seeds = load<Words8>(row.seeds + x);
+    const Words8 far = row.wanted ? load<Words8>(row.wanted + x) & ~seeds : ~seeds;
+    return any(reinterpret_cast<Ints>(far >> row.bit & 1));
   }
 };
 
-// Costs along the columns, at pixels x..x+count-1 of a row. `number` is that of the row's pixel 0 in its image.
-template <bool KEYS, class Cost>
-CONTEXTRAST_HD void read_columns(const Row &row, int x, int count, Cost side, int32_t number, int64_t plane,
-                                 Cost *costs, int32_t *keys, Cost *best) {
-  for (int i = 0; i < count; ++i) {
-    const uint32_t steps = column_distance(row.seeds[x + i], row.bit, row.carry(x + i));
-    const bool is_wanted = row.wishes(x + i) >> row.bit & 1;
-    const Cost cost = steps >= NO_SEED || !is_wanted
-                          ? Costs<Cost>::none
-                          : Costs<Cost>::apart(side, static_cast<int>(steps >= NO_SEED ? 0 : steps));
-    costs[i] = cost;
-    best[i] = is_wanted ? cost : Cost(CONTEXTRAST_OUTSIDE);
-    if constexpr (KEYS) {
-      const int32_t offset = column_offset(row.seeds[x + i], row.bit, row.carry(x + i));
-      keys[i] = offset == NO_OFFSET ? INT32_MAX : static_cast<int32_t>(number + x + i + offset * plane);
-    }
+CONTEXTRAST_HD void put_costs(Ints steps, Ints has_cost, Ints is_wanted, int32_t weight, int32_t *costs,
+                              int32_t *best) {
+  const Ints cost = has_cost ? steps * steps * weight : Ints{} + NO_COST;
+  store(is_wanted ? cost : Ints{} + NO_COST, costs);
+  store(is_wanted ? cost : Ints{} + CONTEXTRAST_OUTSIDE, best);
+}
+
+CONTEXTRAST_HD void put_costs(Ints steps, Ints has_cost, Ints is_wanted, double side, double *costs, double *best) {
+  using Places = Vectors<double>::Places;
+  const HalfInts *all_steps = reinterpret_cast<const HalfInts *>(&steps);
+  const HalfInts *all_costs = reinterpret_cast<const HalfInts *>(&has_cost);
+  const HalfInts *all_wanted = reinterpret_cast<const HalfInts *>(&is_wanted);
+  for (int half = 0; half < 2; ++half) {
+    const Doubles length = __builtin_convertvector(all_steps[half], Doubles) * side, none = Doubles{} + INFINITY;
+    const Doubles cost = __builtin_convertvector(all_costs[half], Places) ? length * length : none;
+    const Places wanted = __builtin_convertvector(all_wanted[half], Places);
+    store(wanted ? cost : none, costs + 4 * half);
+    store(wanted ? cost : Doubles{} + double(CONTEXTRAST_OUTSIDE), best + 4 * half);
   }
 }
 
-// The same where none of the pixels is far: those that are wanted are seeds.
+// Costs along the columns, at pixels x..x+7 of a row, whose pixel 0 has a number in its image.
 template <bool KEYS, class Cost>
-CONTEXTRAST_HD void read_seeds(const Row &row, int x, int count, int32_t number, Cost *costs, int32_t *keys,
-                               Cost *best) {
-  for (int i = 0; i < count; ++i) {
-    const bool is_seed = row.wishes(x + i) >> row.bit & 1;
+CONTEXTRAST_HD void read_columns(const Row &row, int x, Cost side, int32_t number, int32_t plane, Cost *costs,
+                                 int32_t *keys, Cost *best, int32_t *best_keys) {
+  if (Columns::any_far(row, x)) {
+    const Columns columns(row, x);
+    const Ints has_cost = columns.steps < int32_t(NO_SEED);
+    put_costs(columns.steps, has_cost, columns.is_wanted, side, costs, best);
+    if constexpr (KEYS) {
+      const Ints offset = (columns.is_below ? columns.steps : -columns.steps) * plane;
+      const Ints key = has_cost ? Vectors<int32_t>::ramp() + (number + x) + offset : Ints{} + INT32_MAX;
+      store(key, keys);
+      store(key, best_keys);
+    }
+    return;
+  }
+  // Those that are wanted are seeds.
+  for (int i = 0; i < 8; ++i) {
+    const bool is_seed = !row.wanted || (row.wanted[x + i] >> row.bit & 1);
     costs[i] = is_seed ? Cost(0) : Costs<Cost>::none;
     best[i] = is_seed ? Cost(0) : Cost(CONTEXTRAST_OUTSIDE);
-    if constexpr (KEYS) keys[i] = number + x + i;
+    if constexpr (KEYS) keys[i] = best_keys[i] = number + x + i;
   }
 }
 
 template <bool KEYS, class Cost>
 CONTEXTRAST_HD void read_row(const Row &row, int x, int count, Cost side, int32_t number, int64_t plane, Cost *costs,
                              int32_t *keys, Cost *best, int32_t *best_keys) {
-  for (int i = 0; i < count; i += LANES) {
-    const int lanes = lesser(LANES, count - i);
-    int32_t *const own_keys = KEYS ? keys + i : nullptr;
-    if (!row.is_far(x + i, lanes))
-      read_seeds<KEYS>(row, x + i, lanes, number, costs + i, own_keys, best + i);
-    else if (lanes == LANES)
-      read_columns<KEYS>(row, x + i, LANES, side, number, plane, costs + i, own_keys, best + i);
-    else
-      read_columns<KEYS>(row, x + i, lanes, side, number, plane, costs + i, own_keys, best + i);
-  }
-  const int padded = (count + LANES - 1) / LANES * LANES;
-  for (int i = count; i < padded; ++i) {
+  for (int i = 0; i < count; i += 8)  // beyond the row are other words, or room
+    read_columns<KEYS>(row, x + i, side, number, static_cast<int32_t>(plane), costs + i, KEYS ? keys + i : nullptr,
+                       best + i, KEYS ? best_keys + i : nullptr);
+  for (int i = count; i < count + LANES<int32_t>; ++i) {
     costs[i] = Costs<Cost>::none;
     best[i] = Cost(CONTEXTRAST_OUTSIDE);
-    if constexpr (KEYS) keys[i] = INT32_MAX;
+    if constexpr (KEYS) keys[i] = best_keys[i] = INT32_MAX;
   }
-  for (int i = 0; KEYS && i < padded; ++i) best_keys[i] = keys[i];
 }
 
 // A worker's memory.
 template <class Cost>
 struct Work {
-  int strip;         // columns of a plane at a time
-  Cost *costs;       // of a plane, along the columns and y: only where there are several rows
-  int32_t *keys;     // likewise
-  Line<Cost> strips, column, row;
-  uint8_t *open, *open_blocks;  // (y, blocks of a strip), (blocks of a line)
+  int strip;      // columns of a plane at a time
+  Cost *costs;    // of a plane, along the columns and y: only where there are several rows
+  int32_t *keys;  // likewise
+  Line<Cost> strips, columns, row;
+  uint8_t *open, *open_blocks;  // (y), (columns of a block, blocks of a line)
 
   Work(Scratch &scratch, const Volume &volume)
-      : strip(lesser(STRIP, (volume.size[2] + LANES - 1) / LANES * LANES)),
+      : strip(lesser(STRIP, (volume.size[2] + LANES<int32_t> - 1) / LANES<int32_t> * LANES<int32_t>)),
         costs(has_rows(volume) ? scratch.take<Cost>(volume.plane()) : nullptr),
         keys(has_rows(volume) && volume.keys() ? scratch.take<int32_t>(volume.plane()) : nullptr),
-        strips(scratch, has_rows(volume) ? volume.size[1] : 0, strip, volume.keys()),
-        column(scratch, has_rows(volume) ? volume.size[1] : 0, 1, volume.keys()),
+        strips(scratch, has_rows(volume) ? volume.size[1] : 0, pitch(), volume.keys()),
+        columns(scratch, has_rows(volume) ? column_size(volume) * LANES<Cost> : 0, 1, volume.keys()),
         row(scratch, volume.size[2], 1, volume.keys()),
-        open(scratch.take<uint8_t>(volume.size[1] * int64_t(STRIP / LANES))),
-        open_blocks(scratch.take<uint8_t>(BLOCKS)) {}
+        open(scratch.take<uint8_t>(volume.size[1])),
+        open_blocks(scratch.take<uint8_t>(int64_t(LANES<Cost>) * blocks(greater(volume.size[1], volume.size[2])))) {}
 
+  int pitch() const { return strip + LANES<int32_t>; }
+  static int64_t column_size(const Volume &volume) { return volume.size[1] + MARGIN; }
+  static int blocks(int size) { return (size + LANES<Cost> - 1) / LANES<Cost>; }
   static bool has_rows(const Volume &volume) { return volume.size[1] > 1; }
 };
 
-// The columns x..x+count-1 of a plane, abreast, along y: into work.costs and work.keys.
+// What the window leaves open in the columns lane..lane+LANES-1 of a strip.
 template <bool KEYS, class Cost>
-CONTEXTRAST_HD void solve_strip(const Volume &volume, const Row &plane_bits, int z, int x, int count,
-                                const Apart<Cost> &apart, const Work<Cost> &work) {
-  const int height = volume.size[1], width = volume.size[2], strip = work.strip, blocks = (count + LANES - 1) / LANES;
-  const Cost side = Costs<Cost>::side(volume.metric, 0);
-  const Line<Cost> &strips = work.strips, &column = work.column;
+CONTEXTRAST_HD void search_columns(const Volume &volume, const Apart<Cost> &apart, const Work<Cost> &work, int lane) {
+  constexpr int lanes = LANES<Cost>;
+  const int height = volume.size[1], blocks = Work<Cost>::blocks(height);
+  const int64_t pitch = work.pitch(), size = Work<Cost>::column_size(volume);
+  const Cost settled = apart.zero[WINDOW_BESIDE_OPEN + 1];
+  memset(work.open_blocks, 0, static_cast<size_t>(blocks * lanes));
   for (int y = 0; y < height; ++y) {
-    const int64_t start = int64_t(y) * width, at = int64_t(y) * strip;
-    const Row row{plane_bits.seeds + start, plane_bits.carries ? plane_bits.carries + start : nullptr,
-                  plane_bits.wanted ? plane_bits.wanted + start : nullptr, plane_bits.bit};
-    read_row<KEYS>(row, x, count, side, static_cast<int32_t>(z * volume.plane() + start), volume.plane(),
-                   strips.costs + at, KEYS ? strips.keys + at : nullptr, strips.best + at,
-                   KEYS ? strips.best_keys + at : nullptr);
+    const Cost *costs = work.strips.costs + y * pitch + lane, *best = work.strips.best + y * pitch + lane;
+    for (int i = 0; i < lanes; ++i) work.columns.costs[i * size + y] = costs[i];
+    if constexpr (KEYS)
+      for (int i = 0; i < lanes; ++i)
+        work.columns.keys[i * size + y] = work.strips.keys[y * pitch + lane + i];
+    if (work.open[y])
+      for (int i = 0; i < lanes; ++i) work.open_blocks[i * blocks + y / lanes] |= best[i] >= settled;
+  }
+  for (int i = 0; i < lanes; ++i) {
+    for (int y = height; y < height + MARGIN; ++y) work.columns.costs[i * size + y] = Costs<Cost>::none;
+    for (int y = 0; y < height + lanes; ++y) work.columns.best[i * size + y] = Costs<Cost>::none;
+    const Line<Cost> own = work.columns.from(i * size);
+    const uint8_t *open = work.open_blocks + i * blocks;
+    search_line<KEYS>(own, apart.zero, height, volume.metric.search[1] != 0, open);
   }
   for (int block = 0; block < blocks; ++block) {
+    bool any_open = false;
+    for (int i = 0; i < lanes; ++i) any_open |= work.open_blocks[i * blocks + block];
+    if (!any_open) continue;
+    for (int y = block * lanes; y < lesser(height, (block + 1) * lanes); ++y)
+      for (int i = 0; i < lanes; ++i) {
+        Cost &best = work.strips.best[y * pitch + lane + i];
+        if (best < 0 || !work.open_blocks[i * blocks + block]) continue;
+        best = work.columns.best[i * size + y];
+        if constexpr (KEYS) work.strips.best_keys[y * pitch + lane + i] = work.columns.best_keys[i * size + y];
+      }
+  }
+}
+
+// The columns x..x+count-1 of a plane, abreast, along y: into work.costs and work.keys.
+template <bool KEYS, class Cost>
+CONTEXTRAST_HD void solve_strip(const Volume &volume, const Words &words, int64_t word, int z, int x, int count,
+                                const Apart<Cost> &apart, const Work<Cost> &work) {
+  const int height = volume.size[1], width = volume.size[2];
+  const int64_t pitch = work.pitch();
+  const Cost side = Costs<Cost>::side(volume.metric, 0);
+  const Line<Cost> &strips = work.strips;
+  for (int y = 0; y < height; ++y) {
+    const int64_t start = int64_t(y) * width, at = y * pitch;
+    read_row<KEYS>(Row(words, word + start, z % BAND), x, count, side,
+                   static_cast<int32_t>(z * volume.plane() + start), volume.plane(), strips.costs + at,
+                   KEYS ? strips.keys + at : nullptr, strips.best + at, KEYS ? strips.best_keys + at : nullptr);
+  }
+  for (int lane = 0; lane < count; lane += LANES<Cost>) {
     bool is_open = false, any_open = false;
     for (int y = 0; y < height; ++y) {
-      const int64_t at = int64_t(y) * strip + block * LANES;
-      is_open = !window<KEYS>(strips.costs + at, KEYS ? strips.keys + at : nullptr, strip, apart.zero,
+      const int64_t at = y * pitch + lane;
+      is_open = !window<KEYS>(strips.costs + at, KEYS ? strips.keys + at : nullptr, pitch, apart.zero,
                               is_open ? WINDOW_BESIDE_OPEN : WINDOW, strips.best + at,
                               KEYS ? strips.best_keys + at : nullptr);
       work.open[y] = is_open;
       any_open |= is_open;
     }
-    if (!any_open) continue;
-    const Cost settled = apart.zero[WINDOW_BESIDE_OPEN + 1];
-    for (int lane = block * LANES; lane < lesser(count, (block + 1) * LANES); ++lane) {
-      memset(work.open_blocks, 0, static_cast<size_t>(height / LANES + 1));
-      for (int y = 0; y < height; ++y) {
-        const int64_t at = int64_t(y) * strip + lane;
-        column.costs[y] = strips.costs[at];
-        column.best[y] = strips.best[at];
-        if constexpr (KEYS) column.keys[y] = strips.keys[at], column.best_keys[y] = strips.best_keys[at];
-        work.open_blocks[y / LANES] |= work.open[y] & (column.best[y] >= settled);
-      }
-      search_line<KEYS>(column, apart.zero, height, volume.metric.search[1] != 0, work.open_blocks);
-      for (int y = 0; y < height; ++y) {
-        const int64_t at = int64_t(y) * strip + lane;
-        strips.best[at] = column.best[y];
-        if constexpr (KEYS) strips.best_keys[at] = column.best_keys[y];
-      }
-    }
+    if (any_open) search_columns<KEYS>(volume, apart, work, lane);
   }
   for (int y = 0; y < height; ++y) {
-    const int64_t to = int64_t(y) * width + x, at = int64_t(y) * strip;
+    const int64_t to = int64_t(y) * width + x, at = y * pitch;
     memcpy(work.costs + to, strips.best + at, static_cast<size_t>(count) * sizeof(Cost));
     if constexpr (KEYS) memcpy(work.keys + to, strips.best_keys + at, static_cast<size_t>(count) * sizeof(int32_t));
   }
@@ -572,11 +725,9 @@ CONTEXTRAST_CLONES void solve_planes(const Volume &volume, const Words &words, c
   const Line<Cost> &line = work.row;
   for (int z = first; z < last; ++z) {
     const int64_t word = (image * volume.bands() + z / BAND) * volume.plane();
-    const Row bits{words.seeds + word, words.carries ? words.carries + word : nullptr,
-                   words.wanted ? words.wanted + word : nullptr, z % BAND};
     if (height > 1)
       for (int x = 0; x < width; x += work.strip)
-        solve_strip<KEYS>(volume, bits, z, x, lesser(work.strip, width - x), apart_y, work);
+        solve_strip<KEYS>(volume, words, word, z, x, lesser(work.strip, width - x), apart_y, work);
     for (int y = 0; y < height; ++y) {
       const int64_t start = int64_t(y) * width;
       if (height > 1) {
@@ -585,22 +736,22 @@ CONTEXTRAST_CLONES void solve_planes(const Volume &volume, const Words &words, c
           line.costs[x] = cost < 0 ? Costs<Cost>::none : cost;
           line.best[x] = cost;
         }
-        for (int x = width; x < width + LANES; ++x) line.best[x] = Cost(CONTEXTRAST_OUTSIDE);
+        for (int x = width; x < width + LANES<int32_t>; ++x) line.best[x] = Cost(CONTEXTRAST_OUTSIDE);
         if constexpr (KEYS) {
           memcpy(line.keys, work.keys + start, static_cast<size_t>(width) * sizeof(int32_t));
           memcpy(line.best_keys, work.keys + start, static_cast<size_t>(width) * sizeof(int32_t));
         }
       } else {
-        read_row<KEYS>(bits, 0, width, Costs<Cost>::side(volume.metric, 0),
+        read_row<KEYS>(Row(words, word, z % BAND), 0, width, Costs<Cost>::side(volume.metric, 0),
                        static_cast<int32_t>(z * volume.plane()), volume.plane(), line.costs, line.keys, line.best,
                        line.best_keys);
       }
       bool is_open = false, any_open = false;
-      for (int x = 0; x < width; x += LANES) {
+      for (int x = 0, block = 0; x < width; x += LANES<Cost>, ++block) {
         is_open = !window<KEYS>(line.costs + x, KEYS ? line.keys + x : nullptr, 1, apart_x.zero,
                                 is_open ? WINDOW_BESIDE_OPEN : WINDOW, line.best + x,
                                 KEYS ? line.best_keys + x : nullptr);
-        work.open_blocks[x / LANES] = is_open;
+        work.open_blocks[block] = is_open;
         any_open |= is_open;
       }
       if (any_open) search_line<KEYS>(line, apart_x.zero, width, volume.metric.search[2] != 0, work.open_blocks);
@@ -630,6 +781,7 @@ int64_t work_bytes(const Volume &volume) {
 
 template <bool KEYS, class Cost>
 void transform(const Volume &volume, bool edges, Scratch &scratch, int threads) {
+  const Meaning meaning(volume.type);
   const Words words(scratch, volume, edges);
   const Apart<Cost> apart_y(scratch, volume.size[1]), apart_x(scratch, volume.size[2]);
   apart_y.fill(Costs<Cost>::side(volume.metric, 1), volume.size[1]);
@@ -644,12 +796,12 @@ void transform(const Volume &volume, bool edges, Scratch &scratch, int threads) 
 
   const Step mark{volume.batch * bands * row_groups, [&](int64_t task, int) {
                     const int64_t band = task / row_groups, first = task % row_groups * rows;
-                    with_type(volume.type, [&](auto zero) {
+                    with_width(meaning.width, [&](auto zero) {
                       using T = decltype(zero);
                       const T *image = static_cast<const T *>(volume.data) + band / bands * volume.stride_batch;
                       for (int64_t y = first; y < lesser<int64_t>(first + rows, volume.size[1]); ++y) {
                         const int64_t word = band * plane + y * volume.size[2];
-                        mark_words(volume, image, static_cast<int>(band % bands * BAND), static_cast<int>(y),
+                        mark_words(volume, meaning, image, static_cast<int>(band % bands * BAND), static_cast<int>(y),
                                    words.seeds + word, edges ? words.wanted + word : nullptr);
                       }
                     });

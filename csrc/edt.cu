@@ -267,22 +267,18 @@ struct OneMap {
   }
 };
 
-// What these kernels compute: maps of the usual integer types, square pixels, distances alone.
-int check_supported(const char *name, const ContextrastVolume &volume, const ContextrastDistance &wanted, char *error) {
-  if (volume.size[0] != 1 || wanted.sampled || wanted.nearest[0] || wanted.nearest[1] || wanted.nearest[2])
-    return refuse(error, "this build has no CUDA code for volumes, sampling or indices: pass %s on the CPU", name);
-  if (!is_integer(volume.type))
-    return refuse(error, "this build has no CUDA code for %s of type %d: pass bool or a signed integer type", name,
-                  static_cast<int>(volume.type));
-  return CONTEXTRAST_OK;
+// What these kernels compute: maps of the usual integer types, square pixels, distances alone. volume.cu has the rest.
+bool is_map(const ContextrastVolume &volume, const ContextrastDistance &wanted) {
+  return volume.size[0] == 1 && !wanted.sampled && !wanted.nearest[0] && !wanted.nearest[1] && !wanted.nearest[2] &&
+         is_integer(volume.type);
 }
 
-int transform(const char *name, const ContextrastVolume &volume, bool zeros, const ContextrastDistance &wanted,
-              void *memory, int device, void *stream, char *error) {
-  if (const int code = check_volume(name, volume, !zeros, error)) return code;
-  if (const int code = check_wanted(wanted, !zeros, error)) return code;
-  if (volume.batch <= 0 || volume.size[0] * volume.size[1] * volume.size[2] == 0) return CONTEXTRAST_OK;
-  if (const int code = check_supported(name, volume, wanted, error)) return code;
+bool is_empty(const ContextrastVolume &volume) {
+  return volume.batch <= 0 || volume.size[0] * volume.size[1] * volume.size[2] == 0;
+}
+
+cudaError_t enqueue_map(const ContextrastVolume &volume, bool zeros, const ContextrastDistance &wanted, void *memory,
+                        int device, cudaStream_t stream) {
   Scratch scratch(memory);
   OneMap one(scratch, volume.batch, volume.size[1], volume.size[2]);
   Plane &plane = one.planes.plane[0];
@@ -292,13 +288,22 @@ int transform(const char *name, const ContextrastVolume &volume, bool zeros, con
   plane.stride_row = volume.stride[1];
   plane.stride_column = volume.stride[2];
   plane.distance = wanted.distance;
+  const cudaError_t status = cudaMemsetAsync(memory, 0, static_cast<size_t>(one.zeroed), stream);
+  if (status != cudaSuccess) return status;
+  return enqueue_distances(one.planes, volume.type, zeros, wanted.squared != 0, device, stream);
+}
 
+int transform(const char *name, const ContextrastVolume &volume, bool zeros, const ContextrastDistance &wanted,
+              void *memory, int device, void *stream, char *error) {
+  if (const int code = check_volume(name, volume, !zeros, error)) return code;
+  if (const int code = check_wanted(wanted, !zeros, error)) return code;
+  if (is_empty(volume)) return CONTEXTRAST_OK;
   const OnDevice current(device);
-  cudaError_t status = current.status();
   const auto on = static_cast<cudaStream_t>(stream);
-  if (status == cudaSuccess) status = cudaMemsetAsync(memory, 0, static_cast<size_t>(one.zeroed), on);
+  cudaError_t status = current.status();
   if (status == cudaSuccess)
-    status = enqueue_distances(one.planes, volume.type, zeros, wanted.squared != 0, device, on);
+    status = is_map(volume, wanted) ? enqueue_map(volume, zeros, wanted, memory, device, on)
+                                    : enqueue_volume(volume, wanted, !zeros, memory, device, on);
   return answer(status, error);
 }
 
@@ -337,8 +342,9 @@ int64_t contextrast_distance_scratch_cuda(const ContextrastVolume *volume, const
                                           int edges) {
   char error[CONTEXTRAST_ERROR_SIZE];
   if (contextrast::check_volume("the map", *volume, edges != 0, error) ||
-      contextrast::check_supported("the map", *volume, *wanted, error))
+      contextrast::check_wanted(*wanted, edges != 0, error) || contextrast::is_empty(*volume))
     return 0;
+  if (!contextrast::is_map(*volume, *wanted)) return contextrast::volume_scratch(*volume, *wanted, edges != 0);
   contextrast::Scratch scratch(nullptr);
   contextrast::OneMap(scratch, volume->batch, volume->size[1], volume->size[2]);
   return scratch.used();

@@ -37,5 +37,10 @@ struct Planes {
 cudaError_t enqueue_distances(const Planes &planes, int32_t type, bool zeros, bool squared, int device,
                               cudaStream_t stream);
 
+// volume.cu: the functions of one volume, any type, sampling and indices. The arguments have been checked.
+int64_t volume_scratch(const ContextrastVolume &volume, const ContextrastDistance &wanted, bool edges);
+cudaError_t enqueue_volume(const ContextrastVolume &volume, const ContextrastDistance &wanted, bool edges, void *memory,
+                           int device, cudaStream_t stream);
+
 }  // namespace contextrast
 #endif

@@ -22,7 +22,7 @@ def call(op, arguments):
     if op == "bane_negatives":
         layers, errors = result
         return [*layers, errors]
-    if op == "bane_codes":
+    if op in ("bane_codes", "nearest_zero"):
         return list(result)
     return [result]
 
@@ -167,3 +167,46 @@ def everything(rng, sizes=((1, 1), (1, 40), (40, 1), (2, 2), (31, 33), (33, 64),
     yield from selections(rng)
     yield from long_segments(rng)
     yield from negatives(rng)
+
+
+VOLUME_TYPES = (*INTEGERS, torch.uint16, torch.uint32, torch.uint64, torch.bool, *FLOATS)
+SIGNED_OR_NOT = tuple(dtype for dtype in VOLUME_TYPES if not dtype.is_floating_point and dtype != torch.bool)
+SAMPLINGS = (None, (1.0, 1.0, 2.5), (0.3, 0.7, 1.1), (3.0, 1.0, 1.0), (1e-9, 1.0, 1e9), (1e-80, 1e80, 1.0))
+
+
+def volumes(rng, shapes=((1, 1, 1), (5, 4, 3), (33, 2, 1), (1, 35, 7), (3, 7, 70), (40, 9, 33))):
+    """Distances of volumes, and of maps and lines, with every sampling and with indices."""
+    for shape in shapes:
+        for name, zeros in (("noise", 0.3), ("sparse", 0.01), ("one", 0.0), ("none", -1.0)):
+            mask = rng.random((2, *shape)) >= zeros
+            if name == "one":
+                mask[:, -1, 0, 0] = False
+            mask = torch.from_numpy(mask)
+            for sampling in SAMPLINGS:
+                for squared in True, False:
+                    what = f"{name}, {shape}, {sampling}, squared={squared}"
+                    yield f"zeros, {what}", "distance_transform", (mask, squared, sampling)
+                    yield f"indices, {what}", "nearest_zero", (mask, squared, sampling)
+                classes = torch.from_numpy(rng.integers(-1, 3, (2, *shape))).mul(mask)
+                yield f"edges, {name}, {shape}, {sampling}", "edge_distance", (classes, name != "noise", sampling)
+    for axes, sampling in ((1, None), (1, (0.3,)), (2, (0.3, 1.7)), (2, (1.0, 2.5))):
+        mask = torch.from_numpy(rng.random((2, 37, 45)[: axes + 1]) < 0.9)
+        yield f"{axes} axes, {sampling}", "nearest_zero", (mask, True, sampling)
+        yield f"{axes} axes with strides, {sampling}", "distance_transform", (stridden(mask), False, sampling)
+
+
+def volumes_of_types(rng):
+    values = torch.from_numpy(rng.integers(-1, 3, (2, 5, 6, 7)))
+    for dtype in VOLUME_TYPES:
+        mask = values.to(dtype) * -1 if dtype.is_floating_point else values.to(dtype)  # -0 is a zero too
+        yield f"{dtype} zeros", "distance_transform", (mask, True)
+        yield f"{dtype} zeros of a map", "distance_transform", (mask[:, 0], True)
+        if dtype in SIGNED_OR_NOT:
+            yield f"{dtype} edges", "edge_distance", (mask, True)
+            yield f"{dtype} edges of a map", "edge_distance", (mask[:, 0], False)
+            yield f"{dtype} with strides", "edge_distance", (stridden(mask), True)
+    broken = torch.full((1, 3, 4, 5), torch.nan)
+    broken[0, 1, 2, 3] = 0
+    yield "NaN is no zero", "nearest_zero", (broken, True)
+    for shape in ((0, 5, 5, 5), (2, 0, 5, 5), (2, 5, 0, 5), (2, 5, 5, 0)):
+        yield f"shape {shape}", "nearest_zero", (torch.zeros(shape), True)

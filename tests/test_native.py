@@ -510,7 +510,7 @@ def test_fuzzed_calls_stay_in_bounds(data):
 def test_refusals_are_sentences():
     classes = torch.zeros(1, 2, 3, dtype=torch.int64)
     wide = torch.zeros(1, 1, 1, dtype=torch.int64).expand(1, 1, 16385)
-    with pytest.raises(ValueError, match=r"edge_distance: classes has sides of 1 x 16385 pixels, but at most 16384"):
+    with pytest.raises(ValueError, match=r"edge_distance: classes has sides of 1 x 1 x 16385 pixels, but at most 16384"):
         native.edge_distance(wide, True)
     with pytest.raises(ValueError, match="16384"):
         native.distance_transform(wide.transpose(1, 2), True)
@@ -524,7 +524,7 @@ def test_refusals_are_sentences():
         native.error_map(classes[:, :0], classes, 4, 255)
     with pytest.raises(ValueError, match="labels have no pixels, but layer 0 has 4 x 4"):
         native.bane_negatives(classes[:, :0], classes[:, :0], 4, [4, 4], 0.5, "bane", "layer", 255, seed(0))
-    with pytest.raises(ValueError, match="classes must be a map of uint8, int8, int16, int32 or int64"):
+    with pytest.raises(ValueError, match="classes must be of an integer type"):
         native.edge_distance(classes.float(), True)
     with pytest.raises(ValueError, match="distance_sq must be an int32 map"):
         native.select_nearest(classes, classes, 0.5, 4, seed(0))

@@ -1,6 +1,6 @@
 """The CUDA kernels of csrc/ on a GPU: equal to the CPU bit for bit, on any stream and device, in graphs, never waiting.
 
-What they compute is tested in test_native.py and, kernel by kernel, in test_emulated_kernels.py.
+What they compute is tested in test_native.py and, kernel by kernel, in test_compiled_csrc.py.
 """
 
 import functools

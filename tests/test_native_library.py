@@ -92,25 +92,6 @@ def compiler():
     return COMPILER
 
 
-def test_lanes_of_the_kernels_emulated(compiler, tmp_path):
-    """The arithmetic of one lane, warp by warp, against loops; hash and bins too (lane_emulation.cpp)."""
-    program = tmp_path / "lanes"
-    flags = [
-        "-std=c++17",
-        "-O1",
-        "-Wall",
-        "-Wextra",
-        "-Werror",
-        "-fsanitize=address,undefined",
-        "-fno-sanitize-recover=all",
-    ]
-    source = ROOT / "tests" / "lane_emulation.cpp"
-    subprocess.run([compiler, *flags, f"-I{ROOT / 'csrc'}", source, "-o", program], check=True)
-    done = subprocess.run([program], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout.split()[0]) > 100_000
-
-
 @pytest.fixture(scope="session")
 def sanitized_library(compiler):
     """csrc/ once more with AddressSanitizer and UBSan, in build/, where the next run finds most of it done."""
@@ -159,13 +140,15 @@ import ctypes, os, torch
 classes = torch.zeros(1, 40, 70, dtype=torch.int64)
 classes[0, 5, 5] = -1
 library = native._library()
-size = library.contextrast_edge_distance_scratch_cpu(1, 40, 70, 1)
+wanted = native._Distance(None, True, torch.empty(1, 40, 70, dtype=torch.int32), None)
+size = library.contextrast_distance_scratch_cpu(native._Volume(classes), wanted, 1, 1)
 text = ctypes.create_string_buffer(256)
 for rows, scratch_bytes in ((40, size), (39, size), (40, size - 16)):
     child = os.fork()
     if child == 0:
         out, scratch = torch.empty(rows, 70, dtype=torch.int32), torch.empty(scratch_bytes, dtype=torch.uint8)
-        library.contextrast_edge_distance_cpu(native._Map(classes), 1, out.data_ptr(), scratch.data_ptr(), 1, text)
+        wanted.distance = out.data_ptr()
+        library.contextrast_edge_distance_cpu(native._Volume(classes), wanted, scratch.data_ptr(), 1, text)
         os._exit(0)
     print("ended", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
@@ -175,13 +158,13 @@ for rows, scratch_bytes in ((40, size), (39, size), (40, size - 16)):
 
 
 def test_fuzz_under_sanitizers(compiler, sanitized_library):
-    tests = ["tests/test_native.py", "-k", "fuzzed or nothing_in or extreme"]
+    tests = ["tests/test_native.py", "tests/distance", "-k", "fuzzed or nothing_in or extreme or longest"]
     done = run_sanitized(compiler, sanitized_library, RUN_TESTS, *tests)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 
 @pytest.mark.slow
 def test_everything_under_sanitizers(compiler, sanitized_library):
-    tests = ["tests/test_native.py", "tests/test_bane.py", "-k", "not [reference"]
+    tests = ["tests/test_native.py", "tests/test_bane.py", "tests/distance", "-k", "not [reference and not real"]
     done = run_sanitized(compiler, sanitized_library, RUN_TESTS, *tests)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

@@ -86,3 +86,15 @@ def test_the_loop_over_the_relatives():
     for name in names["criteria"]:
         exec(call, names | {"name": name})
     exec(ablation, names)
+
+
+def test_the_code_about_distances():
+    """One block after the other, as a reader would run them."""
+    torch.manual_seed(0)
+    names = {}
+    for block in blocks("docs/distance.md"):
+        exec(block, names)
+    assert names["nearest"].shape == (3, *names["distance"].shape) and names["to_edge"].shape == names["labels"].shape
+    assert names["weights"].isfinite().all() and names["weights"][1].abs().sum() > 0
+    assert names["prediction"].grad.isfinite().all() and names["hausdorff_loss"] > 0
+    assert 0 < names["hausdorff_95"] <= names["hausdorff"]

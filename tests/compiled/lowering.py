@@ -371,6 +371,15 @@ def _reduction(kernel, i):
     return Lowered("redux", operands(kernel, Type("b", 32), *i.arguments), [modes[name]], "shuffle")
 
 
+@opcode("match")
+def _match(kernel, i):
+    expect(i, "any", "sync")
+    kind = type_named(i.parts[-1])
+    target, source, mask = i.arguments
+    taken = [operand(kernel, target, 4), operand(kernel, source, kind.width), operand(kernel, mask, 4)]
+    return Lowered(f"match.any.{i.parts[-1]}", taken, kind="shuffle")
+
+
 @opcode("vote")
 def _vote(kernel, i):
     mode = one_of(i.parts, {"ballot": 0, "any": 1, "all": 2, "uni": 3})

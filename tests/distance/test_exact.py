@@ -1,0 +1,231 @@
+"""The distance transform and the edge distance against brute force, SciPy, MONAI and edt; values to the bit."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import volumes
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+from scipy import ndimage
+from volumes import SAMPLINGS
+
+import contextrast_kernels as ck
+from contextrast_kernels import native
+
+BACKENDS = ["reference"] + (["native"] if native.status("cpu") == "ok" else [])
+
+
+def transformed(mask, sampling, spatial_dims=None):
+    """Squared distances and indices; checks that all four ways to ask agree."""
+    mask = torch.as_tensor(mask)
+    dims = {"spatial_dims": mask.ndim - 1 if spatial_dims is None else spatial_dims, "sampling": sampling}
+    squared, indices = ck.distance_transform(mask, squared=True, return_indices=True, **dims)
+    distance, indices_again = ck.distance_transform(mask, return_indices=True, **dims)
+    assert torch.equal(indices, indices_again)
+    assert torch.equal(ck.distance_transform(mask, squared=True, **dims), squared)
+    assert torch.equal(ck.distance_transform(mask, **dims), distance)
+    assert squared.dtype == (torch.int32 if sampling is None else torch.float64)
+    assert distance.dtype == torch.float32 and indices.dtype == torch.int32
+    nothing = squared == (volumes.NO_EDGE if sampling is None else math.inf)
+    in_pixels = torch.where(nothing, math.inf, squared.double().sqrt()).float()
+    assert torch.equal(distance, in_pixels)
+    return squared.numpy(), indices.numpy()
+
+
+def check(mask, sampling, first_in_memory=True):
+    """A batch of masks against every pair of pixels. first_in_memory: each index is the first of equals, else one."""
+    squared, number = volumes.brute_force(mask == 0, sampling)
+    ours, indices = transformed(mask, sampling)
+    assert (ours == squared).all()
+    shape = mask.shape[1:]
+    if first_in_memory:
+        assert (indices == volumes.coordinates(number, shape)).all()
+        return
+    flat = np.maximum(volumes.numbers(indices, shape), 0)
+    for image, numbers, distances in zip(mask, flat, ours, strict=True):
+        between = volumes.costs(shape, sampling)
+        reached = between[np.arange(image.size), numbers.ravel()].reshape(shape)
+        if (image == 0).any():
+            assert (reached == distances).all() and (image.ravel()[numbers] == 0).all()
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    with ck.backend(request.param):
+        yield request.param
+
+
+# ---------------------------------------------------------------------------------------------------------- brute force
+
+
+@pytest.mark.parametrize("shape", [(9,), (3, 4), (1, 5), (5, 1), (2, 3, 2), (3, 2, 2), (1, 2, 5), (2, 5, 1), (1, 1, 8)])
+def test_every_binary_map(backend, shape):
+    sampling = (0.7, 1.3, 2.9)[-len(shape) :]
+    for side in (None, sampling):
+        check(volumes.every_map(shape, 2), side)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sampling", SAMPLINGS[:4])
+def test_every_binary_volume_of_3x3x2(sampling):
+    """All 2^18 of them."""
+    every = volumes.every_map((3, 3, 2), 2)
+    for start in range(0, len(every), 2**13):
+        check(every[start : start + 2**13], sampling, first_in_memory=sampling in SAMPLINGS[:2])
+
+
+@pytest.mark.parametrize(
+    ("shape", "symbols"),
+    [((2, 2, 2), 3), ((1, 3, 3), 3), ((3, 2, 2), 2), pytest.param((3, 2, 2), 3, marks=pytest.mark.slow)],
+)
+def test_every_label_volume(backend, shape, symbols):
+    """All volumes of outside and symbols - 1 classes, and of as many classes as symbols."""
+    every = volumes.every_map(shape, symbols).astype(np.int64)
+    for start in range(0, len(every), 2**13):
+        for lowest in (-1, 0):
+            classes = every[start : start + 2**13] + lowest
+            for sampling in (None, (0.7, 1.3, 2.9)):
+                squared = ck.edge_distance(torch.from_numpy(classes), sampling=sampling, squared=True)
+                expected = volumes.edge_distance(classes, sampling).reshape(squared.shape)
+                assert (squared.numpy() == expected).all()
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+@pytest.mark.parametrize("shape", [(6, 7, 9), (1, 20, 17), (33, 2, 5), (2, 40, 3)])
+def test_every_family_equals_brute_force(backend, rng, shape, sampling):
+    """Of equally near zeros the first; with 0.7 and the like, sums that only rounding makes equal are not compared."""
+    masks = np.stack(list(volumes.families(rng, shape).values()))
+    check(masks, sampling, first_in_memory=sampling in SAMPLINGS[:2])
+
+
+@pytest.mark.parametrize("spatial_dims", [1, 2])
+def test_sampled_lines_and_maps_take_the_first_of_equal_costs(backend, rng, spatial_dims):
+    """With two axes nothing is rounded before the last sum: ties are exactly those of brute force."""
+    shape = (200,) if spatial_dims == 1 else (17, 23)
+    for percent in (5, 50, 95, 99, 100):
+        mask = rng.random((6, *shape)) * 100 < percent
+        for sampling in ((0.7,) * spatial_dims, (0.3, 1.1)[:spatial_dims]):
+            check(mask, sampling)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    mask=arrays.arrays(bool, arrays.array_shapes(min_dims=2, max_dims=4, max_side=9), fill=st.booleans()),
+    sides=st.lists(st.floats(1e-3, 1e3), min_size=3, max_size=3),
+)
+def test_fuzzed_masks_equal_brute_force(mask, sides):
+    sampling = tuple(sides[: mask.ndim - 1])
+    for backend in BACKENDS:
+        with ck.backend(backend):
+            check(mask, None)
+            check(mask, sampling, first_in_memory=False)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_fuzzed_volumes_equal_the_reference(data):
+    """Larger than brute force can do: word borders, blocks, strips, long thin ones; values and indices."""
+    size = data.draw(st.sampled_from([(70, 40, 3), (3, 90, 35), (34, 33, 17), (2, 3, 300), (300, 1, 5), (40, 70, 9)]))
+    zeros = data.draw(st.sampled_from([1, 3, 40, 2000]))
+    generator = np.random.default_rng(data.draw(st.integers(0, 2**32)))
+    mask = np.ones((2, *size), dtype=bool)
+    mask[tuple(generator.integers(0, n, zeros) for n in mask.shape)] = False
+    sampling = data.draw(st.sampled_from(SAMPLINGS))
+    results = []
+    for backend in BACKENDS:
+        with ck.backend(backend):
+            results.append(transformed(mask, sampling))
+            classes = torch.from_numpy(generator.integers(-1, 2, (2, *size)))
+    for squared, indices in results[1:]:
+        assert (squared == results[0][0]).all() and (indices == results[0][1]).all()
+    labels = [ck.edge_distance(classes, sampling=sampling, squared=True)]
+    with ck.backend("reference"):
+        labels.append(ck.edge_distance(classes, sampling=sampling, squared=True))
+    assert torch.equal(*labels)
+
+
+# ---------------------------------------------------------------------------------------------------------------- peers
+
+
+def check_against_scipy(mask, sampling):
+    """Distances to one unit in the last place of float32, and each index a nearest zero."""
+    squared, indices = transformed(mask[None], sampling)
+    distance, scipys = ndimage.distance_transform_edt(mask, sampling, return_indices=True)
+    ours = ck.distance_transform(torch.from_numpy(mask), spatial_dims=mask.ndim, sampling=sampling).numpy()
+    np.testing.assert_array_max_ulp(ours, distance.astype(np.float32), 1)
+    sides = np.reshape(1.0 if sampling is None else sampling, (-1,) + (1,) * mask.ndim)
+    place = np.indices(mask.shape)
+    for nearest in (indices[:, 0], scipys):
+        assert not mask[tuple(nearest)].any()
+        reached = np.sqrt((((nearest - place) * sides) ** 2).sum(0))
+        np.testing.assert_allclose(reached, np.sqrt(squared[0]), rtol=1e-14)
+
+
+@pytest.mark.parametrize("sampling", [None, (1.0, 1.0, 2.5), (0.7, 0.7, 3.0)])
+def test_every_family_equals_scipy(backend, rng, sampling):
+    for name, mask in volumes.families(rng, (20, 37, 50)).items():
+        if name != "no zero":
+            check_against_scipy(mask, sampling)
+
+
+def real_volume():
+    """The largest volume that SciPy ships: none is real, so a torus and a helix in noise stand for one where
+    scikit-image's is not at hand."""
+    z, y, x = np.mgrid[:40, :60, :70]
+    ring = (np.hypot(y - 30, x - 35) - 20) ** 2 + (z - 20) ** 2 < 64
+    helix = (y - 30 - 20 * np.cos(z / 5)) ** 2 + (x - 35 - 20 * np.sin(z / 5)) ** 2 < 30
+    return np.where(helix, 2, np.where(ring, 1, 0))
+
+
+@pytest.mark.parametrize("sampling", [None, (2.5, 1.0, 1.0)])
+def test_a_real_volume_equals_scipy_edt_and_monai(sampling):
+    image = real_volume()
+    for mask in (image > 0, image != 2):
+        check_against_scipy(mask, sampling)
+        ours = ck.distance_transform(torch.from_numpy(mask), spatial_dims=3, sampling=sampling).numpy()
+        edt = pytest.importorskip("edt")
+        theirs = edt.edt(mask, anisotropy=sampling or (1.0, 1.0, 1.0), black_border=False)
+        np.testing.assert_allclose(ours, theirs, rtol=1e-6)
+        monai = pytest.importorskip("monai.transforms.utils")
+        theirs = monai.distance_transform_edt(torch.from_numpy(mask)[None], sampling=sampling)
+        np.testing.assert_allclose(ours, np.asarray(theirs)[0], rtol=1e-6)
+
+
+def test_edge_distance_of_a_volume_is_a_transform_for_each_class(backend):
+    classes = torch.from_numpy(real_volume()[None]) - 1
+    squared = ck.edge_distance(classes, squared=True)[0].numpy()
+    of_edge = volumes.edges(classes.numpy()[:, 5:15, 5:25, 5:30])[0]  # the oracle is slow: a part is enough
+    part = squared[5:15, 5:25, 5:30]
+    assert (part[of_edge] == 0)[1:].all()
+    for value in (0, 1):
+        region = classes[0].numpy() == value
+        inner = ndimage.binary_erosion(region, border_value=1)
+        expected = ndimage.distance_transform_edt(inner | ~region) ** 2
+        assert (squared[region] == np.rint(expected[region])).all()
+
+
+# -------------------------------------------------------------------------------------------------------------- extents
+
+
+@pytest.mark.parametrize("shape", [(16384, 2, 2), (2, 16384, 2), (2, 2, 16384)])
+def test_longest_sides_of_a_volume(shape):
+    """One zero in a corner: distances are known in closed form."""
+    mask = torch.ones(shape, dtype=torch.uint8)
+    mask[0, 0, 0] = 0
+    squared = sum(torch.arange(n).reshape([-1 if a == b else 1 for b in range(3)]) ** 2 for a, n in enumerate(shape))
+    distance, indices = ck.distance_transform(mask, spatial_dims=3, squared=True, return_indices=True)
+    assert torch.equal(distance, squared.int())
+    assert not indices.any()
+
+
+@pytest.mark.slow
+def test_a_volume_of_2_to_the_31_voxels():
+    """The last voxel's number is the largest int32. Needs 13 GB."""
+    available = int(next(line for line in open("/proc/meminfo") if line.startswith("MemAvailable")).split()[1])
+    if available < 14 * 2**20:
+        pytest.skip("needs 14 GB of free memory")
+    mask = torch.zeros(1, 1, 1, dtype=torch.uint8).expand(2048, 1024, 1024)
+    assert not ck.distance_transform(mask, spatial_dims=3, squared=True).any()
