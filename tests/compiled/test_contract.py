@@ -81,14 +81,14 @@ def test_contract_holds_where_ptx_leaves_rounding_open(case, one_rank, record_pr
     hold(case, 90, record_property, orders)
 
 
-@pytest.mark.parametrize("axis", ["images", "rows"])
+@pytest.mark.parametrize("axis", ["images", pytest.param("rows", marks=pytest.mark.slow)])
 def test_offsets_past_two_billion(axis, tmp_path):
     """Features whose images, or whose rows, lie so far apart that an offset in elements passes 2³¹."""
-    case = Case("contextrast_loss", {"layer_weights": (1.0,)}, "bfloat16", D=64)
+    case = next(case for case in QUICK if (case.op, case.dtype, case.D) == ("contextrast_loss", "bfloat16", 64))
     built = build(case)
-    (x,) = built.leaves
+    x, *others = built.leaves
     h, w = x.shape[2:]
-    far = 2**31 + 64 if axis == "images" else 2**28 + 64
+    far = 2**31 + 64 if axis == "images" else 2**29 + 64
     strides = (far, h * w, w, 1) if axis == "images" else (h * far, w, far, 1)
     size = 1 + sum((n - 1) * step for n, step in zip(x.shape, strides))
     sparse = torch.from_file(str(tmp_path / "sparse"), shared=True, size=size, dtype=x.dtype)
@@ -96,13 +96,11 @@ def test_offsets_past_two_billion(axis, tmp_path):
     expected = []
     for y in (x, apart.copy_(x)):
         with emulated(90, ORDERS[0]) as gpu:
-            y = y.detach().requires_grad_()
-            loss = built.loss(y)
-            expected.append((loss.detach(), *torch.autograd.grad(loss, y)))
+            expected.append(run(built.loss, [y, *others]))
         assert not gpu.faults(), "\n".join(map(str, gpu.faults()))
     (loss, gradient), (far_loss, far_gradient) = expected
     torch.testing.assert_close(far_loss, loss, rtol=1e-6, atol=0)
-    torch.testing.assert_close(far_gradient, gradient, rtol=2**-7, atol=2**-24)
+    assert relative(far_gradient, gradient) < 2**-9
 
 
 @pytest.mark.slow
