@@ -19,7 +19,6 @@ namespace {
 constexpr int BAND = 32;
 constexpr int STRIP = 64;                          // columns of a plane that are searched along y together
 constexpr int WINDOW = 8, WINDOW_BESIDE_OPEN = 2;  // steps before a block is left to the search
-constexpr int MARGIN = 32;                         // pixels without a seed around each line
 constexpr int BLOCKS = CONTEXTRAST_MAX_SIDE / 8;   // the most blocks of a line
 constexpr int TASK_PIXELS = 1 << 14;
 static_assert(MARGIN >= WINDOW + 16, "what a block of 64 bytes reads beside its line");

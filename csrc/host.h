@@ -92,6 +92,8 @@ inline int check_wanted(const ContextrastDistance &wanted, bool edges, char *err
   return CONTEXTRAST_OK;
 }
 
+constexpr int MARGIN = 32;  // pixels without a seed around each line of the CPU's code
+
 // The arguments have been checked.
 inline Metric metric_of(const ContextrastVolume &volume, const ContextrastDistance &wanted) {
   Metric metric = {{1, 1, 1}, {1, 1, 1}, 1, 1, {1, 1, 1}};
@@ -107,17 +109,20 @@ inline Metric metric_of(const ContextrastVolume &volume, const ContextrastDistan
     exponent = lesser(exponent, own);
   }
   if (exponent == INT_MAX) return metric;
+  bool fits = true;
   double largest = 0, largest_integral = 0;
   for (int axis = 0; axis < 3; ++axis) {
     const double steps = static_cast<double>(volume.size[axis] - 1), side = ldexp(metric.side[axis], -exponent);
     largest_integral += side * steps * side * steps;
+    // The CPU's tables reach MARGIN pixels beyond a line, and a search adds their entries to NO_COST.
+    fits &= side == 0 || side * (steps + 1 + MARGIN) * side * (steps + 1 + MARGIN) < NO_COST;
     metric.weight[axis] = side < 1 << 15 ? static_cast<int32_t>(side * side) : 0;
     largest += metric.side[axis] * steps * metric.side[axis] * steps;
     // A last place of a cost up to `largest` is at most `largest` * 2^-52; twice that, and a little.
     metric.search[axis] = metric.side[axis] * metric.side[axis] >= ldexp(largest, -50);
   }
   metric.unit = ldexp(1.0, 2 * exponent);
-  metric.integral = largest_integral < NO_COST;
+  metric.integral = fits && largest_integral < NO_COST;
   return metric;
 }
 

@@ -103,6 +103,22 @@ def test_every_family_equals_brute_force(backend, rng, shape, sampling):
     check(masks, sampling, first_in_memory=sampling in SAMPLINGS[:2])
 
 
+@pytest.mark.parametrize(
+    ("shape", "sampling"),
+    [
+        ((17, 4), (1, 10000)),
+        ((4, 17), (10000, 1)),
+        ((40, 3), (1, 16000)),
+        ((5, 3, 9), (3, 12345, 1)),
+        ((2, 9), (2, 8191)),
+    ],
+)
+def test_very_anisotropic_pixels_equal_brute_force(backend, rng, shape, sampling):
+    """Whole numbers whose squares nearly fill 32 bits on a short axis."""
+    for share in (0.02, 0.2, 0.6, 0.95):
+        check((rng.random((3, *shape)) >= share).astype(np.uint8), sampling)
+
+
 @pytest.mark.parametrize("spatial_dims", [1, 2])
 def test_sampled_lines_and_maps_take_the_first_of_equal_costs(backend, rng, spatial_dims):
     """With two axes nothing is rounded before the last sum: ties are exactly those of brute force."""
