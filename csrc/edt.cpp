@@ -368,12 +368,12 @@ struct Line {
   int32_t *keys, *best_keys;
 
   Line(Scratch &scratch, int64_t size, int64_t abreast, bool with_keys) {
-    const int64_t count = (size + 2 * MARGIN) * abreast, margin = MARGIN * abreast;
+    const int64_t count = size > 0 ? (size + 2 * MARGIN) * abreast : 0, margin = MARGIN * abreast;
     costs = scratch.take<Cost>(count);
     best = scratch.take<Cost>(count);
     keys = with_keys ? scratch.take<int32_t>(count) : nullptr;
     best_keys = with_keys ? scratch.take<int32_t>(count) : nullptr;
-    if (!costs) return;
+    if (!costs || size == 0) return;
     for (int64_t i = 0; i < margin; ++i) costs[i] = costs[count - 1 - i] = Costs<Cost>::none;
     for (int64_t i = 0; with_keys && i < margin; ++i) keys[i] = keys[count - 1 - i] = INT32_MAX;
     costs += margin;
@@ -455,34 +455,45 @@ CONTEXTRAST_HD void sweep(const Cost *costs, const int32_t *keys, const Cost *ap
   if constexpr (KEYS) found.keys.put(best_keys);
 }
 
-// Solves the open blocks of a line: anchors, which are the first pixels of blocks, by bisection, then each block between
-// its own anchor's best and the next one's.
+// What the window leaves of a block.
+enum State : uint8_t { WITHOUT_FAR, SETTLED, OPEN };
+
+// Solves the open blocks of a line, run after run of blocks with far pixels. The pixels beside a run are the farthest
+// that matter to it. Anchors, which are the first pixels of blocks, are solved by bisection, then each block between its
+// own anchor's best and the next one's.
 template <bool KEYS, class Cost>
 CONTEXTRAST_HD void search_line(const Line<Cost> &line, const Cost *apart, int size, bool bisects,
-                                const uint8_t *open) {
+                                const uint8_t *states) {
   constexpr int lanes = LANES<Cost>;
-  int first = 0, last = size - 1, from = 0, to = (size - 1) / lanes;
-  while (from <= to && !open[from]) ++from;
-  if (from > to) return;
-  while (!open[to]) --to;
-  while (first < size && !has_seed(line.costs[first])) ++first;
-  if (first == size) return;
-  while (!has_seed(line.costs[last])) --last;
-
+  const int blocks = (size - 1) / lanes + 1;
   int place[BLOCKS + 1];
-  const int count = to - from + 1;
-  if (bisects) {
-    place[0] = first_best(line.costs, apart, from * lanes, first, last);
-    place[count] = first_best(line.costs, apart, (to + 1) * lanes, place[0], last);
-    for (int step = first_step(count); step; step /= 2)
-      for (int j = step; j < count; j += 2 * step)
-        place[j] = first_best(line.costs, apart, (from + j) * lanes, place[j - step], place[lesser(j + step, count)]);
-  }
-  for (int j = 0; j < count; ++j) {
-    if (!open[from + j]) continue;
-    const int x = (from + j) * lanes;
-    sweep<KEYS>(line.costs, line.keys, apart, x, bisects ? place[j] : first, bisects ? place[j + 1] : last,
-                line.best + x, KEYS ? line.best_keys + x : nullptr);
+  for (int end = 0; end < blocks;) {
+    while (end < blocks && states[end] == WITHOUT_FAR) ++end;
+    int from = end;
+    while (end < blocks && states[end] != WITHOUT_FAR) ++end;
+    int to = end - 1, first = greater(from * lanes - 1, 0), last = lesser(end * lanes, size - 1);
+    while (from <= to && states[from] != OPEN) ++from;
+    if (from > to) continue;
+    while (states[to] != OPEN) --to;
+    while (first <= last && !has_seed(line.costs[first])) ++first;
+    if (first > last) continue;
+    while (!has_seed(line.costs[last])) --last;
+
+    const int count = to - from + 1;
+    if (bisects) {
+      place[0] = first_best(line.costs, apart, from * lanes, first, last);
+      place[count] = first_best(line.costs, apart, (to + 1) * lanes, place[0], last);
+      for (int step = first_step(count); step; step /= 2)
+        for (int j = step; j < count; j += 2 * step)
+          place[j] =
+              first_best(line.costs, apart, (from + j) * lanes, place[j - step], place[lesser(j + step, count)]);
+    }
+    for (int j = 0; j < count; ++j) {
+      if (states[from + j] != OPEN) continue;
+      const int x = (from + j) * lanes;
+      sweep<KEYS>(line.costs, line.keys, apart, x, bisects ? place[j] : first, bisects ? place[j + 1] : last,
+                  line.best + x, KEYS ? line.best_keys + x : nullptr);
+    }
   }
 }
 
@@ -599,7 +610,7 @@ struct Work {
   Cost *costs;    // of a plane, along the columns and y: only where there are several rows
   int32_t *keys;  // likewise
   Line<Cost> strips, columns, row;
-  uint8_t *open, *open_blocks;  // (y), (columns of a block, blocks of a line)
+  uint8_t *states, *block_states;  // (y), (columns of a block, blocks of a line)
 
   Work(Scratch &scratch, const Volume &volume)
       : strip(lesser(STRIP, (volume.size[2] + LANES<int32_t> - 1) / LANES<int32_t> * LANES<int32_t>)),
@@ -608,8 +619,8 @@ struct Work {
         strips(scratch, has_rows(volume) ? volume.size[1] : 0, pitch(), volume.keys()),
         columns(scratch, has_rows(volume) ? column_size(volume) * LANES<Cost> : 0, 1, volume.keys()),
         row(scratch, volume.size[2], 1, volume.keys()),
-        open(scratch.take<uint8_t>(volume.size[1])),
-        open_blocks(scratch.take<uint8_t>(int64_t(LANES<Cost>) * blocks(greater(volume.size[1], volume.size[2])))) {}
+        states(scratch.take<uint8_t>(volume.size[1])),
+        block_states(scratch.take<uint8_t>(int64_t(LANES<Cost>) * blocks(greater(volume.size[1], volume.size[2])))) {}
 
   int pitch() const { return strip + LANES<int32_t>; }
   static int64_t column_size(const Volume &volume) { return volume.size[1] + MARGIN; }
@@ -624,31 +635,34 @@ CONTEXTRAST_HD void search_columns(const Volume &volume, const Apart<Cost> &apar
   const int height = volume.size[1], blocks = Work<Cost>::blocks(height);
   const int64_t pitch = work.pitch(), size = Work<Cost>::column_size(volume);
   const Cost settled = apart.zero[WINDOW_BESIDE_OPEN + 1];
-  memset(work.open_blocks, 0, static_cast<size_t>(blocks * lanes));
+  memset(work.block_states, 0, static_cast<size_t>(blocks * lanes));
   for (int y = 0; y < height; ++y) {
     const Cost *costs = work.strips.costs + y * pitch + lane, *best = work.strips.best + y * pitch + lane;
     for (int i = 0; i < lanes; ++i) work.columns.costs[i * size + y] = costs[i];
     if constexpr (KEYS)
       for (int i = 0; i < lanes; ++i)
         work.columns.keys[i * size + y] = work.strips.keys[y * pitch + lane + i];
-    if (work.open[y])
-      for (int i = 0; i < lanes; ++i) work.open_blocks[i * blocks + y / lanes] |= best[i] >= settled;
+    if (work.states[y])
+      for (int i = 0; i < lanes; ++i) {
+        uint8_t &state = work.block_states[i * blocks + y / lanes];
+        const uint8_t own = best[i] <= 0 ? WITHOUT_FAR : best[i] < settled || work.states[y] != OPEN ? SETTLED : OPEN;
+        state = greater(state, own);
+      }
   }
   for (int i = 0; i < lanes; ++i) {
     for (int y = height; y < height + MARGIN; ++y) work.columns.costs[i * size + y] = Costs<Cost>::none;
     for (int y = 0; y < height + lanes; ++y) work.columns.best[i * size + y] = Costs<Cost>::none;
     const Line<Cost> own = work.columns.from(i * size);
-    const uint8_t *open = work.open_blocks + i * blocks;
-    search_line<KEYS>(own, apart.zero, height, volume.metric.search[1] != 0, open);
+    search_line<KEYS>(own, apart.zero, height, volume.metric.search[1] != 0, work.block_states + i * blocks);
   }
   for (int block = 0; block < blocks; ++block) {
     bool any_open = false;
-    for (int i = 0; i < lanes; ++i) any_open |= work.open_blocks[i * blocks + block];
+    for (int i = 0; i < lanes; ++i) any_open |= work.block_states[i * blocks + block] == OPEN;
     if (!any_open) continue;
     for (int y = block * lanes; y < lesser(height, (block + 1) * lanes); ++y)
       for (int i = 0; i < lanes; ++i) {
         Cost &best = work.strips.best[y * pitch + lane + i];
-        if (best < 0 || !work.open_blocks[i * blocks + block]) continue;
+        if (best < 0 || work.block_states[i * blocks + block] != OPEN) continue;
         best = work.columns.best[i * size + y];
         if constexpr (KEYS) work.strips.best_keys[y * pitch + lane + i] = work.columns.best_keys[i * size + y];
       }
@@ -673,11 +687,12 @@ CONTEXTRAST_HD void solve_strip(const Volume &volume, const Words &words, int64_
     bool is_open = false, any_open = false;
     for (int y = 0; y < height; ++y) {
       const int64_t at = y * pitch + lane;
-      is_open = Row(words, rows + y, width, z % BAND).any_far(x + lane, LANES<Cost>) &&
+      const bool any_far = Row(words, rows + y, width, z % BAND).any_far(x + lane, LANES<Cost>);
+      is_open = any_far &&
                 !window<KEYS>(strips.costs + at, KEYS ? strips.keys + at : nullptr, pitch, apart.zero,
                               is_open ? WINDOW_BESIDE_OPEN : WINDOW, strips.best + at,
                               KEYS ? strips.best_keys + at : nullptr);
-      work.open[y] = is_open;
+      work.states[y] = is_open ? OPEN : any_far ? SETTLED : WITHOUT_FAR;
       any_open |= is_open;
     }
     if (any_open) search_columns<KEYS>(volume, apart, work, lane);
@@ -808,14 +823,15 @@ CONTEXTRAST_CLONES void solve_planes(const Volume &volume, const Words &words, c
       }
       bool is_open = false, any_open = false;
       for (int x = 0, block = 0; x < width; x += LANES<Cost>, ++block) {
-        is_open = row.any_far(x, LANES<Cost>) &&
+        const bool any_far = row.any_far(x, LANES<Cost>);
+        is_open = any_far &&
                   !window<KEYS>(line.costs + x, KEYS ? line.keys + x : nullptr, 1, apart_x.zero,
                                 is_open ? WINDOW_BESIDE_OPEN : WINDOW, line.best + x,
                                 KEYS ? line.best_keys + x : nullptr);
-        work.open_blocks[block] = is_open;
+        work.block_states[block] = is_open ? OPEN : any_far ? SETTLED : WITHOUT_FAR;
         any_open |= is_open;
       }
-      if (any_open) search_line<KEYS>(line, apart_x.zero, width, volume.metric.search[2] != 0, work.open_blocks);
+      if (any_open) search_line<KEYS>(line, apart_x.zero, width, volume.metric.search[2] != 0, work.block_states);
       write_row(volume, line.best, at);
       if constexpr (KEYS) write_nearest(volume, line.best, line.best_keys, at);
     }
