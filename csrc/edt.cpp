@@ -17,6 +17,7 @@ namespace contextrast {
 namespace {
 
 constexpr int BAND = 32;
+constexpr int MARKED = 4;                          // rows of a band that are marked together
 constexpr int STRIP = 64;                          // columns of a plane that are searched along y together
 constexpr int WINDOW = 8, WINDOW_BESIDE_OPEN = 2;  // steps before a block is left to the search
 constexpr int BLOCKS = CONTEXTRAST_MAX_SIDE / 8;   // the most blocks of a line
@@ -68,16 +69,20 @@ struct Volume {
   }
 };
 
-// (B, bands, y, x) each. Where there is one band, no carries.
+// (B, bands, y, x) each. Where there is one band, no carries. `far` is (B, bands, y, groups of eight along x): a bit is
+// set where one of the eight pixels is far.
 struct Words {
-  uint32_t *seeds, *carries = nullptr, *wanted = nullptr;
+  uint32_t *seeds, *carries = nullptr, *wanted = nullptr, *far;
 
   Words(Scratch &scratch, const Volume &volume, bool edges) {
     const int64_t count = volume.batch * volume.bands() * volume.plane() + 8;  // rows are read by eight words
     seeds = scratch.take<uint32_t>(count);
     if (volume.bands() > 1) carries = scratch.take<uint32_t>(count);
     if (edges) wanted = scratch.take<uint32_t>(count);
+    far = scratch.take<uint32_t>(volume.batch * volume.bands() * volume.size[1] * groups(volume.size[2]));
   }
+
+  static int groups(int width) { return (width + 15) / 16 * 2; }  // an even number: the largest block has two
 };
 
 // ---- 1. Mark. Values are compared as signed integers of their width.
@@ -124,59 +129,84 @@ CONTEXTRAST_HD void mark_zeros(const T *__restrict here, int64_t step, int width
   for (int64_t x = 0; x < width; ++x) seeds[x] |= static_cast<uint32_t>((here[x * step] & counts) == 0) << bit;
 }
 
-// A row of classes with its neighbours across; at a border of the image they are the row itself.
-template <class T>
-struct Rows {
-  const T *here, *up, *down, *above, *below;
+// How far the neighbours of a pixel lie in memory, 0 beyond a border of the image. For several rows of a band at once,
+// `up` is the first row's and `down` is the last row's.
+struct Neighbours {
+  int64_t up, down, above, below;
 };
 
-template <class T>
-CONTEXTRAST_HD void mark_edge(const Rows<T> &rows, int64_t at, int64_t left, int64_t right, bool has_sign, int bit,
-                              uint32_t &seeds, uint32_t &wanted) {
-  const T own = rows.here[at];
-  const bool is_wanted = !has_sign | (own >= T(0));
-  const bool differs = (own != rows.up[at]) | (own != rows.down[at]) | (own != rows.above[at]) |
-                       (own != rows.below[at]) | (own != rows.here[left]) | (own != rows.here[right]);
-  seeds |= static_cast<uint32_t>(is_wanted & differs) << bit;
-  wanted |= static_cast<uint32_t>(is_wanted) << bit;
+// One pixel of each of ROWS rows, `across` elements apart. Rows of maps are not BESIDE others.
+template <int ROWS, bool BESIDE, class T>
+CONTEXTRAST_HD void mark_edge(const T *here, int64_t across, const Neighbours &to, int64_t left, int64_t right,
+                              bool has_sign, int bit, uint32_t &seeds, uint32_t &wanted) {
+  uint32_t own_seeds = 0, own_wanted = 0;
+  for (int row = 0; row < ROWS; ++row, here += across) {
+    const T own = *here, up = here[row == 0 ? to.up : -across], down = here[row == ROWS - 1 ? to.down : across];
+    const bool is_wanted = !has_sign | (own >= T(0));
+    auto differing = (own ^ up) | (own ^ down) | (own ^ here[left]) | (own ^ here[right]);
+    if constexpr (BESIDE) differing |= (own ^ here[to.above]) | (own ^ here[to.below]);
+    own_seeds |= static_cast<uint32_t>(is_wanted & (differing != 0)) << row;
+    own_wanted |= static_cast<uint32_t>(is_wanted) << row;
+  }
+  seeds |= own_seeds << bit;
+  wanted |= own_wanted << bit;
 }
 
-template <class T>
-CONTEXTRAST_HD void mark_edges(const Rows<T> &rows, int64_t step, int width, bool has_sign, int bit,
-                               uint32_t *__restrict seeds, uint32_t *__restrict wanted) {
+template <int ROWS, bool BESIDE, class T>
+CONTEXTRAST_HD void mark_edges(const T *__restrict here, int64_t across, int64_t step, const Neighbours &to, int width,
+                               bool has_sign, int bit, uint32_t *__restrict seeds, uint32_t *__restrict wanted) {
   const int64_t last = width - 1;
   for (int64_t x = 1; x < last; ++x)
-    mark_edge(rows, x * step, (x - 1) * step, (x + 1) * step, has_sign, bit, seeds[x], wanted[x]);
+    mark_edge<ROWS, BESIDE>(here + x * step, across, to, -step, step, has_sign, bit, seeds[x], wanted[x]);
   for (const int64_t x : {int64_t(0), last})
-    mark_edge(rows, x * step, greater<int64_t>(x - 1, 0) * step, lesser(x + 1, last) * step, has_sign, bit, seeds[x],
-              wanted[x]);
+    mark_edge<ROWS, BESIDE>(here + x * step, across, to, x > 0 ? -step : 0, x < last ? step : 0, has_sign, bit,
+                            seeds[x], wanted[x]);
+}
+
+// Rows z..z+ROWS-1 of a band.
+template <int ROWS, class T>
+CONTEXTRAST_HD void mark_edges(const Volume &volume, bool has_sign, const T *here, int z, int y, int bit,
+                               uint32_t *seeds, uint32_t *wanted) {
+  const int width = volume.size[2];
+  const int64_t across = volume.stride[0], along = volume.stride[1], step = volume.stride[2];
+  const Neighbours to{z > 0 ? -across : 0, z + ROWS < volume.size[0] ? across : 0, y > 0 ? -along : 0,
+                      y + 1 < volume.size[1] ? along : 0};
+  if (step != 1)
+    mark_edges<ROWS, true>(here, across, step, to, width, has_sign, bit, seeds, wanted);
+  else if (volume.size[1] > 1)
+    mark_edges<ROWS, true>(here, across, 1, to, width, has_sign, bit, seeds, wanted);
+  else
+    mark_edges<ROWS, false>(here, across, 1, to, width, has_sign, bit, seeds, wanted);
 }
 
 // The words of row y of one band, which starts at plane `top`.
 template <class T>
 CONTEXTRAST_CLONES void mark_words(const Volume &volume, const Meaning &meaning, const T *image, int top, int y,
-                                   uint32_t *seeds, uint32_t *wanted) {
+                                   uint32_t *seeds, uint32_t *wanted, uint32_t *far) {
   const int width = volume.size[2];
   const int64_t across = volume.stride[0], along = volume.stride[1], step = volume.stride[2];
   const T counts = meaning.ignores_sign ? std::numeric_limits<T>::max() : T(-1);
   memset(seeds, 0, static_cast<size_t>(width) * sizeof *seeds);
   if (wanted) memset(wanted, 0, static_cast<size_t>(width) * sizeof *wanted);
-  for (int z = top; z < lesser(top + BAND, volume.size[0]); ++z) {
+  const int end = lesser(top + BAND, volume.size[0]);
+  for (int z = top; z < end;) {
     const T *here = image + z * across + y * along;
     const int bit = z - top;
-    if (wanted) {
-      const Rows<T> rows{here, z > 0 ? here - across : here, z + 1 < volume.size[0] ? here + across : here,
-                         y > 0 ? here - along : here, y + 1 < volume.size[1] ? here + along : here};
-      if (step == 1)
-        mark_edges(rows, 1, width, meaning.has_sign, bit, seeds, wanted);
-      else
-        mark_edges(rows, step, width, meaning.has_sign, bit, seeds, wanted);
-    } else if (step == 1) {
-      mark_zeros(here, 1, width, counts, bit, seeds);
-    } else {
-      mark_zeros(here, step, width, counts, bit, seeds);
+    if (wanted && z + MARKED <= end) {
+      mark_edges<MARKED>(volume, meaning.has_sign, here, z, y, bit, seeds, wanted);
+      z += MARKED;
+      continue;
     }
+    if (wanted)
+      mark_edges<1>(volume, meaning.has_sign, here, z, y, bit, seeds, wanted);
+    else if (step == 1)
+      mark_zeros(here, 1, width, counts, bit, seeds);
+    else
+      mark_zeros(here, step, width, counts, bit, seeds);
+    ++z;
   }
+  memset(far, 0, static_cast<size_t>(Words::groups(width)) * sizeof *far);
+  for (int x = 0; x < width; ++x) far[x / 8] |= (wanted ? wanted[x] : ~uint32_t(0)) & ~seeds[x];
 }
 
 // ---- 2. Carry: columns first..last-1 of one image
@@ -337,12 +367,12 @@ struct Line {
   int32_t *keys, *best_keys;
 
   Line(Scratch &scratch, int64_t size, int64_t abreast, bool with_keys) {
-    const int64_t count = (size + 2 * MARGIN) * abreast, margin = MARGIN * abreast;
+    const int64_t count = size > 0 ? (size + 2 * MARGIN) * abreast : 0, margin = MARGIN * abreast;
     costs = scratch.take<Cost>(count);
     best = scratch.take<Cost>(count);
     keys = with_keys ? scratch.take<int32_t>(count) : nullptr;
     best_keys = with_keys ? scratch.take<int32_t>(count) : nullptr;
-    if (!costs) return;
+    if (!costs || size == 0) return;
     for (int64_t i = 0; i < margin; ++i) costs[i] = costs[count - 1 - i] = Costs<Cost>::none;
     for (int64_t i = 0; with_keys && i < margin; ++i) keys[i] = keys[count - 1 - i] = INT32_MAX;
     costs += margin;
@@ -424,53 +454,78 @@ CONTEXTRAST_HD void sweep(const Cost *costs, const int32_t *keys, const Cost *ap
   if constexpr (KEYS) found.keys.put(best_keys);
 }
 
-// Solves the open blocks of a line: anchors, which are the first pixels of blocks, by bisection, then each block between
-// its own anchor's best and the next one's.
+// What the window leaves of a block.
+enum State : uint8_t { WITHOUT_FAR, SETTLED, OPEN };
+
+// Solves the open blocks of a line, run after run of blocks with far pixels. The pixels beside a run are the farthest
+// that matter to it. Anchors, which are the first pixels of blocks, are solved by bisection, then each block between its
+// own anchor's best and the next one's.
 template <bool KEYS, class Cost>
 CONTEXTRAST_HD void search_line(const Line<Cost> &line, const Cost *apart, int size, bool bisects,
-                                const uint8_t *open) {
+                                const uint8_t *states) {
   constexpr int lanes = LANES<Cost>;
-  int first = 0, last = size - 1, from = 0, to = (size - 1) / lanes;
-  while (from <= to && !open[from]) ++from;
-  if (from > to) return;
-  while (!open[to]) --to;
-  while (first < size && !has_seed(line.costs[first])) ++first;
-  if (first == size) return;
-  while (!has_seed(line.costs[last])) --last;
-
+  const int blocks = (size - 1) / lanes + 1;
   int place[BLOCKS + 1];
-  const int count = to - from + 1;
-  if (bisects) {
-    place[0] = first_best(line.costs, apart, from * lanes, first, last);
-    place[count] = first_best(line.costs, apart, (to + 1) * lanes, place[0], last);
-    for (int step = first_step(count); step; step /= 2)
-      for (int j = step; j < count; j += 2 * step)
-        place[j] = first_best(line.costs, apart, (from + j) * lanes, place[j - step], place[lesser(j + step, count)]);
-  }
-  for (int j = 0; j < count; ++j) {
-    if (!open[from + j]) continue;
-    const int x = (from + j) * lanes;
-    sweep<KEYS>(line.costs, line.keys, apart, x, bisects ? place[j] : first, bisects ? place[j + 1] : last,
-                line.best + x, KEYS ? line.best_keys + x : nullptr);
+  for (int end = 0; end < blocks;) {
+    while (end < blocks && states[end] == WITHOUT_FAR) ++end;
+    int from = end;
+    while (end < blocks && states[end] != WITHOUT_FAR) ++end;
+    int to = end - 1, first = greater(from * lanes - 1, 0), last = lesser(end * lanes, size - 1);
+    while (from <= to && states[from] != OPEN) ++from;
+    if (from > to) continue;
+    while (states[to] != OPEN) --to;
+    while (first <= last && !has_seed(line.costs[first])) ++first;
+    if (first > last) continue;
+    while (!has_seed(line.costs[last])) --last;
+
+    const int count = to - from + 1;
+    if (bisects) {
+      place[0] = first_best(line.costs, apart, from * lanes, first, last);
+      place[count] = first_best(line.costs, apart, (to + 1) * lanes, place[0], last);
+      for (int step = first_step(count); step; step /= 2)
+        for (int j = step; j < count; j += 2 * step)
+          place[j] =
+              first_best(line.costs, apart, (from + j) * lanes, place[j - step], place[lesser(j + step, count)]);
+    }
+    for (int j = 0; j < count; ++j) {
+      if (states[from + j] != OPEN) continue;
+      const int x = (from + j) * lanes;
+      sweep<KEYS>(line.costs, line.keys, apart, x, bisects ? place[j] : first, bisects ? place[j + 1] : last,
+                  line.best + x, KEYS ? line.best_keys + x : nullptr);
+    }
   }
 }
 
 // The bits of one row of a plane.
 struct Row {
-  const uint32_t *seeds, *carries, *wanted;  // carries, wanted: null if there are none, or all are
+  const uint32_t *seeds, *carries, *wanted, *far;  // carries, wanted: null if there are none, or all are
   int bit;
 
-  CONTEXTRAST_HD Row(const Words &words, int64_t start, int bit)
-      : seeds(words.seeds + start),
-        carries(words.carries ? words.carries + start : nullptr),
-        wanted(words.wanted ? words.wanted + start : nullptr),
+  // Row `row` of all rows of words.
+  CONTEXTRAST_HD Row(const Words &words, int64_t row, int width, int bit)
+      : seeds(words.seeds + row * width),
+        carries(words.carries ? words.carries + row * width : nullptr),
+        wanted(words.wanted ? words.wanted + row * width : nullptr),
+        far(words.far + row * Words::groups(width)),
         bit(bit) {}
+
+  // Whether one of the pixels x..x+count-1 is far, or of those beyond up to a multiple of eight; x is one.
+  CONTEXTRAST_HD bool any_far(int x, int count) const {
+    uint32_t found = 0;
+    for (int i = 0; i < count; i += 8) found |= far[(x + i) / 8];
+    return found >> bit & 1;
+  }
+
+  // Which of eight pixels are wanted.
+  CONTEXTRAST_HD Ints wanted_from(int x) const {
+    return wanted ? reinterpret_cast<Ints>(load<Words8>(wanted + x) << (31 - bit)) < 0 : Ints{} - 1;
+  }
 };
 
 // Eight pixels of a row: the steps to the nearest seed of their columns, and whether it is below (only of use if there
 // is one). Leading and trailing zeros come from the exponents of floats.
 struct Columns {
-  Ints steps, is_below, is_wanted;
+  Ints steps, is_below;
 
   CONTEXTRAST_HD Columns(const Row &row, int x) {
     const Words8 seeds = load<Words8>(row.seeds + x);
@@ -486,14 +541,6 @@ struct Columns {
     down = downward == 0 ? reinterpret_cast<Ints>(carries >> 16) + (31 - row.bit) : down;
     is_below = down < up;
     steps = least(up, down);
-    is_wanted = row.wanted ? reinterpret_cast<Ints>(load<Words8>(row.wanted + x) << (31 - row.bit)) < 0 : Ints{} - 1;
-  }
-
-  // Whether one of eight pixels is neither a seed nor unwanted.
-  static CONTEXTRAST_HD bool any_far(const Row &row, int x) {
-    const Words8 seeds = load<Words8>(row.seeds + x);
-    const Words8 far = row.wanted ? load<Words8>(row.wanted + x) & ~seeds : ~seeds;
-    return any(reinterpret_cast<Ints>(far >> row.bit & 1));
   }
 };
 
@@ -522,24 +569,23 @@ CONTEXTRAST_HD void put_costs(Ints steps, Ints has_cost, Ints is_wanted, double 
 template <bool KEYS, class Cost>
 CONTEXTRAST_HD void read_columns(const Row &row, int x, Cost side, int32_t number, int32_t plane, Cost *costs,
                                  int32_t *keys, Cost *best, int32_t *best_keys) {
-  if (Columns::any_far(row, x)) {
-    const Columns columns(row, x);
-    const Ints has_cost = columns.steps < int32_t(NO_SEED);
-    put_costs(columns.steps, has_cost, columns.is_wanted, side, costs, best);
+  const Ints is_wanted = row.wanted_from(x), key = Vectors<int32_t>::ramp() + (number + x);
+  if (!row.any_far(x, 8)) {  // those that are wanted are seeds
+    put_costs(Ints{}, Ints{} - 1, is_wanted, side, costs, best);
     if constexpr (KEYS) {
-      const Ints offset = (columns.is_below ? columns.steps : -columns.steps) * plane;
-      const Ints key = has_cost ? Vectors<int32_t>::ramp() + (number + x) + offset : Ints{} + INT32_MAX;
       store(key, keys);
       store(key, best_keys);
     }
     return;
   }
-  // Those that are wanted are seeds.
-  for (int i = 0; i < 8; ++i) {
-    const bool is_seed = !row.wanted || (row.wanted[x + i] >> row.bit & 1);
-    costs[i] = is_seed ? Cost(0) : Costs<Cost>::none;
-    best[i] = is_seed ? Cost(0) : Cost(CONTEXTRAST_OUTSIDE);
-    if constexpr (KEYS) keys[i] = best_keys[i] = number + x + i;
+  const Columns columns(row, x);
+  const Ints has_cost = columns.steps < int32_t(NO_SEED);
+  put_costs(columns.steps, has_cost, is_wanted, side, costs, best);
+  if constexpr (KEYS) {
+    const Ints offset = (columns.is_below ? columns.steps : -columns.steps) * plane;
+    const Ints found = has_cost ? key + offset : Ints{} + INT32_MAX;
+    store(found, keys);
+    store(found, best_keys);
   }
 }
 
@@ -563,7 +609,7 @@ struct Work {
   Cost *costs;    // of a plane, along the columns and y: only where there are several rows
   int32_t *keys;  // likewise
   Line<Cost> strips, columns, row;
-  uint8_t *open, *open_blocks;  // (y), (columns of a block, blocks of a line)
+  uint8_t *states, *block_states;  // (y), (columns of a block, blocks of a line)
 
   Work(Scratch &scratch, const Volume &volume)
       : strip(lesser(STRIP, (volume.size[2] + LANES<int32_t> - 1) / LANES<int32_t> * LANES<int32_t>)),
@@ -572,8 +618,8 @@ struct Work {
         strips(scratch, has_rows(volume) ? volume.size[1] : 0, pitch(), volume.keys()),
         columns(scratch, has_rows(volume) ? column_size(volume) * LANES<Cost> : 0, 1, volume.keys()),
         row(scratch, volume.size[2], 1, volume.keys()),
-        open(scratch.take<uint8_t>(volume.size[1])),
-        open_blocks(scratch.take<uint8_t>(int64_t(LANES<Cost>) * blocks(greater(volume.size[1], volume.size[2])))) {}
+        states(scratch.take<uint8_t>(volume.size[1])),
+        block_states(scratch.take<uint8_t>(int64_t(LANES<Cost>) * blocks(greater(volume.size[1], volume.size[2])))) {}
 
   int pitch() const { return strip + LANES<int32_t>; }
   static int64_t column_size(const Volume &volume) { return volume.size[1] + MARGIN; }
@@ -588,31 +634,34 @@ CONTEXTRAST_HD void search_columns(const Volume &volume, const Apart<Cost> &apar
   const int height = volume.size[1], blocks = Work<Cost>::blocks(height);
   const int64_t pitch = work.pitch(), size = Work<Cost>::column_size(volume);
   const Cost settled = apart.zero[WINDOW_BESIDE_OPEN + 1];
-  memset(work.open_blocks, 0, static_cast<size_t>(blocks * lanes));
+  memset(work.block_states, 0, static_cast<size_t>(blocks * lanes));
   for (int y = 0; y < height; ++y) {
     const Cost *costs = work.strips.costs + y * pitch + lane, *best = work.strips.best + y * pitch + lane;
     for (int i = 0; i < lanes; ++i) work.columns.costs[i * size + y] = costs[i];
     if constexpr (KEYS)
       for (int i = 0; i < lanes; ++i)
         work.columns.keys[i * size + y] = work.strips.keys[y * pitch + lane + i];
-    if (work.open[y])
-      for (int i = 0; i < lanes; ++i) work.open_blocks[i * blocks + y / lanes] |= best[i] >= settled;
+    if (work.states[y])
+      for (int i = 0; i < lanes; ++i) {
+        uint8_t &state = work.block_states[i * blocks + y / lanes];
+        const uint8_t own = best[i] <= 0 ? WITHOUT_FAR : best[i] < settled || work.states[y] != OPEN ? SETTLED : OPEN;
+        state = greater(state, own);
+      }
   }
   for (int i = 0; i < lanes; ++i) {
     for (int y = height; y < height + MARGIN; ++y) work.columns.costs[i * size + y] = Costs<Cost>::none;
     for (int y = 0; y < height + lanes; ++y) work.columns.best[i * size + y] = Costs<Cost>::none;
     const Line<Cost> own = work.columns.from(i * size);
-    const uint8_t *open = work.open_blocks + i * blocks;
-    search_line<KEYS>(own, apart.zero, height, volume.metric.search[1] != 0, open);
+    search_line<KEYS>(own, apart.zero, height, volume.metric.search[1] != 0, work.block_states + i * blocks);
   }
   for (int block = 0; block < blocks; ++block) {
     bool any_open = false;
-    for (int i = 0; i < lanes; ++i) any_open |= work.open_blocks[i * blocks + block];
+    for (int i = 0; i < lanes; ++i) any_open |= work.block_states[i * blocks + block] == OPEN;
     if (!any_open) continue;
     for (int y = block * lanes; y < lesser(height, (block + 1) * lanes); ++y)
       for (int i = 0; i < lanes; ++i) {
         Cost &best = work.strips.best[y * pitch + lane + i];
-        if (best < 0 || !work.open_blocks[i * blocks + block]) continue;
+        if (best < 0 || work.block_states[i * blocks + block] != OPEN) continue;
         best = work.columns.best[i * size + y];
         if constexpr (KEYS) work.strips.best_keys[y * pitch + lane + i] = work.columns.best_keys[i * size + y];
       }
@@ -621,7 +670,7 @@ CONTEXTRAST_HD void search_columns(const Volume &volume, const Apart<Cost> &apar
 
 // The columns x..x+count-1 of a plane, abreast, along y: into work.costs and work.keys.
 template <bool KEYS, class Cost>
-CONTEXTRAST_HD void solve_strip(const Volume &volume, const Words &words, int64_t word, int z, int x, int count,
+CONTEXTRAST_HD void solve_strip(const Volume &volume, const Words &words, int64_t rows, int z, int x, int count,
                                 const Apart<Cost> &apart, const Work<Cost> &work) {
   const int height = volume.size[1], width = volume.size[2];
   const int64_t pitch = work.pitch();
@@ -629,7 +678,7 @@ CONTEXTRAST_HD void solve_strip(const Volume &volume, const Words &words, int64_
   const Line<Cost> &strips = work.strips;
   for (int y = 0; y < height; ++y) {
     const int64_t start = int64_t(y) * width, at = y * pitch;
-    read_row<KEYS>(Row(words, word + start, z % BAND), x, count, side,
+    read_row<KEYS>(Row(words, rows + y, width, z % BAND), x, count, side,
                    static_cast<int32_t>(z * volume.plane() + start), volume.plane(), strips.costs + at,
                    KEYS ? strips.keys + at : nullptr, strips.best + at, KEYS ? strips.best_keys + at : nullptr);
   }
@@ -637,10 +686,12 @@ CONTEXTRAST_HD void solve_strip(const Volume &volume, const Words &words, int64_
     bool is_open = false, any_open = false;
     for (int y = 0; y < height; ++y) {
       const int64_t at = y * pitch + lane;
-      is_open = !window<KEYS>(strips.costs + at, KEYS ? strips.keys + at : nullptr, pitch, apart.zero,
+      const bool any_far = Row(words, rows + y, width, z % BAND).any_far(x + lane, LANES<Cost>);
+      is_open = any_far &&
+                !window<KEYS>(strips.costs + at, KEYS ? strips.keys + at : nullptr, pitch, apart.zero,
                               is_open ? WINDOW_BESIDE_OPEN : WINDOW, strips.best + at,
                               KEYS ? strips.best_keys + at : nullptr);
-      work.open[y] = is_open;
+      work.states[y] = is_open ? OPEN : any_far ? SETTLED : WITHOUT_FAR;
       any_open |= is_open;
     }
     if (any_open) search_columns<KEYS>(volume, apart, work, lane);
@@ -715,6 +766,24 @@ CONTEXTRAST_HD void write_row(const Volume &volume, const Cost *best, int64_t at
   }
 }
 
+// The same of a row without far pixels.
+template <class T>
+CONTEXTRAST_HD void write_seeds(const Row &row, int width, T *distance) {
+  const uint32_t *const wanted = row.wanted;
+  const int bit = row.bit;
+  for (int x = 0; x < width; ++x) distance[x] = !wanted || wanted[x] >> bit & 1 ? T(0) : T(CONTEXTRAST_OUTSIDE);
+}
+
+CONTEXTRAST_HD void write_seeds(const Volume &volume, const Row &row, int64_t at) {
+  const ContextrastDistance &to = volume.wanted;
+  if (!to.squared)
+    write_seeds(row, volume.size[2], static_cast<float *>(to.distance) + at);
+  else if (to.sampled)
+    write_seeds(row, volume.size[2], static_cast<double *>(to.distance) + at);
+  else
+    write_seeds(row, volume.size[2], static_cast<int32_t *>(to.distance) + at);
+}
+
 // Planes first..last-1 of an image.
 template <bool KEYS, class Cost>
 CONTEXTRAST_CLONES void solve_planes(const Volume &volume, const Words &words, const Apart<Cost> &apart_y,
@@ -723,12 +792,18 @@ CONTEXTRAST_CLONES void solve_planes(const Volume &volume, const Words &words, c
   const int height = volume.size[1], width = volume.size[2];
   const Line<Cost> &line = work.row;
   for (int z = first; z < last; ++z) {
-    const int64_t word = (image * volume.bands() + z / BAND) * volume.plane();
+    const int64_t rows = (image * volume.bands() + z / BAND) * height;
     if (height > 1)
       for (int x = 0; x < width; x += work.strip)
-        solve_strip<KEYS>(volume, words, word, z, x, lesser(work.strip, width - x), apart_y, work);
+        solve_strip<KEYS>(volume, words, rows, z, x, lesser(work.strip, width - x), apart_y, work);
     for (int y = 0; y < height; ++y) {
       const int64_t start = int64_t(y) * width;
+      const int64_t at = image * volume.image() + z * volume.plane() + start;
+      const Row row(words, rows + y, width, z % BAND);
+      if (!KEYS && !row.any_far(0, width)) {
+        write_seeds(volume, row, at);
+        continue;
+      }
       if (height > 1) {
         for (int x = 0; x < width; ++x) {
           const Cost cost = work.costs[start + x];
@@ -741,20 +816,21 @@ CONTEXTRAST_CLONES void solve_planes(const Volume &volume, const Words &words, c
           memcpy(line.best_keys, work.keys + start, static_cast<size_t>(width) * sizeof(int32_t));
         }
       } else {
-        read_row<KEYS>(Row(words, word, z % BAND), 0, width, Costs<Cost>::side(volume.metric, 0),
+        read_row<KEYS>(row, 0, width, Costs<Cost>::side(volume.metric, 0),
                        static_cast<int32_t>(z * volume.plane()), volume.plane(), line.costs, line.keys, line.best,
                        line.best_keys);
       }
       bool is_open = false, any_open = false;
       for (int x = 0, block = 0; x < width; x += LANES<Cost>, ++block) {
-        is_open = !window<KEYS>(line.costs + x, KEYS ? line.keys + x : nullptr, 1, apart_x.zero,
+        const bool any_far = row.any_far(x, LANES<Cost>);
+        is_open = any_far &&
+                  !window<KEYS>(line.costs + x, KEYS ? line.keys + x : nullptr, 1, apart_x.zero,
                                 is_open ? WINDOW_BESIDE_OPEN : WINDOW, line.best + x,
                                 KEYS ? line.best_keys + x : nullptr);
-        work.open_blocks[block] = is_open;
+        work.block_states[block] = is_open ? OPEN : any_far ? SETTLED : WITHOUT_FAR;
         any_open |= is_open;
       }
-      if (any_open) search_line<KEYS>(line, apart_x.zero, width, volume.metric.search[2] != 0, work.open_blocks);
-      const int64_t at = image * volume.image() + z * volume.plane() + start;
+      if (any_open) search_line<KEYS>(line, apart_x.zero, width, volume.metric.search[2] != 0, work.block_states);
       write_row(volume, line.best, at);
       if constexpr (KEYS) write_nearest(volume, line.best, line.best_keys, at);
     }
@@ -799,9 +875,10 @@ void transform(const Volume &volume, bool edges, Scratch &scratch, int threads) 
                       using T = decltype(zero);
                       const T *image = static_cast<const T *>(volume.data) + band / bands * volume.stride_batch;
                       for (int64_t y = first; y < lesser<int64_t>(first + rows, volume.size[1]); ++y) {
-                        const int64_t word = band * plane + y * volume.size[2];
+                        const int64_t row = band * volume.size[1] + y, word = row * volume.size[2];
                         mark_words(volume, meaning, image, static_cast<int>(band % bands * BAND), static_cast<int>(y),
-                                   words.seeds + word, edges ? words.wanted + word : nullptr);
+                                   words.seeds + word, edges ? words.wanted + word : nullptr,
+                                   words.far + row * Words::groups(volume.size[2]));
                       }
                     });
                   }};
