@@ -205,14 +205,15 @@ __device__ void solve_line(const Cost *costs, int32_t *places, int size, Cost si
 
   if (bisects) {
     const auto anchor = [&](int j, int first, int last) {
-      const int x = lesser(j * TILE, size - 1);
       const Found<Cost> best =
-          best_of_warp(search(costs, static_cast<const int32_t *>(nullptr), side, x, first, last, lane, WARP));
+          best_of_warp(search(costs, static_cast<const int32_t *>(nullptr), side, j * TILE, first, last, lane, WARP));
       if (lane == 0) places[j] = lesser(best.key, last);
       __syncwarp();
     };
     anchor(0, 0, size - 1);
-    anchor(tiles, places[0], size - 1);
+    // The last tile has no pixel behind it that could be an anchor: its last one would leave out equals after its best.
+    if (lane == 0) places[tiles] = size - 1;
+    __syncwarp();
     for (int step = first_step(tiles); step; step /= 2)
       for (int j = step; j < tiles; j += 2 * step) anchor(j, places[j - step], places[lesser(j + step, tiles)]);
   }
@@ -240,11 +241,11 @@ __global__ void __launch_bounds__(MOST_WARPS *WARP) solve_along_y(const __grid_c
   const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, width = volume.size[2], size = volume.size[1];
   const int64_t number = static_cast<int64_t>(blockIdx.x) * (blockDim.x / WARP) + warp;
   if (number >= volume.batch * volume.size[0] * width) return;
-  const int64_t image = number / width / volume.size[0];
+  const int64_t plane = number / width, image = plane / volume.size[0];
   Line line;
-  line.z = static_cast<int>(number / width % volume.size[0]);
+  line.z = static_cast<int>(plane - image * volume.size[0]);
   line.y = 0;
-  line.x = static_cast<int>(number % width);
+  line.x = static_cast<int>(number - plane * width);
   line.step = width;
   line.size = size;
   line.bit = line.z % BAND;
@@ -297,10 +298,10 @@ __global__ void __launch_bounds__(MOST_WARPS *WARP) solve_along_x(const __grid_c
   const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, size = volume.size[2], height = volume.size[1];
   const int64_t number = static_cast<int64_t>(blockIdx.x) * (blockDim.x / WARP) + warp;
   if (number >= volume.batch * volume.size[0] * height) return;
-  const int64_t image = number / height / volume.size[0];
+  const int64_t plane = number / height, image = plane / volume.size[0];
   Line line;
-  line.z = static_cast<int>(number / height % volume.size[0]);
-  line.y = static_cast<int>(number % height);
+  line.z = static_cast<int>(plane - image * volume.size[0]);
+  line.y = static_cast<int>(number - plane * height);
   line.x = 0;
   line.step = 1;
   line.size = size;
