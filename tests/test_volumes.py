@@ -341,7 +341,7 @@ def test_a_block_of_a_volume_is_for_the_reference(rng, monkeypatch):
         assert torch.equal(loss(block), expected)
 
 
-@pytest.mark.parametrize("backend", ["reference", pytest.param("triton", marks=NEEDS_TRITON)])
+@pytest.mark.parametrize("backend", ["reference", pytest.param("triton", marks=[NEEDS_TRITON, pytest.mark.slow])])
 @pytest.mark.parametrize("options", [{}, {"base_rate": 0.4, "normalize_anchors": True}], ids=["hard", "dense"])
 def test_gradcheck(rng, backend, options):
     features, labels, predictions = case(rng, sizes=((2, 3, 3), (2, 2, 1)), B=1, Z=3, H=6, W=5)

@@ -140,6 +140,7 @@ def test_compiles_whole(backend, mask):
 
 
 @pytest.mark.skipif("native" not in BACKENDS, reason="the native library is not built")
+@pytest.mark.slow
 def test_ops_pass_opcheck(mask):
     for op in (native.distance_transform, native.nearest_zero):
         torch.library.opcheck(op, (mask[0, :, :4], True, [2.0, 1.0, 1.0]))
