@@ -4,8 +4,8 @@
 //   2. carry: the nearest seeds above and below each word.
 //   3. solve: plane after plane across the columns, first along y (in volumes), then along x. A block of 64 bytes of
 //      costs, of neighbours along x, is settled by a window; the blocks that it leaves open are searched line by line.
-// Only pixels that are wanted and no seed, the far ones, are searched for. Along any axis the neighbours of a run of far
-// pixels are seeds, or the image ends there, so that no pixel beyond them matters.
+// Only pixels that are wanted and no seed, the far ones, are searched for; blocks without one are passed over. Along any
+// axis the neighbours of a run of far pixels are seeds, or the image ends there, so that no pixel beyond them matters.
 #include <string.h>
 
 #include <limits>
@@ -205,8 +205,12 @@ CONTEXTRAST_CLONES void mark_words(const Volume &volume, const Meaning &meaning,
       mark_zeros(here, step, width, counts, bit, seeds);
     ++z;
   }
-  memset(far, 0, static_cast<size_t>(Words::groups(width)) * sizeof *far);
-  for (int x = 0; x < width; ++x) far[x / 8] |= (wanted ? wanted[x] : ~uint32_t(0)) & ~seeds[x];
+  for (int group = 0; group < Words::groups(width); ++group) {
+    uint32_t found = 0;
+    for (int x = 8 * group; x < lesser(8 * group + 8, width); ++x)
+      found |= (wanted ? wanted[x] : ~uint32_t(0)) & ~seeds[x];
+    far[group] = found;
+  }
 }
 
 // ---- 2. Carry: columns first..last-1 of one image
@@ -458,8 +462,8 @@ CONTEXTRAST_HD void sweep(const Cost *costs, const int32_t *keys, const Cost *ap
 enum State : uint8_t { WITHOUT_FAR, SETTLED, OPEN };
 
 // Solves the open blocks of a line, run after run of blocks with far pixels. The pixels beside a run are the farthest
-// that matter to it. Anchors, which are the first pixels of blocks, are solved by bisection, then each block between its
-// own anchor's best and the next one's.
+// that matter to it. Anchors, which are the first pixels of blocks, are solved by bisection, then each block between
+// its own anchor's best and the next one's.
 template <bool KEYS, class Cost>
 CONTEXTRAST_HD void search_line(const Line<Cost> &line, const Cost *apart, int size, bool bisects,
                                 const uint8_t *states) {
@@ -687,8 +691,7 @@ CONTEXTRAST_HD void solve_strip(const Volume &volume, const Words &words, int64_
     for (int y = 0; y < height; ++y) {
       const int64_t at = y * pitch + lane;
       const bool any_far = Row(words, rows + y, width, z % BAND).any_far(x + lane, LANES<Cost>);
-      is_open = any_far &&
-                !window<KEYS>(strips.costs + at, KEYS ? strips.keys + at : nullptr, pitch, apart.zero,
+      is_open = any_far && !window<KEYS>(strips.costs + at, KEYS ? strips.keys + at : nullptr, pitch, apart.zero,
                               is_open ? WINDOW_BESIDE_OPEN : WINDOW, strips.best + at,
                               KEYS ? strips.best_keys + at : nullptr);
       work.states[y] = is_open ? OPEN : any_far ? SETTLED : WITHOUT_FAR;
@@ -823,8 +826,7 @@ CONTEXTRAST_CLONES void solve_planes(const Volume &volume, const Words &words, c
       bool is_open = false, any_open = false;
       for (int x = 0, block = 0; x < width; x += LANES<Cost>, ++block) {
         const bool any_far = row.any_far(x, LANES<Cost>);
-        is_open = any_far &&
-                  !window<KEYS>(line.costs + x, KEYS ? line.keys + x : nullptr, 1, apart_x.zero,
+        is_open = any_far && !window<KEYS>(line.costs + x, KEYS ? line.keys + x : nullptr, 1, apart_x.zero,
                                 is_open ? WINDOW_BESIDE_OPEN : WINDOW, line.best + x,
                                 KEYS ? line.best_keys + x : nullptr);
         work.block_states[block] = is_open ? OPEN : any_far ? SETTLED : WITHOUT_FAR;
