@@ -250,7 +250,7 @@ def _lower_envelope(costs: Tensor, places: Tensor | None, apart) -> tuple[Tensor
     none = _UNREACHED if costs.dtype == torch.int64 else torch.inf
     costs = F.pad(costs, (0, padded - width), value=none)
     places = None if places is None else F.pad(places, (0, padded - width), value=0)
-    leftmost = torch.zeros(rows, padded, dtype=torch.int64, device=device)
+    leftmost = torch.zeros_like(costs, dtype=torch.int64)
     least = torch.zeros_like(costs)
     first = None if places is None else torch.zeros_like(places)
     h = padded

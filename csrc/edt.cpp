@@ -540,7 +540,8 @@ struct Columns {
     const Ints first = upward & ~(upward >> 1);
     Ints up = 31 + 127 - (reinterpret_cast<Ints>(__builtin_convertvector(first, Floats)) >> 23);
     up = upward < 0 ? Ints{} : upward == 0 ? reinterpret_cast<Ints>(carries & 0xFFFF) + row.bit : up;
-    const Ints only = downward & -downward;
+    const Words8 bits = reinterpret_cast<Words8>(downward);  // unsigned: every value has a negation
+    const Ints only = reinterpret_cast<Ints>(bits & -bits);
     Ints down = (reinterpret_cast<Ints>(__builtin_convertvector(only, Floats)) >> 23 & 0xFF) - 127;
     down = downward == 0 ? reinterpret_cast<Ints>(carries >> 16) + (31 - row.bit) : down;
     is_below = down < up;
@@ -550,6 +551,7 @@ struct Columns {
 
 CONTEXTRAST_HD void put_costs(Ints steps, Ints has_cost, Ints is_wanted, int32_t weight, int32_t *costs,
                               int32_t *best) {
+  steps = has_cost ? steps : Ints{};  // where nothing is near they say nothing, and their square may overflow
   const Ints cost = has_cost ? steps * steps * weight : Ints{} + NO_COST;
   store(is_wanted ? cost : Ints{} + NO_COST, costs);
   store(is_wanted ? cost : Ints{} + CONTEXTRAST_OUTSIDE, best);

@@ -115,7 +115,7 @@ CALLS = {
     "viz.anchor_similarity": (pictures("anchor_similarity", num_classes=4), FEATURES, LABELS),
 }
 WITHOUT_TENSORS = {
-    *("attach", "available", "backend"),
+    *("attach", "available", "backend", "split_heads"),
     "ProjectionHead",  # an nn.Sequential
     *("metrics.CITYSCAPES_CATEGORIES", "metrics.CITYSCAPES_INSTANCE_SIZES"),
     *("viz.class_colours", "viz.similarity_curve"),
