@@ -85,11 +85,15 @@ def signed(value: Tensor) -> Tensor:
     return value.to(_WIDER[value.dtype]) if value.dtype in _WIDER else value
 
 
-def sides(name: str, value: Tensor, dims: int = 2) -> None:
+def has_float64(name: str, value: Tensor) -> None:
     if value.device.type == "mps":
         raise RuntimeError(
             f"{name}: expected a tensor on the CPU or a CUDA device, got {describe(value)}; {WITHOUT_FLOAT64}"
         )
+
+
+def sides(name: str, value: Tensor, dims: int = 2) -> None:
+    has_float64(name, value)
     size = value.shape[value.ndim - dims :]
     if any(side > MAX_SIDE for side in size):
         raise ValueError(

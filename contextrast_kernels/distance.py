@@ -135,6 +135,7 @@ def edge_distance(
 
 
 def _check_size(name: str, image: Tensor, spatial_dims: int) -> None:
+    checks.has_float64(name, image)
     sides = image.shape[-spatial_dims:]
     if max(sides) > checks.MAX_SIDE:
         raise ValueError(
