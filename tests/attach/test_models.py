@@ -279,5 +279,5 @@ def test_layers_by_name_in_models_that_people_use(build, names, maps):
 def test_the_page_tells_what_auto_chooses():
     page = (pathlib.Path(__file__).parent.parent.parent / "docs" / "attach.md").read_text()
     for name, _, names, channels, strides in MODELS:
-        row = f"| {name} | {names[0]} … {names[-1]} | {', '.join(f'{c}@{s}' for c, s in zip(channels, strides))} |"
+        row = f"| {name} | `{names[0]}` … `{names[-1]}` | {', '.join(f'{c}@{s}' for c, s in zip(channels, strides))} |"
         assert row in page, row
