@@ -4,15 +4,15 @@ import math
 import pathlib
 import re
 
+import distance_cases as volumes
 import numpy as np
 import pytest
 import torch
-import volumes
+from distance_cases import SAMPLINGS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from scipy import ndimage
-from volumes import SAMPLINGS
 
 import contextrast_kernels as ck
 from contextrast_kernels import native

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from volumes import NO_EDGE
+from distance_cases import NO_EDGE
 
 import contextrast_kernels as ck
 from contextrast_kernels import native
