@@ -212,6 +212,8 @@ def may_read_values(tensor: Tensor) -> bool:
 
     On a device a read synchronises, and whatever traces or batches a call needs shapes that no value decides.
     """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return False  # ranks exchange rows, whose number must be the same in all of them
     return (
         not torch.compiler.is_compiling()
         and tensor.device.type == "cpu"
