@@ -173,7 +173,7 @@ def choose(tensor: Tensor, offered: tuple[str, ...], unfit: str = "") -> str:
         if status == "ok":
             return candidate
         if device_type in ("cpu", "cuda") and not torch.compiler.is_compiling():
-            cost = "" if device_type == "cuda" else " (10 to 50 times, for error maps, distances and negatives)"
+            cost = "" if device_type == "cuda" else " for error maps, distances and negatives"
             _warn_once(
                 f"contextrast_kernels: the {candidate} backend cannot run, so a slower one{cost} is used: {status}. "
                 "CONTEXTRAST_BACKEND=reference asks for that one and silences this"

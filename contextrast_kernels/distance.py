@@ -55,7 +55,8 @@ def distance_transform(
     Returns:
         The mask's shape in float32; squared in int32, or in float64 with sampling. 0 on zeros. An image without a zero
         has inf, or the largest int32. With return_indices a pair: this, and int32 (spatial_dims, *mask.shape), the
-        coordinates of the nearest zero; of zeros equally near the first in memory order; -1 where there is none.
+        coordinates of the nearest zero, -1 where there is none. Of zeros equally near it is the first in memory order;
+        in volumes whose sampling has rounded squares it may be another that is as near.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, rank, size or range; the sentence names it.

@@ -45,15 +45,17 @@ def clustered(dtype, D, noise, N=5, B=2, sizes=((8, 16), (4, 8))):
     return loss, features
 
 
-@pytest.mark.slow
-@pytest.mark.xfail(
-    reason="with few negatives the loss of clustered features is small and off by 1.7e-6 where 1.4e-6 is allowed "
-    "(bfloat16, D 256, sm_80): similarities take anchors in two bfloat16 pieces, and short sums are still cut"
+TWO_PIECES = pytest.mark.xfail(
+    strict=True,
+    reason="the loss is off by 1.7e-6 where 1.4e-6 is allowed: similarities take anchors in two bfloat16 pieces",
 )
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "D", "arch"),
     [
-        ("bfloat16", 256, 80),
+        pytest.param("bfloat16", 256, 80, marks=TWO_PIECES),
         ("float16", 256, 80),
         ("float32", 256, 80),
         ("bfloat16", 512, 80),
