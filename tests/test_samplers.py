@@ -77,7 +77,7 @@ def test_the_published_least_count_is_the_default(kind, least):
     """ContrastiveSeg keeps pairs of more than max_views pixels, MS/CS of at least 5."""
     for count in range(3, 10):
         labels = torch.where(torch.arange(20) < count, 0, -1).reshape(1, 4, 5)
-        assert ck.Sampler(kind, 100, 7)(labels, labels, 1, 0).any() == (count >= least)
+        assert ck.Sampler(kind, 100, 7)(labels, labels, 2, 0).any() == (count >= least)
 
 
 @pytest.mark.parametrize("kind", SAMPLERS)
@@ -99,7 +99,7 @@ def test_every_pixel_is_drawn_equally_often(kind):
     """
     labels = torch.zeros(1, 6, 8, dtype=torch.int64)
     sampler, draws = ck.Sampler(kind, 12, 12, 1), 3000
-    chosen = torch.stack([sampler(labels, labels, 1, seed).flatten() for seed in range(draws)]).double()
+    chosen = torch.stack([sampler(labels, labels, 2, seed).flatten() for seed in range(draws)]).double()
     assert (chosen.sum(1) == 12).all()
     n, p = 48, 12 / 48
     counts = chosen.sum(0)

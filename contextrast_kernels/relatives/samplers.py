@@ -90,7 +90,7 @@ class Sampler:
         labels = checks.class_map("labels", labels, dims=dims)
         predictions = checks.class_map("predictions", predictions, shape=labels.shape, dims=dims)
         checks.together("labels", labels, "predictions", predictions)
-        checks.num_classes(num_classes)
+        checks.several_classes(num_classes)
         labels, predictions = labels.long(), predictions.long()
         labels = torch.where(labels < num_classes, labels, -1)
         batch, image = labels.shape[0], images_of(labels)
