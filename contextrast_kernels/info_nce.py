@@ -40,16 +40,14 @@ def info_nce(
     positives: str = "each",
     row_negatives: Tensor | None = None,
     column_negatives: Tensor | None = None,
-    base: Tensor | None = None,
     column_weights: Tensor | None = None,
     reduction: str = "mean",
 ) -> Tensor:
     """Supervised InfoNCE of rows against columns, as in Eq. 2; differentiable in both.
 
-    A column is a positive of the rows with its label. It is a negative of the rows with another label, unless one of
-    ``row_negatives``, ``column_negatives`` and ``base`` is given: then it is a negative of row i where
-    ``column_negatives[j] == row_negatives[i]`` (either stands for the labels where the other alone is given), or
-    where ``base[j]`` and the labels differ.
+    A column is a positive of the rows with its label. It is a negative of the rows with another label, unless
+    ``row_negatives`` or ``column_negatives`` is given: then it is a negative of row i where
+    ``column_negatives[j] == row_negatives[i]``; the labels take the place of one that is not given.
 
     Args:
         rows: (R, D) floating point, used as they are: normalise them before if cosines are meant.
@@ -62,7 +60,6 @@ def info_nce(
         positives: "each", "supcon" or "pooled"; the equations are above, in the module's docstring.
         row_negatives, column_negatives: (R,) and (C,) integers. Contextrast's strict BANE is ``column_negatives`` = the
             class that each pixel is a hard negative of.
-        base: (C,) bool.
         column_weights: (C,) floating point, at least 0: column j counts as so many columns. A constant: no gradient
             passes to it. None: 1.
         reduction: "mean", or "none" for l_i.
@@ -100,8 +97,6 @@ def info_nce(
         row_negatives = _check_integers("row_negatives", row_negatives, "rows", rows)
     if column_negatives is not None:
         column_negatives = _check_integers("column_negatives", column_negatives, *against)
-    if base is not None:
-        _check_vector("base", base, "bool flags", lambda dtype: dtype == torch.bool, *against)
     if column_weights is not None:
         _check_vector("column_weights", column_weights, "floating-point weights", checks.is_floating, *against)
         column_weights = column_weights.detach()
@@ -109,7 +104,7 @@ def info_nce(
         row_negatives = row_labels if row_negatives is None else row_negatives
         if column_negatives is None:
             column_negatives = row_labels if itself else column_labels
-    sets = (row_negatives, column_negatives, base, column_weights)
+    sets = (row_negatives, column_negatives, column_weights)
     options = (float(temperature), ignore_index, positives, reduction)
     unfit = ""
     if rows.shape[1] > MOST_CHANNELS:
@@ -117,7 +112,7 @@ def info_nce(
     backend = choose(rows, ("triton",), unfit)
     # Without a pair to look at there is nothing to launch.
     if backend == "triton" and rows.numel() > 0 and against[1].numel() > 0:
-        return _info_nce(rows, row_labels, columns, column_labels, *sets, *options, backend)[0]
+        return _info_nce(rows, row_labels, columns, column_labels, *sets, *options)[0]
     if itself:
         columns, column_labels = rows, row_labels
     return _definition(rows, row_labels, columns, column_labels, *sets, itself, *options)
@@ -131,7 +126,6 @@ def _definition(
     column_labels: Tensor,
     row_negatives: Tensor | None,
     column_negatives: Tensor | None,
-    base: Tensor | None,
     column_weights: Tensor | None,
     itself: bool,
     temperature: float,
@@ -155,15 +149,10 @@ def _definition(
     pair = valid_row.unsqueeze(1) & valid_column & (w != 0)
     if itself:
         pair = pair & ~torch.eye(rows.shape[0], dtype=torch.bool, device=rows.device)
-    if row_negatives is None and base is None:
-        against = ~same
-    else:
-        against = torch.zeros_like(same)
-        if row_negatives is not None:
-            code, named = row_negatives.long().unsqueeze(1), column_negatives.long()
-            against = (code == named) & (named != ignore_index)
-        if base is not None:
-            against = against | (base & ~same)
+    against = ~same
+    if row_negatives is not None:
+        code, named = row_negatives.long().unsqueeze(1), column_negatives.long()
+        against = (code == named) & (named != ignore_index)
     is_positive, is_negative = pair & same, pair & against
     has_positive, has_negative = is_positive.any(1), is_negative.any(1)
 
@@ -222,27 +211,26 @@ def _info_nce(
     column_labels: Tensor | None,
     row_negatives: Tensor | None,
     column_negatives: Tensor | None,
-    base: Tensor | None,
     column_weights: Tensor | None,
     temperature: float,
     ignore_index: int,
     positives: str,
     reduction: str,
-    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The loss; and what backward reads: the number of valid rows (nothing without a mean) and (4, R) numbers."""
-    from contextrast_kernels.kernels import _pairs, info_nce
+    from contextrast_kernels.kernels import info_nce
 
-    sets = (row_labels, column_labels, row_negatives, column_negatives, base, column_weights)
-    pairs = _pairs.pairs(*sets, temperature, ignore_index, positives)
+    sets = (row_labels, column_labels, row_negatives, column_negatives, column_weights)
+    pairs = info_nce.pairs_of(*sets, temperature, ignore_index, positives)
     with on_device(rows):
         return info_nce.forward(rows, rows if columns is None else columns, pairs, reduction == "mean")
 
 
 @_info_nce.register_fake
-def _(rows, row_labels, columns, *options):
+def _(rows, row_labels, columns, *others):
+    *_, reduction = others
     R, dtype = rows.shape[0], compute_dtype(rows.dtype)
-    loss, count = ((), ()) if options[-2] == "mean" else ((R,), (0,))
+    loss, count = ((), ()) if reduction == "mean" else ((R,), (0,))
     return tuple(rows.new_empty(shape, dtype=dtype) for shape in (loss, count, (4, R)))
 
 
@@ -255,7 +243,6 @@ def _info_nce_backward(
     column_labels: Tensor | None,
     row_negatives: Tensor | None,
     column_negatives: Tensor | None,
-    base: Tensor | None,
     column_weights: Tensor | None,
     count: Tensor,
     kept: Tensor,
@@ -263,29 +250,30 @@ def _info_nce_backward(
     ignore_index: int,
     positives: str,
     toward: str,
-    backend: str,
 ) -> Tensor:
     """dL/d of the rows, of the columns, or of rows that are their own columns: ``toward`` "rows", "columns", "both"."""
-    from contextrast_kernels.kernels import _pairs, info_nce
+    from contextrast_kernels.kernels import info_nce
 
-    sets = (row_labels, column_labels, row_negatives, column_negatives, base, column_weights)
-    pairs = _pairs.pairs(*sets, temperature, ignore_index, positives)
+    sets = (row_labels, column_labels, row_negatives, column_negatives, column_weights)
+    pairs = info_nce.pairs_of(*sets, temperature, ignore_index, positives)
     with on_device(rows):
         return info_nce.backward(gradient, rows, rows if columns is None else columns, pairs, count, kept, toward)
 
 
 @_info_nce_backward.register_fake
-def _(gradient, rows, row_labels, columns, *options):
-    return torch.empty_like(columns if options[-2] == "columns" else rows)
+def _(gradient, rows, row_labels, columns, *others):
+    *_, toward = others
+    return torch.empty_like(columns if toward == "columns" else rows)
 
 
 differentiable_once("info_nce", _info_nce_backward)
 
 
 def _save_for_backward(ctx, inputs, output):
-    *tensors, ctx.temperature, ctx.ignore_index, ctx.positives, _, ctx.backend = inputs
-    ctx.save_for_backward(*tensors, *output[1:])
-    ctx.mark_non_differentiable(*output[1:])
+    *tensors, ctx.temperature, ctx.ignore_index, ctx.positives, _reduction = inputs
+    _loss, count, kept = output
+    ctx.save_for_backward(*tensors, count, kept)
+    ctx.mark_non_differentiable(count, kept)
 
 
 def _backward(ctx, gradient, *_):
@@ -293,14 +281,15 @@ def _backward(ctx, gradient, *_):
     options = (ctx.temperature, ctx.ignore_index, ctx.positives)
 
     def toward(target: str) -> Tensor:
-        return _info_nce_backward(gradient, rows, row_labels, columns, *others, *options, target, ctx.backend)
+        return _info_nce_backward(gradient, rows, row_labels, columns, *others, *options, target)
 
     drows = dcolumns = None
-    if ctx.needs_input_grad[0]:
+    of_rows, _, of_columns, *rest = ctx.needs_input_grad
+    if of_rows:
         drows = toward("both" if columns is None else "rows")
-    if ctx.needs_input_grad[2]:
+    if of_columns:
         dcolumns = toward("columns")
-    return drows, None, dcolumns, *([None] * 10)
+    return drows, None, dcolumns, *(None for _ in rest)
 
 
 _info_nce.register_autograd(_backward, setup_context=_save_for_backward)

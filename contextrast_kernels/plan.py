@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from contextrast_kernels import native
-from contextrast_kernels.kernels import _launch, _pairs, contextrast, info_nce
+from contextrast_kernels.kernels import _launch, contextrast, info_nce
 
 QUIET = frozenset({"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided"})
 """Ops that are no work for the device, beside views."""
@@ -186,11 +186,11 @@ def info_nce_launches(
     rows = empty(R, D)
     columns = rows if C is None else empty(C, D)
     labels = [None if n is None else empty(n, dtype=torch.int64) for n in (R, C)]
-    of = _pairs.pairs(*labels, None, None, None, None, 0.1, -1, positives)
+    pairs = info_nce.pairs_of(*labels, None, None, None, 0.1, -1, positives)
     with _launch.recording() as launches:
-        loss, count, kept = info_nce.forward(rows, columns, of, True)
+        loss, count, kept = info_nce.forward(rows, columns, pairs, True)
         for toward in ("both",) if C is None else ("rows", "columns"):
-            info_nce.backward(loss, rows, columns, of, count, kept, toward)
+            info_nce.backward(loss, rows, columns, pairs, count, kept, toward)
     return launches
 
 
