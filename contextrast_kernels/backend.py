@@ -242,11 +242,11 @@ def differentiable_once(name: str, backward_op) -> None:
 
 
 def unchanged_by_autocast(function):
-    """Losses choose their own precision: autocast is off inside. The first argument is a tensor."""
+    """Losses choose their own precision: autocast is off inside. The first argument is a tensor, or begins with one."""
 
     @functools.wraps(function)
     def wrapper(first, *args, **kwargs):
-        device_type = first.device.type
+        device_type = (first if isinstance(first, Tensor) else first[0]).device.type
         if device_type == "meta":  # torch.autocast refuses it
             return function(first, *args, **kwargs)
         with torch.autocast(device_type, enabled=False):

@@ -14,11 +14,11 @@ PACKAGE = ROOT / "contextrast_kernels"
 
 # A module imports only from floors below its own, or from modules of its floor that stand before it.
 FLOORS = [
-    ["loops", "measure", "checks", "hashing", "maps", "embedding", "state", "kernels._tiles"],
+    ["loops", "measure", "checks", "hashing", "maps", "state", "kernels._tiles"],
     ["native"],
     ["backend", "ranks"],
     ["kernels"],
-    ["distance"],
+    ["distance", "embedding"],
     ["anchors", "pixel_anchor", "bane", "info_nce"],
     ["contextrast"],
     ["relatives"],
