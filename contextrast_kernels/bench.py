@@ -71,10 +71,10 @@ def main(arguments: list[str]) -> int:
         if case.num_classes > MOST_CLASSES:
             parser.error(f"--classes: expected 2 to {MOST_CLASSES}, which the kernels take, got {case.num_classes}")
         try:
-            from contextrast_kernels.kernels import step
+            from contextrast_kernels import plan
         except ImportError as error:
             parser.error(f"the plan is read off the Triton kernels, which need Triton ({error})")
-        print_plan(case, options.base_rate, step.training_step)
+        print_plan(case, options.base_rate, plan.training_step)
         return 0
     try:
         return compare(case, options.base_rate, options.frames, options.seconds)

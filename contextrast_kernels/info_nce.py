@@ -232,10 +232,10 @@ def _info_nce(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The loss; and what backward reads: the number of valid rows (nothing without a mean) and (4, R) numbers."""
-    from contextrast_kernels.kernels import info_nce
+    from contextrast_kernels.kernels import _pairs, info_nce
 
     sets = (row_labels, column_labels, row_negatives, column_negatives, base, column_weights)
-    pairs = info_nce.pairs(*sets, temperature, ignore_index, positives)
+    pairs = _pairs.pairs(*sets, temperature, ignore_index, positives)
     with on_device(rows):
         return info_nce.forward(rows, rows if columns is None else columns, pairs, reduction == "mean")
 
@@ -267,10 +267,10 @@ def _info_nce_backward(
     backend: str,
 ) -> Tensor:
     """dL/d of the rows, of the columns, or of rows that are their own columns: ``toward`` "rows", "columns", "both"."""
-    from contextrast_kernels.kernels import info_nce
+    from contextrast_kernels.kernels import _pairs, info_nce
 
     sets = (row_labels, column_labels, row_negatives, column_negatives, base, column_weights)
-    pairs = info_nce.pairs(*sets, temperature, ignore_index, positives)
+    pairs = _pairs.pairs(*sets, temperature, ignore_index, positives)
     with on_device(rows):
         return info_nce.backward(gradient, rows, rows if columns is None else columns, pairs, count, kept, toward)
 
