@@ -44,6 +44,7 @@ gpu: $(if $(filter $(VENV)/%,$(RUN)),$(VENV)/.all)
 lint: $(VENV)/.all
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
 
 # The documentation's site, in build/site.
 docs: $(VENV)/.all
