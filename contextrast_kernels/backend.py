@@ -17,13 +17,17 @@ import importlib.util
 import os
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 from contextrast_kernels import maps, native
 
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+_First = TypeVar("_First", bound="Tensor | tuple")
 CHOICES = ("auto", "reference", "triton", "native")
 
 MOST_CLASSES, MOST_CHANNELS = 256, 1024
@@ -42,7 +46,7 @@ class _Traced(threading.local):
     PyTorch 2.14 it cannot read one.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.forced: str | None = None
 
 
@@ -67,7 +71,7 @@ def backend(name: str) -> Iterator[None]:
         yield
     finally:
         _traced.forced = previous
-        if not compiling:
+        if token is not None:
             _forced.reset(token)
 
 
@@ -87,7 +91,7 @@ def _native_status(device_type: str) -> str:
 
 # What torch.compiler.assume_constant_result does, without its import of the whole compiler (and Triton): whether the
 # library opens does not change within a process, and torch.compile need not look into how.
-_native_status._dynamo_marked_constant = True
+_native_status._dynamo_marked_constant = True  # type: ignore[attr-defined]  # Dynamo reads the mark
 
 
 def _triton_status(device_type: str) -> str:
@@ -101,7 +105,7 @@ def _triton_status(device_type: str) -> str:
     return "ok" if device_type in ("cpu", "cuda") else f"Triton's kernels are written for CUDA, not for {device_type}"
 
 
-_triton_status._dynamo_marked_constant = True
+_triton_status._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as above
 
 
 def _status(name: str, device_type: str) -> str:
@@ -224,7 +228,7 @@ def may_read_values(tensor: Tensor) -> bool:
     )
 
 
-def on_device(tensor: Tensor):
+def on_device(tensor: Tensor) -> contextlib.AbstractContextManager:
     """Launches inside the ``with`` block go to the tensor's device."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
@@ -241,11 +245,13 @@ def differentiable_once(name: str, backward_op) -> None:
     backward_op.register_autograd(refuse)
 
 
-def unchanged_by_autocast(function):
+def unchanged_by_autocast(
+    function: Callable[Concatenate[_First, _P], _R],
+) -> Callable[Concatenate[_First, _P], _R]:
     """Losses choose their own precision: autocast is off inside. The first argument is a tensor, or begins with one."""
 
     @functools.wraps(function)
-    def wrapper(first, *args, **kwargs):
+    def wrapper(first: _First, *args: _P.args, **kwargs: _P.kwargs) -> _R:
         device_type = (first if isinstance(first, Tensor) else first[0]).device.type
         if device_type == "meta":  # torch.autocast refuses it
             return function(first, *args, **kwargs)

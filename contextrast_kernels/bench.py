@@ -71,10 +71,10 @@ def main(arguments: list[str]) -> int:
         if case.num_classes > MOST_CLASSES:
             parser.error(f"--classes: expected 2 to {MOST_CLASSES}, which the kernels take, got {case.num_classes}")
         try:
-            from contextrast_kernels.kernels import step
+            from contextrast_kernels import plan
         except ImportError as error:
             parser.error(f"the plan is read off the Triton kernels, which need Triton ({error})")
-        print_plan(case, options.base_rate, step.training_step)
+        print_plan(case, options.base_rate, plan.training_step)
         return 0
     try:
         return compare(case, options.base_rate, options.frames, options.seconds)
@@ -156,14 +156,14 @@ def compare(case: Case, base_rate: float, frames: pathlib.Path | None, seconds: 
         _say(f"{name}: a step to check")
         with ck.backend(backend):
             began = time.perf_counter()
-            result = step()
+            value, gradients = step()
             _say(f"{name}: it took {time.perf_counter() - began:.2g} s, first of its kind; timing more")
             try:
-                measure.check(*result, exact)
+                measure.check(value, gradients, exact)
             except measure.Differs as difference:
                 differs.append(f"{name}: {difference}")
-            found = measure.agreement(*result, exact)
-            del result
+            found = measure.agreement(value, gradients, exact)
+            del value, gradients
             times = [measure.time_calls([call], device, seconds) for call in (lambda: loss(leaves), step)]
             rows[name] = (*times, measure.peak_mib(step, device), found)
     print(_table(case, base_rate, device, rows))

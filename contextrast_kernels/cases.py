@@ -105,8 +105,9 @@ class Case:
         """The same case for a CPU: sides a sixteenth, 2 images, 16 channels; float32 for bfloat16, which Triton's
         interpreter gets wrong."""
         dtype = torch.float32 if self.dtype == torch.bfloat16 else self.dtype
-        sides = {"height": max(self.height // 16, 1), "width": max(self.width // 16, 1)}
-        return replace(self, name=f"{self.name} tiny", batch=min(self.batch, 2), channels=16, dtype=dtype, **sides)
+        height, width = max(self.height // 16, 1), max(self.width // 16, 1)
+        name, batch = f"{self.name} tiny", min(self.batch, 2)
+        return replace(self, name=name, batch=batch, height=height, width=width, channels=16, dtype=dtype)
 
     def label_maps(self, seed: int = 0, frames: pathlib.Path | None = None) -> tuple[Tensor, Tensor]:
         """Labels and predicted classes, int64 (B, H, W), on the CPU.
@@ -207,6 +208,7 @@ def _predicted(case: Case, classes: Tensor, void: Tensor, generator: torch.Gener
         return labels, torch.full_like(classes, int(classes[~void].mode().values))
     if case.regime == "noise":
         return labels, torch.randint(N, classes.shape, generator=generator)
+    assert share is not None  # the regimes without a share are above
     return labels, _wrong(classes, ~void, share, generator)
 
 

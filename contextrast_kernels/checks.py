@@ -3,7 +3,8 @@
 import functools
 import math
 import numbers
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +19,11 @@ MAX_VOXELS = 2**31 - 1
 WITHOUT_FLOAT64 = "counts and distances are decided in float64, which MPS does not have: move it with .cpu()"
 """Why nothing runs on Apple's GPUs."""
 
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+_WHOLE: Any = numbers.Integral | torch.SymInt
+_REAL: Any = numbers.Real | torch.SymFloat | torch.SymInt
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _WIDER = {torch.uint16: torch.int32, torch.uint32: torch.int64, torch.uint64: torch.int64}
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, *_WIDER)
@@ -42,12 +48,13 @@ def plain(value):
     return value
 
 
-def takes_subclasses(function):
+def takes_subclasses(function: Callable[_P, _R]) -> Callable[_P, _R]:
     """Decorate a public function so that it sees tensor subclasses as the tensors they hold."""
 
     @functools.wraps(function)
-    def wrapper(*args, **kwargs):
-        return function(*map(plain, args), **{name: plain(value) for name, value in kwargs.items()})
+    def wrapper(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        plain_kwargs: Any = {name: plain(value) for name, value in kwargs.items()}
+        return function(*map(plain, args), **plain_kwargs)
 
     return wrapper
 
@@ -249,8 +256,8 @@ def samples_from(name: str, value: Tensor, *size: int) -> None:
         raise ValueError(f"{name}: expected a map with at least one pixel, got {describe(value)}")
 
 
-def integer(name: str, value, *, low: int | None = None, high: int | None = None) -> None:
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral | torch.SymInt):
+def integer(name: str, value: Any, *, low: int | None = None, high: int | None = None) -> None:
+    if isinstance(value, bool) or not isinstance(value, _WHOLE):
         raise TypeError(f"{name}: expected an integer, got {describe(value)}")
     if (low is not None and value < low) or (high is not None and value > high):
         limits = f"at least {low}" if high is None else f"between {low} and {high}"
@@ -283,9 +290,9 @@ def size(name: str, value, dims: int = 2) -> None:
         integer(name, side, low=1, high=MAX_SIDE)
 
 
-def real(name: str, value, *, low: float, high: float = math.inf, open_low: bool = False) -> None:
+def real(name: str, value: Any, *, low: float, high: float = math.inf, open_low: bool = False) -> None:
     """A finite number in [low, high], or in (low, high] with ``open_low``. NaN is refused."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real | torch.SymFloat | torch.SymInt):
+    if isinstance(value, bool) or not isinstance(value, _REAL):
         raise TypeError(f"{name}: expected a number, got {describe(value)}")
     above = value > low if open_low else value >= low
     if not (above and value <= high and value < math.inf):

@@ -8,6 +8,7 @@ i counts the layers from high to low resolution.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -238,12 +239,12 @@ def total_loss(
     )
     backend = choose_kernels(features, options.num_classes)
     if options.group is not None:
-        _agree(features, options, backend)
+        _agree(options.group, features, options, backend)
     if backend == "triton" and options.base_sampler is None:
         return _fused_loss(features, labels, *bane.negative_codes(*selection), options, seed, backend)
     hard, errors = bane.layer_negatives(*selection)
     if options.group is not None:
-        return _global_loss(features, labels, hard, errors, options, seed)
+        return _global_loss(options.group, features, labels, hard, errors, options, seed)
     loss, report = _composed_loss(features, labels, predictions.detach(), hard, options, seed, backend)
     return loss, {**report, "errors": errors}
 
@@ -284,9 +285,18 @@ def _composed_loss(
         if base is not None:
             drawn_here = drawn_here | base
         if backend == "triton":
-            sets = {"negatives": chosen, "base": base}
-            numbers = {"temperature": temperature, "ignore_index": -1, "normalize": normalize}
-            losses.append(pixel_anchor_loss(features[i], target, a, **sets, **numbers))
+            losses.append(
+                pixel_anchor_loss(
+                    features[i],
+                    target,
+                    a,
+                    negatives=chosen,
+                    base=base,
+                    temperature=temperature,
+                    ignore_index=-1,
+                    normalize=normalize,
+                )
+            )
         else:
             losses.append(anchor_info_nce(embeddings[i], target, a, chosen, base, temperature))
         drawn.append(drawn_here.sum())
@@ -300,7 +310,9 @@ def _composed_loss(
     return total, report
 
 
-def _fused_anchors(anchors: Sequence[Tensor], counts: Sequence[Tensor], options: Options) -> list[Tensor]:
+def _fused_anchors(
+    anchors: Sequence[Tensor] | Tensor, counts: Sequence[Tensor] | Tensor, options: Options
+) -> list[Tensor]:
     if options.detach_anchors:
         anchors = [a.detach() for a in anchors]
     *lower, (top, top_counts) = zip(anchors, counts, strict=True)
@@ -321,7 +333,7 @@ def _base_pixels(target: Tensor, layer: int, options: Options, seed: int | Tenso
     return (image_hash(seed, STREAM_BASE + layer, target.shape[1:], target.device) < limit) & (target >= 0)
 
 
-def _agree(features: Sequence[Tensor], options: Options, backend: str) -> None:
+def _agree(group: str, features: Sequence[Tensor], options: Options, backend: str) -> None:
     """What all ranks must share for their reductions to meet, and for their losses to be one."""
     first = features[0]
     shapes = f"{int(first.shape[1])} channels in {len(features)} layers of {checks.name_of(first.dtype)}"
@@ -332,10 +344,11 @@ def _agree(features: Sequence[Tensor], options: Options, backend: str) -> None:
     selection = ("negatives", "ratio", "distance_at", "sampling")
     facts = "; ".join([kind, *(f"{name}={getattr(options, name)!r}" for name in numbers + selection)])
     # A schedule may change these numbers in every step, but only one side of this limit takes a reduction more.
-    ranks.agree(options.group, f"{kind}; {ranks.close_enough(1 / options.temperature)}", facts)
+    ranks.agree(group, f"{kind}; {ranks.close_enough(1 / options.temperature)}", facts)
 
 
 def _global_loss(
+    name: str,
     features: Sequence[Tensor],
     labels: Tensor,
     hard: list[Tensor],
@@ -352,7 +365,7 @@ def _global_loss(
     with E_n the rank's Σ exp(s - Z_n) over its negatives, Z_n being a constant there. G comes along with the loss in
     the third sum, so the way through Z asks for none backward; the way through the anchors asks for one.
     """
-    name, N, weights = options.group, options.num_classes, options.layer_weights
+    N, weights = options.num_classes, options.layer_weights
     # Widened once, so that a half-precision gradient is summed in float32 and rounded once.
     features = [ranks.DifferentiableOnce.apply(x.to(compute_dtype(x.dtype))) for x in features]
     targets = [maps.targets(labels, x.shape[2:], N, options.ignore_index) for x in features]
@@ -503,7 +516,7 @@ def _contextrast_loss(
             group,
             volumes,
         )
-    per_pixel = terms.similarity if terms.base is None else terms.base
+    per_pixel: Any = terms.similarity if terms.base is None else terms.base  # one of the two is a tensor
     saved = (y, per_pixel, terms.table, terms.Z, outcome.coefficients, outcome.pull)
     return outcome.loss, outcome.losses, outcome.report, *saved
 

@@ -13,6 +13,7 @@ rounding keeps the order of numbers, the minimum can be taken axis by axis and i
 
 import math
 import numbers
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -31,6 +32,33 @@ _SMALLEST_SIDE, _LARGEST_SIDE = 1e-100, 1e100
 _UNSIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, *_UNSIGNED)
 _NATIVE = (torch.bool, *_INTEGERS, torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+_Sampling = float | tuple[float, ...] | None
+
+
+@overload
+def distance_transform(
+    mask: Tensor,
+    *,
+    spatial_dims: int = ...,
+    sampling: _Sampling = ...,
+    squared: bool = ...,
+    return_indices: Literal[False] = ...,
+) -> Tensor: ...
+@overload
+def distance_transform(
+    mask: Tensor,
+    *,
+    spatial_dims: int = ...,
+    sampling: _Sampling = ...,
+    squared: bool = ...,
+    return_indices: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def distance_transform(
+    mask: Tensor, *, spatial_dims: int = ..., sampling: _Sampling = ..., squared: bool = ..., return_indices: bool
+) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
 @checks.takes_subclasses
@@ -86,9 +114,9 @@ def distance_transform(
         seeds = (batched.view(_UNSIGNED[mask.dtype]) if mask.dtype in _UNSIGNED else batched) == 0
         distance_sq, nearest = _transform(seeds, sampling, return_indices)
         distance = _in_pixels(distance_sq, squared, sampling)
-        indices = _coordinates(nearest, seeds.shape[1:]) if return_indices else None
+        indices = _coordinates(nearest, seeds.shape[1:]) if nearest is not None else None
     distance = distance.reshape(mask.shape)
-    return (distance, indices.reshape(spatial_dims, *mask.shape)) if return_indices else distance
+    return (distance, indices.reshape(spatial_dims, *mask.shape)) if indices is not None else distance
 
 
 @checks.takes_subclasses
@@ -216,14 +244,15 @@ def _transform(seeds: Tensor, sampling: tuple[float, ...] | None, with_nearest: 
         largest = 0.0 if sampling is None else sum((sampling[a] * shape[a + 1]) ** 2 for a in range(axes))
         # The margin of the Monge inequality is 2 side² or more, which rounded costs must not hide.
         is_monotone = sampling is None or sampling[axis] ** 2 >= math.ldexp(largest, -50)
-        lines = [x if x is None else x.movedim(axis + 1, -1) for x in (costs, places)]
-        flat = [x if x is None else x.reshape(-1, shape[axis + 1]) for x in lines]
+        lines: list[Any] = [x if x is None else x.movedim(axis + 1, -1) for x in (costs, places)]
+        flat: Any = [x if x is None else x.reshape(-1, shape[axis + 1]) for x in lines]
         flat = (_lower_envelope if is_monotone else _least_of_all)(
-            *flat, lambda steps, a=axis: _apart(steps, sampling, a)
+            flat[0], flat[1], lambda steps, a=axis: _apart(steps, sampling, a)
         )
-        costs, places = (
+        back: list[Any] = [
             x if x is None else x.reshape(line.shape).movedim(-1, axis + 1) for x, line in zip(flat, lines, strict=True)
-        )
+        ]
+        costs, places = back
     if places is not None:
         places = torch.where(costs < none, places, -1)
     return torch.where(costs < none, costs, NO_EDGE if sampling is None else torch.inf), places
@@ -273,7 +302,7 @@ def _lower_envelope(costs: Tensor, places: Tensor | None, apart) -> tuple[Tensor
         count = leftmost[:, answers].shape[1]
         leftmost[:, answers] = _least_by(in_range, torch.where(ties, u, padded), ranges)[:, :count]
         least[:, answers] = best[:, :count]
-        if places is not None:
+        if places is not None and first is not None:
             tied = torch.where(ties, places.gather(1, u), torch.iinfo(torch.int64).max)
             first[:, answers] = _least_by(in_range, tied, ranges)[:, :count]
         h //= 2
@@ -294,7 +323,7 @@ def _least_of_all(costs: Tensor, places: Tensor | None, apart) -> tuple[Tensor, 
     first = None if places is None else torch.full_like(places, torch.iinfo(torch.int64).max)
     for u in range(costs.shape[1]):
         candidate = costs[:, u, None] + apart(x - u)
-        if places is not None:
+        if places is not None and first is not None:
             number = places[:, u, None]
             tied = (candidate == least) & (number < first)
             first = torch.where((candidate < least) | tied, number, first)

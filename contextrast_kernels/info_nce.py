@@ -79,9 +79,10 @@ def info_nce(
     """
     row_labels = check_rows("rows", rows, "row_labels", row_labels)
     itself = columns is None
-    if itself and column_labels is not None:
-        raise ValueError("column_labels: expected None without columns; give both or neither")
-    if not itself:
+    if columns is None:
+        if column_labels is not None:
+            raise ValueError("column_labels: expected None without columns; give both or neither")
+    else:
         if column_labels is None:
             raise ValueError("column_labels: expected labels (C,) of the columns, got None; give both or neither")
         column_labels = check_rows("columns", columns, "column_labels", column_labels)
@@ -95,7 +96,7 @@ def info_nce(
     checks.ignore_index(ignore_index)
     checks.choice("positives", positives, POSITIVES)
     checks.choice("reduction", reduction, REDUCTIONS)
-    against = ("rows", rows) if itself else ("columns", columns)
+    against = ("rows", rows) if columns is None else ("columns", columns)
     if row_negatives is not None:
         row_negatives = _check_integers("row_negatives", row_negatives, "rows", rows)
     if column_negatives is not None:
@@ -118,7 +119,7 @@ def info_nce(
     # Without a pair to look at there is nothing to launch.
     if backend == "triton" and rows.numel() > 0 and against[1].numel() > 0:
         return _info_nce(rows, row_labels, columns, column_labels, *sets, *options, backend)[0]
-    if itself:
+    if columns is None or column_labels is None:
         columns, column_labels = rows, row_labels
     return _definition(rows, row_labels, columns, column_labels, *sets, itself, *options)
 
@@ -159,7 +160,7 @@ def _definition(
         against = ~same
     else:
         against = torch.zeros_like(same)
-        if row_negatives is not None:
+        if row_negatives is not None and column_negatives is not None:
             code, named = row_negatives.long().unsqueeze(1), column_negatives.long()
             against = (code == named) & (named != ignore_index)
         if base is not None:
@@ -231,10 +232,10 @@ def _info_nce(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The loss; and what backward reads: the number of valid rows (nothing without a mean) and (4, R) numbers."""
-    from contextrast_kernels.kernels import info_nce
+    from contextrast_kernels.kernels import _pairs, info_nce
 
     sets = (row_labels, column_labels, row_negatives, column_negatives, base, column_weights)
-    pairs = info_nce.pairs(*sets, temperature, ignore_index, positives)
+    pairs = _pairs.pairs(*sets, temperature, ignore_index, positives)
     with on_device(rows):
         return info_nce.forward(rows, rows if columns is None else columns, pairs, reduction == "mean")
 
@@ -266,10 +267,10 @@ def _info_nce_backward(
     backend: str,
 ) -> Tensor:
     """dL/d of the rows, of the columns, or of rows that are their own columns: ``toward`` "rows", "columns", "both"."""
-    from contextrast_kernels.kernels import info_nce
+    from contextrast_kernels.kernels import _pairs, info_nce
 
     sets = (row_labels, column_labels, row_negatives, column_negatives, base, column_weights)
-    pairs = info_nce.pairs(*sets, temperature, ignore_index, positives)
+    pairs = _pairs.pairs(*sets, temperature, ignore_index, positives)
     with on_device(rows):
         return info_nce.backward(gradient, rows, rows if columns is None else columns, pairs, count, kept, toward)
 

@@ -4,6 +4,7 @@ A map has two spatial axes (h, w) or, as a volume, three (z, h, w). A size has o
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ def to_size(values: Tensor, *size: int) -> Tensor:
     if source == size:
         return values
     index = [torch.arange(n, device=values.device) * of // max(n, 1) for n, of in zip(size, source)]
-    broadcast = [i.view(-1, *(1,) * (len(size) - 1 - axis)) for axis, i in enumerate(index)]
+    broadcast: list[Any] = [i.view(-1, *(1,) * (len(size) - 1 - axis)) for axis, i in enumerate(index)]
     return values[(..., *broadcast)]
 
 
@@ -67,14 +68,11 @@ def resized_classes(predictions: Tensor, size: tuple[int, ...], ignore_index: in
     if not predictions.is_floating_point() or same_size or 0 in size:
         return predicted_classes(predictions, size, ignore_index)
     dtype = torch.promote_types(predictions.dtype, torch.float32)
-    largest = classes = None
-    for first, logits in enumerate(predictions.split(_CLASSES_AT_ONCE, 1)):
-        logits = resized(logits.to(dtype), size)
-        value, place = logits.max(1)
-        place = place + first * _CLASSES_AT_ONCE
-        if first == 0:
-            largest, classes = value, place
-            continue
+    first, *others = predictions.split(_CLASSES_AT_ONCE, 1)
+    largest, classes = resized(first.to(dtype), size).max(1)
+    for i, logits in enumerate(others, 1):
+        value, place = resized(logits.to(dtype), size).max(1)
+        place = place + i * _CLASSES_AT_ONCE
         larger = (value > largest) | (value.isnan() & ~largest.isnan())  # NaN counts as the largest, as in argmax
         largest, classes = torch.where(larger, value, largest), torch.where(larger, place, classes)
     return torch.where(classes == ignore_index, -1, classes)

@@ -14,7 +14,7 @@
 Importing this module imports mmseg; nothing else in the package does.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from mmseg.models.decode_heads.decode_head import BaseDecodeHead
@@ -67,6 +67,11 @@ def ContextrastHead(  # a type's name in a config
 
 class _WithContrast:
     """Goes before a decode head's class."""
+
+    num_classes: int
+    ignore_index: int
+    forward: Callable
+    loss_by_feat: Callable
 
     def add_contrast(self, in_channels, in_index, weight, dim, options) -> None:
         checks.real("weight", weight, low=0.0)

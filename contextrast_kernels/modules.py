@@ -66,6 +66,8 @@ class ContextrastLoss(nn.Module):
         >>> loss = cross_entropy(logits, labels, ignore_index=255) + 0.1 * criterion(features, labels, logits)
     """
 
+    seed: Tensor
+
     def __init__(
         self,
         num_classes: int,
@@ -173,6 +175,8 @@ class ContextrastCriterion(nn.Module):
         >>> criterion = ContextrastCriterion(num_classes=19)
         >>> loss = criterion(tap.features(), labels, logits)
     """
+
+    class_weights: Tensor | None
 
     def __init__(
         self,

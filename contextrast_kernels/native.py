@@ -187,10 +187,10 @@ def _call(name: str, device: torch.device, arguments: tuple, scratch: tuple = ()
 
     scratch: if it takes any, the function that says how much, and the arguments of that.
     """
+    where: tuple[int, ...] = (torch.get_num_threads(),)
+    on_device: contextlib.AbstractContextManager = contextlib.nullcontext()
     if device.type == "cuda":
         where, on_device = (device.index, torch.cuda.current_stream(device).cuda_stream), torch.cuda.device(device)
-    else:
-        where, on_device = (torch.get_num_threads(),), contextlib.nullcontext()
     if scratch:
         scratch_name, *scratch_arguments = scratch
         threads = where if device.type == "cpu" else ()
@@ -328,7 +328,7 @@ def _bane_negatives(
 ) -> None:
     """Writes layers, (B, h, w) each, and errors (layers,)."""
     device = _device(labels=labels, predictions=predictions, seed=seed)
-    descriptors = (_Layer * len(layers))(*((*layer.shape[1:], layer.data_ptr()) for layer in layers))
+    descriptors = (_Layer * len(layers))(*(_Layer(*layer.shape[1:], layer.data_ptr()) for layer in layers))
     labels_map, at = _Map(labels), _DISTANCE_AT.index(distance_at)
     described = (descriptors, len(layers), _TYPE_CODES[layers[0].dtype] if layers else _TYPE_CODES[torch.int32])
     which = (errors.data_ptr(), ratio, _NEGATIVES.index(negatives), at, seed.data_ptr())
@@ -420,7 +420,7 @@ def bane_scratch(labels: Tensor, num_classes: int, sizes: Sequence[tuple[int, in
     function = getattr(_library(), "contextrast_bane_negatives_scratch_cuda", None)
     if function is None:
         return None
-    layers = (_Layer * len(sizes))(*((h, w, None) for h, w in sizes))
+    layers = (_Layer * len(sizes))(*(_Layer(h, w, None) for h, w in sizes))
     type_code, at = _TYPE_CODES[code_dtype(num_classes)], _DISTANCE_AT.index("layer")
     return function(_Map(labels), num_classes, layers, len(sizes), type_code, at)
 

@@ -8,7 +8,7 @@ P^n are the pixels labelled n and C the classes that have any. softplus(Z - s) =
 InfoNCE with one positive and all negatives in the denominator, the other positives left out.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -165,7 +165,7 @@ def anchor_contrast(
     own = similarity.gather(1, label.unsqueeze(1))
 
     # Without base pixels few pixels are negatives. Where values may be read, only these are looked at.
-    looked_at = valid & (negatives.flatten(1) >= 0) if moderate and base is None else None
+    looked_at = valid & (negatives.flatten(1) >= 0) if moderate and negatives is not None and base is None else None
 
     def pixels(values: Tensor) -> Tensor:
         return values.flatten(0, 1) if looked_at is None else values[looked_at]
@@ -224,7 +224,7 @@ def _pixel_anchor_loss(
         loss, pull, y, terms = pixel_anchor.forward(
             features, labels, anchors, negatives, base, temperature, ignore_index, normalize, volume
         )
-    per_pixel = terms.similarity if terms.base is None else terms.base
+    per_pixel: Any = terms.similarity if terms.base is None else terms.base  # one of the two is a tensor
     return loss, pull, y, terms.e, per_pixel, terms.table, terms.Z, terms.coefficients
 
 

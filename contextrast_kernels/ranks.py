@@ -34,7 +34,7 @@ def name_of(group) -> str | None:
 def _resolved(name: str):
     if distributed.is_initialized():
         try:
-            return distributed.distributed_c10d._resolve_process_group(name)
+            return distributed.distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]  # a str by another name
         except (KeyError, RuntimeError, ValueError):
             pass
     raise RuntimeError(
@@ -101,7 +101,8 @@ def agree(name: str, kind: str, facts: str | None = None) -> None:
 
 
 # When torch.compile traces, ranks agree once; a compiled step does not ask again.
-size._dynamo_marked_constant = agree._dynamo_marked_constant = True
+size._dynamo_marked_constant = True  # type: ignore[attr-defined]  # Dynamo reads the mark
+agree._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as above
 
 
 def reduced(x: Tensor, name: str, operation: str = "sum") -> Tensor:
@@ -109,14 +110,18 @@ def reduced(x: Tensor, name: str, operation: str = "sum") -> Tensor:
     # Imported here, where torch.distributed is in use anyway.
     from torch.distributed import _functional_collectives as collectives
 
-    return collectives.wait_tensor(collectives.all_reduce(x.detach().contiguous(), operation, name))
+    return collectives.wait_tensor(
+        collectives.all_reduce(x.detach().contiguous(), operation, name)  # type: ignore[arg-type]  # as above
+    )
 
 
 def gathered(x: Tensor, name: str) -> Tensor:
     """The ranks' x, which are of one shape, one after another along the first axis. No gradient."""
     from torch.distributed import _functional_collectives as collectives
 
-    return collectives.wait_tensor(collectives.all_gather_tensor(x.detach().contiguous(), 0, name))
+    return collectives.wait_tensor(
+        collectives.all_gather_tensor(x.detach().contiguous(), 0, name)  # type: ignore[arg-type]  # as above
+    )
 
 
 def add_up(parts: Sequence[Tensor], name: str) -> None:
@@ -138,7 +143,8 @@ def log_sum_exp(log_sums: Tensor, name: str, bound: float | None = None) -> Tens
     before.
     """
     wide = log_sums.detach().double()
-    if close_enough(bound):
+    shift: float | Tensor
+    if bound is not None and close_enough(bound):
         shift = bound
     else:
         largest = reduced(wide, name, "max")

@@ -153,7 +153,7 @@ def negatives(
 
         reached = distance[(distance >= 0) & distance.isfinite()]
         highest = max(reached.max().item(), 1.0) if len(reached) else 1.0
-        without_edge |= distance.isinf().any().item()
+        without_edge |= bool(distance.isinf().any())
         elsewhere = torch.where(at_layer[0] < 0, -1.0, torch.nan)
         shown = torch.where(distance >= 0, distance.clamp(max=highest + 1), elsewhere).numpy()
         drawn = row[4].imshow(shown, cmap=distance_map, vmin=0, vmax=highest, **place)
@@ -163,7 +163,7 @@ def negatives(
     present = targets(labels, labels.shape[1:], num_classes, ignore_index).unique().tolist()
     predicted = predicted_classes(predictions, predictions.shape[-2:], ignore_index)
     present = sorted({*present, *predicted.unique().tolist()})
-    patches = [Patch(facecolor=colours[n].tolist(), label=names[n]) for n in present if 0 <= n < num_classes]
+    patches = [Patch(facecolor=tuple(colours[n].tolist()), label=names[n]) for n in present if 0 <= n < num_classes]
     patches += [
         Patch(facecolor=VOID_COLOUR, label="void"),
         Patch(facecolor=CORRECT_COLOUR, edgecolor="0.7", label="correct"),
@@ -171,7 +171,7 @@ def negatives(
     if without_edge:
         patches.append(Patch(facecolor=NO_EDGE_COLOUR, label="error without an edge"))
     width, em = 12.5, 9 / 72
-    longest = max(len(patch.get_label()) for patch in patches)
+    longest = max(len(str(patch.get_label())) for patch in patches)
     fitting = max(1, int(width / em / (4.8 + 0.65 * longest)))  # an entry: patch and gaps, and its wide letters
     lines = -(-len(patches) // fitting)
     figure.legend(
@@ -254,7 +254,8 @@ def embeddings(image: Tensor, features: Sequence[Tensor]) -> Figure:
     H, W = image.shape[:2]
     pictures = [("image", image)]
     for x in features:
-        title = ", ".join(_size(*x.shape[-2:], H, W))
+        height, width = x.shape[-2:]
+        title = ", ".join(_size(height, width, H, W))
         pictures.append((title, embedding_colours(x.unsqueeze(0))[0]))
     columns = min(len(pictures), 5)
     rows = -(-len(pictures) // columns)

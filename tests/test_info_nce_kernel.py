@@ -346,7 +346,7 @@ def test_sums_of_many_splits(rng, positives):
     sums = torch.from_numpy(rng.uniform(1, 9, (splits, 4, R)) * [[[5], [1], [5], [1]]]).to(DEVICE)
     sums[:17:4, 0], sums[:17:4, 1] = -torch.inf, 0
     losses, kept = sums.new_empty(R), sums.new_empty(4, R)
-    rows = _pairs.Rows(torch.zeros(R, dtype=torch.int64, device=DEVICE), None, *_launch.odd([1, 0]))
+    rows = _pairs.Rows(torch.zeros(R, dtype=torch.int64, device=DEVICE), None, *_launch.encode_ints([1, 0]))
     given = {"log_sums": sums, "terms": None, "rows": rows, "losses": losses, "kept": kept}
     form = {"HELD": 16, "POSITIVES": positives, "NUMBERS": 4, "LABEL": tl.int64}
     _launch.launch(kernels._info_nce_rows, (1,), {**given, "ignore_index": -1, "R": R, "splits": splits}, form)
@@ -459,24 +459,23 @@ def test_more_channels_than_the_kernels_take(rng):
         assert loss_of(y)(x).isfinite()
 
 
-def test_the_plan_counts_launches_bytes_and_products():
+def test_the_plan_counts_launches_and_bytes():
     """24 rows against a bank of 190000: two sweeps of the bank forward, one for each gradient."""
-    from contextrast_kernels.kernels import info_nce as kernels
+    from contextrast_kernels.kernels._tile_table import PROGRAMS
+    from contextrast_kernels.plan import info_nce_launches, moved
 
-    launches = kernels.plan(24, 190_000, 256)
+    launches = info_nce_launches(24, 190_000, 256)
     names = [launch.kernel.fn.__name__ for launch in launches]
     assert names == [
         *("_info_nce_log_sums", "_info_nce_terms", "_info_nce_rows", "_info_nce_mean"),
         *("_info_nce_bwd", "_add_splits", "_info_nce_bwd"),
     ]
     bank = 190_000 * 256 * 2
-    sweeps = [launch for launch in launches if launch.reads >= bank]
+    sweeps = [launch for launch in launches if moved(launch)[0] >= bank]
     assert len(sweeps) == 4
-    assert sum(launch.writes for launch in sweeps) < 1.1 * bank
-    assert all(np.prod(launch.grid) >= kernels.PROGRAMS // 2 for launch in sweeps)
-    assert len(kernels.plan(1024, None, 256, positives="pooled")) <= 5
-    assert kernels.flops(24, 190_000, 256) == 12 * 24 * 190_000 * 256
-    assert kernels.flops(24, 190_000, 256, "pooled", ("rows",)) == 6 * 24 * 190_000 * 256
+    assert sum(moved(launch)[1] for launch in sweeps) < 1.1 * bank
+    assert all(np.prod(launch.grid) >= PROGRAMS // 2 for launch in sweeps)
+    assert len(info_nce_launches(1024, None, 256, positives="pooled")) <= 5
 
 
 # ------------------------------------------------------------------------------------------------------ larger

@@ -27,6 +27,7 @@ FLOORS = [
     ["__init__"],
     ["demo"],
     ["cases"],
+    ["plan"],
     ["doctor", "bench"],
     ["__main__"],
 ]

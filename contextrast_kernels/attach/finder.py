@@ -9,6 +9,7 @@
 """
 
 import difflib
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -184,11 +185,11 @@ class _Finder:
 
     # ------------------------------------------------------------------------------------------------------- the graph
 
-    def _turns(self) -> list[int]:
+    def _turns(self) -> list[float]:
         """For each node, the pixels of the coarsest map whose resolution rose among its ancestors; inf: none did."""
-        turn = [float("inf")] * len(self.graph)
+        turn = [math.inf] * len(self.graph)
         for n in range(1, len(self.graph)):
-            turn[n] = min([self.graph.rise[n] or float("inf"), *(turn[s] for s in self.graph.sources[n])])
+            turn[n] = min([self.graph.rise[n] or math.inf, *(turn[s] for s in self.graph.sources[n])])
         return turn
 
     def _dominators(self) -> tuple[list[int], list[int]]:
@@ -285,12 +286,11 @@ class _Finder:
         sure = self._steps(certain)
         # Where two branches exchange maps no map is on every path. There the heaviest path stands for the trunk.
         path, around = set(), self.graph.ancestors([end])
-        for before, after in pairwise([(None, IMAGE), *sure]):
-            if before[0] is not None and _step(after[0], before[0]) > 2:
-                n = after[1]
-                while n > before[1]:
+        for (fine, start), (coarse, n) in pairwise(sure):
+            if _step(coarse, fine) > 2:
+                while n > start:
                     path.add(n)
-                    n = max((s for s in self.graph.sources[n] if s >= before[1]), key=lambda s: weight[s])
+                    n = max((s for s in self.graph.sources[n] if s >= start), key=lambda s: weight[s])
         steps = self._steps(certain | path) if path else sure
         units, last = [], IMAGE
         for layer, node in steps:
@@ -321,7 +321,7 @@ class _Finder:
         holders = {call.module for call, layer, node in steps if self._holds_stages(call, layer, node, maps)}
         steps = [step for step in steps if step[0].module not in holders]
         outer = {call.module for call, _, _ in steps}
-        kept = {}
+        kept: dict[int, Layer] = {}
         for call, layer, node in steps:
             if not any(_inside(call.module, module) for module in outer):
                 kept.setdefault(node, layer)
@@ -406,10 +406,10 @@ class _Finder:
         """The stages as one module lists them in its output, if one does."""
         found = []
         for call in self.calls.values():
-            nodes = {layer.name: node for layer, node in call.maps}
+            nodes = {layer.name: node for layer, node in call.maps if node}
             for layers in _lists(call.layers):
                 sizes = [layer.pixels for layer in layers]
-                if any(not nodes[layer.name] for layer in layers) or sizes != sorted(sizes, reverse=True):
+                if any(layer.name not in nodes for layer in layers) or sizes != sorted(sizes, reverse=True):
                     continue
                 if len(layers) < 2 or (len(set(sizes)) == 1 and len(layers) == 2):
                     continue  # two maps of one resolution are logits and auxiliary logits
@@ -454,7 +454,7 @@ class _Finder:
         work: dict[int, int] = {}
         for u in trunk:
             work[u.layer.pixels] = work.get(u.layer.pixels, 0) + len(u.kernels)
-        most = max(work, key=work.get)
+        most = max(work, key=lambda pixels: work[pixels])
         plain = work[most] >= _PLAIN * sum(work.values()) and sum(work.values()) > MAX_LAYERS
         if plain:
             depths = [u for u in trunk if u.layer.pixels == most and u.layer.stride >= _MIN_STRIDE]

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -76,7 +77,8 @@ class FeatureTap(nn.Module):
         return [self._project(i, taken) for i, taken in enumerate(maps)]
 
     def _project(self, i: int, taken: tuple | None) -> Tensor:
-        layer, head = self.layers[i], self.heads[i]
+        layer = self.layers[i]
+        head: Any = self.heads[i]
         if taken is None:
             raise RuntimeError(
                 f"features(): layer {layer.name!r} gave no feature map in the last forward. Either the model did not "
@@ -162,7 +164,7 @@ class FeatureTap(nn.Module):
         self._image = None if image is None else tuple(image[2:])
 
     def _record(self, i: int, output) -> None:
-        if not self._open:
+        if not self._open or self._maps is None:
             return
         layer = self.layers[i]
         x = dict(tensors(output)).get(layer.path)

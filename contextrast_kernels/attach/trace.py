@@ -1,7 +1,7 @@
 """One forward of a model, recorded: the feature maps its modules give, and which operation reads which result."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -19,6 +19,9 @@ _PRODUCTS = ("convolution", "addmm", "mm", "bmm", "baddbmm", "linear")
 _SHAPERS = ("batch_norm", "layer_norm", "group_norm", "relu", "gelu", "silu", "elu", "swish", "hardtanh", "mish")
 """Normalisations and activations, by a part of the operation's name."""
 _RISES = ("upsample", "unpool", "pixel_shuffle", "grid_sampler", "col2im")
+
+_Reading = tuple[str, int, tuple[int, ...], tuple[int, ...], int]
+"""Layout, channels, size, strides and prefix of a tensor read as a feature map."""
 
 IMAGE = 0
 """The node of the images themselves."""
@@ -62,8 +65,8 @@ class Call:
     start: int
     """The number of operations before the call. Its own have the numbers from here to ``end``."""
     end: int
-    maps: list[tuple[Layer, int]]
-    """The maps in its output, each with the node that computed it."""
+    maps: list[tuple[Layer, int | None]]
+    """The maps in its output, each with the node that computed it; None where no graph is recorded."""
     others: dict[str, Layer]
     """The other reading of maps that can be (B, C, h, w) as well as (B, h, w, C), by name."""
     parametric: bool
@@ -223,7 +226,7 @@ def grid(tokens: int, image: tuple[int, ...], stride: int) -> tuple[int, ...] | 
     return None
 
 
-def _strides(size: tuple[int, ...], image: tuple[int, ...]) -> tuple[int, ...] | None:
+def _strides(size: tuple[int, ...], image: Sequence[int]) -> tuple[int, ...] | None:
     """The stride along each axis, or None where ``size`` cannot be a feature map's."""
     if not all(0 < n <= side for n, side in zip(size, image)):
         return None
@@ -237,7 +240,7 @@ def _strides(size: tuple[int, ...], image: tuple[int, ...]) -> tuple[int, ...] |
     return strides if exact and max(strides) <= 8 * min(strides) else None
 
 
-def _read(x: Tensor, image: torch.Size) -> list[tuple[str, int, tuple[int, ...], tuple[int, ...], int]]:
+def _read(x: Tensor, image: torch.Size) -> list[_Reading]:
     """Layout, channels, size, strides and prefix of a tensor that can hold the feature maps of the images. A tensor
     with as many channels as rows can be read in two ways."""
     B, _, *sides = image
@@ -246,8 +249,11 @@ def _read(x: Tensor, image: torch.Size) -> list[tuple[str, int, tuple[int, ...],
     if x.ndim == len(image):
         volume = "D" if len(sides) == 3 else ""
         readings = ((f"NC{volume}HW", x.shape[1], x.shape[2:]), (f"N{volume}HWC", x.shape[-1], x.shape[1:-1]))
-        found = [(layout, c, tuple(size), _strides(tuple(size), sides), 0) for layout, c, size in readings if c > 0]
-        return [reading for reading in found if reading[3] is not None]
+        return [
+            (layout, c, tuple(size), strides, 0)
+            for layout, c, size in readings
+            if c > 0 and (strides := _strides(tuple(size), sides)) is not None
+        ]
     if x.ndim == 3 and x.shape[2] > 0:
         for prefix in _PREFIXES:
             tokens = x.shape[1] - prefix
@@ -277,17 +283,18 @@ def watch(model: nn.Module, example, own_example: bool) -> tuple[list[Call], Gra
         args, kwargs = (), dict(example)
     else:
         args, kwargs = tuple(example) if isinstance(example, tuple | list) else (example,), {}
-    if image_of(args, kwargs) is None:
+    image = image_of(args, kwargs)
+    if image is None:
         raise ValueError(
             "example_input: expected an image (B, C, H, W) or a volume (B, C, D, H, W), of floats or uint8, among the "
             f"model's arguments, got {checks.describe(example)}; pass one"
         )
     try:
-        return *_run(model, args, kwargs, record=True), ""
+        return *_run(model, args, kwargs, image, record=True), ""
     except Exception as error:
         while_recorded = _reason(error)
     try:  # the recording itself may be the cause, as of operations that take no part in it
-        return *_run(model, args, kwargs, record=False), while_recorded
+        return *_run(model, args, kwargs, image, record=False), while_recorded
     except Exception as error:
         what = f"one black image {tuple(example.shape)}" if own_example else checks.describe(example)
         raise RuntimeError(
@@ -300,8 +307,9 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
-def _run(model: nn.Module, args: tuple, kwargs: dict, record: bool) -> tuple[list[Call], Graph | None]:
-    image = image_of(args, kwargs)
+def _run(
+    model: nn.Module, args: tuple, kwargs: dict, image: torch.Size, record: bool
+) -> tuple[list[Call], Graph | None]:
     calls: dict[str, Call] = {}
     kept = []  # every map until the end of the forward, to see which of them is written into
     images = [x for _, x in tensors((args, kwargs)) if x.ndim == len(image)]
@@ -309,7 +317,7 @@ def _run(model: nn.Module, args: tuple, kwargs: dict, record: bool) -> tuple[lis
     starts: dict[str, int] = {}
 
     def enter(name: str, module: nn.Module, inputs) -> None:
-        starts[name] = len(recorder.graph) if record else 0
+        starts[name] = len(recorder.graph) if recorder else 0
 
     def leave(name: str, module: nn.Module, inputs, keywords, output) -> None:
         found, others = [], {}
@@ -318,21 +326,21 @@ def _run(model: nn.Module, args: tuple, kwargs: dict, record: bool) -> tuple[lis
             readings = [Layer(label, name, path, *reading) for reading in _read(x, image)]
             if not readings:
                 continue
-            node = recorder.node(x) if record else None
+            node = recorder.node(x) if recorder else None
             found.append((readings[0], node))
             if len(readings) == 2:
                 others[label] = readings[1]
             if not x.is_inference():  # these cannot be written into, and count no versions
                 kept.append((x, x._version, label))
         parametric = any(True for _ in module.parameters())
-        if record and parametric:  # without parameters it may be a padding; upsampling is seen in the operations
-            given = [r[0] for _, x in tensors((inputs, keywords)) if (r := _read(x, image)) and len(r) == 1]
-            given = [math.prod(reading[2]) for reading in given]
+        if recorder and parametric:  # without parameters it may be a padding; upsampling is seen in the operations
+            readings_in = [_read(x, image) for _, x in tensors((inputs, keywords))]
+            given = [math.prod(only[0][2]) for only in readings_in if len(only) == 1]
             for layer, node in found:
                 if node and node >= starts[name] and given and layer.name not in others and max(given) < layer.pixels:
                     recorder.mark_rise(node, min(given))
         before = calls.pop(name, None)
-        end = len(recorder.graph) if record else 0
+        end = len(recorder.graph) if recorder else 0
         count = 1 if before is None else before.calls + 1
         calls[name] = Call(name, starts.get(name, 0), end, found, others, parametric, _kind(module), count)
 
@@ -340,12 +348,12 @@ def _run(model: nn.Module, args: tuple, kwargs: dict, record: bool) -> tuple[lis
     handles = []
     try:
         for name, module in model.named_modules():
-            if record:
+            if recorder:
                 handles.append(module.register_forward_pre_hook(partial(enter, name)))
             handles.append(module.register_forward_hook(partial(leave, name), with_kwargs=True))
         model.eval()
         with torch.no_grad():
-            if record:
+            if recorder:
                 with recorder:
                     output = model(*args, **kwargs)
                 recorder.graph.outputs = {n for _, x in tensors(output) if (n := recorder.node(x)) is not None}
@@ -364,7 +372,7 @@ def _run(model: nn.Module, args: tuple, kwargs: dict, record: bool) -> tuple[lis
         call.maps = [
             (replace(layer, calls=call.calls, overwritten=layer.name in overwritten), node) for layer, node in maps
         ]
-    return seen, recorder.graph if record else None
+    return seen, recorder.graph if recorder else None
 
 
 def _kind(module: nn.Module | None) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,7 @@ def draw(folder: Path, runs: list[Run], network: Network, heads: nn.ModuleList, 
     sizes = [tuple(feature.shape[-2:]) for feature in features]
     embeddings = _project(heads, features)
     several, labels, _ = next(_embedded(network, heads, data))
-    named = {"num_classes": len(data.classes), "ignore_index": scenes.VOID, "class_names": data.classes}
+    named: dict[str, Any] = {"num_classes": len(data.classes), "ignore_index": scenes.VOID, "class_names": data.classes}
     figures = (
         _curves(runs),
         viz.negatives(image, label, logits[0], sizes=sizes, **named),

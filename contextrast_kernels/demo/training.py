@@ -198,7 +198,7 @@ def train(
     N, device = len(data.classes), data.validation[0].device
     run = Run(objective.name, objective.alpha, seed)
     torch.manual_seed(seed)
-    network = Network(N).to(device, memory_format=torch.channels_last)
+    network = Network(N).to(device).to(memory_format=torch.channels_last)
     heads = nn.ModuleList(ck.ProjectionHead(width, EMBEDDING) for width in network.widths).to(device)
     contrast = objective.build(N, ignore_index=scenes.VOID, seed=seed).to(device) if objective.build else None
     optimizer = torch.optim.AdamW([*network.parameters(), *heads.parameters()], lr=2e-3, weight_decay=1e-2)
@@ -474,6 +474,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the demo. Exit status: 0; 1 if the validation mIoU of a run did not rise; 2 for unusable flags or data."""
     options = parse(argv)
     began = time.perf_counter()
+    data: scenes.Data
     try:
         if options.data == "mosaic":
             data = scenes.Mosaic(options.size, validation=options.validation, device=options.device)
@@ -490,13 +491,13 @@ def main(argv: list[str] | None = None) -> int:
         print("Progress: a line for each evaluation, as a bar needs tqdm.")
     print(f"Training: {options.steps} steps with {options.batch} images each, on {options.device}.", flush=True)
 
-    runs, trained = [], {}
+    runs: list[Run] = []
+    trained: dict[Objective, tuple[Network, nn.ModuleList]] = {}
     for seed in options.seed:
         for objective in (ALONE, *(LOSSES[name] for name in options.loss)):
-            run, *trained[objective] = train(
-                objective, data, augment, seed=seed, steps=options.steps, batch=options.batch
-            )
+            run, network, heads = train(objective, data, augment, seed=seed, steps=options.steps, batch=options.batch)
             runs.append(run)
+            trained[objective] = network, heads
 
     print("\n" + table(runs))
     settings = {

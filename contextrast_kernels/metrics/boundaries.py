@@ -139,7 +139,7 @@ class BoundaryIoU(Metric):
         counts = []
         diagonal = (classes.shape[-2] ** 2 + classes.shape[-1] ** 2) ** 0.5
         for width in self.widths:
-            pixels = width if width >= 1 else max(1, round(width * diagonal))
+            pixels = int(width) if width >= 1 else max(1, round(width * diagonal))
             true_band, predicted_band = (_near_outside(c, pixels) for c in (classes, predicted))
             predicted_band = predicted_band & (predicted < N)
             both = true_band & predicted_band & (predicted == classes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -39,7 +40,7 @@ class Metric(ABC):
         self._state: dict[str, Tensor] = {}  # empty until the first batch
 
     @abstractmethod
-    def update(self, *batch) -> None:
+    def update(self, *batch: Any, **options: Any) -> None:
         """Add a batch."""
 
     def compute(self) -> dict[str, Tensor]:
@@ -134,7 +135,7 @@ class Metric(ABC):
         nothing = {name: tuple(n or 0 for n in shape) for name, (shape, _) in self._layout.items()}
         if self._group is None or not (dist.is_available() and dist.is_initialized()):
             return self._state or self._blank(nothing, "cpu")
-        group = None if self._group == "auto" else self._group
+        group = None if isinstance(self._group, str) else self._group
         if dist.get_rank(group) < 0:
             raise ValueError("group: expected a process group with this rank in it; call compute() on its ranks only")
         # Ranks have to agree on the kind of device too, and one that has seen nothing has none.
@@ -162,9 +163,9 @@ class Metric(ABC):
             )
         if not known:
             return self._blank(nothing, "cpu")
-        [sizes] = known
+        [left] = known
         for name, (shape, _) in self._layout.items():
-            shapes[name], sizes = sizes[: len(shape)], sizes[len(shape) :]
+            shapes[name], left = left[: len(shape)], left[len(shape) :]
         state = self._state or self._blank(shapes, device)
         # In one order everywhere: that of the layout.
         gathered = {name: _gather(state[name].to(device), group) for name in self._layout}

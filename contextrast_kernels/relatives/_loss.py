@@ -52,6 +52,8 @@ class RelativeLoss(nn.Module):
 class SampledLoss(RelativeLoss):
     """A relative that draws: ``seed``, as in ``ContextrastLoss``."""
 
+    seed: Tensor
+
     def __init__(self, num_classes: int, ignore_index: int, temperature: float, normalize: bool, seed: int | Tensor):
         super().__init__(num_classes, ignore_index, temperature, normalize)
         checks.seed(seed, seed.device if isinstance(seed, Tensor) else None)

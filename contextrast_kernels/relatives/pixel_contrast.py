@@ -133,29 +133,29 @@ class PixelContrastLoss(SampledLoss):
         seed = self._draw(x.device)
         targets, predicted = self._at_layer(x, labels, predictions)
         rows, row_labels = self.rows(x, targets, predicted, self.num_classes, seed, STREAM_ROWS, self.normalize)
-        columns = (None, None) if self.bank is None else self.bank.copied_columns(rows)
+        columns, column_labels = (None, None) if self.bank is None else self.bank.copied_columns(rows)
         if self.mining is None:
-            loss = info_nce(rows, row_labels, *columns, temperature=self.temperature)
+            loss = info_nce(rows, row_labels, columns, column_labels, temperature=self.temperature)
         else:
-            loss = semi_hard_nce(rows, row_labels, *columns, self.temperature, *self.mining, seed)
+            loss = semi_hard_nce(rows, row_labels, columns, column_labels, self.temperature, *self.mining, seed=seed)
         loss = self.factor * loss
         self.last = {"loss": loss.detach(), "samples": (row_labels >= 0).sum()}
         if self.bank is not None and self.training:
-            self._remember(x.detach(), targets, seed)
+            self._remember(self.bank, x.detach(), targets, seed)
         return loss
 
     @torch.no_grad()
-    def _remember(self, x: Tensor, targets: Tensor, seed: Tensor) -> None:
+    def _remember(self, bank: MemoryBank, x: Tensor, targets: Tensor, seed: Tensor) -> None:
         """Write the batch's region centres and ``bank_pixels`` random pixels of each (image, class) into the bank."""
         centres, classes = region_centres(x, targets, self.num_classes, self.normalize)
-        self.bank.push("regions", centres, classes)
+        bank.push("regions", centres, classes)
         B, N, size = x.shape[0], self.num_classes, x.shape[2:]
         image = images_of(targets)
         pair = torch.where(targets >= 0, image * N + targets, B * N)
         order = image_hash(seed, STREAM_BANK, size, x.device).expand_as(pair)
         chosen = rank_in_segment(pair, B * N, order) < self.bank_pixels
         most = min(B * N * self.bank_pixels, targets.numel())
-        self.bank.push("pixels", *sampled_rows(x, targets, chosen, most, self.normalize))
+        bank.push("pixels", *sampled_rows(x, targets, chosen, most, self.normalize))
 
 
 def region_centres(x: Tensor, targets: Tensor, num_classes: int, normalize: bool) -> tuple[Tensor, Tensor]:
@@ -188,7 +188,7 @@ def semi_hard_nce(
     default. columns None: the rows themselves.
     """
     itself = columns is None
-    if itself:
+    if columns is None or column_labels is None:
         columns, column_labels = rows, row_labels
     valid = row_labels >= 0
     similarity = rows / temperature @ columns.T

@@ -10,6 +10,7 @@ replacement. A pixel's hash depends on its place inside its image alone (``hashi
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -180,7 +181,7 @@ def thinned(chosen: Tensor, most: int, order: Tensor) -> Tensor:
 
 def take_rows(features: Tensor, index: Tensor, filled: Tensor, normalize: bool) -> Tensor:
     """The embeddings (R, D) of the pixels with flat indices ``index`` into (B, *size); zero where not filled."""
-    place = []
+    place: list[Any] = []
     for side in features.shape[:1:-1]:
         place.insert(0, index % max(side, 1))
         index = index // max(side, 1)

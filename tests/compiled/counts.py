@@ -30,7 +30,7 @@ from aot import TOOLS, blocks_of_a_multiprocessor
 
 import contextrast_kernels as ck
 from contextrast_kernels import cases
-from contextrast_kernels.kernels import step
+from contextrast_kernels.plan import training_step
 
 from .driver import Launched, Launcher, emulated
 from .engine import Schedule
@@ -181,7 +181,7 @@ def counted(case: cases.Case, arch: int, options: dict) -> Counted:
     for launched in gpu.launches:
         kernels.setdefault(launched.kernel, Counts()).add(launched)
         programs[launched.kernel] += math.prod(launched.grid)
-    plan = step.training_step(
+    plan = training_step(
         case.batch, case.sizes, case.channels, case.num_classes, case.dtype, layout=case.layout, **options
     )
     whole: Counter = Counter()

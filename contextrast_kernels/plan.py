@@ -1,8 +1,9 @@
-"""What one training step of ``ContextrastLoss`` puts on the device, from shapes alone: every kernel, fill and copy, and
-the most memory that it holds at once beside inputs and gradients. Nothing is run."""
+"""What one training step puts on the device, from shapes alone: every kernel, fill and copy with the bytes that it
+moves, and the most memory that is held at once beside inputs and gradients. Nothing is run."""
 
+import math
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -11,13 +12,43 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from contextrast_kernels import native
-from contextrast_kernels.kernels import _launch, contextrast
+from contextrast_kernels.kernels import _launch, _pairs, contextrast, info_nce
 
 QUIET = frozenset({"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided"})
 """Ops that are no work for the device, beside views."""
 
 GRAIN = 512
 """PyTorch's allocator hands out memory in multiples of so many bytes."""
+
+SECTOR = 32
+"""Bytes that the memory is read in."""
+
+WRITTEN = {
+    "_label_codes": ("y", "e", "base", "counts", "drawn"),
+    "_largest_features": ("reach",),
+    "_class_anchors_fwd": ("sums", "broken"),
+    "_anchor_tables": ("sums", "table", "lengths"),
+    "_given_table": ("table", "lengths"),
+    "_hard_similarities": ("similarity", "largest"),
+    "_exponentials": ("total",),
+    "_hard_log_sums": ("Z",),
+    "_dense_similarities": ("partial",),
+    "_dense_log_sums": ("Z",),
+    "_pixel_anchor_fwd": ("vectors", "pushed_vectors", "terms"),
+    "_finish": ("loss", "losses", "report", "coefficients", "pull"),
+    "_features_bwd": ("out",),
+    "_features_bwd_dense": ("out",),
+    "_info_nce_log_sums": ("log_sums",),
+    "_info_nce_terms": ("terms",),
+    "_info_nce_rows": ("losses", "kept"),
+    "_info_nce_mean": ("loss", "count"),
+    "_info_nce_bwd": ("out",),
+    "_add_splits": ("out",),
+}
+"""The arguments that each kernel writes or adds to. It reads the others."""
+
+PIXEL_MAPS = frozenset({"codes", "y", "e", "base", "similarity"})
+"""Arguments with one number for each pixel of all layers, of which a sweep takes the pixels of its own layers."""
 
 
 class Row(NamedTuple):
@@ -102,8 +133,8 @@ def training_step(
             )
             forward_peak, watch.peak = watch.peak, 0
             gradients = contextrast.backward(outcome.loss, features, y, terms, outcome.pull, 0.1, True)
-    of_gradients = sum(rounded(_launch.nbytes(x)) for x in gradients)
-    codes = rounded(_launch.nbytes(e))
+    of_gradients = sum(rounded(x.nbytes) for x in gradients)
+    codes = rounded(e.nbytes)
     scratch = native.bane_scratch(labels, num_classes, sizes)
     peak = None
     if scratch is not None:
@@ -141,7 +172,66 @@ def _meta_inputs(
 def _row(launch: _launch.Launch | str) -> Row:
     if isinstance(launch, str):
         return Row(f"sums: {launch}", None, 0, 0)
-    programs = 1
-    for axis in launch.grid:
-        programs *= axis
-    return Row(launch.kernel.__name__, programs, launch.reads, launch.writes)
+    return Row(launch.kernel.__name__, math.prod(launch.grid), *moved(launch))
+
+
+def info_nce_launches(
+    R: int, C: int | None, D: int, dtype: torch.dtype = torch.bfloat16, positives: str = "each"
+) -> list[_launch.Launch]:
+    """The launches of one forward and backward pass of ``info_nce``, in order. C None: the rows against themselves."""
+
+    def empty(*shape, dtype=dtype):
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    rows = empty(R, D)
+    columns = rows if C is None else empty(C, D)
+    row_labels = empty(R, dtype=torch.int64)
+    column_labels = None if C is None else empty(C, dtype=torch.int64)
+    of = _pairs.pairs(row_labels, column_labels, None, None, None, None, 0.1, -1, positives)
+    with _launch.recording() as launches:
+        loss, count, kept = info_nce.forward(rows, columns, of, True)
+        for toward in ("both",) if C is None else ("rows", "columns"):
+            info_nce.backward(loss, rows, columns, of, count, kept, toward)
+    return launches
+
+
+# --------------------------------------------------------------------------------------------------------------- bytes
+
+
+def moved(launch: _launch.Launch) -> tuple[int, int]:
+    """Bytes that a launch reads and writes, each of them once: a second read is left to the caches."""
+    name, arguments = launch.kernel.__name__, launch.arguments
+    written = set(WRITTEN[name])
+    if name == "_label_codes" and launch.constants["GIVEN"]:
+        written.remove("e")
+    own_pixels = None
+    if PIXEL_MAPS & arguments.keys() and "x" in arguments:
+        own_pixels = sum(x.numel() // x.shape[1] for x in arguments["x"])
+    sizes = {}  # by address: what two arguments share is moved once
+    for argument, value in arguments.items():
+        for x in _tensors(value):
+            size = x.nbytes
+            if argument in PIXEL_MAPS and own_pixels is not None:
+                size = own_pixels * x.element_size()
+            elif argument == "labels":
+                size = _sampled_bytes(x, arguments)
+            sizes[argument in written, id(x)] = size
+    reads, writes = (sum(size for (is_written, _), size in sizes.items() if is_written == way) for way in (False, True))
+    return reads, writes
+
+
+def _tensors(value) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple):
+        for part in value:
+            yield from _tensors(part)
+
+
+def _sampled_bytes(labels: Tensor, arguments: dict) -> int:
+    """What ``_label_codes`` reads of the labels: a sector for each pixel, but no row of them more than whole."""
+    total = 0
+    for h, w in zip(arguments["geometry"].h, arguments["geometry"].w, strict=True):
+        rows = min(_launch.decode_int(h), math.prod(labels.shape[1:-1]))
+        total += labels.shape[0] * rows * min(_launch.decode_int(w) * SECTOR, labels.shape[-1] * labels.element_size())
+    return total
