@@ -19,12 +19,11 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def unit(x: Tensor) -> Tensor:
     """x / ‖x‖₂ over the last axis; zero where ‖x‖₂ <= ZERO_NORM. A NaN stays a NaN."""
-    return x * _inverse_norm(x, -1)
+    return x * _inverse_norm((x * x).sum(-1, keepdim=True))
 
 
-def _inverse_norm(x: Tensor, axis: int) -> Tensor:
-    """1 / ‖x‖₂ over an axis, which stays; 0 without a gradient where ‖x‖₂ <= ZERO_NORM. A NaN stays a NaN."""
-    squared_norm = (x * x).sum(axis, keepdim=True)
+def _inverse_norm(squared_norm: Tensor) -> Tensor:
+    """1 / ‖x‖₂ from ‖x‖₂²; 0 without a gradient where ‖x‖₂ <= ZERO_NORM. A NaN stays a NaN."""
     vanishes = squared_norm <= ZERO_NORM**2
     # The inner `where` keeps the derivative of the reciprocal finite; the outer one stops it.
     return torch.where(vanishes, 0.0, torch.where(vanishes, 1.0, squared_norm).rsqrt())
@@ -53,9 +52,35 @@ def pixel_embeddings(features: Tensor, valid: Tensor, normalize: bool) -> Embedd
     if not moderate:
         x = torch.where(valid.flatten(1).unsqueeze(1), x, 0.0)
         moderate = _is_moderate(x)
-    scale = _inverse_norm(x, 1) if normalize else torch.ones_like(x[:, :1])
-    return Embeddings(x, scale, moderate)
+    if not normalize:
+        return Embeddings(x, torch.ones_like(x[:, :1]), moderate)
+    squared_norm = _SquaredNorm.apply(x) if moderate else (x * x).sum(1, keepdim=True)
+    return Embeddings(x, _inverse_norm(squared_norm), moderate)
 
 
 def _is_moderate(x: Tensor) -> bool:
     return may_read_values(x) and (x.numel() == 0 or all(abs(v) <= 1e15 for v in x.detach().aminmax()))
+
+
+class _SquaredNorm(torch.autograd.Function):
+    """(x · x).sum(1, keepdim=True) of x (B, D, P). On a CPU new memory costs more than arithmetic: autograd's own
+    derivative of x · x would take three tensors as large as x, this one takes one."""
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return sum((part * part).sum(1, keepdim=True) for part in x.split(32, 1))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        [x] = ctx.saved_tensors
+        return 2 * gradient * x
+
+    @staticmethod
+    def jvp(ctx, tangent: Tensor) -> Tensor:
+        [x] = ctx.saved_tensors
+        return (2 * x * tangent).sum(1, keepdim=True)
