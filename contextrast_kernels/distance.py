@@ -87,7 +87,7 @@ def distance_transform(
         in volumes whose sampling has rounded squares it may be another that is as near.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type, rank, size or range; the sentence names it.
+        TypeError, ValueError: an argument has the wrong type, rank, size or range; the error names it.
         RuntimeError: the forced backend cannot run.
     """
     checks.tensor("mask", mask, "a mask (..., H, W)")
@@ -138,7 +138,7 @@ def edge_distance(
         outside have -1. A class that fills its whole image has no edge: inf, or the largest int32.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type, rank, size or range; the sentence names it.
+        TypeError, ValueError: an argument has the wrong type, rank, size or range; the error names it.
         RuntimeError: the forced backend cannot run.
     """
     expected = "integers (B, H, W) or (B, Z, H, W)"

@@ -1,11 +1,11 @@
 """The pixel-anchor loss of one layer (Eqs. 3-4).
 
     s_np = a^n · v_p / τ                              similarity of anchor n and pixel p
-    Z_n  = log Σ_{p negative of n} exp(s_np)           -inf where a class has no negative
+    Z_n  = log Σ_{p negative of n} exp(s_np)           -inf if class n has no negative
     L    = 1/|C| Σ_{n∈C} 1/|P^n| Σ_{p∈P^n} softplus(Z_n - s_np)
 
-P^n are the pixels labelled n and C the classes that have any. softplus(Z - s) = -log e^s / (e^s + Σ_neg e^{s'}) is
-InfoNCE with one positive and all negatives in the denominator, the other positives left out.
+P^n are the pixels with label n, and C the classes with at least one pixel. softplus(Z - s) = -log e^s / (e^s + Σ_neg
+e^{s'}) is InfoNCE whose denominator holds one positive and all negatives, but not the other positives.
 """
 
 from typing import Any, NamedTuple
@@ -41,13 +41,13 @@ def pixel_anchor_loss(
     """InfoNCE between class anchors and the pixels of one layer (Eqs. 3-4).
 
     The negatives of anchor n are the pixels with ``negatives == n`` and the pixels of ``base`` whose label is not n,
-    each once. With neither map given, every pixel of another class is a negative.
+    each once. If neither map is given, every pixel of a different class is a negative.
 
     Args:
         features: (B, D, h, w), or (B, D, z, h, w) of a volume; float16, bfloat16, float32 or float64, any strides.
         labels: (B, H, W) or (B, 1, H, W) integers, brought to (h, w) by nearest sampling; with features of a volume
-            (B, Z, H, W) or (B, 1, Z, H, W). Pixels with a label outside 0..N-1 or equal to ``ignore_index`` take no
-            part, also when ``negatives`` or ``base`` names them.
+            (B, Z, H, W) or (B, 1, Z, H, W). Pixels with a label outside 0..N-1 or equal to ``ignore_index`` are
+            ignored, even if they are in ``negatives`` or ``base``.
         anchors: (N, D), as ``class_anchors`` or ``fuse_anchors`` returns them; differentiable.
         negatives: (B, h, w) or (B, z, h, w) integers: the class each pixel is a negative of, or any value outside
             0..N-1 for none.
@@ -60,8 +60,8 @@ def pixel_anchor_loss(
         inf at a valid pixel gives NaN.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type, rank, size, range or device; the sentence names it.
-        RuntimeError: a backend was asked for that cannot run.
+        TypeError, ValueError: an argument has the wrong type, rank, size, range or device; the error names it.
+        RuntimeError: the requested backend cannot run.
     """
     checks.feature_map("features", features)
     checks.ignore_index(ignore_index)
@@ -121,7 +121,7 @@ def anchor_info_nce(
     temperature: float,
     normalize: bool,
 ) -> Tensor:
-    """Eqs. 3-4 for targets (B, *size): the class of each pixel, -1 for none."""
+    """The reference of Eqs. 3-4. targets (B, *size) holds the class of each pixel, -1 for none."""
     classes = torch.arange(anchors.shape[0], device=features.device)
     label = targets.flatten().clamp(min=0)
     counts = torch.zeros_like(classes).index_add(0, label, (targets >= 0).flatten().long())
@@ -130,7 +130,7 @@ def anchor_info_nce(
 
 
 class Contrast(NamedTuple):
-    """One layer's pixels against the anchors: P pixels, N classes."""
+    """Similarities of one layer's P pixels to the N anchors."""
 
     valid: Tensor
     """(P,) whether a pixel takes part."""
@@ -155,7 +155,7 @@ def anchor_contrast(
     temperature: float,
     normalize: bool,
 ) -> Contrast:
-    """Similarities and Z_n of these pixels; ``counts`` says which classes are anywhere."""
+    """Similarities and Z_n of these pixels. Classes with a count of 0 are present on no rank."""
     valid = targets >= 0
     embeddings = pixel_embeddings(features, valid, normalize)
     classes = torch.arange(anchors.shape[0], device=features.device)
@@ -173,7 +173,7 @@ def anchor_contrast(
         is_negative = is_negative | (base.flatten().unsqueeze(1) & (label.unsqueeze(1) != classes))
     is_negative = is_negative & valid.unsqueeze(1)
     has_negative = is_negative.any(0)
-    # A column of nothing but -inf has no derivative: classes without negatives are set aside before and after the sum.
+    # logsumexp has no derivative where all terms are -inf: classes without negatives are replaced before and after it.
     z = torch.where(is_negative, similarity, -torch.inf)
     z = torch.where(has_negative, z, 0.0).logsumexp(0)
     return Contrast(valid, label, own, z, has_negative)

@@ -88,7 +88,7 @@ def negatives(
 
     Raises:
         ImportError: matplotlib is not installed.
-        ValueError, TypeError: an argument of the wrong shape, type or range; the sentence names it.
+        ValueError, TypeError: an argument has the wrong shape, type or range; the error names it.
     """
     from matplotlib import colormaps
     from matplotlib.figure import Figure
@@ -240,7 +240,7 @@ def embeddings(image: Tensor, features: Sequence[Tensor]) -> Figure:
 
     Raises:
         ImportError: matplotlib is not installed.
-        ValueError, TypeError: an argument of the wrong shape or type; the sentence names it.
+        ValueError, TypeError: an argument has the wrong shape or type; the error names it.
     """
     from matplotlib.figure import Figure
 
@@ -291,7 +291,7 @@ def anchor_similarity(
 
     Raises:
         ImportError: matplotlib is not installed.
-        ValueError, TypeError: an argument of the wrong shape, type or range; the sentence names it.
+        ValueError, TypeError: an argument has the wrong shape, type or range; the error names it.
     """
     from matplotlib import colormaps
     from matplotlib.figure import Figure

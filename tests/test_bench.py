@@ -40,7 +40,7 @@ def test_progress_is_told_line_by_line_beside_the_table(monkeypatch, capsys):
         monkeypatch.setattr(bench.measure, name, lambda *a, f=function, n=name: order.append(n) or f(*a))
     assert main(["bench", *SMALL]) == 0
     assert "inputs" in order[0]
-    assert order[1:3] == ["the definition in float64, to compare with", "truth"]
+    assert order[1:3] == ["the reference in float64, for comparison", "truth"]
     names = list(
         bench.implementations(torch.device("cuda" if torch.cuda.is_available() else "cpu"), cases.CASES["camvid"])
     )
@@ -69,7 +69,7 @@ def test_a_result_that_differs_is_said_and_the_status_is_1(capsys, monkeypatch):
     monkeypatch.setattr(ck, "contextrast_loss", broken)
     monkeypatch.setattr(bench, "implementations", lambda *_: {"broken": "auto", "reference": "reference"})
     assert main(["bench", *SMALL, "--dtype", "float32"]) == 1
-    assert "not the definition's result: broken: relative error of the loss 1.0e-02" in capsys.readouterr().out
+    assert "the result differs from the reference: broken: relative error of the loss: 1.0e-02" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -34,13 +34,13 @@ def boundary_mask(labels: Tensor, radius: float, *, num_classes: int | None = No
         labels: (B, H, W) or (B, 1, H, W) integers.
         radius: Euclidean, between pixel centres; 0 gives the boundary pixels alone.
         num_classes: N; values from N on are ignored. None: every value >= 0 is a class.
-        ignore_index: the label of pixels that take no part.
+        ignore_index: the label of ignored pixels.
 
     Returns:
         bool (B, H, W).
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type, rank or range; the sentence names it.
+        TypeError, ValueError: an argument has the wrong type, rank or range; the error names it.
     """
     labels = checks.class_map("labels", labels)
     checks.real("radius", radius, low=0)
@@ -63,7 +63,7 @@ class TrimapIoU(Metric):
         ignore_index, group: as in ``ConfusionMatrix``.
 
     Raises:
-        TypeError, ValueError: an option or a batch that cannot be used; the sentence names the argument.
+        TypeError, ValueError: an option or a batch cannot be used; the error names the argument.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class BoundaryIoU(Metric):
         ignore_index, group: as in ``ConfusionMatrix``.
 
     Raises:
-        TypeError, ValueError: an option or a batch that cannot be used; the sentence names the argument.
+        TypeError, ValueError: an option or a batch cannot be used; the error names the argument.
     """
 
     def __init__(
@@ -169,7 +169,7 @@ class BoundaryF1(Metric):
         ignore_index, group: as in ``ConfusionMatrix``.
 
     Raises:
-        TypeError, ValueError: an option or a batch that cannot be used; the sentence names the argument.
+        TypeError, ValueError: an option or a batch cannot be used; the error names the argument.
     """
 
     def __init__(

@@ -46,7 +46,7 @@ class AlignmentUniformity(Metric):
         ignore_index, group: as in ``ConfusionMatrix``.
 
     Raises:
-        TypeError, ValueError: an option or a batch that cannot be used; the sentence names the argument.
+        TypeError, ValueError: an option or a batch cannot be used; the error names the argument.
 
     Example:
         >>> quality = AlignmentUniformity(19)
@@ -180,7 +180,7 @@ class AnchorSimilarity(Metric):
         ignore_index, group: as in ``ConfusionMatrix``.
 
     Raises:
-        TypeError, ValueError: an option or a batch that cannot be used; the sentence names the argument.
+        TypeError, ValueError: an option or a batch cannot be used; the error names the argument.
     """
 
     def __init__(

@@ -19,13 +19,13 @@ class ConfusionMatrix(Metric):
 
     Args:
         num_classes: N.
-        ignore_index: the label of pixels that take no part; a label outside 0..N-1 takes none either. Where it is one
+        ignore_index: the label of ignored pixels; a label outside 0..N-1 takes none either. Where it is one
             of 0..N-1, that class is left out: it has no IoU and is in no mean, and predicting it is a miss.
         group: the ranks to sum over: "auto" all of them where torch.distributed is initialised, None this rank alone,
             or a process group.
 
     Raises:
-        TypeError, ValueError: an option or a batch that cannot be used; the sentence names the argument.
+        TypeError, ValueError: an option or a batch cannot be used; the error names the argument.
 
     Example:
         >>> scores = ConfusionMatrix(19)
@@ -135,7 +135,7 @@ class InstanceIoU(Metric):
         ignore_index, group: as in ``ConfusionMatrix``.
 
     Raises:
-        TypeError, ValueError: an option or a batch that cannot be used; the sentence names the argument.
+        TypeError, ValueError: an option or a batch cannot be used; the error names the argument.
 
     Example:
         >>> scores = InstanceIoU(19, CITYSCAPES_INSTANCE_SIZES, categories=CITYSCAPES_CATEGORIES, first_instance=1000)

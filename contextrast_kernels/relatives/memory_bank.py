@@ -30,7 +30,7 @@ class MemoryBank(nn.Module):
         group: a torch.distributed process group whose ranks share what they write. None: this process alone.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type, range or size; the sentence names it.
+        TypeError, ValueError: an argument has the wrong type, range or size; the error names it.
         RuntimeError: a group that torch.distributed does not know.
 
     Example:
@@ -87,7 +87,7 @@ class MemoryBank(nn.Module):
                 places, its last rows stay.
 
         Raises:
-            TypeError, ValueError: an argument of the wrong type or size; the sentence names it.
+            TypeError, ValueError: an argument has the wrong type or size; the error names it.
         """
         checks.choice("queue", queue, self.QUEUES)
         labels = check_rows("embeddings", embeddings, "labels", labels)

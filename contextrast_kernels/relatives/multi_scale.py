@@ -33,7 +33,7 @@ class MultiScaleContrastLoss(SampledLoss):
 
     Args:
         num_classes: N.
-        ignore_index: the label of pixels that take no part.
+        ignore_index: the label of ignored pixels.
         layer_weights: w_s, one for each layer, from high to low resolution.
         cross_weights: w_low and w_mid.
         temperature: τ.
@@ -48,7 +48,7 @@ class MultiScaleContrastLoss(SampledLoss):
     and "samples", the rows of each scale.
 
     Raises:
-        TypeError, ValueError: an option or a batch that cannot be used; the sentence names the argument.
+        TypeError, ValueError: an option or a batch cannot be used; the error names the argument.
     """
 
     def __init__(

@@ -54,7 +54,7 @@ class PixelContrastLoss(SampledLoss):
 
     Args:
         num_classes: N.
-        ignore_index: the label of pixels that take no part.
+        ignore_index: the label of ignored pixels.
         temperature: τ.
         sampler: "hard-easy" (the published quota), "bane", "common-count" or "uniform" (see ``Sampler``), or any
             callable of the same signature; where it chooses more pixels than "hard-easy" could, as many are drawn.
@@ -75,7 +75,7 @@ class PixelContrastLoss(SampledLoss):
     After a forward ``last`` holds detached scalars: "loss" and "samples", the number of rows.
 
     Raises:
-        TypeError, ValueError: an option or a batch that cannot be used; the sentence names the argument.
+        TypeError, ValueError: an option or a batch cannot be used; the error names the argument.
     """
 
     def __init__(

@@ -51,7 +51,7 @@ class PNELoss(SampledLoss):
 
     Args:
         num_classes: N.
-        ignore_index: the label of pixels that take no part.
+        ignore_index: the label of ignored pixels.
         temperature: τ.
         set_size: S.
         max_hard: the largest |H| that takes part.
@@ -64,7 +64,7 @@ class PNELoss(SampledLoss):
     After a forward ``last`` holds detached scalars: "loss", "samples" (rows) and "pairs".
 
     Raises:
-        TypeError, ValueError: an option or a batch that cannot be used; the sentence names the argument.
+        TypeError, ValueError: an option or a batch cannot be used; the error names the argument.
     """
 
     def __init__(

@@ -39,7 +39,7 @@ class RegionContrastLoss(RelativeLoss):
         num_classes: N.
         bank: a MemoryBank with a queue of regions; the paper's has 2975 places, one for each training image of
             Cityscapes. Until the first write the loss is 0.
-        ignore_index: the label of pixels that take no part.
+        ignore_index: the label of ignored pixels.
         temperature: τ.
         regions: "labels" or "predictions".
         normalize: average x / ‖x‖₂ instead of x, as the paper does. A centre has unit length in both cases.
@@ -48,7 +48,7 @@ class RegionContrastLoss(RelativeLoss):
     After a forward ``last`` holds detached scalars: "loss" and "samples", the number of centres.
 
     Raises:
-        TypeError, ValueError: an option or a batch that cannot be used; the sentence names the argument.
+        TypeError, ValueError: an option or a batch cannot be used; the error names the argument.
     """
 
     def __init__(

@@ -48,7 +48,7 @@ class Sampler:
         min_pixels: pairs with fewer take no part. None: 5 for "common-count", else max_views + 1, as published.
 
     Raises:
-        TypeError, ValueError: an option of the wrong type or range; the sentence names it.
+        TypeError, ValueError: an option has the wrong type or range; the error names it.
     """
 
     kind: str
@@ -85,7 +85,7 @@ class Sampler:
             seed, stream: of the draw (``hashing.py``).
 
         Raises:
-            TypeError, ValueError: maps of the wrong type or size; the sentence names the argument.
+            TypeError, ValueError: maps of the wrong type or size; the error names the argument.
         """
         dims = 3 if isinstance(labels, Tensor) and labels.ndim > 3 else 2
         labels = checks.class_map("labels", labels, dims=dims)
