@@ -37,9 +37,7 @@ def main(arguments: list[str]) -> int:
     print("\nself-check")
     failures = sum(not _run(name, check) for name, check in _checks())
     print(
-        "\nall checks passed"
-        if not failures
-        else f"\n{failures} checks failed; please file an issue with this output"
+        "\nall checks passed" if not failures else f"\n{failures} checks failed; please file an issue with this output"
     )
     return 1 if failures else 0
 

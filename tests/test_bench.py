@@ -69,7 +69,8 @@ def test_a_result_that_differs_is_said_and_the_status_is_1(capsys, monkeypatch):
     monkeypatch.setattr(ck, "contextrast_loss", broken)
     monkeypatch.setattr(bench, "implementations", lambda *_: {"broken": "auto", "reference": "reference"})
     assert main(["bench", *SMALL, "--dtype", "float32"]) == 1
-    assert "the result differs from the reference: broken: relative error of the loss: 1.0e-02" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "the result differs from the reference: broken: relative error of the loss: 1.0e-02" in out
 
 
 @pytest.mark.parametrize(

@@ -282,7 +282,7 @@ class _Finder:
         return [], set()
 
     def _units(self, end: int, weight: list[int]) -> list[_Unit]:
-        """The trunk's maps up to a node, in order. Each is that of the outermost module that is one step of the trunk."""
+        """The trunk's maps up to a node, in order, each of the outermost module that is one step of the trunk."""
         line = [end]
         while line[-1] != IMAGE:
             line.append(self.dominator[line[-1]])
@@ -432,7 +432,7 @@ class _Finder:
         return layers, doubt
 
     def _is_of(self, n: int, needed: set[int]) -> bool:
-        """Whether a map is one of the encoder, or one of its maps without another product with weights."""
+        """Whether a node is in the encoder, or is computed from it without another product with weights."""
         return n not in self.logits and not any(self.graph.kernel[m] for m in self.graph.ancestors([n], stop=needed))
 
     def _exchange(self, layers: list[Layer], ends: list[int]) -> bool:
