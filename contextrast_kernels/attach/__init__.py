@@ -109,7 +109,7 @@ def _check_model(model) -> None:
             )
         if isinstance(module, FeatureTap):
             raise RuntimeError(
-                f"model: expected one without a tap, got one attached at {name!r}; use that tap, or call its detach() first"
+                f"model: expected one without a tap, got one attached at {name!r}; use that tap or call its detach()"
             )
     if hasattr(model, NAME):
         raise RuntimeError(f"model: expected no attribute {NAME!r}, the name the tap is registered under; rename it")

@@ -573,8 +573,12 @@ def test_fewer_than_two_stages_are_an_error():
             RuntimeError,
             r"^example_input: the model cannot run on one black image \(1, 3, 256, 320\)",
         ),
-        (lambda: ck.attach(attached()[0]), RuntimeError, r"^model: attached already, at 'contextrast_heads'"),
-        (lambda: ck.attach(nn.Sequential(attached()[0])), RuntimeError, r"attached already, at '0.contextrast_heads'"),
+        (
+            lambda: ck.attach(attached()[0]),
+            RuntimeError,
+            r"^model: expected one without a tap, got one attached at 'contextrast_heads'",
+        ),
+        (lambda: ck.attach(nn.Sequential(attached()[0])), RuntimeError, r"got one attached at '0.contextrast_heads'"),
         (
             lambda: ck.attach(nn.DataParallel(Net())),
             RuntimeError,
