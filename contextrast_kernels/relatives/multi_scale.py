@@ -3,8 +3,8 @@ scale against those of the coarsest.
 
     L = Σ_s w_s NCE(X_s, X_s) + w_low NCE(X_1, X_S) + w_mid NCE(X_1, X_{S-1})
 
-NCE is the contrast of ``info_nce.py``, without self pairs within a scale. X_s are the sampled embeddings of scale s, from
-high to low resolution. The last term needs three scales, and the term before it two.
+NCE is the contrast of ``info_nce.py``, without self pairs within a scale. X_s are the sampled embeddings of scale s,
+from high to low resolution. The last term needs three scales, and the term before it two.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,8 +28,8 @@ class MultiScaleContrastLoss(SampledLoss):
     * We use all N classes; the code drops the last class of a data set without an ignored label.
     * ``max_views=1`` is a limit of one; in the code it means no limit.
     * No class with ``min_pixels``: the code raises; here the loss is 0 with a live graph.
-    * A row without a positive: within a scale it is NaN in the code and 0 here; across scales it is 0 in both and counts
-      in the mean.
+    * A row without a positive: within a scale it is NaN in the code and 0 here; across scales it is 0 in both and
+      counts in the mean.
     * Neither has a separate temperature across scales, although the code's configuration names one.
 
     Args:
@@ -86,8 +86,8 @@ class MultiScaleContrastLoss(SampledLoss):
         """The loss of one batch.
 
         Args:
-            features: projected features (B, D, h_s, w_s), one map per scale, from high to low resolution; the same D and
-                dtype in all.
+            features: projected features (B, D, h_s, w_s), one map per scale, from high to low resolution; the same D
+                and dtype in all.
             labels: (B, H, W) or (B, 1, H, W) integers. For volumes all three arguments have one axis more.
             predictions: logits (B, N, H', W') or a class map (B, H', W'); only some samplers use it. No gradient.
 

@@ -2,8 +2,8 @@
 
 A sampler is a callable ``sampler(labels, predictions, num_classes, seed, stream)``. It gets a layer's label map and
 predicted class map, int64 (B, h, w), or (B, z, h, w) of a volume, with label -1 for ignored pixels, and returns a bool
-map of the chosen pixels. ``PixelContrastLoss`` and ``MultiScaleContrastLoss`` take one, and ``contextrast_loss`` for its
-base pixels.
+map of the chosen pixels. ``PixelContrastLoss`` and ``MultiScaleContrastLoss`` take one, and ``contextrast_loss`` for
+its base pixels.
 
 The pixels of a pair (image, class) are drawn in the order of a hash of (seed, stream, pixel), so a draw is uniform and
 without replacement. The hash depends on the pixel's place inside its image (``hashing.py``), not on batch, rank or
@@ -161,8 +161,8 @@ def indices_of(chosen: Tensor, most: int) -> tuple[Tensor, Tensor]:
 
     R is ``most``, or the number of chosen elements if that is smaller and may be read (eager, on a CPU). The filled
     indices come first, in ascending order. Unfilled place i has index i: if all of them had one index, the gradients of
-    their rows would be added to one element, one after another. Chosen elements beyond ``most`` are dropped; ``most`` is
-    at most the number of elements.
+    their rows would be added to one element, one after another. Chosen elements beyond ``most`` are dropped; ``most``
+    is at most the number of elements.
     """
     flat = chosen.flatten()
     if may_read_values(flat):
