@@ -213,8 +213,11 @@ def _predicted(case: Case, classes: Tensor, void: Tensor, generator: torch.Gener
 
 
 def _wrong(classes: Tensor, valid: Tensor, share: float, generator: torch.Generator) -> Tensor:
-    """Predictions of which ``share`` is wrong. Most errors are regions with the class of a different place; the rest are
-    along borders, which a smooth field shifts until the share is reached."""
+    """Predictions of which ``share`` is wrong.
+
+    Most errors are regions with the class of a different place. The rest are along borders, which a smooth field shifts
+    until the share is reached.
+    """
     B, H, W = classes.shape
     rows, columns = torch.arange(H)[:, None], torch.arange(W)
     images = torch.arange(B)[:, None, None]

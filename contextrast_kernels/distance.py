@@ -2,13 +2,13 @@
 
     d(p) = min_{q ∈ S} sqrt(((s_z Δz)² + (s_y Δy)²) + (s_x Δx)²)
 
-S are the zeros of a mask (``distance_transform``), or the edge pixels of p's class (``edge_distance``, Eq. 7): those
-with a neighbour inside the image that is not of that class. The nearest edge pixel of *any* class is always one of p's
-own class: on every monotone staircase from p to another region, the last pixel before it leaves the class is an edge
-pixel of that class, and nearer. So one binary transform serves all classes.
+S are the zeros of a mask (``distance_transform``), or the edge pixels of p's class (``edge_distance``, Eq. 7), which
+have a neighbour inside the image that is not in the class. The nearest edge pixel of *any* class is always one of p's
+own class: on every monotone path from p to another region, the last pixel inside the class is an edge pixel of that
+class and nearer. So one binary transform serves all classes.
 
-Without sampling, squared distances are integers. With it they are float64, and every operation above is rounded. Since
-rounding keeps the order of numbers, the minimum can be taken axis by axis and is still the minimum over all of S.
+Without sampling, squared distances are integers. With it they are float64, and every operation above is rounded.
+Rounding keeps the order of numbers, so the minimum can be taken axis by axis and is still the minimum over all of S.
 """
 
 import math
@@ -70,7 +70,7 @@ def distance_transform(
     squared: bool = False,
     return_indices: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Euclidean distance of every nonzero pixel to the nearest zero of its image. Exact, batched; SciPy's meaning.
+    """The exact Euclidean distance of every nonzero pixel to the nearest zero of its image, as in SciPy, but batched.
 
     Args:
         mask: (..., W), (..., H, W) or (..., Z, H, W), of any real dtype; every leading axis is a batch axis. NaN is
@@ -81,10 +81,10 @@ def distance_transform(
         return_indices: return the nearest zero of every pixel too.
 
     Returns:
-        The mask's shape in float32; squared in int32, or in float64 with sampling. 0 on zeros. An image without a zero
-        has inf, or the largest int32. With return_indices a pair: this, and int32 (spatial_dims, *mask.shape), the
-        coordinates of the nearest zero, -1 where there is none. Of zeros equally near it is the first in memory order;
-        in volumes whose sampling has rounded squares it may be another that is as near.
+        Distances of the mask's shape in float32, or squared in int32 (float64 with sampling). Zeros have 0. In an image
+        without a zero all are inf, or the largest int32. With return_indices a pair: the distances, and int32
+        (spatial_dims, *mask.shape), the coordinates of the nearest zero, -1 if there is none. Of several nearest zeros
+        it is the first in memory order; in volumes whose sampling has rounded squares it may be a different one.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, rank, size or range; the error names it.
@@ -123,19 +123,19 @@ def distance_transform(
 def edge_distance(
     classes: Tensor, *, sampling: float | tuple[float, ...] | None = None, squared: bool = False
 ) -> Tensor:
-    """Distance of every pixel to the nearest edge pixel of its own class in its image (Eq. 7). Exact.
+    """The exact distance of every pixel to the nearest edge pixel of its own class in its image (Eq. 7).
 
-    An edge pixel has a neighbour of another value inside the image, of 4 in a map and of 6 in a volume.
+    An edge pixel has a neighbour inside the image with a different value, one of 4 in a map or of 6 in a volume.
 
     Args:
-        classes: (B, H, W), (B, 1, H, W) or (B, Z, H, W) integers, negative = outside of every class; as ``error_map``
-            returns them.
+        classes: (B, H, W), (B, 1, H, W) or (B, Z, H, W) integers, negative = no class, as ``error_map`` returns
+            them.
         sampling: the size of a pixel along each spatial axis, or one number for all. None: 1, in exact integers.
         squared: return squared distances.
 
     Returns:
-        float32 (B, H, W) or (B, Z, H, W); squared in int32, or in float64 with sampling. Edge pixels have 0, pixels
-        outside have -1. A class that fills its whole image has no edge: inf, or the largest int32.
+        float32 (B, H, W) or (B, Z, H, W), or squared in int32 (float64 with sampling). Edge pixels have 0, pixels
+        without a class -1. A class that fills its whole image has no edge: inf, or the largest int32.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, rank, size or range; the error names it.

@@ -111,7 +111,7 @@ def test_too_little_memory_is_one_sentence(capsys, monkeypatch):
     monkeypatch.setattr(ck, "contextrast_loss", no_memory)
     with pytest.raises(SystemExit, match="2"):
         main(["bench", *SMALL])
-    assert "needs more memory than there is" in capsys.readouterr().err
+    assert "needs more memory than is available" in capsys.readouterr().err
 
 
 def test_without_arguments_it_says_what_to_do(capsys):

@@ -89,7 +89,7 @@ def test_demanding_the_library_without_a_compiler_fails_with_a_sentence(sources)
     done = run_setup(sources, "bdist_wheel", CXX="/nonexistent/c++", CONTEXTRAST_NATIVE="1")
     assert done.returncode != 0
     assert "the native library was not built: " in done.stderr.splitlines()[-1]
-    assert "demanded by CONTEXTRAST_NATIVE=1" in done.stderr.splitlines()[-1]
+    assert "required by CONTEXTRAST_NATIVE=1" in done.stderr.splitlines()[-1]
     assert not (sources / "dist").exists()
 
 

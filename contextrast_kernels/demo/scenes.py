@@ -386,7 +386,7 @@ def plain(images: Tensor, labels: Tensor) -> Batch:
 
 
 def _void_is_zero(labels: Tensor) -> Tensor:
-    """Warp labels. Pixels from outside the image become 0, which is a class, so 0 means void during the warp."""
+    """Shift labels so that 0 means void: a warp fills pixels from outside the image with 0, otherwise a class."""
     return torch.where(labels == VOID, 0, labels + 1)[:, None].float()
 
 

@@ -357,7 +357,7 @@ def table(runs: list[Run]) -> str:
 def write(
     folder: Path, runs: list[Run], network: Network, heads: nn.ModuleList, data: scenes.Data, settings: dict
 ) -> str:
-    """Replace `folder` by one with metrics.json and the pictures, all or nothing; return a sentence about its content."""
+    """Replace `folder` by one with metrics.json and the pictures, all or nothing; return a line about its content."""
     facts = {
         "settings": settings,
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "package": ck.__version__},
