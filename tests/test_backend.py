@@ -135,7 +135,7 @@ def without_native(monkeypatch):
     _warn_once.cache_clear()
 
 
-def test_the_first_use_says_once_that_the_native_library_is_missing(without_native):
+def test_a_missing_native_library_warns_once(without_native):
     with pytest.warns(RuntimeWarning, match=r"native backend cannot run.*slower.*native library is not built") as told:
         for _ in range(3):
             ck.edge_distance(MAP)
@@ -154,7 +154,7 @@ def test_asking_for_the_reference_silences_the_warning(without_native, monkeypat
 # -------------------------------------------------------------------------------------------------------------- MPS
 
 
-def test_mps_tensors_are_refused_in_a_sentence():
+def test_mps_tensors_raise_a_clear_error():
     """Fake tensors stand for those of an Apple GPU."""
     from torch._subclasses import FakeTensorMode
 

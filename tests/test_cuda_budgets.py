@@ -51,7 +51,7 @@ def held(used: dict[str, int]) -> int:
 
 
 @pytest.mark.parametrize("arch", csrc.ARCHITECTURES)
-def test_kernels_spill_nothing_and_leave_room_for_others(arch, tmp_path):
+def test_kernels_spill_nothing_and_stay_within_register_limits(arch, tmp_path):
     kernels = compile_for(arch, tmp_path)
     assert len(kernels) >= 27
     assert {name: used for name, used in kernels.items() if used["spills"]} == {}
