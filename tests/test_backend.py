@@ -1,4 +1,4 @@
-"""The backend context: whom it holds for, and what torch.compile makes of it."""
+"""The backend context: threads, asyncio tasks and torch.compile."""
 
 import asyncio
 import threading

@@ -1,4 +1,4 @@
-"""``python -m contextrast_kernels bench``: a table for the user's shapes, or one sentence."""
+"""``python -m contextrast_kernels bench``: a table for given shapes, or a clear error."""
 
 from dataclasses import replace
 

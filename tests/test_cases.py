@@ -1,4 +1,4 @@
-"""The named inputs: they are what their names say, and always the same."""
+"""The named inputs have the properties of their names and are deterministic."""
 
 from dataclasses import replace
 

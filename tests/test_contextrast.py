@@ -1,4 +1,4 @@
-"""The total loss against loops and central differences, and everything a training run may hand it."""
+"""The total loss against loops and central differences, and on every kind of input of a training run."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""The loss of the pixels of many ranks (SPEC 2.12) against the same pixels in one process.
+"""The loss of the pixels of many ranks against the loss of the same pixels in one process.
 
 Four gloo processes run all cases once; pairs of them and single ones are groups of their own. What every rank saw is
 handed back and compared here.
@@ -85,7 +85,7 @@ RUNS = [
     for name in CASES
 ]
 OTHERS = ("gather", "scatter", "broadcast", "all_to_all", "alltoall", "send", "recv")
-"""Collectives that are none of ours."""
+"""Collectives that the loss does not call."""
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 2e-3}
 
 

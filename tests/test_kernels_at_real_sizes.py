@@ -250,7 +250,7 @@ def test_a_step_never_synchronises(name, base_rate):
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])
 @pytest.mark.parametrize("name", ["cityscapes", "ade20k", "camvid"])
 def test_memory_beside_features_and_gradients(name, layout):
-    """At most 3 % of the features' bytes (SPEC 6), negatives included."""
+    """At most 3 % of the features' bytes, negatives included."""
     xs, _, loss, case = at_real_size(name, layout=layout)
     torch.autograd.grad(loss(*xs), xs)
     torch.cuda.synchronize()

@@ -1,4 +1,4 @@
-"""What the relatives, their samplers and their bank refuse, each in one sentence."""
+"""Invalid arguments of the relatives, their samplers and their memory bank raise clear errors."""
 
 import pytest
 import torch

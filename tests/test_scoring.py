@@ -1,4 +1,4 @@
-"""What scores mean where a class is ignored, and where logits have another size than the labels."""
+"""Scores with an ignored class, and of logits at a different size than the labels."""
 
 import literal
 import numpy as np

@@ -1,4 +1,4 @@
-"""docs/troubleshooting.md: every row of its table is produced, and shows what the table says it shows."""
+"""docs/troubleshooting.md: every row of its table is reproduced."""
 
 import math
 import pathlib

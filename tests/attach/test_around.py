@@ -1,4 +1,4 @@
-"""What surrounds a tap: standard output, failures while attaching, scripting, checkpoints, volumes."""
+"""Standard output, failures while attaching, scripting, checkpoints and volumes."""
 
 import io
 import sys

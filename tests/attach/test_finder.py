@@ -1,4 +1,4 @@
-"""Features out of any model: what is found, what is recorded, what is refused."""
+"""``attach`` on small models: the layers it finds, the maps it records, and its errors."""
 
 import copy
 from functools import partial

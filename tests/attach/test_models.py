@@ -1,4 +1,4 @@
-"""The models that people use: what ``attach`` finds in them, and that docs/attach.md says so."""
+"""Popular models: the layers that ``attach`` finds, and that docs/attach.md lists them."""
 
 import pathlib
 

@@ -1,4 +1,4 @@
-"""A training compares like with like, and one that was stopped ends as one that was not."""
+"""Trainings of a seed differ only in the loss, and a resumed training ends with the same bits."""
 
 import json
 from dataclasses import replace

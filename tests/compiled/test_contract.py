@@ -1,4 +1,4 @@
-"""Every case of option_cases.py on the code that Triton compiles, held to the contract (SPEC 5): values and gradients
+"""Every case of option_cases.py on the code that Triton compiles, held to the contract of docs/numerics.md: values and gradients
 against the reference in float64, no fault in any access, and the same bits whatever the order of blocks and warps."""
 
 import random
@@ -31,7 +31,7 @@ ON_AMPERE = {("class_anchors", "bfloat16"), ("pixel_anchor_loss", "float16"), ("
 
 
 def hold(case: Case, arch: int, record_property, orders=ORDERS) -> None:
-    """Runs a case once in each order and asserts everything that SPEC 5 asks for."""
+    """Runs a case once in each order and asserts the contract of docs/numerics.md."""
     built = build(case)
     before = [x.clone() for x in built.leaves]
     with ck.backend("reference"):

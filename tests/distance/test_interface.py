@@ -1,4 +1,4 @@
-"""What the two functions take and refuse: dtypes, strides, batches, empty axes, compilation, one sentence each."""
+"""Inputs of the two functions: dtypes, strides, batches, empty axes, compilation, and errors."""
 
 import math
 
