@@ -183,7 +183,7 @@ differentiable_once("class_anchors", _class_anchors_backward)
 
 
 def _save_for_backward(ctx, inputs, output):
-    ctx.set_materialize_grads(False)  # else every output that has no gradient gets one of zeros, at its full size
+    ctx.set_materialize_grads(False)  # otherwise torch allocates zero gradients for all outputs
     features, _, _, _, ctx.normalize, ctx.backend, _ = inputs
     _, counts, codes = output
     ctx.save_for_backward(features, counts, codes)

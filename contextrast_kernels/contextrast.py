@@ -551,7 +551,7 @@ differentiable_once("contextrast_loss", _contextrast_loss_backward)
 
 
 def _save_for_backward(ctx, inputs, output):
-    ctx.set_materialize_grads(False)  # else every output that has no gradient gets one of zeros, at its full size
+    ctx.set_materialize_grads(False)  # otherwise torch allocates zero gradients for all outputs
     features = inputs[0]
     ctx.temperature, ctx.normalize, ctx.detach_anchors, ctx.backend = inputs[7], inputs[10], inputs[12], inputs[13]
     ctx.group, ctx.layers = inputs[15], len(features)

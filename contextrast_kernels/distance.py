@@ -23,10 +23,10 @@ from contextrast_kernels import checks, native
 from contextrast_kernels.backend import choose
 
 NO_EDGE = torch.iinfo(torch.int32).max
-"""Squared distance in int32 where there is nothing to measure to."""
+"""The squared distance, in int32, of pixels in an image without a zero or an edge."""
 
 MAX_VOXELS = 2**31
-"""Most pixels of one image: a pixel's number in its image is an int32."""
+"""The most pixels of an image. The index of a pixel in its image then fits into int32."""
 
 _SMALLEST_SIDE, _LARGEST_SIDE = 1e-100, 1e100
 _UNSIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
@@ -202,7 +202,7 @@ def check_sampling(value, spatial_dims: int) -> tuple[float, ...] | None:
 
 
 def _edges(classes: Tensor) -> Tensor:
-    """Pixels with a neighbour inside the image of another value: bool, for any number of axes behind the first."""
+    """Pixels with a neighbour inside the image that has a different value: bool, for any number of spatial axes."""
     edges = torch.zeros_like(classes, dtype=torch.bool)
     for axis in range(1, classes.ndim):
         differ = classes.diff(dim=axis) != 0
@@ -216,7 +216,7 @@ _UNREACHED = 2**30
 
 
 def _transform(seeds: Tensor, sampling: tuple[float, ...] | None, with_nearest: bool) -> tuple[Tensor, Tensor | None]:
-    """Squared distance of every pixel to the nearest seed of its image, and that seed's place in the image's memory.
+    """The squared distance of every pixel to the nearest seed of its image, and that seed's index in the image.
 
     seeds is bool (B, ...). Distances are int64 with NO_EDGE, or float64 with inf, in an image without seeds; places
     are int64 and -1 there. Separable: one axis after the other, from the first.
@@ -259,13 +259,13 @@ def _transform(seeds: Tensor, sampling: tuple[float, ...] | None, with_nearest: 
 
 
 def _apart(steps: Tensor, sampling: tuple[float, ...] | None, axis: int) -> Tensor:
-    """The squared distance of pixels so many steps apart along an axis."""
+    """The squared distance of pixels that are ``steps`` apart along an axis."""
     lengths = steps if sampling is None else steps.double() * sampling[axis]
     return lengths * lengths
 
 
 def _lower_envelope(costs: Tensor, places: Tensor | None, apart) -> tuple[Tensor, Tensor | None]:
-    """min_u costs(u) + apart(x - u) for every x, along the rows of (R, W); and of equals the least of places(u).
+    """min_u costs(u) + apart(x - u) for every x, along the rows of (R, W), and the least places(u) of all minima u.
 
     The leftmost arg-min u*(x) does not decrease with x, so it is found by divide and conquer: with u* known at every
     2h-th x, the x half-way between two of them need only look between their arg-mins. One level's ranges touch at
@@ -317,7 +317,7 @@ def _least_by(group: Tensor, values: Tensor, groups: int) -> Tensor:
 
 
 def _least_of_all(costs: Tensor, places: Tensor | None, apart) -> tuple[Tensor, Tensor | None]:
-    """``_lower_envelope`` where pixels are so unlike in their sides that rounded costs hide which u is best."""
+    """``_lower_envelope`` by brute force, for pixels so elongated that rounding hides which u is best."""
     x = torch.arange(costs.shape[1], device=costs.device)
     least = torch.full_like(costs, torch.inf)
     first = None if places is None else torch.full_like(places, torch.iinfo(torch.int64).max)
@@ -332,7 +332,7 @@ def _least_of_all(costs: Tensor, places: Tensor | None, apart) -> tuple[Tensor, 
 
 
 def _coordinates(places: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """int32 (axes, B, ...) of pixels' places in their image; -1 stays -1."""
+    """The coordinates int32 (axes, B, ...) of pixel indices; -1 stays -1."""
     axes, rest = [], places
     for size in reversed(shape):
         axes.append(torch.where(places < 0, -1, rest % max(size, 1)))
@@ -341,7 +341,7 @@ def _coordinates(places: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def _in_pixels(distance_sq: Tensor, squared: bool, sampling: tuple[float, ...] | None) -> Tensor:
-    """Squared distances as they are, or distances as float32, rounded once; NO_EDGE becomes inf and -1 stays -1."""
+    """Squared distances, or their roots in float32, rounded once. A root of NO_EDGE is inf, and -1 stays -1."""
     if squared:
         return distance_sq if sampling is not None else distance_sq.int()
     if sampling is None:

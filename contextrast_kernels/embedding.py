@@ -1,4 +1,4 @@
-"""Pixel embeddings: the vectors v of Eq. 1, from a feature map and the pixels that count."""
+"""Pixel embeddings: the vectors v of Eq. 1 from a feature map, zero at ignored pixels."""
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ derivative 1e12)."""
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Half precision is computed in float32; float64 stays."""
+    """The dtype to compute in: float32 for half precision and float32, float64 for float64."""
     return torch.promote_types(dtype, torch.float32)
 
 
@@ -22,7 +22,7 @@ def unit(x: Tensor) -> Tensor:
 
 
 def pixel_embeddings(features: Tensor, valid: Tensor, normalize: bool) -> Tensor:
-    """Embeddings (P, D) of a feature map (B, D, *size), one row a pixel, in memory order; zero outside ``valid``.
+    """Embeddings (P, D) of a feature map (B, D, *size), one row per pixel in memory order, zero outside ``valid``.
 
     Pixels outside ``valid`` (B, *size) become zero before anything is computed on them, so that a NaN there reaches
     neither value nor gradient.

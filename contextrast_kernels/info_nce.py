@@ -232,7 +232,7 @@ def _info_nce(
     reduction: str,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss; and what backward reads: the number of valid rows (nothing without a mean) and (4, R) numbers."""
+    """Return the loss, the number of valid rows (empty without a mean) and (4, R) numbers for the backward pass."""
     from contextrast_kernels.kernels import _pairs, info_nce
 
     sets = (row_labels, column_labels, row_negatives, column_negatives, base, column_weights)
@@ -267,7 +267,7 @@ def _info_nce_backward(
     toward: str,
     backend: str,
 ) -> Tensor:
-    """dL/d of the rows, of the columns, or of rows that are their own columns: ``toward`` "rows", "columns", "both"."""
+    """The gradient of the rows or the columns. ``toward`` is "rows", "columns", or "both" if the rows are the columns."""
     from contextrast_kernels.kernels import _pairs, info_nce
 
     sets = (row_labels, column_labels, row_negatives, column_negatives, base, column_weights)

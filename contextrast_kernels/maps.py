@@ -1,4 +1,4 @@
-"""Label and prediction maps: brought to a layer's size, with everything that is no class turned into -1.
+"""Sample label and prediction maps to a layer's size; values that are not a class become -1.
 
 A map has two spatial axes (h, w) or, as a volume, three (z, h, w). A size has one number for each.
 """
@@ -12,7 +12,7 @@ from torch.nn.functional import interpolate
 
 
 def to_size(values: Tensor, *size: int) -> Tensor:
-    """Nearest sampling of the last axes of ``values`` to ``size``: index i of m takes source (i * n) // m of n.
+    """Sample the last axes of ``values`` to ``size``: index i of m takes source index (i * n) // m of n.
 
     Exact integer arithmetic, unlike ``interpolate(mode="nearest")``, whose float32 scale is off by a row at some sizes.
     """

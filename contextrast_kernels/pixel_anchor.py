@@ -133,13 +133,13 @@ class Contrast(NamedTuple):
     """Similarities of one layer's P pixels to the N anchors."""
 
     valid: Tensor
-    """(P,) whether a pixel takes part."""
+    """(P,) bool, False for an ignored pixel."""
     label: Tensor
-    """(P,) its class; 0 where it takes no part."""
+    """(P,) its class; 0 for an ignored pixel."""
     own: Tensor
-    """(P,) s to the anchor of its class."""
+    """(P,) similarity to the anchor of its class."""
     Z: Tensor
-    """(N,) where there is a negative."""
+    """(N,) log-sum-exp of the negatives; valid where ``has_negative``."""
     has_negative: Tensor
     """(N,) bool."""
 
@@ -155,7 +155,7 @@ def anchor_contrast(
     temperature: float,
     normalize: bool,
 ) -> Contrast:
-    """Similarities and Z_n of these pixels. Classes with a count of 0 are present on no rank."""
+    """Similarities and Z_n of these pixels. ``counts`` are those of the whole batch, on all ranks."""
     valid = targets >= 0
     embeddings = pixel_embeddings(features, valid, normalize)
     classes = torch.arange(anchors.shape[0], device=features.device)
@@ -180,10 +180,10 @@ def anchor_contrast(
 
 
 def positive_terms(contrast: Contrast, Z: Tensor, has_negative: Tensor, counts: Tensor) -> Tensor:
-    """Each pixel's share (P,) of the loss, for the Z and counts of all pixels that the loss is about."""
+    """Each pixel's term (P,) of the loss, for Z and counts of the whole batch, on all ranks."""
     label, own = contrast.label, contrast.own
-    # -log σ(s - Z) = softplus(Z - s), stable on both sides. 0 · s carries a NaN or inf of a pixel whose class has no
-    # negative.
+    # -log σ(s - Z) = softplus(Z - s), numerically stable for both signs. 0 · s propagates a NaN or inf of a pixel whose
+    # class has no negative.
     term = torch.where(has_negative[label], -F.logsigmoid(own - Z[label]), 0.0) + 0.0 * own
     return _positive_weight(contrast, counts) * term
 
@@ -212,8 +212,8 @@ def _pixel_anchor_loss(
     backend: str,
     volume: list[int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The loss and dL/danchors, which the forward pass yields together; and what backward reads: codes y and e, base
-    pixels or the similarity of hard negatives, â, Z, coefficients. volume: as in ``class_anchors``."""
+    """Return the loss, dL/danchors, and what the backward pass reads: codes y and e, base pixels or the similarity of
+    hard negatives, â, Z, coefficients. volume: as in ``class_anchors``."""
     from contextrast_kernels.kernels import pixel_anchor
 
     with on_device(features):
@@ -264,7 +264,7 @@ differentiable_once("pixel_anchor_loss", _pixel_anchor_loss_backward)
 
 
 def _save_for_backward(ctx, inputs, output):
-    ctx.set_materialize_grads(False)  # else every output that has no gradient gets one of zeros, at its full size
+    ctx.set_materialize_grads(False)  # otherwise torch allocates zero gradients for all outputs
     features, _, anchors, _, _, ctx.temperature, _, ctx.normalize, ctx.backend, _ = inputs
     ctx.save_for_backward(features, *output[1:])
     ctx.mark_non_differentiable(*output[1:])

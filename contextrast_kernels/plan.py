@@ -15,7 +15,7 @@ from contextrast_kernels import native
 from contextrast_kernels.kernels import _launch, _pairs, contextrast, info_nce
 
 QUIET = frozenset({"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided"})
-"""Ops that are no work for the device, beside views."""
+"""Ops that launch nothing on the device, besides views."""
 
 GRAIN = 512
 """PyTorch's allocator rounds sizes up to a multiple of this number of bytes."""

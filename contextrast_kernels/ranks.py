@@ -34,7 +34,7 @@ def name_of(group) -> str | None:
 def _resolved(name: str):
     if distributed.is_initialized():
         try:
-            return distributed.distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]  # a str by another name
+            return distributed.distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]  # torch declares a NewType of str
         except (KeyError, RuntimeError, ValueError):
             pass
     raise RuntimeError(

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 VOID_COLOUR = (0.55, 0.55, 0.55)  # ignored pixels
-CORRECT_COLOUR = (1.0, 1.0, 1.0)  # pixels outside of every error region
+CORRECT_COLOUR = (1.0, 1.0, 1.0)  # pixels outside every error region
 NO_EDGE_COLOUR = (0.0, 0.0, 0.0)  # errors of a class that fills the whole image
 PALE = 0.75  # share of white in an error that was not chosen
 

@@ -116,7 +116,7 @@ class Textures:
     def paint(self, labels: Tensor, corners: Tensor, gain: Tensor, shade: Tensor) -> Tensor:
         """Fill every pixel from the texture of its class: labels (B,S,S) → images (B,3,S,S), not clamped.
 
-        corners (B,N,2): where in each texture the scene's upper left pixel lies, from 0 to below `room` (N,2).
+        corners (B,N,2): the position of the scene's upper left pixel in each texture, from 0 to below `room` (N,2).
         gain (B,N,1), shade (B,N,3): a colour c becomes c * gain + shade.
         """
         N, H, W, _ = self.pixels.shape
@@ -227,7 +227,7 @@ class CamVid:
     root: a folder with train, trainannot, val and valannot. An image and its label map share their file stem; a label
         map is a PNG of one channel with 0..10 for the classes below and 11 for void.
     size: height in pixels; the width keeps the frames' proportions.
-    limit: read only so many frames of each split.
+    limit: the most frames to read of each split.
 
     Every file is read and checked here, so that nothing fails later: DataError names the first bad one.
     """

@@ -228,7 +228,7 @@ def train(
             began = time.perf_counter()
             waiting.append(step(*augment(*next(batches))))
             if number == warm_up or number % 10 == 0 or number in evaluations:
-                # Fetched together, as every fetch waits for the device.
+                # Fetched together, because every fetch waits for the device.
                 for values, history in zip(zip(*waiting), (run.cross_entropy, run.contrast)):
                     history += torch.stack(values).tolist()
                 waiting.clear()

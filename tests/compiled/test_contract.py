@@ -1,5 +1,8 @@
-"""Every case of option_cases.py on the code that Triton compiles, held to the contract of docs/numerics.md: values and gradients
-against the reference in float64, no fault in any access, and the same bits whatever the order of blocks and warps."""
+"""Every case of option_cases.py on the code that Triton compiles, with the limits of docs/numerics.md.
+
+Values and gradients are compared with the reference in float64, no access may be a fault, and every order of blocks and
+warps must give the same bits.
+"""
 
 import random
 
