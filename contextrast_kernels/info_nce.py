@@ -267,7 +267,7 @@ def _info_nce_backward(
     toward: str,
     backend: str,
 ) -> Tensor:
-    """The gradient of the rows or the columns. ``toward`` is "rows", "columns", or "both" if the rows are the columns."""
+    """The gradient of the rows or columns: ``toward`` is "rows", "columns", or "both" if the rows are the columns."""
     from contextrast_kernels.kernels import _pairs, info_nce
 
     sets = (row_labels, column_labels, row_negatives, column_negatives, base, column_weights)
