@@ -164,7 +164,7 @@ def class_map(name: str, value, *, shape: tuple | None = None, dims: int = 2) ->
     if value.ndim != dims + 1:
         hint = "; add the batch axis, value[None]" if value.ndim == dims else ""
         if dims == 3 and value.ndim == 3:
-            hint = "; the features, logits or size are those of a volume, so pass a volume here too"
+            hint = "; this is a map, but the features, logits or size are those of a volume"
         raise ValueError(f"{name}: expected {expected} or {channel}, got {describe(value)}{hint}")
     sides(name, value, dims)
     if shape is not None and tuple(value.shape) != tuple(shape):

@@ -9,7 +9,7 @@ NUM_CLASSES = 5
 
 
 class Network(nn.Module):
-    """Four encoder stages of stride 4 to 32, and a classifier that uses all of them: images → logits at a quarter size."""
+    """Four encoder stages of stride 4 to 32, and a classifier on all of them: images → logits at a quarter size."""
 
     def __init__(self, width: int = 16):
         super().__init__()
