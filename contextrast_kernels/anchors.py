@@ -32,7 +32,7 @@ def class_anchors(
         labels: (B, H, W) or (B, 1, H, W) integers of any size, brought to (h, w) by nearest sampling. With features of
             a volume (B, Z, H, W) or (B, 1, Z, H, W): there (B, 1, H, W) is a volume of depth one.
         num_classes: N. A label outside 0..N-1 counts as ignored.
-        ignore_index: the label of pixels that take no part.
+        ignore_index: the label of ignored pixels.
         normalize: embeddings are x / ‖x‖₂ over D; without it, x itself.
 
     Returns:
@@ -40,8 +40,8 @@ def class_anchors(
         counts: (N,) int64, the number of pixels of each class.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type, rank, size or device; the sentence names it.
-        RuntimeError: a backend was asked for that cannot run.
+        TypeError, ValueError: an argument has the wrong type, rank, size or device; the error names it.
+        RuntimeError: the requested backend cannot run.
     """
     checks.feature_map("features", features)
     checks.num_classes(num_classes)
@@ -68,7 +68,7 @@ def class_anchors(
 
 
 def mean_embeddings(embeddings: Embeddings, targets: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
-    """Eq. 1 for targets (B, *size): the class of each pixel, -1 for none."""
+    """The reference of Eq. 1. targets (B, *size) holds the class of each pixel, -1 for none."""
     sums, counts = class_sums(embeddings, targets, num_classes)
     return means(sums, counts), counts
 
@@ -89,7 +89,7 @@ def class_sums(embeddings: Embeddings, targets: Tensor, num_classes: int) -> tup
 
 
 def means(sums: Tensor, counts: Tensor) -> Tensor:
-    """Sums (..., N, D) by counts (..., N); zero for a class without pixels."""
+    """Divide sums (..., N, D) by counts (..., N); a class without pixels gets zero."""
     return sums / counts.clamp(min=1).unsqueeze(-1)
 
 
@@ -97,7 +97,7 @@ def means(sums: Tensor, counts: Tensor) -> Tensor:
 def fuse_anchors(
     anchors: Tensor, counts: Tensor, top_anchors: Tensor, top_counts: Tensor, weight: float = 0.7
 ) -> Tensor:
-    """A lower layer's anchors mixed with the last layer's (below Eq. 1): (1 - weight) * anchors + weight * top_anchors.
+    """Mix a lower layer's anchors with the last layer's (below Eq. 1): (1 - weight) * anchors + weight * top_anchors.
 
     A class without pixels in the last layer keeps its own anchor; a class without pixels in the lower layer has none
     (a zero row).
@@ -111,7 +111,7 @@ def fuse_anchors(
         (N, D) fused anchors.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type, rank, size, range or device; the sentence names it.
+        TypeError, ValueError: an argument has the wrong type, rank, size, range or device; the error names it.
     """
     _check_anchors("anchors", anchors)
     for name, value in (("counts", counts), ("top_anchors", top_anchors), ("top_counts", top_counts)):
@@ -187,7 +187,7 @@ differentiable_once("class_anchors", _class_anchors_backward)
 
 
 def _save_for_backward(ctx, inputs, output):
-    ctx.set_materialize_grads(False)  # else every output that has no gradient gets one of zeros, at its full size
+    ctx.set_materialize_grads(False)  # otherwise torch allocates zero gradients for all outputs
     features, _, _, _, ctx.normalize, ctx.backend, _ = inputs
     _, counts, codes = output
     ctx.save_for_backward(features, counts, codes)

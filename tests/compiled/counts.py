@@ -37,7 +37,7 @@ from .engine import Schedule
 
 WRITTEN = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "counted.md"
 L1_BYTES = 256 * 1024
-"""Of a multiprocessor, shared memory included."""
+"""The L1 cache of a multiprocessor, including shared memory."""
 SECTOR = 32
 
 
