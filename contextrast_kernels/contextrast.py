@@ -258,7 +258,7 @@ def _composed_loss(
     seed: Tensor,
     backend: str,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss composed of its parts, for given hard negatives. The kernels compute the parts if backend is "triton"."""
+    """The loss composed of its parts, for given hard negatives. The kernels compute them where backend is "triton"."""
     # Widened once, so that a half-precision gradient is summed in float32 and rounded once.
     features = [x.to(compute_dtype(x.dtype)) for x in features]
     sizes = [tuple(x.shape[2:]) for x in features]
