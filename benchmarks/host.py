@@ -29,7 +29,7 @@ import contextrast_kernels as ck
 from benchmarks import results
 from contextrast_kernels import bane
 
-AIM = 15
+AIM = 8
 """Multiples of the plain op, forward and backward together."""
 PLAIN = "plain custom_op"
 

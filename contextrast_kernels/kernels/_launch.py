@@ -100,11 +100,17 @@ def launch(kernel, grid: tuple[int, ...], arguments: dict, constants: dict) -> N
         compiled[(*grid, 1, 1)[:3]](*in_order(arguments | constants))
 
 
-@functools.cache
 def _signature(kernel: JITFunction) -> tuple[frozenset[str], Callable[[dict], tuple]]:
     """The integers that a kernel is not compiled anew for, and a function that puts all arguments in order."""
-    unspecialized = frozenset(parameter.name for parameter in kernel.params if parameter.do_not_specialize)
-    return unspecialized, operator.itemgetter(*(parameter.name for parameter in kernel.params))
+    signature = _signatures.get(kernel.fn)
+    if signature is None:
+        unspecialized = frozenset(parameter.name for parameter in kernel.params if parameter.do_not_specialize)
+        in_order = operator.itemgetter(*(parameter.name for parameter in kernel.params))
+        signature = _signatures[kernel.fn] = unspecialized, in_order
+    return signature
+
+
+_signatures: dict[Callable, tuple[frozenset[str], Callable[[dict], tuple]]] = {}
 
 
 def _what_compiling_depends_on(arguments: dict, unspecialized: frozenset[str]) -> list:
@@ -139,6 +145,7 @@ def decode_int(number: int) -> int:
     return (number - 3) >> 1
 
 
+@functools.lru_cache(CACHED)
 def float64_bits(value: float) -> int:
     """A Python float reaches a kernel as float32. Its 64 bits, as an integer, reach it whole: see ``_tiles.real``."""
     return struct.unpack("<q", struct.pack("<d", value))[0]
