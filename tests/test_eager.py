@@ -65,5 +65,5 @@ def test_a_second_derivative_is_refused_by_the_op(rng, ops):
         loss = ck.contextrast_loss(features, labels, predictions, num_classes=3, layer_weights=(1.0, 0.7, 0.5))
         (gradient,) = torch.autograd.grad(loss, features[0], create_graph=True)
     assert ops == ["_contextrast_loss_backward"]
-    with pytest.raises(RuntimeError, match="contextrast_loss: .* double backward"):
+    with pytest.raises(RuntimeError, match=r"contextrast_loss: .* double backward"):
         gradient.sum().backward()
