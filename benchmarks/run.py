@@ -181,10 +181,10 @@ def run_loss(
 
 
 def planned_mb(case: Case) -> float:
-    from contextrast_kernels.kernels.step import training_step
+    from contextrast_kernels.plan import moved, training_step
 
     step = training_step(case.batch, case.sizes, case.channels, case.num_classes, case.dtype, layout=case.layout)
-    return sum(launch.reads + launch.writes for launch in step.launches) / 1e6
+    return sum(sum(moved(launch)) for launch in step.launches) / 1e6
 
 
 def loss_jobs(machine: Machine, case: Case, passes: Sequence[str] = (BOTH,)) -> Iterator[Job]:

@@ -17,7 +17,7 @@ from contextrast_kernels.backend import (
     on_device,
     unchanged_by_autocast,
 )
-from contextrast_kernels.embedding import compute_dtype, pixel_embeddings
+from contextrast_kernels.embedding import Embeddings, compute_dtype, pixel_embeddings
 from contextrast_kernels.loops import one_call_per_sample
 
 
@@ -32,7 +32,7 @@ def class_anchors(
         labels: (B, H, W) or (B, 1, H, W) integers of any size, brought to (h, w) by nearest sampling. With features of
             a volume (B, Z, H, W) or (B, 1, Z, H, W): there (B, 1, H, W) is a volume of depth one.
         num_classes: N. A label outside 0..N-1 counts as ignored.
-        ignore_index: the label of pixels that take no part.
+        ignore_index: the label of ignored pixels.
         normalize: embeddings are x / ‖x‖₂ over D; without it, x itself.
 
     Returns:
@@ -40,8 +40,8 @@ def class_anchors(
         counts: (N,) int64, the number of pixels of each class.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type, rank, size or device; the sentence names it.
-        RuntimeError: a backend was asked for that cannot run.
+        TypeError, ValueError: an argument has the wrong type, rank, size or device; the error names it.
+        RuntimeError: the requested backend cannot run.
     """
     checks.feature_map("features", features)
     checks.num_classes(num_classes)
@@ -63,29 +63,33 @@ def class_anchors(
             maps.volume_sides([features]),
         )
         return anchors, counts
-    return mean_embeddings(features, maps.targets(labels, size, num_classes, ignore_index), num_classes, normalize)
+    targets = maps.targets(labels, size, num_classes, ignore_index)
+    return mean_embeddings(pixel_embeddings(features, targets >= 0, normalize), targets, num_classes)
 
 
-def mean_embeddings(features: Tensor, targets: Tensor, num_classes: int, normalize: bool) -> tuple[Tensor, Tensor]:
-    """Eq. 1 for targets (B, *size): the class of each pixel, -1 for none."""
-    sums, counts = class_sums(features, targets, num_classes, normalize)
+def mean_embeddings(embeddings: Embeddings, targets: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
+    """The reference of Eq. 1. targets (B, *size) holds the class of each pixel, -1 for none."""
+    sums, counts = class_sums(embeddings, targets, num_classes)
     return means(sums, counts), counts
 
 
 @unchanged_by_autocast
-def class_sums(features: Tensor, targets: Tensor, num_classes: int, normalize: bool) -> tuple[Tensor, Tensor]:
+def class_sums(embeddings: Embeddings, targets: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
     """Σ_p v_p (N, D) and the number of pixels (N,) of every class."""
-    valid = targets >= 0
-    embeddings = pixel_embeddings(features, valid, normalize)
-    # Pixels without a class fall into an extra row N, which is cut off.
-    row = torch.where(valid, targets, num_classes).flatten()
-    sums = embeddings.new_zeros(num_classes + 1, embeddings.shape[1]).index_add(0, row, embeddings)[:-1]
+    x, scale, moderate = embeddings
+    target = targets.flatten(1)
+    if moderate and num_classes <= x.shape[1]:
+        is_class = target.unsqueeze(1) == torch.arange(num_classes, device=x.device).unsqueeze(1)  # (B, N, P)
+        return torch.bmm(x, (is_class * scale).mT).sum(0).T, is_class.sum((0, 2))
+    # A product would carry a NaN from one class to all. Pixels without a class fall into an extra row N.
+    row = torch.where(target >= 0, target, num_classes).flatten()
+    sums = x.new_zeros(num_classes + 1, x.shape[1]).index_add(0, row, (x * scale).mT.flatten(0, 1))[:-1]
     counts = row.new_zeros(num_classes + 1).index_add(0, row, torch.ones_like(row))[:-1]
     return sums, counts
 
 
 def means(sums: Tensor, counts: Tensor) -> Tensor:
-    """Sums (..., N, D) by counts (..., N); zero for a class without pixels."""
+    """Divide sums (..., N, D) by counts (..., N); a class without pixels gets zero."""
     return sums / counts.clamp(min=1).unsqueeze(-1)
 
 
@@ -93,7 +97,7 @@ def means(sums: Tensor, counts: Tensor) -> Tensor:
 def fuse_anchors(
     anchors: Tensor, counts: Tensor, top_anchors: Tensor, top_counts: Tensor, weight: float = 0.7
 ) -> Tensor:
-    """A lower layer's anchors mixed with the last layer's (below Eq. 1): (1 - weight) * anchors + weight * top_anchors.
+    """Mix a lower layer's anchors with the last layer's (below Eq. 1): (1 - weight) * anchors + weight * top_anchors.
 
     A class without pixels in the last layer keeps its own anchor; a class without pixels in the lower layer has none
     (a zero row).
@@ -107,7 +111,7 @@ def fuse_anchors(
         (N, D) fused anchors.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type, rank, size, range or device; the sentence names it.
+        TypeError, ValueError: an argument has the wrong type, rank, size, range or device; the error names it.
     """
     _check_anchors("anchors", anchors)
     for name, value in (("counts", counts), ("top_anchors", top_anchors), ("top_counts", top_counts)):
@@ -183,7 +187,7 @@ differentiable_once("class_anchors", _class_anchors_backward)
 
 
 def _save_for_backward(ctx, inputs, output):
-    ctx.set_materialize_grads(False)  # else every output that has no gradient gets one of zeros, at its full size
+    ctx.set_materialize_grads(False)  # otherwise torch allocates zero gradients for all outputs
     features, _, _, _, ctx.normalize, ctx.backend, _ = inputs
     _, counts, codes = output
     ctx.save_for_backward(features, counts, codes)

@@ -8,18 +8,25 @@ i counts the layers from high to low resolution.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from contextrast_kernels import bane, checks, maps, ranks
-from contextrast_kernels.anchors import class_anchors, class_sums, fuse_anchors, means
+from contextrast_kernels.anchors import class_anchors, class_sums, fuse_anchors, mean_embeddings, means
 from contextrast_kernels.backend import choose_kernels, differentiable_once, empty_codes, on_device
 from contextrast_kernels.distance import check_sampling
-from contextrast_kernels.embedding import compute_dtype, unit
+from contextrast_kernels.embedding import compute_dtype, pixel_embeddings, unit
 from contextrast_kernels.hashing import STREAM_BASE, image_hash, seed_tensor
 from contextrast_kernels.loops import one_call_per_sample
-from contextrast_kernels.pixel_anchor import anchor_contrast, pixel_anchor_loss, positive_terms, slope_of_log_sums
+from contextrast_kernels.pixel_anchor import (
+    anchor_contrast,
+    anchor_info_nce,
+    pixel_anchor_loss,
+    positive_terms,
+    slope_of_log_sums,
+)
 
 
 @checks.takes_subclasses
@@ -48,16 +55,16 @@ def contextrast_loss(
     """The pixel-anchor loss of all encoder layers, L_PA = Σ_i λ_i L_i (Eq. 4). Add 0.1 of it to the cross-entropy.
 
     Args:
-        features: projected feature maps (B, D, h_i, w_i), one a layer, from high to low resolution; the same D and
-            dtype in all (float16, bfloat16, float32 or float64), any strides. Of volumes (B, D, z_i, h_i, w_i).
+        features: projected feature maps (B, D, h_i, w_i), one per layer, from high to low resolution, or those of
+            volumes (B, D, z_i, h_i, w_i). All have the same D and dtype (float16, bfloat16, float32 or float64).
         labels: (B, H, W) or (B, 1, H, W) integers, brought to each layer by nearest sampling. A label outside 0..N-1
-            counts as ignored. With features of volumes (B, Z, H, W) or (B, 1, Z, H, W): there (B, 1, H, W) is a
-            volume of depth one.
-        predictions: the network's final logits (B, N, H', W') or their class map (B, H', W'), of any size, or the same
-            of volumes. No gradient.
-        num_classes: N, at least 2. With 2, logits may have one channel, as a binary network's: class 1 where it is
-            positive.
-        ignore_index: the label of pixels that take no part. Where it is one of 0..N-1, that class is left out of the
+            counts as ignored. For volumes (B, Z, H, W) or (B, 1, Z, H, W); (B, 1, H, W) is then a volume of depth
+            one.
+        predictions: the network's final logits (B, N, H', W') or class map (B, H', W'), of any size, or those of
+            volumes. They get no gradient.
+        num_classes: N, at least 2. With 2, logits may have one channel, as those of a binary network: class 1 is
+            predicted where it is positive.
+        ignore_index: the label of ignored pixels. Where it is one of 0..N-1, that class is left out of the
             predictions too.
         layer_weights: λ_i, one for each layer.
         temperature: τ.
@@ -71,8 +78,8 @@ def contextrast_loss(
         detach_anchors: no gradient through the anchors.
         seed: int, or an int64 tensor of one element on the features' device; neither synchronises. The same on all
             ranks of a group.
-        group: a torch.distributed process group, all ranks of which call this together: the loss is then that of the
-            pixels of all ranks (docs/distributed.md). None: of this process alone.
+        group: a torch.distributed process group. All its ranks must call this together, and the loss is that of the
+            pixels of all ranks (docs/distributed.md). None: the loss of this process alone.
 
     Returns:
         A scalar, float32, or float64 for float64 features. Where nothing can be contrasted it is 0 with a live graph
@@ -80,9 +87,9 @@ def contextrast_loss(
         gradients that averaging over the ranks, as DDP does, turns into those of one process.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type, rank, size, range or device; the sentence names it.
-            Where ranks disagree about the kind of loss or features, every rank raises.
-        RuntimeError: a backend was asked for that cannot run, or a group that torch.distributed does not know.
+        TypeError, ValueError: an argument has the wrong type, rank, size, range or device; the error names it.
+            Every rank raises if ranks differ in options or in the kind of features.
+        RuntimeError: the requested backend cannot run, or torch.distributed does not know the group.
     """
     options = Options(
         num_classes=num_classes,
@@ -107,7 +114,7 @@ def contextrast_loss(
 
 @dataclass(frozen=True)
 class Options:
-    """The keywords of ``contextrast_loss``, checked: everything that can be said without a batch."""
+    """The keywords of ``contextrast_loss``, after every check that needs no batch."""
 
     num_classes: int
     ignore_index: int
@@ -140,13 +147,13 @@ class Options:
         check_sampling(self.sampling, 2 if isinstance(self.sampling, Sequence) and len(self.sampling) == 2 else 3)
         if self.base_sampler is not None and (not callable(self.base_sampler) or self.base_rate > 0):
             raise ValueError(
-                f"base_sampler: expected a callable as ck.Sampler, and base_rate 0 beside it, "
-                f"got {checks.describe(self.base_sampler)} and base_rate={self.base_rate}"
+                f"base_sampler: expected a callable, such as a ck.Sampler, together with base_rate=0, "
+                f"got {checks.describe(self.base_sampler)} and base_rate={self.base_rate}; set only one of them"
             )
         if self.base_sampler is not None and self.group is not None:
             raise ValueError(
-                "base_sampler: expected None with a group, whose loss is that of one process, while a sampler counts "
-                f"the pixels of each rank apart, got {checks.describe(self.base_sampler)}; set base_rate instead"
+                "base_sampler: expected None with a group, because a sampler sees only its own rank's pixels, "
+                f"got {checks.describe(self.base_sampler)}; use base_rate instead"
             )
         if self.base_sampler is None and self.base_rate == 0 and (self.negatives == "none" or self.ratio == 0):
             raise ValueError(
@@ -156,10 +163,10 @@ class Options:
 
 
 def check_layers(features, layer_weights: Sequence[float] | None = None) -> None:
-    """The feature maps of all layers: one for each weight, of one dtype and D, from high to low resolution."""
+    """Check the feature maps: one for each weight, of one dtype and D, from high to low resolution."""
     if not isinstance(features, Sequence) or len(features) == 0:
         hint = "pass [x] for one map, list(features.values()) for a dict"
-        if callable(features):  # a tap, or its method, in place of what that returns
+        if callable(features):  # the tap or its method was passed instead of the list that it returns
             hint = "call it, as in tap.features()"
         raise TypeError(
             "features: expected a list of feature maps (B, D, h, w), one a layer, "
@@ -195,7 +202,7 @@ def check_layers(features, layer_weights: Sequence[float] | None = None) -> None
 
 
 def check_inputs(features, labels, predictions, options: Options) -> tuple[Tensor, Tensor]:
-    """The batch; returns labels and predictions with their rank settled."""
+    """Check a batch; return labels and predictions without a channel axis of one."""
     check_layers(features, options.layer_weights)
     first = features[0]
     dims = first.ndim - 2
@@ -210,7 +217,7 @@ def check_inputs(features, labels, predictions, options: Options) -> tuple[Tenso
 def total_loss(
     features: Sequence[Tensor], labels: Tensor, predictions: Tensor, options: Options, seed: int | Tensor
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """L_PA, and what happened in each layer: detached tensors (I,).
+    """L_PA, and a report of detached tensors (I,), one entry per layer.
 
     loss: L_i; classes: |C|; positives: valid pixels; negatives: chosen and base pixels; errors: wrong pixels.
     """
@@ -232,13 +239,13 @@ def total_loss(
     )
     backend = choose_kernels(features, options.num_classes)
     if options.group is not None:
-        _agree(features, options, backend)
+        _agree(options.group, features, options, backend)
     if backend == "triton" and options.base_sampler is None:
         return _fused_loss(features, labels, *bane.negative_codes(*selection), options, seed, backend)
     hard, errors = bane.layer_negatives(*selection)
     if options.group is not None:
-        return _global_loss(features, labels, hard, errors, options, seed)
-    loss, report = _composed_loss(features, labels, predictions.detach(), hard, options, seed)
+        return _global_loss(options.group, features, labels, hard, errors, options, seed)
+    loss, report = _composed_loss(features, labels, predictions.detach(), hard, options, seed, backend)
     return loss, {**report, "errors": errors}
 
 
@@ -249,20 +256,26 @@ def _composed_loss(
     hard: list[Tensor],
     options: Options,
     seed: Tensor,
+    backend: str,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The definition, from the hard negatives on; each part on the backend that it chooses."""
+    """The loss composed of its parts, for given hard negatives. The kernels compute them where backend is "triton"."""
     # Widened once, so that a half-precision gradient is summed in float32 and rounded once.
     features = [x.to(compute_dtype(x.dtype)) for x in features]
     sizes = [tuple(x.shape[2:]) for x in features]
-    N, normalize = options.num_classes, options.normalize
+    N, normalize, temperature = options.num_classes, options.normalize, options.temperature
     targets = [maps.targets(labels, size, N, options.ignore_index) for size in sizes]
-    anchors, counts = zip(
-        *(class_anchors(x, y, N, ignore_index=-1, normalize=normalize) for x, y in zip(features, targets)), strict=True
-    )
+    if backend == "triton":
+        means_of_layers = (
+            class_anchors(x, y, N, ignore_index=-1, normalize=normalize) for x, y in zip(features, targets)
+        )
+    else:
+        embeddings = [pixel_embeddings(x, y >= 0, normalize) for x, y in zip(features, targets)]
+        means_of_layers = (mean_embeddings(v, y, N) for v, y in zip(embeddings, targets))
+    anchors, counts = zip(*means_of_layers)
     fused = _fused_anchors(anchors, counts, options)
 
     losses, drawn = [], []
-    for i, (x, target, a, chosen, size) in enumerate(zip(features, targets, fused, hard, sizes)):
+    for i, (target, a, chosen, size) in enumerate(zip(targets, fused, hard, sizes)):
         base = _base_pixels(target, i, options, seed)
         drawn_here = chosen >= 0
         if options.base_sampler is not None:
@@ -271,18 +284,21 @@ def _composed_loss(
             base = checks.chosen("base_sampler", base, target.shape) & (target >= 0)
         if base is not None:
             drawn_here = drawn_here | base
-        losses.append(
-            pixel_anchor_loss(
-                x,
-                target,
-                a,
-                negatives=chosen,
-                base=base,
-                temperature=options.temperature,
-                ignore_index=-1,
-                normalize=normalize,
+        if backend == "triton":
+            losses.append(
+                pixel_anchor_loss(
+                    features[i],
+                    target,
+                    a,
+                    negatives=chosen,
+                    base=base,
+                    temperature=temperature,
+                    ignore_index=-1,
+                    normalize=normalize,
+                )
             )
-        )
+        else:
+            losses.append(anchor_info_nce(embeddings[i], target, a, chosen, base, temperature))
         drawn.append(drawn_here.sum())
     total = weighted_sum(losses, options.layer_weights)
     report = {
@@ -294,7 +310,9 @@ def _composed_loss(
     return total, report
 
 
-def _fused_anchors(anchors: Sequence[Tensor], counts: Sequence[Tensor], options: Options) -> list[Tensor]:
+def _fused_anchors(
+    anchors: Sequence[Tensor] | Tensor, counts: Sequence[Tensor] | Tensor, options: Options
+) -> list[Tensor]:
     if options.detach_anchors:
         anchors = [a.detach() for a in anchors]
     *lower, (top, top_counts) = zip(anchors, counts, strict=True)
@@ -315,8 +333,8 @@ def _base_pixels(target: Tensor, layer: int, options: Options, seed: int | Tenso
     return (image_hash(seed, STREAM_BASE + layer, target.shape[1:], target.device) < limit) & (target >= 0)
 
 
-def _agree(features: Sequence[Tensor], options: Options, backend: str) -> None:
-    """What all ranks must share for their reductions to meet, and for their losses to be one."""
+def _agree(group: str, features: Sequence[Tensor], options: Options, backend: str) -> None:
+    """Check that all ranks have the same options and kind of features; their reductions depend on them."""
     first = features[0]
     shapes = f"{int(first.shape[1])} channels in {len(features)} layers of {checks.name_of(first.dtype)}"
     flags = f"normalize={options.normalize}; normalize_anchors={options.normalize_anchors}"
@@ -325,11 +343,12 @@ def _agree(features: Sequence[Tensor], options: Options, backend: str) -> None:
     numbers = ("ignore_index", "layer_weights", "temperature", "fusion_weight", "base_rate")
     selection = ("negatives", "ratio", "distance_at", "sampling")
     facts = "; ".join([kind, *(f"{name}={getattr(options, name)!r}" for name in numbers + selection)])
-    # A schedule may change these numbers in every step, but only one side of this limit takes a reduction more.
-    ranks.agree(options.group, f"{kind}; {ranks.close_enough(1 / options.temperature)}", facts)
+    # A schedule may change the temperature in every step, but ranks take one reduction more beyond this limit.
+    ranks.agree(group, f"{kind}; {ranks.close_enough(1 / options.temperature)}", facts)
 
 
 def _global_loss(
+    name: str,
     features: Sequence[Tensor],
     labels: Tensor,
     hard: list[Tensor],
@@ -337,26 +356,27 @@ def _global_loss(
     options: Options,
     seed: int | Tensor,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The definition over the pixels of all ranks: three sums over the ranks forward, one backward.
+    """The reference over the pixels of all ranks: three reductions forward, one backward.
 
     With l_i a rank's share of L_i, so that L_i = Σ_ranks l_i, its gradient by one of the rank's own similarities is
 
         dL/ds = ∂l/∂s + Σ_n G_n ∂Z_n/∂s,    G_n = ∂L/∂Z_n = -Σ_ranks Σ_{p∈P^n} ∂l/∂s_np,    ∂Z_n/∂s = ∂E_n/∂s
 
-    with E_n the rank's Σ exp(s - Z_n) over its negatives, Z_n being a constant there. G comes along with the loss in
-    the third sum, so the way through Z asks for none backward; the way through the anchors asks for one.
+    with E_n the rank's Σ exp(s - Z_n) over its negatives, in which Z_n is a constant. G is reduced together with the
+    loss, so the gradient through Z needs no reduction backward; the gradient through the anchors needs one.
     """
-    name, N, weights = options.group, options.num_classes, options.layer_weights
+    N, weights = options.num_classes, options.layer_weights
     # Widened once, so that a half-precision gradient is summed in float32 and rounded once.
     features = [ranks.DifferentiableOnce.apply(x.to(compute_dtype(x.dtype))) for x in features]
     targets = [maps.targets(labels, x.shape[2:], N, options.ignore_index) for x in features]
+    embeddings = [pixel_embeddings(x, y >= 0, options.normalize) for x, y in zip(features, targets)]
     bases = [_base_pixels(target, i, options, seed) for i, target in enumerate(targets)]
     drawn = [(chosen >= 0 if base is None else (chosen >= 0) | base).sum() for chosen, base in zip(hard, bases)]
 
     # 1. Sums, counts and the numbers of the report, in float64, which holds them exactly.
     sums, counts = map(
         torch.stack,
-        zip(*(class_sums(x, y, N, options.normalize) for x, y in zip(features, targets))),
+        zip(*(class_sums(v, y, N) for v, y in zip(embeddings, targets))),
     )
     numbers = torch.cat([counts.flatten(), torch.stack(drawn), errors.flatten()])
     total = ranks.Total.apply(torch.cat([sums.flatten().double(), numbers.double()]), name)
@@ -368,8 +388,8 @@ def _global_loss(
 
     # 2. Z.
     contrasts = [
-        anchor_contrast(x, y, a, n, chosen, base, options.temperature, options.normalize)
-        for x, y, a, n, chosen, base in zip(features, targets, fused, counts, hard, bases)
+        anchor_contrast(v, y, a, n, chosen, base, options.temperature)
+        for v, y, a, n, chosen, base in zip(embeddings, targets, fused, counts, hard, bases)
     ]
     local = torch.stack([contrast.Z for contrast in contrasts])
     exists = torch.stack([contrast.has_negative for contrast in contrasts])
@@ -394,8 +414,8 @@ def _global_loss(
         "negatives": drawn,
         "errors": errors,
     }
-    # The value is the loss of all ranks, the gradient that of this rank's share times the number of ranks: DDP will
-    # divide it.
+    # The value is the loss of all ranks. The gradient is that of this rank's share times the number of ranks,
+    # because DDP divides by that number.
     return loss + ranks.size(name) * (share - share.detach()), report
 
 
@@ -408,7 +428,7 @@ def _fused_loss(
     seed: Tensor,
     backend: str,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The fused kernels, from the codes of the hard negatives on."""
+    """The loss by the fused kernels, for given codes of the hard negatives."""
     for i, x in enumerate(features if options.group is not None else ()):
         if x.shape[0] * math.prod(x.shape[2:]) > ranks.MOST_PIXELS:
             raise ValueError(
@@ -466,12 +486,12 @@ def _contextrast_loss(
     group: str | None,
     volumes: list[int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The loss, L_i of every layer, the report (3, layers): classes, positives, negatives; and what backward
-    reads: codes y, base pixels or the similarity of hard negatives, â, Z, coefficients, T.
+    """Return the loss, L_i of every layer, the report (3, layers) of classes, positives and negatives, and what the
+    backward pass reads: codes y, base pixels or the similarity of hard negatives, â, Z, coefficients, T.
 
-    With a group, ranks reduce inside of the op, between its phases, and a fourth row of the report has the errors of
-    all ranks. One op with reductions within, not three with reductions between: what passes from phase to phase are
-    sums that are added to in place, and the backward pass, which needs none, stays the same.
+    With a group the ranks reduce inside the op, between its phases, and a fourth row of the report has the errors of
+    all ranks. One op with reductions inside is simpler than three ops with reductions between them: the phases add to
+    the same accumulators in place, and the backward pass, which needs no reduction, does not change.
 
     volumes: z, h, w of each layer in turn, where the features are ``maps.plane_stack`` of volumes and the labels
     (B, Z, H, W).
@@ -496,7 +516,7 @@ def _contextrast_loss(
             group,
             volumes,
         )
-    per_pixel = terms.similarity if terms.base is None else terms.base
+    per_pixel: Any = terms.similarity if terms.base is None else terms.base  # one of the two is a tensor
     saved = (y, per_pixel, terms.table, terms.Z, outcome.coefficients, outcome.pull)
     return outcome.loss, outcome.losses, outcome.report, *saved
 
@@ -547,7 +567,7 @@ differentiable_once("contextrast_loss", _contextrast_loss_backward)
 
 
 def _save_for_backward(ctx, inputs, output):
-    ctx.set_materialize_grads(False)  # else every output that has no gradient gets one of zeros, at its full size
+    ctx.set_materialize_grads(False)  # otherwise torch allocates zero gradients for all outputs
     features = inputs[0]
     ctx.temperature, ctx.normalize, ctx.detach_anchors, ctx.backend = inputs[7], inputs[10], inputs[12], inputs[13]
     ctx.group, ctx.layers = inputs[15], len(features)
@@ -559,7 +579,7 @@ def _backward(ctx, gradient, *_):
     if gradient is None:
         return [None] * ctx.layers, *(None,) * 16
     if ctx.group is not None:
-        gradient = gradient * ranks.size(ctx.group)  # DDP will divide it
+        gradient = gradient * ranks.size(ctx.group)  # DDP divides by the number of ranks
     features, saved = ctx.saved_tensors[: ctx.layers], ctx.saved_tensors[ctx.layers :]
     dx = _contextrast_loss_backward(
         gradient, list(features), *saved, ctx.temperature, ctx.normalize, ctx.detach_anchors, ctx.backend

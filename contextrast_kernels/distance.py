@@ -2,17 +2,18 @@
 
     d(p) = min_{q ∈ S} sqrt(((s_z Δz)² + (s_y Δy)²) + (s_x Δx)²)
 
-S are the zeros of a mask (``distance_transform``), or the edge pixels of p's class (``edge_distance``, Eq. 7): those
-with a neighbour inside the image that is not of that class. The nearest edge pixel of *any* class is always one of p's
-own class: on every monotone staircase from p to another region, the last pixel before it leaves the class is an edge
-pixel of that class, and nearer. So one binary transform serves all classes.
+S are the zeros of a mask (``distance_transform``), or the edge pixels of p's class (``edge_distance``, Eq. 7), which
+have a neighbour inside the image that is not in the class. The nearest edge pixel of *any* class is always one of p's
+own class: on every monotone path from p to another region, the last pixel inside the class is an edge pixel of that
+class and nearer. So one binary transform serves all classes.
 
-Without sampling, squared distances are integers. With it they are float64, and every operation above is rounded. Since
-rounding keeps the order of numbers, the minimum can be taken axis by axis and is still the minimum over all of S.
+Without sampling, squared distances are integers. With it they are float64, and every operation above is rounded.
+Rounding keeps the order of numbers, so the minimum can be taken axis by axis and is still the minimum over all of S.
 """
 
 import math
 import numbers
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -22,15 +23,42 @@ from contextrast_kernels import checks, native
 from contextrast_kernels.backend import choose
 
 NO_EDGE = torch.iinfo(torch.int32).max
-"""Squared distance in int32 where there is nothing to measure to."""
+"""The squared distance, in int32, of pixels in an image without a zero or an edge."""
 
 MAX_VOXELS = 2**31
-"""Most pixels of one image: a pixel's number in its image is an int32."""
+"""The most pixels of an image. The index of a pixel in its image then fits into int32."""
 
 _SMALLEST_SIDE, _LARGEST_SIDE = 1e-100, 1e100
 _UNSIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, *_UNSIGNED)
 _NATIVE = (torch.bool, *_INTEGERS, torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+_Sampling = float | tuple[float, ...] | None
+
+
+@overload
+def distance_transform(
+    mask: Tensor,
+    *,
+    spatial_dims: int = ...,
+    sampling: _Sampling = ...,
+    squared: bool = ...,
+    return_indices: Literal[False] = ...,
+) -> Tensor: ...
+@overload
+def distance_transform(
+    mask: Tensor,
+    *,
+    spatial_dims: int = ...,
+    sampling: _Sampling = ...,
+    squared: bool = ...,
+    return_indices: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def distance_transform(
+    mask: Tensor, *, spatial_dims: int = ..., sampling: _Sampling = ..., squared: bool = ..., return_indices: bool
+) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
 @checks.takes_subclasses
@@ -42,7 +70,7 @@ def distance_transform(
     squared: bool = False,
     return_indices: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Euclidean distance of every nonzero pixel to the nearest zero of its image. Exact, batched; SciPy's meaning.
+    """The exact Euclidean distance of every nonzero pixel to the nearest zero of its image, as in SciPy, but batched.
 
     Args:
         mask: (..., W), (..., H, W) or (..., Z, H, W), of any real dtype; every leading axis is a batch axis. NaN is
@@ -53,13 +81,13 @@ def distance_transform(
         return_indices: return the nearest zero of every pixel too.
 
     Returns:
-        The mask's shape in float32; squared in int32, or in float64 with sampling. 0 on zeros. An image without a zero
-        has inf, or the largest int32. With return_indices a pair: this, and int32 (spatial_dims, *mask.shape), the
-        coordinates of the nearest zero, -1 where there is none. Of zeros equally near it is the first in memory order;
-        in volumes whose sampling has rounded squares it may be another that is as near.
+        Distances of the mask's shape in float32, or squared in int32 (float64 with sampling). Zeros have 0. In an image
+        without a zero all are inf, or the largest int32. With return_indices a pair: the distances, and int32
+        (spatial_dims, *mask.shape), the coordinates of the nearest zero, -1 if there is none. Of several nearest zeros
+        it is the first in memory order; in volumes whose sampling has rounded squares it may be a different one.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type, rank, size or range; the sentence names it.
+        TypeError, ValueError: an argument has the wrong type, rank, size or range; the error names it.
         RuntimeError: the forced backend cannot run.
     """
     checks.tensor("mask", mask, "a mask (..., H, W)")
@@ -86,31 +114,31 @@ def distance_transform(
         seeds = (batched.view(_UNSIGNED[mask.dtype]) if mask.dtype in _UNSIGNED else batched) == 0
         distance_sq, nearest = _transform(seeds, sampling, return_indices)
         distance = _in_pixels(distance_sq, squared, sampling)
-        indices = _coordinates(nearest, seeds.shape[1:]) if return_indices else None
+        indices = _coordinates(nearest, seeds.shape[1:]) if nearest is not None else None
     distance = distance.reshape(mask.shape)
-    return (distance, indices.reshape(spatial_dims, *mask.shape)) if return_indices else distance
+    return (distance, indices.reshape(spatial_dims, *mask.shape)) if indices is not None else distance
 
 
 @checks.takes_subclasses
 def edge_distance(
     classes: Tensor, *, sampling: float | tuple[float, ...] | None = None, squared: bool = False
 ) -> Tensor:
-    """Distance of every pixel to the nearest edge pixel of its own class in its image (Eq. 7). Exact.
+    """The exact distance of every pixel to the nearest edge pixel of its own class in its image (Eq. 7).
 
-    An edge pixel has a neighbour of another value inside the image, of 4 in a map and of 6 in a volume.
+    An edge pixel has a neighbour inside the image with a different value, one of 4 in a map or of 6 in a volume.
 
     Args:
-        classes: (B, H, W), (B, 1, H, W) or (B, Z, H, W) integers, negative = outside of every class; as ``error_map``
-            returns them.
+        classes: (B, H, W), (B, 1, H, W) or (B, Z, H, W) integers, negative = no class, as ``error_map`` returns
+            them.
         sampling: the size of a pixel along each spatial axis, or one number for all. None: 1, in exact integers.
         squared: return squared distances.
 
     Returns:
-        float32 (B, H, W) or (B, Z, H, W); squared in int32, or in float64 with sampling. Edge pixels have 0, pixels
-        outside have -1. A class that fills its whole image has no edge: inf, or the largest int32.
+        float32 (B, H, W) or (B, Z, H, W), or squared in int32 (float64 with sampling). Edge pixels have 0, pixels
+        without a class -1. A class that fills its whole image has no edge: inf, or the largest int32.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type, rank, size or range; the sentence names it.
+        TypeError, ValueError: an argument has the wrong type, rank, size or range; the error names it.
         RuntimeError: the forced backend cannot run.
     """
     expected = "integers (B, H, W) or (B, Z, H, W)"
@@ -174,7 +202,7 @@ def check_sampling(value, spatial_dims: int) -> tuple[float, ...] | None:
 
 
 def _edges(classes: Tensor) -> Tensor:
-    """Pixels with a neighbour inside the image of another value: bool, for any number of axes behind the first."""
+    """Pixels with a neighbour inside the image that has a different value: bool, for any number of spatial axes."""
     edges = torch.zeros_like(classes, dtype=torch.bool)
     for axis in range(1, classes.ndim):
         differ = classes.diff(dim=axis) != 0
@@ -188,7 +216,7 @@ _UNREACHED = 2**30
 
 
 def _transform(seeds: Tensor, sampling: tuple[float, ...] | None, with_nearest: bool) -> tuple[Tensor, Tensor | None]:
-    """Squared distance of every pixel to the nearest seed of its image, and that seed's place in the image's memory.
+    """The squared distance of every pixel to the nearest seed of its image, and that seed's index in the image.
 
     seeds is bool (B, ...). Distances are int64 with NO_EDGE, or float64 with inf, in an image without seeds; places
     are int64 and -1 there. Separable: one axis after the other, from the first.
@@ -216,27 +244,28 @@ def _transform(seeds: Tensor, sampling: tuple[float, ...] | None, with_nearest: 
         largest = 0.0 if sampling is None else sum((sampling[a] * shape[a + 1]) ** 2 for a in range(axes))
         # The margin of the Monge inequality is 2 side² or more, which rounded costs must not hide.
         is_monotone = sampling is None or sampling[axis] ** 2 >= math.ldexp(largest, -50)
-        lines = [x if x is None else x.movedim(axis + 1, -1) for x in (costs, places)]
-        flat = [x if x is None else x.reshape(-1, shape[axis + 1]) for x in lines]
+        lines: list[Any] = [x if x is None else x.movedim(axis + 1, -1) for x in (costs, places)]
+        flat: Any = [x if x is None else x.reshape(-1, shape[axis + 1]) for x in lines]
         flat = (_lower_envelope if is_monotone else _least_of_all)(
-            *flat, lambda steps, a=axis: _apart(steps, sampling, a)
+            flat[0], flat[1], lambda steps, a=axis: _apart(steps, sampling, a)
         )
-        costs, places = (
+        back: list[Any] = [
             x if x is None else x.reshape(line.shape).movedim(-1, axis + 1) for x, line in zip(flat, lines, strict=True)
-        )
+        ]
+        costs, places = back
     if places is not None:
         places = torch.where(costs < none, places, -1)
     return torch.where(costs < none, costs, NO_EDGE if sampling is None else torch.inf), places
 
 
 def _apart(steps: Tensor, sampling: tuple[float, ...] | None, axis: int) -> Tensor:
-    """The squared distance of pixels so many steps apart along an axis."""
+    """The squared distance of pixels that are ``steps`` apart along an axis."""
     lengths = steps if sampling is None else steps.double() * sampling[axis]
     return lengths * lengths
 
 
 def _lower_envelope(costs: Tensor, places: Tensor | None, apart) -> tuple[Tensor, Tensor | None]:
-    """min_u costs(u) + apart(x - u) for every x, along the rows of (R, W); and of equals the least of places(u).
+    """min_u costs(u) + apart(x - u) for every x, along the rows of (R, W), and the least places(u) of all minima u.
 
     The leftmost arg-min u*(x) does not decrease with x, so it is found by divide and conquer: with u* known at every
     2h-th x, the x half-way between two of them need only look between their arg-mins. One level's ranges touch at
@@ -273,7 +302,7 @@ def _lower_envelope(costs: Tensor, places: Tensor | None, apart) -> tuple[Tensor
         count = leftmost[:, answers].shape[1]
         leftmost[:, answers] = _least_by(in_range, torch.where(ties, u, padded), ranges)[:, :count]
         least[:, answers] = best[:, :count]
-        if places is not None:
+        if places is not None and first is not None:
             tied = torch.where(ties, places.gather(1, u), torch.iinfo(torch.int64).max)
             first[:, answers] = _least_by(in_range, tied, ranges)[:, :count]
         h //= 2
@@ -288,13 +317,13 @@ def _least_by(group: Tensor, values: Tensor, groups: int) -> Tensor:
 
 
 def _least_of_all(costs: Tensor, places: Tensor | None, apart) -> tuple[Tensor, Tensor | None]:
-    """``_lower_envelope`` where pixels are so unlike in their sides that rounded costs hide which u is best."""
+    """``_lower_envelope`` by brute force, for pixels so elongated that rounding hides which u is best."""
     x = torch.arange(costs.shape[1], device=costs.device)
     least = torch.full_like(costs, torch.inf)
     first = None if places is None else torch.full_like(places, torch.iinfo(torch.int64).max)
     for u in range(costs.shape[1]):
         candidate = costs[:, u, None] + apart(x - u)
-        if places is not None:
+        if places is not None and first is not None:
             number = places[:, u, None]
             tied = (candidate == least) & (number < first)
             first = torch.where((candidate < least) | tied, number, first)
@@ -303,7 +332,7 @@ def _least_of_all(costs: Tensor, places: Tensor | None, apart) -> tuple[Tensor, 
 
 
 def _coordinates(places: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """int32 (axes, B, ...) of pixels' places in their image; -1 stays -1."""
+    """The coordinates int32 (axes, B, ...) of pixel indices; -1 stays -1."""
     axes, rest = [], places
     for size in reversed(shape):
         axes.append(torch.where(places < 0, -1, rest % max(size, 1)))
@@ -312,7 +341,7 @@ def _coordinates(places: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def _in_pixels(distance_sq: Tensor, squared: bool, sampling: tuple[float, ...] | None) -> Tensor:
-    """Squared distances as they are, or distances as float32, rounded once; NO_EDGE becomes inf and -1 stays -1."""
+    """Squared distances, or their roots in float32, rounded once. A root of NO_EDGE is inf, and -1 stays -1."""
     if squared:
         return distance_sq if sampling is not None else distance_sq.int()
     if sampling is None:

@@ -1,18 +1,19 @@
-"""Rows against columns: the InfoNCE with several positives that ContrastiveSeg, MS/CS, RegionContrast, PNE and
-Contextrast share.
+"""Supervised InfoNCE of rows against columns, with several positives per row.
+
+ContrastiveSeg, MS/CS, RegionContrast, PNE and Contextrast are special cases of it.
 
     s_ij = x_i · z_j / τ,   P_i and N_i: the positives and negatives of row i,   w_j: the weight of column j
-    Z_i  = log Σ_{j∈N_i} w_j exp(s_ij)                          -inf where a row has no negative
+    Z_i  = log Σ_{j∈N_i} w_j exp(s_ij)                          -inf if row i has no negative
 
     each     l_i = 1/w(P_i) Σ_{j∈P_i} w_j softplus(Z_i - s_ij)
     supcon   l_i = 1/w(P_i) Σ_{j∈P_i} w_j (A_i - s_ij)           A_i = log Σ_{j∈P_i∪N_i} w_j exp(s_ij)
     pooled   l_i = softplus(Z_i - Y_i)                           Y_i = log Σ_{j∈P_i} w_j exp(s_ij)
 
-    L = mean of l_i over the rows with a valid label, of which those without a positive have l_i = 0
+    L = mean of l_i over the rows with a valid label; l_i = 0 for a row without a positive
 
-softplus(Z - s) = -log e^s / (e^s + Σ_neg e^{s'}): with "each", the denominator of a positive holds that positive and
-all negatives; with "supcon" (Khosla et al., 2020) it holds the other positives too; "pooled" (PNE) puts the sum of
-all positives over the sum of everything. w(P_i) is the sum of the positives' weights.
+softplus(Z - s) = -log e^s / (e^s + Σ_neg e^{s'}). With "each", the denominator of a positive holds that positive and
+all negatives. With "supcon" (Khosla et al., 2020) it holds the other positives too. "pooled" (PNE) divides the sum
+over all positives by the sum over all positives and negatives. w(P_i) is the sum of the positives' weights.
 """
 
 import torch
@@ -44,46 +45,47 @@ def info_nce(
     column_weights: Tensor | None = None,
     reduction: str = "mean",
 ) -> Tensor:
-    """Supervised InfoNCE of rows against columns, as in Eq. 2; differentiable in both.
+    """Supervised InfoNCE of rows against columns (Eq. 2), differentiable in both.
 
-    A column is a positive of the rows with its label. It is a negative of the rows with another label, unless one of
-    ``row_negatives``, ``column_negatives`` and ``base`` is given: then it is a negative of row i where
-    ``column_negatives[j] == row_negatives[i]`` (either stands for the labels where the other alone is given), or
-    where ``base[j]`` and the labels differ.
+    A column is a positive of the rows with its label. By default it is a negative of the rows with a different label.
+    If ``row_negatives``, ``column_negatives`` or ``base`` is given, column j is a negative of row i only if
+    ``column_negatives[j] == row_negatives[i]``, or if ``base[j]`` is True and the labels differ. If only one of
+    ``row_negatives`` and ``column_negatives`` is given, the labels replace the other one.
 
     Args:
-        rows: (R, D) floating point, used as they are: normalise them before if cosines are meant.
+        rows: (R, D) floating point. They are not normalised here: for cosine similarities pass unit vectors.
         row_labels: (R,) integers.
-        columns, column_labels: (C, D) and (C,), of the rows' dtype. None: the rows against themselves, without the
-            pairs (i, i).
+        columns, column_labels: (C, D) of the rows' dtype, and (C,) integers. None: the rows against themselves,
+            without the pairs (i, i).
         temperature: τ.
-        ignore_index: rows with this label are left out; such columns are neither positive nor negative. In
+        ignore_index: rows with this label are left out; columns with it are neither positive nor negative. In
             ``row_negatives`` and ``column_negatives`` it matches nothing.
-        positives: "each", "supcon" or "pooled"; the equations are above, in the module's docstring.
+        positives: the form of the loss, "each", "supcon" or "pooled". The module's docstring has the equations.
         row_negatives, column_negatives: (R,) and (C,) integers. Contextrast's strict BANE is ``column_negatives`` = the
             class that each pixel is a hard negative of.
         base: (C,) bool.
-        column_weights: (C,) floating point, at least 0: column j counts as so many columns. A constant: no gradient
-            passes to it. None: 1.
-        reduction: "mean", or "none" for l_i.
+        column_weights: (C,) floating point of at least 0, the number of times that column j counts. They get no
+            gradient. None: 1 for all.
+        reduction: "mean", or "none" for the vector of l_i.
 
     Returns:
-        A scalar, or (R,) without reduction, where ignored rows have 0; float32, or float64 for float64 rows. A row
-        without a positive adds 0 and stays in the mean, and so does a row without a negative, but for "supcon".
-        Without a valid row the loss is 0, with a live graph. NaN or inf in a valid row gives it NaN, in a valid column
-        every valid row, as does a valid column's weight that is negative, infinite or NaN.
+        A scalar, or (R,) without reduction, with 0 for ignored rows; float32, or float64 for float64 rows. A row
+        without a positive adds 0 and stays in the mean. So does a row without a negative, except with "supcon".
+        Without a valid row the loss is 0 with a live graph. NaN or inf in a valid row makes l_i of this row NaN. NaN or
+        inf in a valid column, or a weight of one that is negative, infinite or NaN, makes all valid rows NaN.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type, rank, size, range or device; the sentence names it.
-        RuntimeError: a backend was asked for that cannot run.
+        TypeError, ValueError: an argument has the wrong type, rank, size, range or device; the error names it.
+        RuntimeError: the requested backend cannot run.
     """
     row_labels = check_rows("rows", rows, "row_labels", row_labels)
     itself = columns is None
-    if itself and column_labels is not None:
-        raise ValueError("column_labels: expected None without columns; give both or neither")
-    if not itself:
+    if columns is None:
+        if column_labels is not None:
+            raise ValueError("column_labels: expected None without columns, got labels; pass both or neither")
+    else:
         if column_labels is None:
-            raise ValueError("column_labels: expected labels (C,) of the columns, got None; give both or neither")
+            raise ValueError("column_labels: expected labels (C,) of the columns, got None; pass both or neither")
         column_labels = check_rows("columns", columns, "column_labels", column_labels)
         checks.together("rows", rows, "columns", columns, batch=False)
         if columns.shape[1] != rows.shape[1] or columns.dtype != rows.dtype:
@@ -95,7 +97,7 @@ def info_nce(
     checks.ignore_index(ignore_index)
     checks.choice("positives", positives, POSITIVES)
     checks.choice("reduction", reduction, REDUCTIONS)
-    against = ("rows", rows) if itself else ("columns", columns)
+    against = ("rows", rows) if columns is None else ("columns", columns)
     if row_negatives is not None:
         row_negatives = _check_integers("row_negatives", row_negatives, "rows", rows)
     if column_negatives is not None:
@@ -115,16 +117,16 @@ def info_nce(
     if rows.shape[1] > MOST_CHANNELS:
         unfit = f"its kernels take at most {MOST_CHANNELS} channels, got {rows.shape[1]}"
     backend = choose(rows, ("triton",), unfit)
-    # Without a pair to look at there is nothing to launch.
+    # Without a pair there is nothing to launch.
     if backend == "triton" and rows.numel() > 0 and against[1].numel() > 0:
         return _info_nce(rows, row_labels, columns, column_labels, *sets, *options, backend)[0]
-    if itself:
+    if columns is None or column_labels is None:
         columns, column_labels = rows, row_labels
-    return _definition(rows, row_labels, columns, column_labels, *sets, itself, *options)
+    return _reference(rows, row_labels, columns, column_labels, *sets, itself, *options)
 
 
 @unchanged_by_autocast
-def _definition(
+def _reference(
     rows: Tensor,
     row_labels: Tensor,
     columns: Tensor,
@@ -159,7 +161,7 @@ def _definition(
         against = ~same
     else:
         against = torch.zeros_like(same)
-        if row_negatives is not None:
+        if row_negatives is not None and column_negatives is not None:
             code, named = row_negatives.long().unsqueeze(1), column_negatives.long()
             against = (code == named) & (named != ignore_index)
         if base is not None:
@@ -168,7 +170,7 @@ def _definition(
     has_positive, has_negative = is_positive.any(1), is_negative.any(1)
 
     def log_sum(chosen: Tensor) -> Tensor:
-        # A row of nothing but -inf has no derivative: such rows are set aside before and after the sum.
+        # logsumexp has no derivative where all terms are -inf, so such rows are replaced before and after it.
         terms = torch.where(chosen, similarity + w.log(), -torch.inf)
         return torch.where(chosen.any(1, keepdim=True), terms, 0.0).logsumexp(1, keepdim=True)
 
@@ -182,13 +184,13 @@ def _definition(
         else:
             term = torch.where(is_positive, w * (log_sum(is_positive | is_negative) - similarity), 0.0)
         of_row = term.sum(1) / torch.where(has_positive, (w * is_positive).sum(1), 1.0)
-    # 0 · x and 0 · z carry a NaN or inf of a row or column that is in no term.
+    # 0 · x and 0 · z propagate a NaN or inf of a row or column that is in no term.
     of_row = torch.where(valid_row, of_row + (0.0 * x).sum(1) + (0.0 * z).sum() + (0.0 * w).sum(), 0.0)
     return of_row if reduction == "none" else of_row.sum() / valid_row.sum().clamp(min=1)
 
 
 def check_rows(name: str, rows: Tensor, labels_name: str, labels: Tensor) -> Tensor:
-    """A matrix (R, D), and an integer label for each of its rows; returns the labels in a signed type."""
+    """Check a matrix (R, D) and an integer label for each of its rows; return the labels in a signed type."""
     checks.tensor(name, rows, "a floating-point matrix (R, D)")
     if not checks.is_floating(rows.dtype):
         raise TypeError(f"{name}: expected a floating-point matrix, got {checks.describe(rows)}")
@@ -203,7 +205,7 @@ def _check_integers(name: str, value: Tensor, of: str, rows: Tensor) -> Tensor:
 
 
 def _check_vector(name: str, value: Tensor, kind: str, fits, of: str, rows: Tensor, remedy: str = "") -> None:
-    """One number of some dtypes for each row of a matrix."""
+    """Check a vector with one number for each row of a matrix."""
     checks.tensor(name, value, f"{kind}, one for each of {of}")
     if not fits(value.dtype):
         raise TypeError(f"{name}: expected {kind}, got {checks.describe(value)}{remedy}")
@@ -230,11 +232,11 @@ def _info_nce(
     reduction: str,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss; and what backward reads: the number of valid rows (nothing without a mean) and (4, R) numbers."""
-    from contextrast_kernels.kernels import info_nce
+    """Return the loss, the number of valid rows (empty without a mean) and (4, R) numbers for the backward pass."""
+    from contextrast_kernels.kernels import _pairs, info_nce
 
     sets = (row_labels, column_labels, row_negatives, column_negatives, base, column_weights)
-    pairs = info_nce.pairs(*sets, temperature, ignore_index, positives)
+    pairs = _pairs.pairs(*sets, temperature, ignore_index, positives)
     with on_device(rows):
         return info_nce.forward(rows, rows if columns is None else columns, pairs, reduction == "mean")
 
@@ -265,11 +267,11 @@ def _info_nce_backward(
     toward: str,
     backend: str,
 ) -> Tensor:
-    """dL/d of the rows, of the columns, or of rows that are their own columns: ``toward`` "rows", "columns", "both"."""
-    from contextrast_kernels.kernels import info_nce
+    """The gradient of the rows or columns: ``toward`` is "rows", "columns", or "both" if the rows are the columns."""
+    from contextrast_kernels.kernels import _pairs, info_nce
 
     sets = (row_labels, column_labels, row_negatives, column_negatives, base, column_weights)
-    pairs = info_nce.pairs(*sets, temperature, ignore_index, positives)
+    pairs = _pairs.pairs(*sets, temperature, ignore_index, positives)
     with on_device(rows):
         return info_nce.backward(gradient, rows, rows if columns is None else columns, pairs, count, kept, toward)
 

@@ -1,9 +1,10 @@
-"""Label and prediction maps: brought to a layer's size, with everything that is no class turned into -1.
+"""Sample label and prediction maps to a layer's size; values that are not a class become -1.
 
 A map has two spatial axes (h, w) or, as a volume, three (z, h, w). A size has one number for each.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch.nn.functional import interpolate
 
 
 def to_size(values: Tensor, *size: int) -> Tensor:
-    """Nearest sampling of the last axes of ``values`` to ``size``: index i of m takes source (i * n) // m of n.
+    """Sample the last axes of ``values`` to ``size``: index i of m takes source index (i * n) // m of n.
 
     Exact integer arithmetic, unlike ``interpolate(mode="nearest")``, whose float32 scale is off by a row at some sizes.
     """
@@ -19,15 +20,15 @@ def to_size(values: Tensor, *size: int) -> Tensor:
     if source == size:
         return values
     index = [torch.arange(n, device=values.device) * of // max(n, 1) for n, of in zip(size, source)]
-    broadcast = [i.view(-1, *(1,) * (len(size) - 1 - axis)) for axis, i in enumerate(index)]
+    broadcast: list[Any] = [i.view(-1, *(1,) * (len(size) - 1 - axis)) for axis, i in enumerate(index)]
     return values[(..., *broadcast)]
 
 
 def targets(labels: Tensor, size: tuple[int, ...], num_classes: int | None, ignore_index: int) -> Tensor:
-    """Labels at a layer's size: int64 (B, *size), the class, or -1 where the pixel takes no part.
+    """Labels at a layer's size: int64 (B, *size), the class of each pixel, or -1 for an ignored pixel.
 
-    A label outside 0..N-1 counts as ignored. Labels are widened before any comparison, so that ``ignore_index=-100``
-    never meets a uint8 156.
+    A label outside 0..N-1 counts as ignored. Labels become int64 before any comparison, so that a uint8 label 156 is
+    not taken for ``ignore_index=-100``.
     """
     classes = to_size(labels, *size).long()
     valid = (classes >= 0) & (classes != ignore_index)
@@ -39,8 +40,8 @@ def targets(labels: Tensor, size: tuple[int, ...], num_classes: int | None, igno
 def predicted_classes(predictions: Tensor, size: tuple[int, ...], ignore_index: int) -> Tensor:
     """Class map or logits at a size: int64 (B, *size). Ties of the argmax go to the lowest class.
 
-    Where ``ignore_index`` is predicted, the class is -1. Logits are sampled first, so that only the pixels which are
-    needed are compared.
+    Where ``ignore_index`` is predicted, the class is -1. Logits are sampled first, so the argmax is taken only at the
+    sampled pixels.
     """
     sampled = to_size(predictions, *size)
     classes = sampled.argmax(1) if predictions.is_floating_point() else sampled.long()
@@ -49,7 +50,7 @@ def predicted_classes(predictions: Tensor, size: tuple[int, ...], ignore_index: 
 
 def resized(logits: Tensor, size: tuple[int, ...]) -> Tensor:
     """Logits at a size, interpolated linearly along each axis (align_corners=False)."""
-    if len(size) == 3 and logits.shape[2] == size[0] == 1:  # the bits of a map
+    if len(size) == 3 and logits.shape[2] == size[0] == 1:  # a volume of depth one gives the same bits as a map
         return resized(logits.squeeze(2), size[1:]).unsqueeze(2)
     return interpolate(logits, size, mode="bilinear" if len(size) == 2 else "trilinear", align_corners=False)
 
@@ -61,20 +62,17 @@ def resized_classes(predictions: Tensor, size: tuple[int, ...], ignore_index: in
     """``predicted_classes`` for scoring: logits are resized bilinearly (of volumes trilinearly,
     align_corners=False) before the argmax.
 
-    A few classes are resized at a time, so that the logits are never held at the larger size.
+    A few classes are resized at a time, so that the logits of all classes never exist at the larger size.
     """
     same_size = predictions.shape[2:] == size
     if not predictions.is_floating_point() or same_size or 0 in size:
         return predicted_classes(predictions, size, ignore_index)
     dtype = torch.promote_types(predictions.dtype, torch.float32)
-    largest = classes = None
-    for first, logits in enumerate(predictions.split(_CLASSES_AT_ONCE, 1)):
-        logits = resized(logits.to(dtype), size)
-        value, place = logits.max(1)
-        place = place + first * _CLASSES_AT_ONCE
-        if first == 0:
-            largest, classes = value, place
-            continue
+    first, *others = predictions.split(_CLASSES_AT_ONCE, 1)
+    largest, classes = resized(first.to(dtype), size).max(1)
+    for i, logits in enumerate(others, 1):
+        value, place = resized(logits.to(dtype), size).max(1)
+        place = place + i * _CLASSES_AT_ONCE
         larger = (value > largest) | (value.isnan() & ~largest.isnan())  # NaN counts as the largest, as in argmax
         largest, classes = torch.where(larger, value, largest), torch.where(larger, place, classes)
     return torch.where(classes == ignore_index, -1, classes)

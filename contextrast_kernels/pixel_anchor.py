@@ -1,14 +1,14 @@
 """The pixel-anchor loss of one layer (Eqs. 3-4).
 
     s_np = a^n · v_p / τ                              similarity of anchor n and pixel p
-    Z_n  = log Σ_{p negative of n} exp(s_np)           -inf where a class has no negative
+    Z_n  = log Σ_{p negative of n} exp(s_np)           -inf if class n has no negative
     L    = 1/|C| Σ_{n∈C} 1/|P^n| Σ_{p∈P^n} softplus(Z_n - s_np)
 
-P^n are the pixels labelled n and C the classes that have any. softplus(Z - s) = -log e^s / (e^s + Σ_neg e^{s'}) is
-InfoNCE with one positive and all negatives in the denominator, the other positives left out.
+P^n are the pixels with label n, and C the classes with at least one pixel. softplus(Z - s) = -log e^s / (e^s + Σ_neg
+e^{s'}) is InfoNCE whose denominator holds one positive and all negatives, but not the other positives.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from contextrast_kernels.backend import (
     on_device,
     unchanged_by_autocast,
 )
-from contextrast_kernels.embedding import compute_dtype, pixel_embeddings
+from contextrast_kernels.embedding import Embeddings, compute_dtype, pixel_embeddings
 from contextrast_kernels.loops import one_call_per_sample
 
 
@@ -41,13 +41,13 @@ def pixel_anchor_loss(
     """InfoNCE between class anchors and the pixels of one layer (Eqs. 3-4).
 
     The negatives of anchor n are the pixels with ``negatives == n`` and the pixels of ``base`` whose label is not n,
-    each once. With neither map given, every pixel of another class is a negative.
+    each once. If neither map is given, every pixel of a different class is a negative.
 
     Args:
         features: (B, D, h, w), or (B, D, z, h, w) of a volume; float16, bfloat16, float32 or float64, any strides.
         labels: (B, H, W) or (B, 1, H, W) integers, brought to (h, w) by nearest sampling; with features of a volume
-            (B, Z, H, W) or (B, 1, Z, H, W). Pixels with a label outside 0..N-1 or equal to ``ignore_index`` take no
-            part, also when ``negatives`` or ``base`` names them.
+            (B, Z, H, W) or (B, 1, Z, H, W). Pixels with a label outside 0..N-1 or equal to ``ignore_index`` are
+            ignored, even if they are in ``negatives`` or ``base``.
         anchors: (N, D), as ``class_anchors`` or ``fuse_anchors`` returns them; differentiable.
         negatives: (B, h, w) or (B, z, h, w) integers: the class each pixel is a negative of, or any value outside
             0..N-1 for none.
@@ -60,8 +60,8 @@ def pixel_anchor_loss(
         inf at a valid pixel gives NaN.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type, rank, size, range or device; the sentence names it.
-        RuntimeError: a backend was asked for that cannot run.
+        TypeError, ValueError: an argument has the wrong type, rank, size, range or device; the error names it.
+        RuntimeError: the requested backend cannot run.
     """
     checks.feature_map("features", features)
     checks.ignore_index(ignore_index)
@@ -109,81 +109,85 @@ def pixel_anchor_loss(
     if negatives is None and base is None:
         base = torch.ones(layer, dtype=torch.bool, device=features.device)
     targets = maps.targets(labels, tuple(size), anchors.shape[0], ignore_index)
-    return anchor_info_nce(features, targets, anchors, negatives, base, temperature, normalize)
+    embeddings = pixel_embeddings(features, targets >= 0, normalize)
+    return anchor_info_nce(embeddings, targets, anchors, negatives, base, temperature)
 
 
 def anchor_info_nce(
-    features: Tensor,
+    embeddings: Embeddings,
     targets: Tensor,
     anchors: Tensor,
     negatives: Tensor | None,
     base: Tensor | None,
     temperature: float,
-    normalize: bool,
 ) -> Tensor:
-    """Eqs. 3-4 for targets (B, *size): the class of each pixel, -1 for none."""
-    classes = torch.arange(anchors.shape[0], device=features.device)
+    """The reference of Eqs. 3-4. targets (B, *size) holds the class of each pixel, -1 for none."""
     label = targets.flatten().clamp(min=0)
-    counts = torch.zeros_like(classes).index_add(0, label, (targets >= 0).flatten().long())
-    contrast = anchor_contrast(features, targets, anchors, counts, negatives, base, temperature, normalize)
+    counts = label.new_zeros(anchors.shape[0]).index_add(0, label, (targets >= 0).flatten().long())
+    contrast = anchor_contrast(embeddings, targets, anchors, counts, negatives, base, temperature)
     return positive_terms(contrast, contrast.Z, contrast.has_negative, counts).sum()
 
 
 class Contrast(NamedTuple):
-    """One layer's pixels against the anchors: P pixels, N classes."""
+    """Similarities of one layer's P pixels to the N anchors."""
 
     valid: Tensor
-    """(P,) whether a pixel takes part."""
+    """(P,) bool, False for an ignored pixel."""
     label: Tensor
-    """(P,) its class; 0 where it takes no part."""
+    """(P,) its class; 0 for an ignored pixel."""
     own: Tensor
-    """(P,) s to the anchor of its class."""
+    """(P,) similarity to the anchor of its class."""
     Z: Tensor
-    """(N,) where there is a negative."""
+    """(N,) log-sum-exp of the negatives; valid where ``has_negative``."""
     has_negative: Tensor
     """(N,) bool."""
 
 
 @unchanged_by_autocast
 def anchor_contrast(
-    features: Tensor,
+    embeddings: Embeddings,
     targets: Tensor,
     anchors: Tensor,
     counts: Tensor,
     negatives: Tensor | None,
     base: Tensor | None,
     temperature: float,
-    normalize: bool,
 ) -> Contrast:
-    """Similarities and Z_n of these pixels; ``counts`` says which classes are anywhere."""
-    valid = targets >= 0
-    embeddings = pixel_embeddings(features, valid, normalize)
-    classes = torch.arange(anchors.shape[0], device=features.device)
-    valid, label = valid.flatten(), targets.flatten().clamp(min=0)
+    """Similarities and Z_n of these pixels. ``counts`` are those of the whole batch, on all ranks."""
+    x, scale, moderate = embeddings
+    target = targets.flatten(1)  # (B, P)
+    valid, label = target >= 0, target.clamp(min=0)
+    classes = torch.arange(anchors.shape[0], device=x.device)
 
     # The anchor of a class without pixels is in no term; a NaN there must not leak into the others' gradients.
-    anchors = torch.where((counts > 0).unsqueeze(1), anchors.to(embeddings.dtype), 0.0)
-    similarity = embeddings @ anchors.T / temperature  # (P, N)
-    own = similarity.gather(1, label.unsqueeze(1)).squeeze(1)
+    anchors = torch.where((counts > 0).unsqueeze(1), anchors.to(x.dtype), 0.0)
+    similarity = torch.bmm(anchors.expand(x.shape[0], -1, -1), x) * (scale / temperature)  # (B, N, P)
+    own = similarity.gather(1, label.unsqueeze(1))
 
-    is_negative = torch.zeros_like(similarity, dtype=torch.bool)
+    # Without base pixels few pixels are negatives. Where values may be read, only these are looked at.
+    looked_at = valid & (negatives.flatten(1) >= 0) if moderate and negatives is not None and base is None else None
+
+    def pixels(values: Tensor) -> Tensor:
+        return values.flatten(0, 1) if looked_at is None else values[looked_at]
+
+    is_negative = torch.zeros_like(classes, dtype=torch.bool)
     if negatives is not None:
-        is_negative = is_negative | (negatives.flatten().unsqueeze(1) == classes)
+        is_negative = is_negative | (pixels(negatives.flatten(1)).unsqueeze(1) == classes)
     if base is not None:
-        is_negative = is_negative | (base.flatten().unsqueeze(1) & (label.unsqueeze(1) != classes))
-    is_negative = is_negative & valid.unsqueeze(1)
+        is_negative = is_negative | (pixels(base.flatten(1)).unsqueeze(1) & (pixels(label).unsqueeze(1) != classes))
+    is_negative = is_negative & pixels(valid).unsqueeze(1)  # (pixels, N)
     has_negative = is_negative.any(0)
-    # A column of nothing but -inf has no derivative: classes without negatives are set aside before and after the sum.
-    z = torch.where(is_negative, similarity, -torch.inf)
-    z = torch.where(has_negative, z, 0.0).logsumexp(0)
-    return Contrast(valid, label, own, z, has_negative)
+    # logsumexp has no derivative where all terms are -inf: classes without negatives are replaced before and after it.
+    z = torch.where(is_negative, pixels(similarity.mT), -torch.inf)
+    z = torch.where(has_negative, torch.where(has_negative, z, 0.0).logsumexp(0), 0.0)
+    return Contrast(valid.flatten(), label.flatten(), own.flatten(), z, has_negative)
 
 
 def positive_terms(contrast: Contrast, Z: Tensor, has_negative: Tensor, counts: Tensor) -> Tensor:
-    """Each pixel's share (P,) of the loss, for the Z and counts of all pixels that the loss is about."""
+    """Each pixel's term (P,) of the loss, for Z and counts of the whole batch, on all ranks."""
     label, own = contrast.label, contrast.own
-    # -log σ(s - Z) = softplus(Z - s), stable on both sides. 0 · s carries a NaN or inf of a pixel whose class has no
-    # negative.
+    # -log σ(s - Z) = softplus(Z - s), numerically stable for both signs. 0 · s propagates a NaN or inf of a pixel whose
+    # class has no negative.
     term = torch.where(has_negative[label], -F.logsigmoid(own - Z[label]), 0.0) + 0.0 * own
     return _positive_weight(contrast, counts) * term
 
@@ -212,15 +216,15 @@ def _pixel_anchor_loss(
     backend: str,
     volume: list[int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The loss and dL/danchors, which the forward pass yields together; and what backward reads: codes y and e, base
-    pixels or the similarity of hard negatives, â, Z, coefficients. volume: as in ``class_anchors``."""
+    """Return the loss, dL/danchors, and what the backward pass reads: codes y and e, base pixels or the similarity of
+    hard negatives, â, Z, coefficients. volume: as in ``class_anchors``."""
     from contextrast_kernels.kernels import pixel_anchor
 
     with on_device(features):
         loss, pull, y, terms = pixel_anchor.forward(
             features, labels, anchors, negatives, base, temperature, ignore_index, normalize, volume
         )
-    per_pixel = terms.similarity if terms.base is None else terms.base
+    per_pixel: Any = terms.similarity if terms.base is None else terms.base  # one of the two is a tensor
     return loss, pull, y, terms.e, per_pixel, terms.table, terms.Z, terms.coefficients
 
 
@@ -264,7 +268,7 @@ differentiable_once("pixel_anchor_loss", _pixel_anchor_loss_backward)
 
 
 def _save_for_backward(ctx, inputs, output):
-    ctx.set_materialize_grads(False)  # else every output that has no gradient gets one of zeros, at its full size
+    ctx.set_materialize_grads(False)  # otherwise torch allocates zero gradients for all outputs
     features, _, anchors, _, _, ctx.temperature, _, ctx.normalize, ctx.backend, _ = inputs
     ctx.save_for_backward(features, *output[1:])
     ctx.mark_non_differentiable(*output[1:])

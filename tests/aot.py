@@ -30,8 +30,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from contextrast_kernels.kernels import _launch, anchors, contextrast, info_nce, pixel_anchor
+from contextrast_kernels.kernels import _launch, anchors, contextrast, pixel_anchor
 from contextrast_kernels.native import code_dtype
+from contextrast_kernels.plan import info_nce_launches
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 POINTERS = {
@@ -164,7 +165,7 @@ def launches(case: Case) -> list[_launch.Launch]:
 def all_launches(case: Case) -> list[_launch.Launch]:
     if case.op == "info_nce":
         R, C = ROWS_AND_COLUMNS[case.sizes]
-        return info_nce.plan(R, C, case.D, getattr(torch, case.dtype), case.negatives)
+        return info_nce_launches(R, C, case.D, getattr(torch, case.dtype), case.negatives)
     batch, sizes = SIZES[case.sizes]
     features = [feature_map(case, i, batch, h, w) for i, (h, w) in enumerate(sizes)]
     x, (h, w) = features[0], sizes[0]

@@ -1,4 +1,4 @@
-"""One list of inputs with options for every floor of proof: the interpreter, the compiled code on a CPU, and a GPU.
+"""One list of inputs with options for the interpreter, the compiled code on a CPU, and a GPU.
 
 OPTIONS has every keyword of every op with Triton kernels, and the values that it is tried with; test_option_cases.py
 compares it with the public signatures. QUICK names a few cases by hand, in which each value of each option occurs;
@@ -149,7 +149,7 @@ QUICK = [
     _case("info_nce", "float32", base="given", column_negatives="given", temperature=0.5, sizes="long row",
           layout="slices", values="inf"),
 ]  # fmt: skip
-"""In which each value of each option occurs."""
+"""Cases in which each value of each option occurs."""
 
 
 # --------------------------------------------------------------------------------------------------------------- sweep

@@ -1,4 +1,4 @@
-"""The backend context: whom it holds for, and what torch.compile makes of it."""
+"""The backend context: threads, asyncio tasks and torch.compile."""
 
 import asyncio
 import sys
@@ -137,7 +137,7 @@ def without_native(monkeypatch):
     _warn_once.cache_clear()
 
 
-def test_the_first_use_says_once_that_the_native_library_is_missing(without_native):
+def test_a_missing_native_library_warns_once(without_native):
     with pytest.warns(RuntimeWarning, match=r"native backend cannot run.*slower.*native library is not built") as told:
         for _ in range(3):
             ck.edge_distance(MAP)
@@ -156,7 +156,7 @@ def test_asking_for_the_reference_silences_the_warning(without_native, monkeypat
 # -------------------------------------------------------------------------------------------------------------- MPS
 
 
-def test_mps_tensors_are_refused_in_a_sentence():
+def test_mps_tensors_raise_a_clear_error():
     """Fake tensors stand for those of an Apple GPU."""
     from torch._subclasses import FakeTensorMode
 

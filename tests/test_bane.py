@@ -105,7 +105,7 @@ def test_any_pair_of_integer_dtypes(map_backend, rng, label_dtype, prediction_dt
         assert errors.tolist() == expected.tolist()
 
 
-def test_ignore_minus_100_never_meets_a_uint8_156(map_backend):
+def test_uint8_156_is_not_taken_for_ignore_index_minus_100(map_backend):
     labels = torch.full((1, 1, 2), 156, dtype=torch.uint8)
     predictions = torch.tensor([[[155, 156]]], dtype=torch.uint8)
     assert ck.error_map(predictions, labels, num_classes=200, ignore_index=-100).tolist() == [[[155, -1]]]
@@ -205,7 +205,7 @@ def test_edge_distance_of_every_small_map(map_backend, shape, symbols):
         elements=st.integers(-2, 2),
     )
 )
-def test_edge_distance_of_whatever_hypothesis_finds(classes):
+def test_edge_distance_of_random_maps(classes):
     expected = literal.edge_distance_sq(classes)
     for backend in ("reference", "native"):
         if ck.available()[backend] == "ok":
@@ -241,7 +241,7 @@ def test_edge_distance_of_unusual_values_and_dtypes(map_backend, rng):
     assert ck.edge_distance(inside, squared=True).tolist() == literal.edge_distance_sq(small + 1).tolist()
 
 
-def test_distances_turn_and_mirror_with_the_map(map_backend, rng):
+def test_distances_are_equivariant_to_rotations_and_flips(map_backend, rng):
     classes = torch.from_numpy(np.stack(list(families(rng, 17, 20).values())))
     squared = ck.edge_distance(classes, squared=True)
     assert torch.equal(ck.edge_distance(classes.mT, squared=True), squared.mT)
@@ -575,7 +575,7 @@ def test_an_empty_batch_is_empty_everywhere(map_backend, function):
     assert calls[function]().shape == (0, 5, 7)
 
 
-def test_inputs_are_left_alone_and_two_runs_agree(map_backend, rng):
+def test_inputs_are_not_modified_and_two_runs_agree(map_backend, rng):
     labels, predictions = scene(rng)
     before = labels.clone(), predictions.clone()
     first = ck.bane_negatives(predictions, labels, num_classes=4, size=(8, 9))

@@ -269,7 +269,7 @@ def dispatched_ops(function, **sizes):
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_the_host_never_waits_and_the_number_of_ops_does_not_grow(name):
+def test_no_synchronisation_and_a_constant_number_of_ops(name):
     """Forward and backward. More images or classes: not one op more. 64 times the pixels: well below twice, for the
     levels of a divide and conquer along one side, where a loop over rows would be eight times.
     """
@@ -282,7 +282,7 @@ def test_the_host_never_waits_and_the_number_of_ops_does_not_grow(name):
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_the_module_never_waits(training):
+def test_the_module_does_not_synchronise(training):
     x = inputs()
     criterion = ck.ContextrastLoss(4).train(training)
     with Dispatched():
@@ -292,6 +292,6 @@ def test_the_module_never_waits(training):
 @pytest.mark.parametrize(
     "use", [torch.nonzero, lambda t: t.sum().item(), lambda t: t[t > 0], lambda t: bool((t > 0).any())]
 )
-def test_the_detector_detects(use):
+def test_the_detector_finds_a_synchronisation(use):
     with pytest.raises(AssertionError, match="wait"), Dispatched():
         use(torch.arange(4))

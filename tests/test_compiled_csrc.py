@@ -155,7 +155,7 @@ def test_the_longest_lines_of_volumes_fit(gpu, sampling):
         assert_same(gpu, (str(shape), "nearest_zero", (mask, True, sampling)), SCHEDULES[1:])
 
 
-def test_no_line_costs_more_than_a_few_times_its_length(gpu):
+def test_work_per_line_is_linear_in_its_length(gpu):
     """The worst lines there are: seeds at their ends alone, which no window reaches."""
 
     def of_a_pixel(op, sampling, width):
@@ -262,7 +262,7 @@ def test_the_number_of_launches_does_not_grow_with_layers(gpu):
     assert (memsets, kernels) == (1, 5)
 
 
-def test_refusals_are_those_of_the_cpu(gpu):
+def test_errors_are_those_of_the_cpu(gpu):
     labels = torch.zeros(1, 4, 4, dtype=torch.int64)
     for op, arguments in (
         ("edge_distance", (labels[:, :1, :1].expand(1, 16385, 1), True)),
@@ -287,7 +287,7 @@ def test_too_many_layers_are_refused(gpu):
         native.bane_negatives(labels, labels, 3, [1, 1] * 17, 0.5, "bane", "layer", 255, cases.seed())
 
 
-def test_what_cuda_says_is_reported(gpu):
+def test_cuda_errors_are_reported(gpu):
     gpu.index = 1
     try:
         labels = torch.zeros(1, 4, 4, dtype=torch.int64)

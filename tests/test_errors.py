@@ -648,7 +648,7 @@ def assert_one_sentence(call, exception, argument, quoted):
 @pytest.mark.parametrize(
     ("call", "exception", "argument", "quoted"), [row[1:] for row in TABLE], ids=[row[0] for row in TABLE]
 )
-def test_one_clear_sentence(call, exception, argument, quoted):
+def test_invalid_arguments_raise_clear_errors(call, exception, argument, quoted):
     assert_one_sentence(call, exception, argument, quoted)
 
 
@@ -659,7 +659,7 @@ def test_options_are_refused_at_the_call_and_at_construction(options, exception,
 
 
 @pytest.mark.skipif(ck.available()["triton"] != "ok", reason=f"triton: {ck.available()['triton']}")
-def test_sentences_are_the_same_where_kernels_run_and_come_before_any_launch():
+def test_errors_are_the_same_with_kernels_and_come_before_any_launch():
     from contextrast_kernels.kernels import _launch
 
     with ck.backend("triton"), _launch.recording() as launches:
@@ -676,7 +676,7 @@ def test_names_of_the_table_are_unique():
     assert len({row[0] for row in TABLE}) == len(TABLE)
 
 
-def test_the_plain_calls_are_fine():
+def test_valid_calls_raise_nothing():
     """Every function of the table accepts its own defaults, so a row fails for the reason it states."""
     assert loss().isfinite()
     assert module()(PYRAMID, LABELS, LOGITS).isfinite()
@@ -685,7 +685,7 @@ def test_the_plain_calls_are_fine():
         call()
 
 
-def test_an_unusable_backend_in_the_environment_says_so(monkeypatch):
+def test_an_unknown_backend_in_the_environment_raises(monkeypatch):
     monkeypatch.setenv("CONTEXTRAST_BACKEND", "fast")
     with pytest.raises((ValueError, RuntimeError), match=r"CONTEXTRAST_BACKEND.*fast"):
         ck.edge_distance(CLASSES)
@@ -712,7 +712,7 @@ def test_a_forced_backend_that_cannot_run_raises_its_reason(monkeypatch):
                 call()
 
 
-def test_an_error_leaves_the_backend_as_it_was():
+def test_an_error_restores_the_backend():
     with pytest.raises(TypeError, match="labels"), ck.backend("reference"):
         anchors(labels=None)
     with ck.backend("reference"):

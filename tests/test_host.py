@@ -50,7 +50,7 @@ def outcome(tmp_path_factory):
     ("name", "launches", "ops", "allocations"),
     [("plain custom_op", 0, 4, 6), ("contextrast_loss", 9, 42, 23), ("class_anchors", 4, 25, 12)],
 )
-def test_a_step_takes_no_more_than_it_took(outcome, name, launches, ops, allocations):
+def test_host_ops_and_allocations_do_not_grow(outcome, name, launches, ops, allocations):
     """What it takes today is the limit: lower it when it falls."""
     counted = outcome[0][name]
     assert len(counted["launches"]) <= launches, counted["launches"]
@@ -73,7 +73,7 @@ def test_every_cost_becomes_a_row(outcome):
     assert {mode for what, mode in rows if what.endswith("native")} == {"forward"}
 
 
-def test_a_process_that_interprets_is_told_so():
+def test_the_host_benchmark_refuses_the_interpreter():
     done = run("-m", "benchmarks.host", "--rounds", "1", TRITON_INTERPRET="1")
     assert done.returncode == 1
     assert "unset TRITON_INTERPRET" in done.stderr.splitlines()[-1]

@@ -239,7 +239,7 @@ def test_labels_are_names_not_indices(rng):
         )
 
 
-def test_ignore_minus_100_never_meets_a_uint8_156(rng):
+def test_uint8_156_is_not_taken_for_ignore_index_minus_100(rng):
     rows = torch.eye(3, dtype=torch.float64)
     labels = torch.tensor([156, 156, 3], dtype=torch.uint8)
     assert torch.equal(

@@ -216,7 +216,7 @@ def test_ignore_indices_that_no_label_can_have(rng):
 @pytest.mark.parametrize(
     "where", ["row", "positive column", "negative column", "row without a positive", "row without a negative", "alone"]
 )
-def test_nothing_hides_a_broken_vector(bad, where, positives):
+def test_a_nonfinite_vector_is_never_hidden(bad, where, positives):
     x, y = torch.full((3, 3), 0.5, device=DEVICE), torch.tensor([0, 1, -1], device=DEVICE)
     z, c = torch.full((4, 3), 0.3, device=DEVICE), torch.tensor([0, 1, 1, 0], device=DEVICE)
     if where == "row":
@@ -239,7 +239,7 @@ def test_nothing_hides_a_broken_vector(bad, where, positives):
 
 
 @pytest.mark.parametrize("positives", POSITIVES)
-def test_broken_vectors_that_are_ignored_change_nothing(rng, positives):
+def test_ignored_nonfinite_vectors_change_nothing(rng, positives):
     y, c = labels(rng, 9, ignored=0.4), labels(rng, 70, ignored=0.4)
     c[:64] = -1  # a tile of nothing but ignored columns
     weights = torch.rand(70, device=DEVICE)
@@ -347,7 +347,7 @@ def test_sums_of_many_splits(rng, positives):
     sums = torch.from_numpy(rng.uniform(1, 9, (splits, 4, R)) * [[[5], [1], [5], [1]]]).to(DEVICE)
     sums[:17:4, 0], sums[:17:4, 1] = -torch.inf, 0
     losses, kept = sums.new_empty(R), sums.new_empty(4, R)
-    rows = _pairs.Rows(torch.zeros(R, dtype=torch.int64, device=DEVICE), None, *_launch.odd([1, 0]))
+    rows = _pairs.Rows(torch.zeros(R, dtype=torch.int64, device=DEVICE), None, *_launch.encode_ints([1, 0]))
     given = {"log_sums": sums, "terms": None, "rows": rows, "losses": losses, "kept": kept}
     form = {"HELD": 16, "POSITIVES": positives, "NUMBERS": 4, "LABEL": tl.int64}
     _launch.launch(kernels._info_nce_rows, (1,), {**given, "ignore_index": -1, "R": R, "splits": splits}, form)
@@ -433,7 +433,7 @@ def test_autocast_changes_nothing(rng):
 
 
 @pytest.mark.parametrize("wanted", [(True, False), (False, True)])
-def test_gradients_that_nobody_asks_for_are_not_computed(rng, wanted, monkeypatch):
+def test_unrequested_gradients_are_not_computed(rng, wanted, monkeypatch):
     from contextrast_kernels.kernels import _launch
 
     x, z = (v.requires_grad_(w) for v, w in zip((vectors(rng, 3, 8), vectors(rng, 4, 8)), wanted))
@@ -446,7 +446,7 @@ def test_gradients_that_nobody_asks_for_are_not_computed(rng, wanted, monkeypatc
     assert (x.grad is not None, z.grad is not None) == wanted
 
 
-def test_a_second_derivative_is_refused_in_a_sentence(rng):
+def test_double_backward_raises_a_clear_error(rng):
     x, y = vectors(rng, 3, 8).requires_grad_(), labels(rng, 3, ignored=0)
     with ck.backend("triton"):
         (gradient,) = torch.autograd.grad(loss_of(y)(x), x, create_graph=True)
@@ -462,24 +462,23 @@ def test_more_channels_than_the_kernels_take(rng):
         assert loss_of(y)(x).isfinite()
 
 
-def test_the_plan_counts_launches_bytes_and_products():
+def test_the_plan_counts_launches_and_bytes():
     """24 rows against a bank of 190000: two sweeps of the bank forward, one for each gradient."""
-    from contextrast_kernels.kernels import info_nce as kernels
+    from contextrast_kernels.kernels._tile_table import PROGRAMS
+    from contextrast_kernels.plan import info_nce_launches, moved
 
-    launches = kernels.plan(24, 190_000, 256)
+    launches = info_nce_launches(24, 190_000, 256)
     names = [launch.kernel.fn.__name__ for launch in launches]
     assert names == [
         *("_info_nce_log_sums", "_info_nce_terms", "_info_nce_rows", "_info_nce_mean"),
         *("_info_nce_bwd", "_add_splits", "_info_nce_bwd"),
     ]
     bank = 190_000 * 256 * 2
-    sweeps = [launch for launch in launches if launch.reads >= bank]
+    sweeps = [launch for launch in launches if moved(launch)[0] >= bank]
     assert len(sweeps) == 4
-    assert sum(launch.writes for launch in sweeps) < 1.1 * bank
-    assert all(np.prod(launch.grid) >= kernels.PROGRAMS // 2 for launch in sweeps)
-    assert len(kernels.plan(1024, None, 256, positives="pooled")) <= 5
-    assert kernels.flops(24, 190_000, 256) == 12 * 24 * 190_000 * 256
-    assert kernels.flops(24, 190_000, 256, "pooled", ("rows",)) == 6 * 24 * 190_000 * 256
+    assert sum(moved(launch)[1] for launch in sweeps) < 1.1 * bank
+    assert all(np.prod(launch.grid) >= PROGRAMS // 2 for launch in sweeps)
+    assert len(info_nce_launches(1024, None, 256, positives="pooled")) <= 5
 
 
 # ------------------------------------------------------------------------------------------------------ larger

@@ -106,7 +106,7 @@ def test_class_anchors_gradcheck(rng, normalize):
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("normalize", [True, False])
-def test_a_broken_vector_marks_its_class_and_no_other(rng, bad, normalize):
+def test_a_nonfinite_vector_affects_only_its_class(rng, bad, normalize):
     labels = torch.tensor([[[0, 1, 1, 255]]], device=DEVICE)
     x = feature_map(rng, 1, 8, 1, 4)
     with ck.backend("triton"):
@@ -228,7 +228,7 @@ def test_anchors_of_absent_classes_are_in_no_term(rng):
 
 
 @pytest.mark.parametrize(("bad", "kind"), crossed([float("nan"), float("inf")], ["hard", "neither"]))
-def test_nothing_hides_a_broken_vector(rng, bad, kind):
+def test_a_nonfinite_vector_is_never_hidden(rng, bad, kind):
     """At an ignored pixel it has no effect; at a valid one the loss is NaN, also where its class has no negative."""
     labels = torch.tensor([[[0, 1, 0], [1, 255, 0]]], device=DEVICE)
     x = feature_map(rng, 1, 8, 2, 3)
@@ -338,7 +338,7 @@ def test_the_pull_of_anchors_in_sixteen_bits(rng):
     assert relative(*pulls) < 2e-6
 
 
-def test_layers_that_lie_differently_in_memory(rng):
+def test_layers_with_different_memory_layouts(rng):
     """NCHW of two widths, channels_last and a slice in one loss: several launches, one result."""
     xs = [
         feature_map(rng, 1, 16, 3, 8, torch.float32, "nchw"),
@@ -457,7 +457,7 @@ def test_codes_of_two_bytes(rng, options):
 
 
 @pytest.mark.parametrize("layer", [pytest.param(0, marks=pytest.mark.slow), 1])
-def test_a_broken_valid_pixel_gives_nan_in_any_layer(rng, layer):
+def test_a_nonfinite_valid_pixel_gives_nan_in_any_layer(rng, layer):
     labels, predictions = labels_and_predictions(rng, 1, 3, 8, 8, ignored=0)
     labels[0, 0, 0] = 255
     xs = pyramid(rng, 1, 8, [(4, 4), (2, 2)])
@@ -621,7 +621,7 @@ def test_autocast_changes_nothing(rng, op):
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_a_second_derivative_is_refused_in_a_sentence(rng, op):
+def test_double_backward_raises_a_clear_error(rng, op):
     xs = [x.requires_grad_() for x in pyramid(rng, 1, 8, [(2, 4), (2, 2)])]
     function = every_op(rng)[op]
     with ck.backend("triton"):
@@ -643,7 +643,7 @@ def test_backward_runs_what_forward_ran(rng):
 
 
 @pytest.mark.parametrize(("N", "D"), [(257, 8), (3, 1025)])
-def test_what_the_kernels_do_not_take(rng, N, D):
+def test_unsupported_sizes_use_the_reference(rng, N, D):
     x = feature_map(rng, 1, D, 2, 2)
     labels = torch.zeros(1, 2, 2, dtype=torch.int64, device=DEVICE)
     with (

@@ -1,4 +1,4 @@
-"""The house: what imports what, what an import brings in, and what is in the tree."""
+"""The layout: which module imports which, what importing the package loads, and which files are in the tree."""
 
 import ast
 import pathlib
@@ -13,13 +13,13 @@ from contextrast_kernels.__main__ import main
 ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = ROOT / "contextrast_kernels"
 
-# A module imports only from floors below its own, or from modules of its floor that stand before it.
+# A module imports only from layers above its own in this list, or from modules before it in its layer.
 FLOORS = [
-    ["loops", "measure", "checks", "hashing", "maps", "embedding", "state", "kernels._tiles"],
+    ["loops", "measure", "checks", "hashing", "maps", "state", "kernels._tiles"],
     ["native"],
     ["backend", "ranks"],
     ["kernels"],
-    ["distance"],
+    ["distance", "embedding"],
     ["anchors", "pixel_anchor", "bane", "info_nce"],
     ["contextrast"],
     ["relatives"],
@@ -28,6 +28,7 @@ FLOORS = [
     ["__init__"],
     ["demo"],
     ["cases"],
+    ["plan"],
     ["doctor", "bench"],
     ["__main__"],
 ]

@@ -1,4 +1,4 @@
-"""What scores mean where a class is ignored, and where logits have another size than the labels."""
+"""Scores with an ignored class, and of logits at a different size than the labels."""
 
 import literal
 import numpy as np
@@ -57,7 +57,7 @@ def test_miou_without_a_class_equals_torchmetrics(classification, ignored):
 
 @pytest.mark.parametrize("ignored", [0, 2])
 @pytest.mark.parametrize("name", ON_MAPS)
-def test_an_ignored_class_is_in_no_score(name, ignored):
+def test_an_ignored_class_has_no_score(name, ignored):
     """It is void in the labels, no class in the predictions, and NaN: as if it were renamed to 255 and to N."""
     labels, predictions = maps(1)
     results = scores(name, predictions, labels, ignore_index=ignored)
@@ -77,7 +77,7 @@ def test_an_ignored_class_is_in_no_score(name, ignored):
 
 
 @pytest.mark.parametrize("ignored", [0, 3])
-def test_an_ignored_class_is_no_error(map_backend, ignored):
+def test_predicting_an_ignored_class_is_not_an_error(map_backend, ignored):
     labels, predictions = maps(2)
     errors = ck.error_map(predictions, labels, num_classes=N, ignore_index=ignored)
     assert errors.tolist() == literal.error_map(predictions.numpy(), labels.numpy(), N, ignored).tolist()

@@ -1,4 +1,4 @@
-"""docs/troubleshooting.md: every row of its table is produced, and shows what the table says it shows."""
+"""docs/troubleshooting.md: every row of its table is reproduced."""
 
 import math
 import pathlib
@@ -39,7 +39,7 @@ def run(features, labels, predictions, **options):
     return loss.item(), criterion.last
 
 
-def test_the_healthy_case_is_none_of_the_table():
+def test_the_healthy_case_matches_no_row_of_the_table():
     features, labels = noise(), quadrants()
     loss, last = run(features, labels, mistaken(labels))
     assert loss > 1 and last.keys() == {"loss", "classes", "positives", "negatives", "errors"}

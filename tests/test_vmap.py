@@ -70,7 +70,7 @@ def test_gradients_of_every_sample(name, reference):
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_kernels_that_torch_func_cannot_differentiate_say_so(name):
+def test_torch_func_gradients_of_kernels_raise(name):
     if ck.available()["triton"] != "ok":
         pytest.skip(f"backend triton: {ck.available()['triton']}")
     function, *arguments = LOSSES[name]

@@ -1,11 +1,13 @@
-"""The demo's pictures: how the runs went, and what the contrastive one of them looks at and has learnt. ImportError
-without matplotlib."""
+"""The demo's pictures: the course of the runs, and the negatives and embeddings of the contrastive run.
+
+They need matplotlib.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +22,9 @@ if TYPE_CHECKING:
 
 NAMES = ("curves.png", "negatives.png", "embeddings.png", "anchors.png", "similarity.png")
 TOGETHER = 8
-"""Validation images, at most, that go through the network at once; anchors.png is of the first so many."""
+"""The most validation images in one batch; anchors.png shows the anchors of the first batch."""
 MEASURED = 32
-"""Validation images, at most, of which similarity.png is made."""
+"""The most validation images that similarity.png uses."""
 
 
 def draw(folder: Path, runs: list[Run], network: Network, heads: nn.ModuleList, data: scenes.Data) -> None:
@@ -34,7 +36,7 @@ def draw(folder: Path, runs: list[Run], network: Network, heads: nn.ModuleList, 
     sizes = [tuple(feature.shape[-2:]) for feature in features]
     embeddings = _project(heads, features)
     several, labels, _ = next(_embedded(network, heads, data))
-    named = {"num_classes": len(data.classes), "ignore_index": scenes.VOID, "class_names": data.classes}
+    named: dict[str, Any] = {"num_classes": len(data.classes), "ignore_index": scenes.VOID, "class_names": data.classes}
     figures = (
         _curves(runs),
         viz.negatives(image, label, logits[0], sizes=sizes, **named),

@@ -58,7 +58,7 @@ def codes(
     if volumes is not None:
         sides = list(zip(volumes[::3], volumes[1::3], volumes[2::3], strict=True))
         shapes = tuple((*x.shape[:2], z * h, w) for x, (z, h, w) in zip(features, sides, strict=True))
-        depths = _launch.odd([z for x, (z, _, _) in zip(features, sides, strict=True) if x.numel()])
+        depths = _launch.encode_ints([z for x, (z, _, _) in zip(features, sides, strict=True) if x.numel()])
     pixels = _launch.pixel_starts(shapes)[-1]
     y = torch.empty(pixels, dtype=code_dtype(num_classes), device=device)
     e = torch.empty_like(y) if hard is None else hard
@@ -77,7 +77,7 @@ def codes(
         (blocks,),
         {
             "labels": labels,
-            "label_strides": _launch.odd(labels.stride()),
+            "label_strides": _launch.encode_ints(labels.stride()),
             "depths": depths,
             **given,
             "seed": seed,
@@ -103,14 +103,6 @@ def codes(
             "BINS": next_power_of_2(num_classes),
             "PIXELS": PIXELS,
         },
-        reads=_launch.nbytes(*(m for maps in given.values() if maps for m in maps), *([e] if hard is not None else []))
-        + sum(
-            batch
-            * min(rows, math.prod(labels.shape[1:-1]))
-            * min(columns * 32, labels.shape[-1] * labels.element_size())
-            for _, _, rows, columns in shapes
-        ),
-        writes=_launch.nbytes(y, *([e] if hard is None else []), *([base_map] if dense else [])),
     )
     return Codes(y, e, base_map)
 

@@ -75,7 +75,13 @@ def feature_gradients(
     out = [torch.empty_like(x) for x in features]
     D = features[0].shape[1]
     acc = _launch.accumulator(features[0].dtype)
-    arguments = {"y": y, "pull": pull, "gradient": gradient, "temperature": _launch.bits(temperature), "N": num_classes}
+    arguments = {
+        "y": y,
+        "pull": pull,
+        "gradient": gradient,
+        "temperature": _launch.float64_bits(temperature),
+        "N": num_classes,
+    }
     constants = {"NORMALIZE": normalize, "ACC": _launch.triton_type(acc)}
     constants["PULL_PITCH"] = 1 if pull is None else pull.shape[2] // D
     if terms is None or terms.base is None:

@@ -28,7 +28,7 @@ CACHED = 256
 
 
 class Geometry(NamedTuple):
-    """Where each layer of a launch lies; every field is a tuple over the layers, made by ``odd``."""
+    """Where each layer of a launch lies; every field is a tuple over the layers, made by ``encode_ints``."""
 
     number: Any  # of the layer, in the tables (layers, N, D)
     block: Any  # the layer's first block of the grid
@@ -39,7 +39,7 @@ class Geometry(NamedTuple):
 
 class Strides(NamedTuple):
     """Strides of the layers' feature maps in units of ``align`` elements; every field is a tuple over the layers,
-    made by ``odd``."""
+    made by ``encode_ints``."""
 
     b: Any
     d: Any
@@ -52,9 +52,6 @@ class Launch(NamedTuple):
     grid: tuple[int, ...]
     arguments: dict
     constants: dict
-    reads: int
-    """Bytes that must come from memory once, repeated reads being the caches' business."""
-    writes: int
 
 
 _recorded: list[Launch] | None = None
@@ -71,13 +68,13 @@ def recording() -> Iterator[list[Launch]]:
         _recorded = previous
 
 
-def launch(kernel, grid: tuple[int, ...], arguments: dict, constants: dict, reads: int = 0, writes: int = 0) -> None:
+def launch(kernel, grid: tuple[int, ...], arguments: dict, constants: dict) -> None:
     if 0 in grid:
         return
     # Triton 3.10 changes the default of enable_fp_fusion; numbers should not move with it.
     constants = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True, **constants}
     if _recorded is not None:
-        _recorded.append(Launch(kernel, grid, arguments, constants, reads, writes))
+        _recorded.append(Launch(kernel, grid, arguments, constants))
         return
     kernel[grid](**arguments, **constants)
 
@@ -86,18 +83,18 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def nbytes(*tensors: Tensor) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors)
-
-
-def odd(numbers: Sequence[int]) -> tuple[int, ...]:
-    """Integers for a tuple argument. Triton compiles a kernel anew when one of them becomes 1 or a multiple of 16;
-    as odd numbers above one they never do, and a kernel once compiled serves every size. ``_tiles.plain`` turns
-    them back."""
+def encode_ints(numbers: Sequence[int]) -> tuple[int, ...]:
+    """Encode integers for a tuple argument. Triton compiles a kernel anew when one of them becomes 1 or a multiple of
+    16. The odd numbers above one that this makes of them never do, so a kernel once compiled serves every size.
+    ``_tiles.plain`` decodes them in a kernel."""
     return tuple(2 * n + 3 for n in numbers)
 
 
-def bits(value: float) -> int:
+def decode_int(number: int) -> int:
+    return (number - 3) >> 1
+
+
+def float64_bits(value: float) -> int:
     """A Python float reaches a kernel as float32. Its 64 bits, as an integer, reach it whole: see ``_tiles.real``."""
     return struct.unpack("<q", struct.pack("<d", value))[0]
 
@@ -163,7 +160,7 @@ def strides(maps: Sequence[Place], align: int) -> Strides:
     def units(x: Place, axis: int) -> int:
         return x.stride[axis] // align if x.shape[axis] > 1 else 0
 
-    return Strides(*(odd([units(x, axis) for x in maps]) for axis in range(4)))
+    return Strides(*(encode_ints([units(x, axis) for x in maps]) for axis in range(4)))
 
 
 class Group(NamedTuple):
@@ -216,7 +213,7 @@ def flat_geometry(features: Shapes, run: int) -> tuple[Geometry, int]:
         blocks += ceil_div(starts[i + 1] - starts[i], run)
     sizes = [features[i][2:] for i in layers]
     picked = (layers, first, [starts[i] for i in layers], [h for h, _ in sizes], [w for _, w in sizes])
-    return Geometry(*map(odd, picked)), blocks
+    return Geometry(*map(encode_ints, picked)), blocks
 
 
 def segment(features: Shapes, longest: int) -> int:
@@ -262,7 +259,7 @@ def parts_of(x: tuple[Place, ...], out: tuple[Place, ...] | None, rows: int, lon
         width_unit = lies.align if lies.unit == "w" else 1
         heights, widths = [place.shape[2] for place in picked], [place.shape[3] // width_unit for place in picked]
         lying = (group.layers, first, [starts[i] for i in group.layers], heights, widths)
-        arguments = {"strides": strides(picked, lies.align), "geometry": Geometry(*map(odd, lying))}
+        arguments = {"strides": strides(picked, lies.align), "geometry": Geometry(*map(encode_ints, lying))}
         wide = any(of_map.wide for of_map in group.layouts)
         constants = {"P": P, "D": picked[0].shape[1], "UNIT": lies.unit, "ALIGN": lies.align, "WIDE": wide}
         if out is not None:
@@ -289,7 +286,6 @@ def sweep(
     tiles: dict,
     *,
     out: Sequence[Tensor] | None = None,
-    results: Sequence[str] = (),
     splits: int = 1,
 ) -> None:
     """Launches a kernel over all blocks of all layers, once for each group of layers whose memory lies alike.
@@ -298,7 +294,6 @@ def sweep(
         arguments, tiles: what the kernel takes besides the layers: tensors and numbers, and constants. ``tiles`` has
             the ROWS and P of a block; P shrinks to what the rows need.
         out: feature maps that are written.
-        results: names of the arguments that are written or added to.
         splits: programs of a block, side by side: ``_tiles.program_and_part``.
     """
     for part in parts_of(places(features), None if out is None else places(out), tiles["ROWS"], tiles["P"]):
@@ -314,19 +309,4 @@ def sweep(
             (sum(part.blocks) * splits,),
             given,
             {**tiles, **part.constants, **(UNFUSED if several else {})},
-            **(_moved(features, picked, written, arguments, results) if _recorded is not None else {}),
         )
-
-
-def _moved(
-    features: Sequence[Tensor], picked: Sequence[Tensor], written: Sequence[Tensor], arguments: dict, results
-) -> dict[str, int]:
-    """What a launch reads and writes at least once: its layers, their share of the maps with one number a pixel, and
-    tables whole."""
-    all_pixels, own_pixels = (pixel_starts(shapes(some))[-1] for some in (features, picked))
-    moved = {"reads": nbytes(*picked), "writes": nbytes(*written)}
-    for name, value in arguments.items():
-        if isinstance(value, Tensor):
-            numbers = own_pixels if value.shape == (all_pixels,) else value.numel()
-            moved["writes" if name in results else "reads"] += numbers * value.element_size()
-    return moved

@@ -48,7 +48,7 @@ def log_sums(
     """
     L, N, D = table.shape
     dtype, shapes = features[0].dtype, _launch.shapes(features)
-    shared = {"e": code.e, "table": table, "temperature": _launch.bits(temperature), "N": N}
+    shared = {"e": code.e, "table": table, "temperature": _launch.float64_bits(temperature), "N": N}
     constants = {"NORMALIZE": normalize, "ACC": _launch.triton_type(table.dtype)}
     Z = torch.empty(L, N, dtype=table.dtype, device=table.device)
     if code.base is None:
@@ -58,7 +58,6 @@ def log_sums(
             features,
             {**shared, "similarity": similarity, "largest": sums.largest},
             {**tiles("_hard_similarities", dtype, D), **constants},
-            results=("similarity", "largest"),
         )
         runs, blocks = _launch.flat_geometry(shapes, PIXELS)
         headroom = _launch.headroom(_launch.pixels(shapes))
@@ -68,7 +67,6 @@ def log_sums(
             (blocks,),
             {**both, "e": code.e, "similarity": similarity, "geometry": runs, "B": features[0].shape[0]},
             {"PIXELS": PIXELS},
-            reads=_launch.nbytes(code.e, similarity),
         )
         _launch.launch(_hard_log_sums, (L,), {**both, "Z": Z}, {"BINS": next_power_of_2(N)})
         return Z, similarity
@@ -86,25 +84,23 @@ def log_sums(
             "y": code.y,
             "base": code.base,
             "partial": partial,
-            "partial_start": _launch.odd(first),
+            "partial_start": _launch.encode_ints(first),
             "partials": sum(blocks),
         },
         {**taken, **constants},
-        results=("partial",),
     )
     _launch.launch(
         _dense_log_sums,
         (L, N),
         {
             "partial": partial,
-            "first": _launch.odd(first),
-            "count": _launch.odd(blocks),
+            "first": _launch.encode_ints(first),
+            "count": _launch.encode_ints(blocks),
             "partials": sum(blocks),
             "Z": Z,
             "N": N,
         },
         {"RUN": RUN, **_launch.UNFUSED},
-        reads=_launch.nbytes(partial),
     )
     return Z, None
 

@@ -14,7 +14,7 @@ from contextrast_kernels.kernels._tiles import FLOAT32_DOT, dot_float64, plain
 
 
 class Matrix(NamedTuple):
-    """A matrix as a kernel sees it; strides are made by ``_launch.odd``, in units of what is known to divide them."""
+    """A matrix as a kernel sees it. ``encode_ints`` makes the strides, in units of what is known to divide them."""
 
     start: Tensor
     of_row: int
@@ -22,7 +22,7 @@ class Matrix(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """What is known of each row besides its vector; strides are made by ``_launch.odd``."""
+    """What is known of each row besides its vector; strides are made by ``_launch.encode_ints``."""
 
     labels: Tensor
     negatives: Tensor | None
@@ -56,7 +56,7 @@ class Pairs(NamedTuple):
         return {
             "rows": self.rows,
             "columns": self.columns,
-            "temperature": _launch.bits(self.temperature),
+            "temperature": _launch.float64_bits(self.temperature),
             "ignore_index": self.ignore_index,
         }
 
@@ -83,7 +83,7 @@ def pairs(
         column_labels = row_labels
 
     def with_strides(kind, *vectors: Tensor | None):
-        return kind(*vectors, *_launch.odd([0 if x is None else x.stride(0) for x in vectors]))
+        return kind(*vectors, *_launch.encode_ints([0 if x is None else x.stride(0) for x in vectors]))
 
     return Pairs(
         with_strides(Rows, row_labels, row_negatives),
@@ -104,7 +104,7 @@ def matrix_of(x: Tensor, block: int) -> tuple[Matrix, tuple[str, int, bool]]:
     align = 16 // x.element_size() if unit else 1
     while (of_row if unit == "d" else of_channel) % align:
         align //= 2
-    steps = _launch.odd([of_row // align, of_channel // align])
+    steps = _launch.encode_ints([of_row // align, of_channel // align])
     return Matrix(x, *steps), (unit, align, block * of_row + D * of_channel >= 2**31)
 
 

@@ -33,7 +33,7 @@ def real(bits):
 
 @triton.jit
 def plain(number):
-    """An integer that a launch passed as ``_launch.odd``."""
+    """An integer that a launch passed as ``_launch.encode_ints``."""
     return (number - 3) >> 1
 
 

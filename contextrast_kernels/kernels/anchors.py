@@ -72,7 +72,7 @@ def largest_features(features: Sequence[Tensor], code: Codes, sums: Sums) -> Non
     x = features[0]
     arguments = {"codes": code.y, "reach": sums.reach, "N": sums.counts.shape[1]}
     taken = tiles("_largest_features", x.dtype, x.shape[1])
-    _launch.sweep(_largest_features, features, arguments, taken, results=("reach",))
+    _launch.sweep(_largest_features, features, arguments, taken)
 
 
 def class_sums(features: Sequence[Tensor], code: Codes, sums: Sums, headroom: int) -> None:
@@ -99,7 +99,6 @@ def class_sums(features: Sequence[Tensor], code: Codes, sums: Sums, headroom: in
             "NORMALIZE": sums.reach is None,
             "ACC": _launch.triton_type(_launch.accumulator(x.dtype)),
         },
-        results=("sums", "broken"),
         splits=_launch.ceil_div(D, taken["COLUMNS"]),
     )
 
@@ -124,7 +123,7 @@ def anchor_tables(
             "table": table,
             "lengths": lengths,
             "headroom": headroom,
-            "fusion_weight": _launch.bits(fusion_weight),
+            "fusion_weight": _launch.float64_bits(fusion_weight),
             "N": N,
         },
         {
@@ -135,8 +134,6 @@ def anchor_tables(
             "NORMALIZE_ANCHORS": normalize_anchors,
             **_launch.UNFUSED,
         },
-        reads=_launch.nbytes(sums.vectors),
-        writes=_launch.nbytes(sums.vectors, table),
     )
     return table, lengths
 

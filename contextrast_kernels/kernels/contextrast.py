@@ -8,7 +8,7 @@ What ranks reduce is in ``_sums``, all of it integers but Z and reach: they add 
 there are and in whatever order. The backward pass needs no more of the other ranks than that.
 
 The features are read once in each phase (hard negatives alone in the second) and once more in the backward pass,
-which writes dx. ``python -m contextrast_kernels bench --plan`` lists what each launch moves: see ``step``.
+which writes dx. ``python -m contextrast_kernels bench --plan`` lists what each launch moves.
 """
 
 from collections.abc import Sequence

@@ -20,7 +20,7 @@ forms s anew and with it W = ∂L/∂s: dL/dx = W z / τ and dL/dz = Wᵀ x / τ
 themselves (W + Wᵀ) x / τ in one sweep for both.
 
 Floor, by arithmetic: 2 R C D operations for every product, of which "each" takes 6 with both gradients, the other
-forms 5, rows against themselves two fewer (``flops``); and one read of the columns for every sweep, which is what
+forms 5, rows against themselves two fewer; and one read of the columns for every sweep, which is what
 bounds few rows against many columns.
 """
 
@@ -34,7 +34,6 @@ from contextrast_kernels.kernels._pairs import (
     Pairs,
     column_codes,
     matrix_of,
-    pairs,
     places,
     products,
     row_codes,
@@ -72,14 +71,11 @@ def forward(rows: Tensor, columns: Tensor, of: Pairs, mean: bool) -> tuple[Tenso
     label = {"LABEL": of.constants()["LABEL"]}
     sweep = {"x": x, "z": z, **of.arguments(), "log_sums": log_sums, "R": R, "C": C, "span": span}
     constants = {**tiles, **of.constants(), "D": D, "X_LIES": x_lies, "Z_LIES": z_lies, "ACC": _launch.triton_type(acc)}
-    reads = _reads(rows, columns, of)
     _launch.launch(
         _info_nce_log_sums,
         (blocks, splits),
         sweep,
         {**constants, **form},
-        reads=reads,
-        writes=_launch.nbytes(log_sums),
     )
     if terms is not None:
         _launch.launch(
@@ -87,8 +83,6 @@ def forward(rows: Tensor, columns: Tensor, of: Pairs, mean: bool) -> tuple[Tenso
             (blocks, splits),
             {**sweep, "terms": terms, "splits": splits},
             {**constants, "NUMBERS": numbers},
-            reads=reads,
-            writes=_launch.nbytes(terms),
         )
     of_rows = {"rows": of.rows, "losses": losses, "ignore_index": of.ignore_index, "R": R}
     _launch.launch(
@@ -96,8 +90,6 @@ def forward(rows: Tensor, columns: Tensor, of: Pairs, mean: bool) -> tuple[Tenso
         (_launch.ceil_div(R, ADDED),),
         {**of_rows, "log_sums": log_sums, "terms": terms, "kept": kept, "splits": splits},
         {"HELD": ADDED, **form, **label},
-        reads=_launch.nbytes(*(x for x in (log_sums, terms) if x is not None)),
-        writes=_launch.nbytes(losses, kept),
     )
     if not mean:
         return losses, losses.new_empty(0), kept
@@ -107,7 +99,6 @@ def forward(rows: Tensor, columns: Tensor, of: Pairs, mean: bool) -> tuple[Tenso
         (1,),
         {**of_rows, "loss": loss, "count": count},
         {"RUN": MEAN_RUN, **label, **_launch.UNFUSED},
-        reads=_launch.nbytes(losses),
     )
     return loss, count, kept
 
@@ -134,12 +125,10 @@ def backward(
         _info_nce_bwd,
         (blocks, splits, _launch.ceil_div(D, tiles["CHANNELS"])),
         {"x": x, "z": z, "out": written, **of.arguments(), "gradient": gradient, "kept": kept, "count": count}
-        | {"gradient_stride": _launch.odd([0 if mean else gradient.stride(0)])[0], "R": R}
+        | {"gradient_stride": _launch.encode_ints([0 if mean else gradient.stride(0)])[0], "R": R}
         | {"n": n, "m": streamed.shape[0], "span": span},
         {**tiles, **of.constants(), "D": D, "X_LIES": x_lies, "Z_LIES": z_lies, "OUT_LIES": out_lies}
         | {"POSITIVES": of.positives, "TOWARD": toward, "MEAN": mean, "ACC": _launch.triton_type(acc)},
-        reads=_reads(rows, columns, of),
-        writes=_launch.nbytes(written.start),
     )
     if partial is not None:
         written, out_lies = matrix_of(out, 1)
@@ -148,39 +137,8 @@ def backward(
             (_launch.ceil_div(n * D, ADDED),),
             {"partial": partial, "out": written, "n": n, "splits": splits},
             {"D": D, "ELEMENTS": ADDED, "SPLITS": ADDED_SPLITS, "OUT_LIES": out_lies},
-            reads=_launch.nbytes(partial),
-            writes=_launch.nbytes(out),
         )
     return out
-
-
-def flops(R: int, C: int, D: int, positives: str = "each", toward: tuple[str, ...] = ("rows", "columns")) -> int:
-    """Floating-point operations of the products of one forward and backward pass: 2 R C D for each of s in every
-    sweep and W z (or Wᵀ x) in each backward sweep; s that is formed twice for wide vectors comes on top.
-
-    toward: the gradients that are asked for, as in ``backward``.
-    """
-    return 2 * R * C * D * ((2 if positives == "each" else 1) + 2 * len(toward))
-
-
-def plan(
-    R: int, C: int | None, D: int, dtype: torch.dtype = torch.bfloat16, positives: str = "each"
-) -> list[_launch.Launch]:
-    """The launches of one forward and backward pass, in order, from shapes alone, and the bytes that each moves at
-    least once. C None: the rows against themselves. Nothing is allocated or run."""
-
-    def empty(*shape, dtype=dtype):
-        return torch.empty(*shape, dtype=dtype, device="meta")
-
-    rows = empty(R, D)
-    columns = rows if C is None else empty(C, D)
-    labels = [None if n is None else empty(n, dtype=torch.int64) for n in (R, C)]
-    of = pairs(*labels, None, None, None, None, 0.1, -1, positives)
-    with _launch.recording() as launches:
-        loss, count, kept = forward(rows, columns, of, True)
-        for toward in ("both",) if C is None else ("rows", "columns"):
-            backward(loss, rows, columns, of, count, kept, toward)
-    return launches
 
 
 # ------------------------------------------------------------------------------------------------------------- splits
@@ -192,11 +150,6 @@ def _split(held: int, streamed: int, tiles: dict) -> tuple[tuple[int, int], int]
     wanted = min(_launch.ceil_div(PROGRAMS, blocks), _launch.ceil_div(steps, 4))
     of_split = _launch.ceil_div(steps, wanted)
     return (blocks, _launch.ceil_div(steps, of_split)), of_split * tiles["STREAM"]
-
-
-def _reads(rows: Tensor, columns: Tensor, of: Pairs) -> int:
-    tensors = {id(x): x for x in (rows, columns, *of.rows, *of.columns) if isinstance(x, Tensor)}
-    return _launch.nbytes(*tensors.values())
 
 
 # -------------------------------------------------------------------------------------------------------------- pieces

@@ -81,7 +81,7 @@ class Scales(NamedTuple):
     headroom: int
 
     def arguments(self) -> dict:
-        return self._asdict() | {"temperature": _launch.bits(self.temperature)}
+        return self._asdict() | {"temperature": _launch.float64_bits(self.temperature)}
 
 
 def forward(
@@ -142,14 +142,12 @@ def given_table(anchors: Tensor, counts: Tensor, dtype: torch.dtype) -> tuple[Te
         (N,),
         {
             "anchors": anchors,
-            "strides": _launch.odd(anchors.stride()),
+            "strides": _launch.encode_ints(anchors.stride()),
             "counts": counts,
             "table": table,
             "lengths": lengths,
         },
         {"D": D, "BLOCK": next_power_of_2(D), **_launch.UNFUSED},
-        reads=_launch.nbytes(anchors),
-        writes=_launch.nbytes(table),
     )
     return table, lengths
 
@@ -178,7 +176,6 @@ def moments(
             "NORMALIZE": scales.reach is None,
             "ACC": _launch.triton_type(table.dtype),
         },
-        results=("vectors", "pushed_vectors", "terms"),
         splits=_launch.ceil_div(D, taken["COLUMNS"]),
     )
 
@@ -210,8 +207,8 @@ def finish(
         | {"drawn": sums.drawn, "table": table, "Z": Z, **scales.arguments()}
         | {"loss": loss, "losses": losses, "report": report, "coefficients": coefficients, "pull": pull}
         | {
-            "layer_weights": tuple(_launch.bits(weight) for weight in layer_weights),
-            "fusion_weight": _launch.bits(fusion_weight or 0.0),
+            "layer_weights": tuple(_launch.float64_bits(weight) for weight in layer_weights),
+            "fusion_weight": _launch.float64_bits(fusion_weight or 0.0),
             "N": N,
         },
         {
@@ -225,8 +222,6 @@ def finish(
             "GIVEN": fusion_weight is None,
             **_launch.UNFUSED,
         },
-        reads=_launch.nbytes(*(words for words in (sums.vectors, sums.pushed) if words is not None)),
-        writes=_launch.nbytes(pull),
     )
     return Outcome(loss, losses, report, coefficients, pull)
 

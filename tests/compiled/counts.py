@@ -30,14 +30,14 @@ from aot import TOOLS, blocks_of_a_multiprocessor
 
 import contextrast_kernels as ck
 from contextrast_kernels import cases
-from contextrast_kernels.kernels import step
+from contextrast_kernels.plan import training_step
 
 from .driver import Launched, Launcher, emulated
 from .engine import Schedule
 
 WRITTEN = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "counted.md"
 L1_BYTES = 256 * 1024
-"""Of a multiprocessor, shared memory included."""
+"""The L1 cache of a multiprocessor, including shared memory."""
 SECTOR = 32
 
 
@@ -181,7 +181,7 @@ def counted(case: cases.Case, arch: int, options: dict) -> Counted:
     for launched in gpu.launches:
         kernels.setdefault(launched.kernel, Counts()).add(launched)
         programs[launched.kernel] += math.prod(launched.grid)
-    plan = step.training_step(
+    plan = training_step(
         case.batch, case.sizes, case.channels, case.num_classes, case.dtype, layout=case.layout, **options
     )
     whole: Counter = Counter()

@@ -1,5 +1,8 @@
-"""Every case of option_cases.py on the code that Triton compiles, held to the contract (SPEC 5): values and gradients
-against the reference in float64, no fault in any access, and the same bits whatever the order of blocks and warps."""
+"""Every case of option_cases.py on the code that Triton compiles, with the limits of docs/numerics.md.
+
+Values and gradients are compared with the reference in float64, no access may be a fault, and every order of blocks and
+warps must give the same bits.
+"""
 
 import random
 from unittest import mock
@@ -36,7 +39,7 @@ def architectures() -> list:
 
 
 def hold(case: Case, arch: int, record_property, orders=ORDERS, machine_code: bool = False) -> None:
-    """Runs a case once in each order and asserts everything that SPEC 5 asks for."""
+    """Run a case once in each order and assert the contract of docs/numerics.md."""
     built = build(case)
     before = [x.clone() for x in built.leaves]
     with ck.backend("reference"):

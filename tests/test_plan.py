@@ -13,7 +13,7 @@ pytestmark = pytest.mark.skipif(ck.available()["triton"] != "ok", reason=f"trito
 
 if ck.available()["triton"] == "ok":
     from contextrast_kernels.kernels import _launch, _log_sums
-    from contextrast_kernels.kernels.step import GRAIN, Watch, training_step
+    from contextrast_kernels.plan import GRAIN, WRITTEN, Watch, moved, training_step
 
 PAPER = ["cityscapes", "ade20k", "camvid"]
 MOST_LAUNCHES, MOST_MEMORY = 24, 0.03
@@ -21,7 +21,7 @@ MOST_LAUNCHES, MOST_MEMORY = 24, 0.03
 
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])
 @pytest.mark.parametrize("name", PAPER)
-def test_a_step_keeps_to_its_launches_and_its_memory(name, layout):
+def test_a_step_stays_within_its_limits_of_launches_and_memory(name, layout):
     """Kernels, fills and copies, forward and backward; and of the features' bytes, calculated."""
     case = CASES[name]
     step = training_step(case.batch, case.sizes, case.channels, case.num_classes, torch.bfloat16, layout=layout)
@@ -32,6 +32,59 @@ def test_a_step_keeps_to_its_launches_and_its_memory(name, layout):
     if step.peak is None:
         pytest.skip(f"peak memory: the selection's scratch is unknown; {native.status('cuda')}")
     assert step.peak <= MOST_MEMORY * case.batch * case.channels * sum(h * w for h, w in case.sizes) * 2
+
+
+def _contents(value) -> dict[int, list]:
+    """By address, the bytes of each tensor in an argument."""
+    if isinstance(value, tuple):
+        return {address: content for part in value for address, content in _contents(part).items()}
+    if not isinstance(value, torch.Tensor):
+        return {}
+    return {value.data_ptr(): value.cpu().contiguous().view(-1).view(torch.uint8).tolist()}
+
+
+def test_the_plan_knows_what_each_kernel_writes(rng, monkeypatch):
+    """Bytes are counted from the table WRITTEN: run on the interpreter, kernels change the arguments that it names."""
+    changed = {}
+
+    def watched(kernel, grid, arguments, constants):
+        before = {name: _contents(value) for name, value in arguments.items()}
+        launch(kernel, grid, arguments, constants)
+        changes = {name for name, value in arguments.items() if _contents(value) != before[name]}
+        known = set(WRITTEN[kernel.__name__])
+        shared = {address for name in known for address in before[name]}  # T is written where A⁺ was
+        assert all(name in known or before[name].keys() <= shared for name in changes), kernel.__name__
+        changed.setdefault(kernel.__name__, set()).update(changes)
+
+    launch = _launch.launch
+    monkeypatch.setattr(_launch, "launch", watched)
+    labels, predictions = scene(rng, 1, 3, 8, 8)
+    x = (100 * torch.randn(1, 4, 4, 4)).requires_grad_()
+    rows, row_labels = torch.randn(3, 4).requires_grad_(), torch.tensor([0, 0, 1])
+    with ck.backend("triton"):
+        for base_rate in (0.0, 0.5):
+            options = {"num_classes": 3, "layer_weights": (1.0,), "base_rate": base_rate, "normalize": False}
+            ck.contextrast_loss([x], labels, predictions, **options).backward()
+        ck.pixel_anchor_loss(x, labels, torch.randn(3, 4), negatives=labels[:, :4, :4].roll(1, 0)).backward()
+        ck.class_anchors(torch.full((1, 4, 4, 4), torch.nan), labels, 3)
+        ck.info_nce(rows, row_labels, torch.randn(400, 4), torch.randint(0, 2, (400,))).backward()
+    assert changed.keys() == WRITTEN.keys()
+    unseen = {(name, argument) for name, written in WRITTEN.items() for argument in set(written) - changed[name]}
+    assert unseen == set()
+
+
+def test_the_bytes_of_a_launch_are_those_of_its_tensors():
+    """Of a map with one number a pixel a sweep moves its own layers' share, and of the labels one sector a pixel."""
+    sizes = [(4, 8), (2, 3)]  # rows of 3 pixels cannot be read 16 bytes at a time: two launches a sweep
+    launches = training_step(2, sizes, 16, 4).launches
+    (codes,) = [moved(launch) for launch in launches if launch.kernel.__name__ == "_label_codes"]
+    pixels = [2 * h * w for h, w in sizes]
+    labels = 2 * 4 * (8 * 32) + 2 * 2 * (3 * 32)
+    seed, counts_and_drawn = 8, 8 * (2 * 4 + 2)
+    assert codes == (labels + sum(pixels) + seed, sum(pixels) + counts_and_drawn)
+    forward = [moved(launch) for launch in launches if launch.kernel.__name__ == "_class_anchors_fwd"]
+    sums_and_broken = 8 * 2 * 4 * (16 + 1)
+    assert forward == [(n * (16 * 2 + 1), sums_and_broken) for n in pixels]
 
 
 def test_every_block_of_the_dense_sweep_has_a_place_to_write(monkeypatch):
@@ -45,7 +98,7 @@ def test_every_block_of_the_dense_sweep_has_a_place_to_write(monkeypatch):
     assert partials == sum(launch.grid[0] for launch in dense) == 6 + 2 * (2 * 3)
 
 
-def test_the_watch_sees_what_is_held_at_once():
+def test_the_recorder_measures_peak_memory():
     with Watch() as watch:
         a = torch.empty(1000, dtype=torch.uint8, device="meta")
         b = a.view(10, 100)[1:]
@@ -83,7 +136,7 @@ class Ops(TorchDispatchMode):
 
 @pytest.mark.skipif(native.status("cpu") != "ok", reason=f"native library: {native.status('cpu')}")
 @pytest.mark.parametrize("base_rate", [0.0, 0.3])
-def test_no_op_sneaks_into_a_step(rng, base_rate):
+def test_step_calls_only_the_planned_aten_ops(rng, base_rate):
     """Of torch's own ops a step calls the seed's copy and advance, the fill of the sums, and autograd's gradient of the
     loss: those that ``training_step`` counts. Kernels are recorded and not run."""
     labels, predictions = scene(rng, 2, 4, 16, 24)
@@ -98,7 +151,7 @@ def test_no_op_sneaks_into_a_step(rng, base_rate):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", PAPER)
-def test_the_device_is_given_no_more(name):
+def test_device_activity_stays_within_launch_limit(name):
     """Kernels, memsets and copies as the profiler sees them on the device. Memory: test_kernels_at_real_sizes.py."""
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
