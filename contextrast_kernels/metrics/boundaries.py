@@ -4,8 +4,9 @@ The paper's table of boundary mIoU at 5, 7 and 10 px does not say which of the f
 three an ignored pixel is neither a boundary nor a neighbour that makes one, in labels as in predictions, so that what a
 network says there has no effect and a right prediction scores 1.
 
-They score maps. Score a volume plane by plane: pass its planes as a batch, such as ``labels.flatten(0, 1)`` of
-(B, Z, H, W).
+They score maps and volumes. In a volume neighbours are 6, distances are those between voxels of equal sides in three
+dimensions, and a depth of one gives the scores of the map. To score planes instead, pass them as a batch, such as
+``labels.flatten(0, 1)`` of (B, Z, H, W).
 """
 
 from __future__ import annotations
@@ -27,22 +28,22 @@ from contextrast_kernels.metrics.streaming import Metric, count
 def boundary_mask(labels: Tensor, radius: float, *, num_classes: int | None = None, ignore_index: int = 255) -> Tensor:
     """The trimap of a label map: the valid pixels at most ``radius`` px from a boundary between two classes.
 
-    A boundary pixel is a valid pixel with a 4-neighbour that is valid and of another class. So both sides of a
-    boundary belong to it, and the border of an ignored region is none.
+    A boundary pixel is a valid pixel with a neighbour (of 4, in a volume of 6) that is valid and of another class. So
+    both sides of a boundary belong to it, and the border of an ignored region is none.
 
     Args:
-        labels: (B, H, W) or (B, 1, H, W) integers.
+        labels: (B, H, W), (B, 1, H, W) or (B, Z, H, W) integers.
         radius: Euclidean, between pixel centres; 0 gives the boundary pixels alone.
         num_classes: N; values from N on are ignored. None: every value >= 0 is a class.
         ignore_index: the label of pixels that take no part.
 
     Returns:
-        bool (B, H, W).
+        bool (B, H, W) or (B, Z, H, W).
 
     Raises:
         TypeError, ValueError: an argument of the wrong type, rank or range; the sentence names it.
     """
-    labels = checks.class_map("labels", labels)
+    labels = checks.class_map("labels", labels, dims=checks.dims_of(None, labels))
     checks.real("radius", radius, low=0)
     if num_classes is not None:
         checks.num_classes(num_classes)
@@ -86,7 +87,7 @@ class TrimapIoU(Metric):
     def update(self, predictions: Tensor, labels: Tensor) -> None:
         """Add a batch; arguments as in ``ConfusionMatrix.update``."""
         N = self.num_classes
-        predicted, classes = self._class_maps(predictions, labels)
+        predicted, classes = _class_maps(self, predictions, labels)
         valid, distance = classes >= 0, _squared_distance_to(_boundary(classes))
         counts = [confusion(predicted, classes, valid & _reached(distance, radius), N) for radius in self.radii]
         self._add({"counts": torch.stack(counts)})
@@ -101,9 +102,9 @@ class BoundaryIoU(Metric):
         |G_d ∩ P_d| / |G_d ∪ P_d|
 
     where G_d are the pixels of a class's label mask, P_d of its predicted mask, within d px of what is outside of that
-    mask: d steps of 3x3 erosion, so d is a chessboard distance. As in the authors' code the image's border is outside.
-    Pixels are counted over the whole data set. ``compute()`` gives for each d "boundary_miou_{d}px" and
-    "boundary_iou_{d}px_per_class" (N,), or "boundary_miou_{d}diagonal" and so on for a share of the diagonal.
+    mask: d steps of 3x3 erosion (3x3x3 in volumes), so d is a chessboard distance. As in the authors' code the image's
+    border is outside. Pixels are counted over the whole data set. ``compute()`` gives for each d "boundary_miou_{d}px"
+    and "boundary_iou_{d}px_per_class" (N,), or "boundary_miou_{d}diagonal" and so on for a share of the diagonal.
 
     Args:
         num_classes: N.
@@ -134,10 +135,10 @@ class BoundaryIoU(Metric):
     def update(self, predictions: Tensor, labels: Tensor) -> None:
         """Add a batch; arguments as in ``ConfusionMatrix.update``."""
         N = self.num_classes
-        predicted, classes = self._class_maps(predictions, labels)
+        predicted, classes = _class_maps(self, predictions, labels)
         predicted = torch.where(classes >= 0, predicted, -1)
         counts = []
-        diagonal = (classes.shape[-2] ** 2 + classes.shape[-1] ** 2) ** 0.5
+        diagonal = _diagonal(classes)
         for width in self.widths:
             pixels = width if width >= 1 else max(1, round(width * diagonal))
             true_band, predicted_band = (_near_outside(c, pixels) for c in (classes, predicted))
@@ -185,17 +186,16 @@ class BoundaryF1(Metric):
     @torch.no_grad()
     def update(self, predictions: Tensor, labels: Tensor) -> None:
         """Add a batch; arguments as in ``ConfusionMatrix.update``."""
-        predicted, classes = self._class_maps(predictions, labels)
-        height, width = classes.shape[-2:]
-        radius = 0.0075 * (height**2 + width**2) ** 0.5 if self.radius is None else self.radius
+        predicted, classes = _class_maps(self, predictions, labels)
+        radius = 0.0075 * _diagonal(classes) if self.radius is None else self.radius
         maps = torch.stack((torch.where(classes >= 0, predicted, -1), classes))
         boundary = _boundary(maps.flatten(0, 1)).view_as(maps)
         scores, images = [], []
         for n in range(self.num_classes):  # one class at a time: N maps of the batch would not fit into memory
             of_class = boundary & (maps == n)
             near = _within(of_class.flatten(0, 1), radius).view_as(maps)
-            matched = (of_class & near.flip(0)).sum((2, 3))
-            total = of_class.sum((2, 3))
+            matched = (of_class & near.flip(0)).flatten(2).sum(2)
+            total = of_class.flatten(2).sum(2)
             precision, recall = matched.double() / total.clamp(min=1)
             scores.append((2 * precision * recall / (precision + recall)).nan_to_num().sum())  # 0 / 0: nothing matched
             images.append((total.sum(0) > 0).sum())
@@ -206,10 +206,17 @@ class BoundaryF1(Metric):
         return {"boundary_f1": per_class.nanmean(), "boundary_f1_per_class": per_class}
 
 
+def _class_maps(metric: Metric, predictions: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """``Metric._class_maps`` of maps or volumes, of which those of depth one become maps."""
+    predicted, classes = metric._class_maps(predictions, labels, volumes=True)
+    is_plane = classes.ndim == 4 and classes.shape[1] == 1
+    return (predicted[:, 0], classes[:, 0]) if is_plane else (predicted, classes)
+
+
 def _boundary(classes: Tensor) -> Tensor:
-    """Pixels of a class (B, H, W) with a 4-neighbour of another class; negative values are of none."""
+    """Pixels of a class (B, ...) with a neighbour along an axis of another class; negative values are of none."""
     boundary = torch.zeros_like(classes, dtype=torch.bool)
-    for axis in (-2, -1):
+    for axis in range(1, classes.ndim):
         length = classes.shape[axis]
         if length < 2:
             continue
@@ -221,7 +228,11 @@ def _boundary(classes: Tensor) -> Tensor:
 
 
 def _squared_distance_to(pixels: Tensor) -> Tensor:
-    return distance_transform(~pixels, squared=True)
+    return distance_transform(~pixels, spatial_dims=pixels.ndim - 1, squared=True)
+
+
+def _diagonal(classes: Tensor) -> float:
+    return sum(side**2 for side in classes.shape[1:]) ** 0.5
 
 
 def _reached(squared_distance: Tensor, radius: float) -> Tensor:
@@ -230,12 +241,12 @@ def _reached(squared_distance: Tensor, radius: float) -> Tensor:
 
 
 def _within(pixels: Tensor, radius: float) -> Tensor:
-    """Pixels (B, H, W) at most ``radius`` from one of ``pixels`` in their image."""
+    """Pixels (B, ...) at most ``radius`` from one of ``pixels`` in their image."""
     return _reached(_squared_distance_to(pixels), radius)
 
 
 def _near_outside(classes: Tensor, width: int) -> Tensor:
-    """Pixels of a class with another class, or the outside of the image, at most ``width`` px away along both axes.
+    """Pixels of a class with another class, or the outside of the image, at most ``width`` px away along every axis.
 
     Some class in the window differs from one's own exactly when its largest or its smallest does: two maps serve all
     classes. Negative values are of no class.
@@ -245,12 +256,15 @@ def _near_outside(classes: Tensor, width: int) -> Tensor:
     valid = classes >= 0
     extremes = torch.stack((classes, -classes), 1).float()
     extremes = torch.where(valid.unsqueeze(1), extremes, -torch.inf)
-    extremes = F.max_pool2d(extremes, (2 * width + 1, 1), 1, (width, 0))
-    highest, lowest = F.max_pool2d(extremes, (1, 2 * width + 1), 1, (0, width)).unbind(1)
+    axes = classes.ndim - 1
+    pool = F.max_pool2d if axes == 2 else F.max_pool3d
+    for axis in range(axes):
+        reach = [width if other == axis else 0 for other in range(axes)]
+        extremes = pool(extremes, [2 * steps + 1 for steps in reach], 1, reach)
+    highest, lowest = extremes.unbind(1)
     differs = (highest != classes) | (lowest != -classes)
     at_border = torch.ones_like(valid)
-    height, breadth = classes.shape[-2:]
-    at_border[:, width : height - width, width : breadth - width] = False
+    at_border[(slice(None), *(slice(width, side - width) for side in classes.shape[1:]))] = False
     return valid & (differs | at_border)
 
 
