@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 
 MAX_SIDE = 16384
 """Longest side of a map: squared distances and their sums stay inside 32 bits."""
-MAX_VOXELS = 2**31 - 1
+MAX_VOXELS = 2**31
 """Most voxels of a volume: their indices stay inside 32 bits."""
 
 WITHOUT_FLOAT64 = "counts and distances are decided in float64, which MPS does not have: move it with .cpu()"
@@ -101,7 +101,7 @@ def sides(name: str, value: Tensor, dims: int = 2) -> None:
         )
     if dims == 3 and math.prod(size) > MAX_VOXELS:
         raise ValueError(
-            f"{name}: expected volumes of at most {MAX_VOXELS} voxels, got {describe(value)}; crop or downsample it"
+            f"{name}: expected volumes of at most 2**31 voxels, got {describe(value)}; crop or downsample it"
         )
 
 
