@@ -13,10 +13,13 @@ SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*)
 demo: $(VENV)/.demo
 	$(RUN) -m contextrast_kernels demo $(if $(DATA),--data $(DATA)) $(if $(ROOT),--root "$(ROOT)") $(if $(LOSS),--loss $(LOSS)) $(ARGS)
 
-# Two processes, each with whole files; then the compiled kernels, for which Triton must not interpret.
+# Two processes, each with whole files; beside them one for the compiled kernels, in which Triton must not interpret.
 test: $(VENV)/.all
-	$(RUN) -m pytest -n 2 --dist loadfile --ignore tests/compiled $(ARGS)
-	TRITON_INTERPRET=0 $(RUN) -m pytest -n 2 tests/compiled $(ARGS)
+	@mkdir -p build; \
+	TRITON_INTERPRET=0 $(RUN) -m pytest tests/compiled --durations 10 $(ARGS) > build/compiled.log 2>&1 & compiled=$$!; \
+	trap "kill $$compiled" INT TERM; \
+	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder --ignore tests/compiled --durations 10 $(ARGS); \
+	failed=$$?; wait $$compiled; failed=$$((failed + $$?)); cat build/compiled.log; exit $$failed
 
 test-all: $(VENV)/.all
 	$(RUN) -m pytest -m "slow or not slow" --ignore tests/compiled $(ARGS)

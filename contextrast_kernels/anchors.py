@@ -17,7 +17,7 @@ from contextrast_kernels.backend import (
     on_device,
     unchanged_by_autocast,
 )
-from contextrast_kernels.embedding import compute_dtype, pixel_embeddings
+from contextrast_kernels.embedding import Embeddings, compute_dtype, pixel_embeddings
 from contextrast_kernels.loops import one_call_per_sample
 
 
@@ -63,23 +63,27 @@ def class_anchors(
             maps.volume_sides([features]),
         )
         return anchors, counts
-    return mean_embeddings(features, maps.targets(labels, size, num_classes, ignore_index), num_classes, normalize)
+    targets = maps.targets(labels, size, num_classes, ignore_index)
+    return mean_embeddings(pixel_embeddings(features, targets >= 0, normalize), targets, num_classes)
 
 
-def mean_embeddings(features: Tensor, targets: Tensor, num_classes: int, normalize: bool) -> tuple[Tensor, Tensor]:
+def mean_embeddings(embeddings: Embeddings, targets: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
     """The reference of Eq. 1. targets (B, *size) holds the class of each pixel, -1 for none."""
-    sums, counts = class_sums(features, targets, num_classes, normalize)
+    sums, counts = class_sums(embeddings, targets, num_classes)
     return means(sums, counts), counts
 
 
 @unchanged_by_autocast
-def class_sums(features: Tensor, targets: Tensor, num_classes: int, normalize: bool) -> tuple[Tensor, Tensor]:
+def class_sums(embeddings: Embeddings, targets: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
     """Σ_p v_p (N, D) and the number of pixels (N,) of every class."""
-    valid = targets >= 0
-    embeddings = pixel_embeddings(features, valid, normalize)
-    # Pixels without a class fall into an extra row N, which is cut off.
-    row = torch.where(valid, targets, num_classes).flatten()
-    sums = embeddings.new_zeros(num_classes + 1, embeddings.shape[1]).index_add(0, row, embeddings)[:-1]
+    x, scale, moderate = embeddings
+    target = targets.flatten(1)
+    if moderate and num_classes <= x.shape[1]:
+        is_class = target.unsqueeze(1) == torch.arange(num_classes, device=x.device).unsqueeze(1)  # (B, N, P)
+        return torch.bmm(x, (is_class * scale).mT).sum(0).T, is_class.sum((0, 2))
+    # A product would carry a NaN from one class to all. Pixels without a class fall into an extra row N.
+    row = torch.where(target >= 0, target, num_classes).flatten()
+    sums = x.new_zeros(num_classes + 1, x.shape[1]).index_add(0, row, (x * scale).mT.flatten(0, 1))[:-1]
     counts = row.new_zeros(num_classes + 1).index_add(0, row, torch.ones_like(row))[:-1]
     return sums, counts
 

@@ -27,6 +27,7 @@ from contextrast_kernels import maps, native
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
+_First = TypeVar("_First", bound="Tensor | tuple")
 CHOICES = ("auto", "reference", "triton", "native")
 
 MOST_CLASSES, MOST_CHANNELS = 256, 1024
@@ -248,13 +249,16 @@ def differentiable_once(name: str, backward_op) -> None:
 
 
 def unchanged_by_autocast(
-    function: Callable[Concatenate[Tensor, _P], _R],
-) -> Callable[Concatenate[Tensor, _P], _R]:
-    """Decorate a function that chooses its own precision: turn autocast off inside. Its first argument is a tensor."""
+    function: Callable[Concatenate[_First, _P], _R],
+) -> Callable[Concatenate[_First, _P], _R]:
+    """Decorate a function that chooses its own precision: turn autocast off inside.
+
+    Its first argument is a tensor, or a tuple that begins with one.
+    """
 
     @functools.wraps(function)
-    def wrapper(first: Tensor, *args: _P.args, **kwargs: _P.kwargs) -> _R:
-        device_type = first.device.type
+    def wrapper(first: _First, *args: _P.args, **kwargs: _P.kwargs) -> _R:
+        device_type = (first if isinstance(first, Tensor) else first[0]).device.type
         if device_type == "meta":  # torch.autocast refuses it
             return function(first, *args, **kwargs)
         with torch.autocast(device_type, enabled=False):

@@ -14,13 +14,19 @@ import torch
 from torch import Tensor
 
 from contextrast_kernels import bane, checks, maps, ranks
-from contextrast_kernels.anchors import class_anchors, class_sums, fuse_anchors, means
+from contextrast_kernels.anchors import class_anchors, class_sums, fuse_anchors, mean_embeddings, means
 from contextrast_kernels.backend import choose_kernels, differentiable_once, empty_codes, on_device
 from contextrast_kernels.distance import check_sampling
-from contextrast_kernels.embedding import compute_dtype, unit
+from contextrast_kernels.embedding import compute_dtype, pixel_embeddings, unit
 from contextrast_kernels.hashing import STREAM_BASE, image_hash, seed_tensor
 from contextrast_kernels.loops import one_call_per_sample
-from contextrast_kernels.pixel_anchor import anchor_contrast, pixel_anchor_loss, positive_terms, slope_of_log_sums
+from contextrast_kernels.pixel_anchor import (
+    anchor_contrast,
+    anchor_info_nce,
+    pixel_anchor_loss,
+    positive_terms,
+    slope_of_log_sums,
+)
 
 
 @checks.takes_subclasses
@@ -239,7 +245,7 @@ def total_loss(
     hard, errors = bane.layer_negatives(*selection)
     if options.group is not None:
         return _global_loss(options.group, features, labels, hard, errors, options, seed)
-    loss, report = _composed_loss(features, labels, predictions.detach(), hard, options, seed)
+    loss, report = _composed_loss(features, labels, predictions.detach(), hard, options, seed, backend)
     return loss, {**report, "errors": errors}
 
 
@@ -250,20 +256,26 @@ def _composed_loss(
     hard: list[Tensor],
     options: Options,
     seed: Tensor,
+    backend: str,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss composed of its parts, for given hard negatives; each part chooses its backend."""
+    """The loss composed of its parts, for given hard negatives. The kernels compute them where backend is "triton"."""
     # Widened once, so that a half-precision gradient is summed in float32 and rounded once.
     features = [x.to(compute_dtype(x.dtype)) for x in features]
     sizes = [tuple(x.shape[2:]) for x in features]
-    N, normalize = options.num_classes, options.normalize
+    N, normalize, temperature = options.num_classes, options.normalize, options.temperature
     targets = [maps.targets(labels, size, N, options.ignore_index) for size in sizes]
-    anchors, counts = zip(
-        *(class_anchors(x, y, N, ignore_index=-1, normalize=normalize) for x, y in zip(features, targets)), strict=True
-    )
+    if backend == "triton":
+        means_of_layers = (
+            class_anchors(x, y, N, ignore_index=-1, normalize=normalize) for x, y in zip(features, targets)
+        )
+    else:
+        embeddings = [pixel_embeddings(x, y >= 0, normalize) for x, y in zip(features, targets)]
+        means_of_layers = (mean_embeddings(v, y, N) for v, y in zip(embeddings, targets))
+    anchors, counts = zip(*means_of_layers)
     fused = _fused_anchors(anchors, counts, options)
 
     losses, drawn = [], []
-    for i, (x, target, a, chosen, size) in enumerate(zip(features, targets, fused, hard, sizes)):
+    for i, (target, a, chosen, size) in enumerate(zip(targets, fused, hard, sizes)):
         base = _base_pixels(target, i, options, seed)
         drawn_here = chosen >= 0
         if options.base_sampler is not None:
@@ -272,18 +284,21 @@ def _composed_loss(
             base = checks.chosen("base_sampler", base, target.shape) & (target >= 0)
         if base is not None:
             drawn_here = drawn_here | base
-        losses.append(
-            pixel_anchor_loss(
-                x,
-                target,
-                a,
-                negatives=chosen,
-                base=base,
-                temperature=options.temperature,
-                ignore_index=-1,
-                normalize=normalize,
+        if backend == "triton":
+            losses.append(
+                pixel_anchor_loss(
+                    features[i],
+                    target,
+                    a,
+                    negatives=chosen,
+                    base=base,
+                    temperature=temperature,
+                    ignore_index=-1,
+                    normalize=normalize,
+                )
             )
-        )
+        else:
+            losses.append(anchor_info_nce(embeddings[i], target, a, chosen, base, temperature))
         drawn.append(drawn_here.sum())
     total = weighted_sum(losses, options.layer_weights)
     report = {
@@ -354,13 +369,14 @@ def _global_loss(
     # Widened once, so that a half-precision gradient is summed in float32 and rounded once.
     features = [ranks.DifferentiableOnce.apply(x.to(compute_dtype(x.dtype))) for x in features]
     targets = [maps.targets(labels, x.shape[2:], N, options.ignore_index) for x in features]
+    embeddings = [pixel_embeddings(x, y >= 0, options.normalize) for x, y in zip(features, targets)]
     bases = [_base_pixels(target, i, options, seed) for i, target in enumerate(targets)]
     drawn = [(chosen >= 0 if base is None else (chosen >= 0) | base).sum() for chosen, base in zip(hard, bases)]
 
     # 1. Sums, counts and the numbers of the report, in float64, which holds them exactly.
     sums, counts = map(
         torch.stack,
-        zip(*(class_sums(x, y, N, options.normalize) for x, y in zip(features, targets))),
+        zip(*(class_sums(v, y, N) for v, y in zip(embeddings, targets))),
     )
     numbers = torch.cat([counts.flatten(), torch.stack(drawn), errors.flatten()])
     total = ranks.Total.apply(torch.cat([sums.flatten().double(), numbers.double()]), name)
@@ -372,8 +388,8 @@ def _global_loss(
 
     # 2. Z.
     contrasts = [
-        anchor_contrast(x, y, a, n, chosen, base, options.temperature, options.normalize)
-        for x, y, a, n, chosen, base in zip(features, targets, fused, counts, hard, bases)
+        anchor_contrast(v, y, a, n, chosen, base, options.temperature)
+        for v, y, a, n, chosen, base in zip(embeddings, targets, fused, counts, hard, bases)
     ]
     local = torch.stack([contrast.Z for contrast in contrasts])
     exists = torch.stack([contrast.has_negative for contrast in contrasts])

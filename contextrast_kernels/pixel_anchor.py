@@ -22,7 +22,7 @@ from contextrast_kernels.backend import (
     on_device,
     unchanged_by_autocast,
 )
-from contextrast_kernels.embedding import compute_dtype, pixel_embeddings
+from contextrast_kernels.embedding import Embeddings, compute_dtype, pixel_embeddings
 from contextrast_kernels.loops import one_call_per_sample
 
 
@@ -109,23 +109,22 @@ def pixel_anchor_loss(
     if negatives is None and base is None:
         base = torch.ones(layer, dtype=torch.bool, device=features.device)
     targets = maps.targets(labels, tuple(size), anchors.shape[0], ignore_index)
-    return anchor_info_nce(features, targets, anchors, negatives, base, temperature, normalize)
+    embeddings = pixel_embeddings(features, targets >= 0, normalize)
+    return anchor_info_nce(embeddings, targets, anchors, negatives, base, temperature)
 
 
 def anchor_info_nce(
-    features: Tensor,
+    embeddings: Embeddings,
     targets: Tensor,
     anchors: Tensor,
     negatives: Tensor | None,
     base: Tensor | None,
     temperature: float,
-    normalize: bool,
 ) -> Tensor:
     """The reference of Eqs. 3-4. targets (B, *size) holds the class of each pixel, -1 for none."""
-    classes = torch.arange(anchors.shape[0], device=features.device)
     label = targets.flatten().clamp(min=0)
-    counts = torch.zeros_like(classes).index_add(0, label, (targets >= 0).flatten().long())
-    contrast = anchor_contrast(features, targets, anchors, counts, negatives, base, temperature, normalize)
+    counts = label.new_zeros(anchors.shape[0]).index_add(0, label, (targets >= 0).flatten().long())
+    contrast = anchor_contrast(embeddings, targets, anchors, counts, negatives, base, temperature)
     return positive_terms(contrast, contrast.Z, contrast.has_negative, counts).sum()
 
 
@@ -146,37 +145,42 @@ class Contrast(NamedTuple):
 
 @unchanged_by_autocast
 def anchor_contrast(
-    features: Tensor,
+    embeddings: Embeddings,
     targets: Tensor,
     anchors: Tensor,
     counts: Tensor,
     negatives: Tensor | None,
     base: Tensor | None,
     temperature: float,
-    normalize: bool,
 ) -> Contrast:
     """Similarities and Z_n of these pixels. ``counts`` are those of the whole batch, on all ranks."""
-    valid = targets >= 0
-    embeddings = pixel_embeddings(features, valid, normalize)
-    classes = torch.arange(anchors.shape[0], device=features.device)
-    valid, label = valid.flatten(), targets.flatten().clamp(min=0)
+    x, scale, moderate = embeddings
+    target = targets.flatten(1)  # (B, P)
+    valid, label = target >= 0, target.clamp(min=0)
+    classes = torch.arange(anchors.shape[0], device=x.device)
 
     # The anchor of a class without pixels is in no term; a NaN there must not leak into the others' gradients.
-    anchors = torch.where((counts > 0).unsqueeze(1), anchors.to(embeddings.dtype), 0.0)
-    similarity = embeddings @ anchors.T / temperature  # (P, N)
-    own = similarity.gather(1, label.unsqueeze(1)).squeeze(1)
+    anchors = torch.where((counts > 0).unsqueeze(1), anchors.to(x.dtype), 0.0)
+    similarity = torch.bmm(anchors.expand(x.shape[0], -1, -1), x) * (scale / temperature)  # (B, N, P)
+    own = similarity.gather(1, label.unsqueeze(1))
 
-    is_negative = torch.zeros_like(similarity, dtype=torch.bool)
+    # Without base pixels few pixels are negatives. Where values may be read, only these are looked at.
+    looked_at = valid & (negatives.flatten(1) >= 0) if moderate and negatives is not None and base is None else None
+
+    def pixels(values: Tensor) -> Tensor:
+        return values.flatten(0, 1) if looked_at is None else values[looked_at]
+
+    is_negative = torch.zeros_like(classes, dtype=torch.bool)
     if negatives is not None:
-        is_negative = is_negative | (negatives.flatten().unsqueeze(1) == classes)
+        is_negative = is_negative | (pixels(negatives.flatten(1)).unsqueeze(1) == classes)
     if base is not None:
-        is_negative = is_negative | (base.flatten().unsqueeze(1) & (label.unsqueeze(1) != classes))
-    is_negative = is_negative & valid.unsqueeze(1)
+        is_negative = is_negative | (pixels(base.flatten(1)).unsqueeze(1) & (pixels(label).unsqueeze(1) != classes))
+    is_negative = is_negative & pixels(valid).unsqueeze(1)  # (pixels, N)
     has_negative = is_negative.any(0)
     # logsumexp has no derivative where all terms are -inf: classes without negatives are replaced before and after it.
-    z = torch.where(is_negative, similarity, -torch.inf)
-    z = torch.where(has_negative, z, 0.0).logsumexp(0)
-    return Contrast(valid, label, own, z, has_negative)
+    z = torch.where(is_negative, pixels(similarity.mT), -torch.inf)
+    z = torch.where(has_negative, torch.where(has_negative, z, 0.0).logsumexp(0), 0.0)
+    return Contrast(valid.flatten(), label.flatten(), own.flatten(), z, has_negative)
 
 
 def positive_terms(contrast: Contrast, Z: Tensor, has_negative: Tensor, counts: Tensor) -> Tensor:

@@ -185,9 +185,9 @@ def info_nce_launches(
 
     rows = empty(R, D)
     columns = rows if C is None else empty(C, D)
-    labels = empty(R, dtype=torch.int64)
+    row_labels = empty(R, dtype=torch.int64)
     column_labels = None if C is None else empty(C, dtype=torch.int64)
-    of = _pairs.pairs(labels, column_labels, None, None, None, None, 0.1, -1, positives)
+    of = _pairs.pairs(row_labels, column_labels, None, None, None, None, 0.1, -1, positives)
     with _launch.recording() as launches:
         loss, count, kept = info_nce.forward(rows, columns, of, True)
         for toward in ("both",) if C is None else ("rows", "columns"):

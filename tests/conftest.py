@@ -25,7 +25,16 @@ pytest.register_assert_rewrite("kernel_checks")
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
+LONGEST = (
+    *("test_group", "test_kernels", "test_bane", "test_demo", "test_cuda_budgets", "test_compiled_csrc"),
+    *("test_examples", "test_info_nce_kernel", "test_exact", "test_compile", "test_resources", "test_contextrast"),
+)
+"""Files that take longest come first, so that processes of the suite end together."""
+
+
 def pytest_collection_modifyitems(items):
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:

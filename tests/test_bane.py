@@ -1,5 +1,6 @@
 """Eqs. 6-7 and the selection: integer maps, so every comparison is exact."""
 
+import functools
 import itertools
 import math
 
@@ -444,19 +445,28 @@ def test_selection_takes_any_strides(map_backend, rng):
 # ------------------------------------------------------------------------------------------------------------ negatives
 
 
-@pytest.mark.parametrize("negatives", ["bane", "semi-hard", "none"])
-@pytest.mark.parametrize("distance_at", ["layer", "full"])
-@pytest.mark.parametrize("size", [None, (17, 23), (9, 12), (5, 4), (1, 1), (20, 30)])
-def test_negatives_equal_the_loops(map_backend, rng, negatives, distance_at, size):
+@functools.cache
+def looped_negatives(negatives, distance_at, size):
+    """Predictions, labels, options and what the loops make of them, once for all backends."""
+    rng, cases = np.random.default_rng(20240), []
     labels, _ = scene(rng, H=17, W=23)
     for prediction_size in ((17, 23), (11, 29)):
         _, predictions = scene(rng, H=prediction_size[0], W=prediction_size[1])
         for ratio, seed in ((0.5, 0), (0.13, -3)):
             options = {"size": size, "ratio": ratio, "negatives": negatives, "distance_at": distance_at, "seed": seed}
             expected = literal.bane_negatives(predictions.numpy(), labels.numpy(), 4, **options)
-            chosen = ck.bane_negatives(predictions, labels, num_classes=4, **options)
-            assert not chosen.is_floating_point()
-            assert chosen.tolist() == expected.tolist()
+            cases.append((predictions, labels, options, expected))
+    return cases
+
+
+@pytest.mark.parametrize("negatives", ["bane", "semi-hard", "none"])
+@pytest.mark.parametrize("distance_at", ["layer", "full"])
+@pytest.mark.parametrize("size", [None, (17, 23), (9, 12), (5, 4), (1, 1), (20, 30)])
+def test_negatives_equal_the_loops(map_backend, negatives, distance_at, size):
+    for predictions, labels, options, expected in looped_negatives(negatives, distance_at, size):
+        chosen = ck.bane_negatives(predictions, labels, num_classes=4, **options)
+        assert not chosen.is_floating_point()
+        assert chosen.tolist() == expected.tolist()
 
 
 @pytest.mark.parametrize("distance_at", ["layer", "full"])

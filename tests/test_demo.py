@@ -355,7 +355,12 @@ def small(tmp_path, *more):
     return ["--quick", "--steps", "2", "--batch", "2", "--device", "cpu", "--out", str(tmp_path / "out"), *more]
 
 
-def test_status_is_1_where_miou_cannot_rise(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def no_pictures(monkeypatch):
+    monkeypatch.setattr(training.pictures, "draw", lambda *_: None)
+
+
+def test_status_is_1_where_miou_cannot_rise(tmp_path, monkeypatch, capsys, no_pictures):
     monkeypatch.setattr(training, "evaluate", lambda network, data, step: training.Score(step, 0.25, 0.25, [0.25]))
     assert training.main(small(tmp_path)) == 1
     errors = capsys.readouterr().err.splitlines()
@@ -363,7 +368,7 @@ def test_status_is_1_where_miou_cannot_rise(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "out" / "metrics.json").is_file()
 
 
-def test_several_seeds_give_a_spread_and_replace_old_results(tmp_path, monkeypatch, capsys):
+def test_several_seeds_give_a_spread_and_replace_old_results(tmp_path, monkeypatch, capsys, no_pictures):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "metrics.json").write_text("old")
     scores = iter([0.1, 0.5, 0.5, 0.1, 0.6, 0.6, 0.1, 0.3, 0.3, 0.1, 0.6, 0.6])  # before and two more, of four runs
@@ -378,7 +383,7 @@ def test_several_seeds_give_a_spread_and_replace_old_results(tmp_path, monkeypat
     assert [(run["seed"], run["alpha"]) for run in runs] == [(3, 0.0), (3, 0.1), (5, 0.0), (5, 0.1)]
 
 
-def test_every_loss_on_equal_terms(tmp_path, capsys):
+def test_every_loss_on_equal_terms(tmp_path, capsys, no_pictures):
     """The same weights and the same first batch for all: the first cross-entropy is the same number."""
     training.main(small(tmp_path, "--loss", *training.LOSSES))
     runs = json.loads((tmp_path / "out" / "metrics.json").read_text())["runs"]

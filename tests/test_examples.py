@@ -17,11 +17,11 @@ def in_examples(monkeypatch):
     monkeypatch.syspath_prepend(str(EXAMPLES))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float32, marks=pytest.mark.slow)])
 def test_plain_loop(dtype):
     from train import train
 
-    losses = train(steps=12, batch=4, dtype=dtype)
+    losses = train(steps=12, batch=2, dtype=dtype)
     assert len(losses) == 12
     assert sum(losses[-3:]) < 0.8 * sum(losses[:3])
 
@@ -45,7 +45,7 @@ def test_plain_loop_with_two_processes():
 def test_volumes():
     from volumes import train
 
-    losses = train(steps=12)
+    losses = train(steps=12, batch=1)
     assert len(losses) == 12
     assert sum(losses[-3:]) < 0.9 * sum(losses[:3])
 
@@ -77,7 +77,8 @@ def test_transformers(tmp_path):
     from transformers_trainer import main
 
     trainer = main(
-        output_dir=str(tmp_path), max_steps=12, logging_steps=3, use_cpu=True, report_to="none", save_strategy="no"
+        **{"output_dir": str(tmp_path), "max_steps": 12, "logging_steps": 3, "per_device_train_batch_size": 2},
+        **{"use_cpu": True, "report_to": "none", "save_strategy": "no"},
     )
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert len(losses) == 4 and losses[-1] < losses[0]

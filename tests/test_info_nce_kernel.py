@@ -83,6 +83,7 @@ def test_every_set_of_negatives_and_weights(rng, case, own):
     assert_like_the_definition(loss_of(labels(rng, R), labels(rng, C), **options), x)
 
 
+@pytest.mark.slow  # in float64 gradients are the reference's, which are checked every day
 @pytest.mark.parametrize(("positives", "own"), crossed(POSITIVES, [False, True]))
 def test_gradcheck(rng, own, positives):
     R, C = 5, 5 if own else 6
@@ -376,6 +377,7 @@ def test_columns_in_the_order_of_their_classes(rng):
 # ------------------------------------------------------------------------------------------------------ as an op
 
 
+@ON_COMPILED_CODE
 @pytest.mark.parametrize(("reduction", "own"), [("mean", False), ("none", True)])
 def test_opcheck(rng, own, reduction):
     x, z, y, c = vectors(rng, 4, 8), vectors(rng, 5, 8), labels(rng, 4, ignored=0), labels(rng, 5, ignored=0)
@@ -414,6 +416,7 @@ def test_torch_compile_serves_every_number_of_rows_and_columns(rng, own, compile
     assert frames == [frames[0]] * 3
 
 
+@ON_COMPILED_CODE
 def test_autocast_changes_nothing(rng):
     inputs, y, c = (
         leaves([vectors(rng, 4, 8, torch.float32), vectors(rng, 5, 8, torch.float32)]),

@@ -95,6 +95,7 @@ def test_the_largest_numbers_of_classes(rng, num_classes):
     torch.testing.assert_close(anchors, expected, rtol=0, atol=1e-14)
 
 
+@pytest.mark.slow  # in float64 gradients are the reference's, which are checked every day
 @pytest.mark.parametrize("normalize", [True, False])
 def test_class_anchors_gradcheck(rng, normalize):
     x = feature_map(rng, 1, 8, 2, 3).requires_grad_()
@@ -183,6 +184,7 @@ def test_pixel_anchor_loss_at_the_edges(rng, case, kind):
     assert_like_the_definition(lambda x: ck.pixel_anchor_loss(x, labels, rows.to(x.dtype), **maps, **options), [x])
 
 
+@pytest.mark.slow  # in float64 gradients are the reference's, which are checked every day
 @pytest.mark.parametrize(("kind", "normalize"), crossed(["hard", "both", "neither"], [True, False]))
 def test_pixel_anchor_loss_gradcheck(rng, kind, normalize):
     x = feature_map(rng, 1, 8, 2, 3).requires_grad_()
@@ -225,8 +227,7 @@ def test_anchors_of_absent_classes_are_in_no_term(rng):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.parametrize("kind", ["hard", "neither"])
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize(("bad", "kind"), crossed([float("nan"), float("inf")], ["hard", "neither"]))
 def test_a_nonfinite_vector_is_never_hidden(rng, bad, kind):
     """At an ignored pixel it has no effect; at a valid one the loss is NaN, also where its class has no negative."""
     labels = torch.tensor([[[0, 1, 0], [1, 255, 0]]], device=DEVICE)
@@ -367,10 +368,8 @@ def test_two_runs_agree_bit_by_bit(rng):
             assert torch.equal(first[1], second[1])
 
 
-@pytest.mark.parametrize(
-    "options",
-    ["as the paper", *(pytest.param(name, marks=pytest.mark.slow) for name in ("not normalised", "with base pixels"))],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("options", ["as the paper", "not normalised", "with base pixels"])
 def test_contextrast_loss_gradcheck(rng, options):
     xs = [x.requires_grad_() for x in pyramid(rng, 1, 8, [(2, 3), (2, 2)])]
     labels, predictions = labels_and_predictions(rng, 1, 3, 6, 6, wrong=0.6)
@@ -457,20 +456,20 @@ def test_codes_of_two_bytes(rng, options):
     assert_like_the_definition(total(labels, predictions, 256, 2, ignore_index=-1, **options), xs)
 
 
-def test_a_nonfinite_valid_pixel_gives_nan_in_any_layer(rng):
+@pytest.mark.parametrize("layer", [pytest.param(0, marks=pytest.mark.slow), 1])
+def test_a_nonfinite_valid_pixel_gives_nan_in_any_layer(rng, layer):
     labels, predictions = labels_and_predictions(rng, 1, 3, 8, 8, ignored=0)
     labels[0, 0, 0] = 255
-    for layer in (0, 1):
-        xs = pyramid(rng, 1, 8, [(4, 4), (2, 2)])
-        loss = total(labels, predictions, 3, 2)
-        with ck.backend("triton"):
-            clean = run(loss, xs)
-            xs[layer][0, 1, 0, 0] = torch.nan  # ignored
-            dirty = run(loss, xs)
-            assert torch.equal(clean[0], dirty[0])
-            assert torch.equal(clean[1], dirty[1])
-            xs[layer][0, 1, 1, 1] = torch.nan
-            assert loss(*xs).isnan()
+    xs = pyramid(rng, 1, 8, [(4, 4), (2, 2)])
+    loss = total(labels, predictions, 3, 2)
+    with ck.backend("triton"):
+        clean = run(loss, xs)
+        xs[layer][0, 1, 0, 0] = torch.nan  # ignored
+        dirty = run(loss, xs)
+        assert torch.equal(clean[0], dirty[0])
+        assert torch.equal(clean[1], dirty[1])
+        xs[layer][0, 1, 1, 1] = torch.nan
+        assert loss(*xs).isnan()
 
 
 def test_reports_of_the_module(rng):
@@ -491,6 +490,7 @@ def test_reports_of_the_module(rng):
 # ------------------------------------------------------------------------------------------------------ as ops
 
 
+@ON_COMPILED_CODE
 def test_opcheck(rng):
     """Schema, fake tensors, autograd registration and AOT dispatch of every op, backward ops with what forward
     saved."""
@@ -556,7 +556,9 @@ def every_op(rng):
 OPS = ["class_anchors", "pixel_anchor_loss", "contextrast_loss", "contextrast_loss, dense"]
 
 
-@pytest.mark.parametrize(("op", "dynamic"), crossed(OPS, [False, True]))
+@ON_COMPILED_CODE
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_torch_compile(rng, op, compiler, dynamic):
     """One graph, the bits of eager mode, and no compilation on the second call."""
@@ -602,6 +604,7 @@ def test_batches_of_other_sizes_are_compiled_once(rng):
     assert frames[1] == frames[2]
 
 
+@ON_COMPILED_CODE
 @pytest.mark.parametrize("op", OPS)
 def test_autocast_changes_nothing(rng, op):
     function = every_op(rng)[op]

@@ -128,7 +128,10 @@ def test_the_tile_table_serves_every_dtype_and_number_of_channels():
 
 @pytest.mark.parametrize(
     "path",
-    ["--sizes cityscapes --layout nchw --arch 90", "--sizes ade20k --classes 150 --layout channels_last --arch 80"],
+    [
+        "--sizes cityscapes --layout nchw --arch 90",
+        pytest.param("--sizes ade20k --classes 150 --layout channels_last --arch 80", marks=pytest.mark.slow),
+    ],
 )
 def test_paper_paths_compile_within_limits(path):
     rows = compiled("--op", "contextrast_loss", "--negatives", "hard", *path.split())

@@ -11,8 +11,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import contextrast_kernels as ck
 from contextrast_kernels.maps import resized_classes
 
-classification = pytest.importorskip("torchmetrics.classification", reason="torchmetrics is not installed")
-
 N = 4
 ON_MAPS = {
     "ConfusionMatrix": lambda **o: ck.metrics.ConfusionMatrix(N, **o),
@@ -21,6 +19,11 @@ ON_MAPS = {
     "BoundaryF1": lambda **o: ck.metrics.BoundaryF1(N, 1.5, **o),
     "InstanceIoU": lambda **o: ck.metrics.InstanceIoU(N, [9.0, 20.0, 5.0, 7.0], categories=[0, 1, 1, 2], **o),
 }
+
+
+@pytest.fixture
+def classification():
+    return pytest.importorskip("torchmetrics.classification", reason="torchmetrics is not installed")
 
 
 def scores(name, predictions, labels, **options):
@@ -38,7 +41,7 @@ def maps(seed=0):
 
 
 @pytest.mark.parametrize("ignored", range(N))
-def test_miou_without_a_class_equals_torchmetrics(ignored):
+def test_miou_without_a_class_equals_torchmetrics(classification, ignored):
     labels, predictions = maps()
     assert (predictions[labels != ignored] == ignored).any()
     results = scores("ConfusionMatrix", predictions, labels, ignore_index=ignored)
@@ -122,7 +125,7 @@ def test_resized_ties_go_to_the_lowest_class_and_nan_is_the_largest():
     assert (resized_classes(logits, (5, 5), 255) == 6).all()
 
 
-def test_miou_of_small_logits_is_that_of_logits_resized_first():
+def test_miou_of_small_logits_is_that_of_logits_resized_first(classification):
     """Two discs and stripes at a quarter of the size: nearest sampling loses 9 points of mIoU here."""
     y, x = np.mgrid[:256, :256]
     labels = ((y - 128) ** 2 + (x - 128) ** 2 < 90**2).astype(int) + ((y + 2 * x) % 97 < 30)

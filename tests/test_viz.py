@@ -158,7 +158,7 @@ def test_figures_are_drawn_without_a_warning():
         figure.savefig(io.BytesIO(), format="png")
 
 
-@pytest.mark.parametrize("layers", [1, 2, 4])
+@pytest.mark.parametrize("layers", [*(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2)), 4])
 @pytest.mark.parametrize(
     ("names", "H", "W"), [(LONG, 36, 48), (CamVid.classes, 36, 48), (CITYSCAPES, 32, 64)], ids=["4", "11", "19"]
 )

@@ -47,7 +47,8 @@ def test_maps_over_samples(map_backend, name):
     assert torch.equal(got, one_by_one(function, shared))
 
 
-@pytest.mark.parametrize("backend", ["reference", "triton"])
+# The compiled kernels are mapped over samples every day in tests/compiled/test_ops.py.
+@pytest.mark.parametrize("backend", ["reference", pytest.param("triton", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", LOSSES)
 def test_losses_over_samples(name, backend):
     if ck.available()[backend] != "ok":

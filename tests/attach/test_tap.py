@@ -124,7 +124,8 @@ def test_attach_then_compile():
     def whole(model, images, labels):
         logits = model(images)
         features = model.contextrast_heads.features()
-        return ck.contextrast_loss(features, labels, logits, num_classes=N, layer_weights=(1.0, 0.4))
+        options = {"layer_weights": (1.0, 0.4), "negatives": "semi-hard"}  # distances take long to trace
+        return ck.contextrast_loss(features, labels, logits, num_classes=N, **options)
 
     expected = whole(copy.deepcopy(model), IMAGES, LABELS)
     loss = torch.compile(whole, backend="eager", fullgraph=True)(model, IMAGES, LABELS)
