@@ -454,7 +454,7 @@ def _fused_loss(
         options.group,
         maps.volume_sides(features),
     )
-    if is_eager(stacks):
+    if is_eager(features):
         loss, losses, report = _Direct.apply(arguments, *stacks)
     else:
         loss, losses, report, *_ = _contextrast_loss(stacks, *arguments)

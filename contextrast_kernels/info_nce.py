@@ -48,7 +48,7 @@ def info_nce(
 
     A column is a positive of the rows with its label. By default it is a negative of the rows with a different label.
     If ``row_negatives`` or ``column_negatives`` is given, column j is a negative of row i only if
-    ``column_negatives[j] == row_negatives[i]``; the labels replace the one that is not given.
+    ``column_negatives[j] == row_negatives[i]``. If only one of the two is given, the labels replace the other one.
 
     Args:
         rows: (R, D) floating point. They are not normalised here: for cosine similarities pass unit vectors.
