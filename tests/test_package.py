@@ -102,7 +102,7 @@ def test_doctor_checks_this_machine():
     command = [sys.executable, "-m", "contextrast_kernels", "doctor"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stdout + result.stderr
-    for words in ("torch", "reference", "triton", "native", "checks agree"):
+    for words in ("torch", "reference", "triton", "native", "all checks passed"):
         assert words in result.stdout
 
 
