@@ -59,7 +59,7 @@ def bane(predictions=LOGITS, labels=LABELS, **options):
 
 
 def select(classes=CLASSES, squared=SQUARED, ratio=0.5, **options):
-    return ck.select_nearest(classes, squared, ratio, **options)
+    return ck.select_nearest(classes, squared, ratio, **{"num_classes": 4, **options})
 
 
 def nce(rows=ROWS, labels=ROW_LABELS, *columns, **options):
@@ -222,6 +222,7 @@ TABLE = [
     ("ratio NaN", lambda: select(ratio=math.nan), ValueError, "ratio", "nan"),
     ("ratio a string", lambda: select(ratio="half"), TypeError, "ratio", "half"),
     ("select: num_classes 0", lambda: select(num_classes=0), ValueError, "num_classes", "0"),
+    ("bane: a class map without num_classes", lambda: bane(LABELS), ValueError, "num_classes", "None"),
     ("seed a float", lambda: select(seed=1.5), TypeError, "seed", "1.5"),
     ("seed None", lambda: select(seed=None), TypeError, "seed", "None"),
     ("seed too large", lambda: select(seed=2**63), ValueError, "seed", str(2**63)),
