@@ -70,8 +70,8 @@ class MemoryBank(nn.Module):
         return self.storage[:-1], torch.where(torch.cat(filled, 1), classes, -1).flatten()
 
     def copied_columns(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """A copy of ``columns`` on the rows' device and in their dtype, without empty places where values may be read. It
-        is a copy because the bank is written before the backward pass reads it."""
+        """A copy of ``columns`` on the rows' device and in their dtype, without empty places where values may be read.
+        It is a copy because the bank is written before the backward pass reads it."""
         self.follow(rows.device)
         entries, classes = self.columns()
         if may_read_values(rows) and may_read_values(classes):
