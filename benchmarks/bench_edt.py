@@ -46,7 +46,8 @@ def distances(regime: str) -> torch.Tensor:
 @functools.cache
 def selected(regime: str) -> torch.Tensor:
     with ck.backend("reference"):
-        return ck.select_nearest(errors(regime), distances(regime), RATIO, seed=SEED)
+        N = CASES[regime].num_classes
+        return ck.select_nearest(errors(regime), distances(regime), RATIO, num_classes=N, seed=SEED)
 
 
 def names(found: list[peers.Peer]) -> list[str]:

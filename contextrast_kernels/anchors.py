@@ -29,8 +29,8 @@ def class_anchors(
 
     Args:
         features: (B, D, h, w), or (B, D, z, h, w) of a volume; float16, bfloat16, float32 or float64, any strides.
-        labels: (B, H, W) or (B, 1, H, W) integers of any size, brought to (h, w) by nearest sampling. With features of
-            a volume (B, Z, H, W) or (B, 1, Z, H, W): there (B, 1, H, W) is a volume of depth one.
+        labels: (B, H, W) or (B, 1, H, W) integers of any size, brought to (h, w) by nearest sampling. For volumes
+            (B, Z, H, W) or (B, 1, Z, H, W); (B, 1, H, W) is then a volume of depth one.
         num_classes: N. A label outside 0..N-1 counts as ignored.
         ignore_index: the label of ignored pixels.
         normalize: embeddings are x / ‖x‖₂ over D; without it, x itself.

@@ -57,7 +57,7 @@ def error_map(
 
 @checks.takes_subclasses
 def select_nearest(
-    classes: Tensor, distance_sq: Tensor, ratio: float, *, num_classes: int | None = None, seed: int | Tensor = 0
+    classes: Tensor, distance_sq: Tensor, ratio: float, *, num_classes: int, seed: int | Tensor = 0
 ) -> Tensor:
     """Select exactly ⌈ratio · |B^n|⌉ pixels of every image and class, the nearest first, ties by hash (section 3.3).
 
@@ -67,7 +67,7 @@ def select_nearest(
         distance_sq: numbers of the same shape, of any integer or floating-point type, as
             ``edge_distance(squared=True)`` returns them. They are compared exactly; NaN comes last.
         ratio: between 0 and 1. The product is rounded once, in float64.
-        num_classes: N; values of N and above are not classes. None: every value >= 0 is a class.
+        num_classes: N; values of N and above are not classes.
         seed: int, or an int64 tensor of one element on the maps' device.
 
     Returns:
@@ -81,8 +81,7 @@ def select_nearest(
     distance_sq = checks.distances("distance_sq", distance_sq, classes.shape)
     checks.together("classes", classes, "distance_sq", distance_sq)
     checks.real("ratio", ratio, low=0.0, high=1.0)
-    if num_classes is not None:
-        checks.num_classes(num_classes)
+    checks.num_classes(num_classes)
     checks.seed(seed, classes.device)
     return _selected(classes, distance_sq, ratio, num_classes, seed)
 
@@ -104,7 +103,8 @@ def bane_negatives(
     """Choose the hard negatives of one layer (section 3.3): the class whose anchor each pixel is pushed away from.
 
     Args:
-        predictions, labels, num_classes: as in ``error_map``, for maps or volumes.
+        predictions, labels: as in ``error_map``, for maps or volumes.
+        num_classes: N, at least 2. None: the channels of the logits. A class map needs a number.
         size: (h, w) of the layer, or (z, h, w); None is the labels' size.
         ratio: the share of the error pixels of each image and class that is chosen, between 0 and 1.
         negatives: "bane" takes the pixels nearest to the edge of their error region, "semi-hard" the same number at
@@ -127,6 +127,10 @@ def bane_negatives(
     """
     dims = checks.dims_of(predictions, labels, size)
     predictions, labels, num_classes = _check_maps(predictions, labels, num_classes, ignore_index, dims)
+    if num_classes is None:
+        raise ValueError(
+            "num_classes: expected the number of classes for a class map, got None; pass num_classes=N, or logits"
+        )
     size = labels.shape[1:] if size is None else size
     checks.size("size", tuple(size) if isinstance(size, torch.Size) else size, dims)
     check_selection(ratio, negatives, distance_at)
@@ -151,7 +155,7 @@ def layer_negatives(
     predictions: Tensor,
     labels: Tensor,
     sizes: list[tuple[int, ...]],
-    num_classes: int | None,
+    num_classes: int,
     ratio: float,
     negatives: str,
     distance_at: str,
@@ -161,9 +165,10 @@ def layer_negatives(
 ) -> tuple[list[Tensor], Tensor]:
     """Each layer's chosen negatives, int32 (B, *size) with -1 for none, and number of errors, int64 (layers,)."""
     if _one_native_call(labels, sampling):
-        limit = -1 if num_classes is None else num_classes
         return native.bane_negatives(
-            *_native_arguments(predictions, labels, sizes, limit, ratio, negatives, distance_at, ignore_index, seed)
+            *_native_arguments(
+                predictions, labels, sizes, num_classes, ratio, negatives, distance_at, ignore_index, seed
+            )
         )
     full = labels.shape[1:]
     if distance_at == "full":
@@ -262,17 +267,15 @@ def _distances(errors: Tensor, sampling: tuple[float, ...] | None) -> Tensor:
     return edge_distance(errors, squared=True, sampling=sampling)
 
 
-def _selected(
-    classes: Tensor, distance_sq: Tensor, ratio: float, num_classes: int | None, seed: int | Tensor
-) -> Tensor:
+def _selected(classes: Tensor, distance_sq: Tensor, ratio: float, num_classes: int, seed: int | Tensor) -> Tensor:
     """``select_nearest`` of checked arguments: maps or volumes of one shape."""
     distance_sq = _in_order(distance_sq)
     if choose(classes, ("native",)) != "native":
         return _select_nearest(classes.long(), distance_sq.long(), ratio, num_classes, seed)
-    limit, shape = -1 if num_classes is None else num_classes, classes.shape
+    shape = classes.shape
     if classes.ndim == 4:  # a selection depends on a pixel's index only, so the rows of all planes can form a map
         classes, distance_sq = classes.flatten(1, 2), distance_sq.flatten(1, 2)
-    selected = native.select_nearest(classes, distance_sq, ratio, limit, seed_tensor(seed, classes.device))
+    selected = native.select_nearest(classes, distance_sq, ratio, num_classes, seed_tensor(seed, classes.device))
     return selected.view(shape)
 
 
@@ -299,15 +302,13 @@ def _in_order(distances: Tensor) -> Tensor:
     return torch.zeros_like(at).scatter(1, at, place).int().reshape(distances.shape)
 
 
-def _select_nearest(
-    classes: Tensor, distance_sq: Tensor, ratio: float, num_classes: int | None, seed: int | Tensor
-) -> Tensor:
+def _select_nearest(classes: Tensor, distance_sq: Tensor, ratio: float, num_classes: int, seed: int | Tensor) -> Tensor:
     """Sort each image by (class, distance, hash); the first k of each class are chosen."""
     batch, *size = classes.shape
     pixels = math.prod(size)
     if classes.numel() == 0:
         return torch.zeros_like(classes, dtype=torch.bool)
-    is_class = classes >= 0 if num_classes is None else (classes >= 0) & (classes < num_classes)
+    is_class = (classes >= 0) & (classes < num_classes)
     shape, classes = classes.shape, torch.where(is_class, classes, -1).reshape(batch, pixels)
     order_in_class = (distance_sq << 32) + image_hash(seed, STREAM_TIES, tuple(size), classes.device)
     by_key = order_in_class.reshape(batch, pixels).argsort(1)

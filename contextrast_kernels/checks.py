@@ -16,7 +16,7 @@ from torch.nn.functional import pad
 
 MAX_SIDE = 16384
 """The longest side of a map. Squared distances and their sums then fit into 32 bits."""
-MAX_VOXELS = 2**31 - 1
+MAX_VOXELS = 2**31
 """The most voxels of a volume. Their indices then fit into 32 bits."""
 
 WITHOUT_FLOAT64 = "counts and distances need float64, which MPS does not have; move it with .cpu()"
@@ -111,7 +111,7 @@ def sides(name: str, value: Tensor, dims: int = 2) -> None:
         )
     if dims == 3 and math.prod(size) > MAX_VOXELS:
         raise ValueError(
-            f"{name}: expected volumes of at most {MAX_VOXELS} voxels, got {describe(value)}; crop or downsample it"
+            f"{name}: expected volumes of at most 2**31 voxels, got {describe(value)}; crop or downsample it"
         )
 
 

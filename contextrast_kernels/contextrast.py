@@ -57,7 +57,8 @@ def contextrast_loss(
 
     Args:
         features: projected feature maps (B, D, h_i, w_i), one per layer, from high to low resolution, or those of
-            volumes (B, D, z_i, h_i, w_i). All have the same D and dtype (float16, bfloat16, float32 or float64).
+            volumes (B, D, z_i, h_i, w_i). All have the same D and dtype (float16, bfloat16, float32 or float64), and
+            any strides.
         labels: (B, H, W) or (B, 1, H, W) integers, brought to each layer by nearest sampling. A label outside 0..N-1
             counts as ignored. For volumes (B, Z, H, W) or (B, 1, Z, H, W); (B, 1, H, W) is then a volume of depth
             one.
@@ -65,27 +66,28 @@ def contextrast_loss(
             volumes. They get no gradient.
         num_classes: N, at least 2. With 2, logits may have one channel, as those of a binary network: class 1 is
             predicted where it is positive.
-        ignore_index: the label of ignored pixels. Where it is one of 0..N-1, that class is left out of the
-            predictions too.
+        ignore_index: the label of ignored pixels. If it is one of 0..N-1, that class is also left out of the
+            predictions.
         layer_weights: λ_i, one for each layer.
         temperature: τ.
         fusion_weight: w_h, the share of the last layer in the anchors of the lower ones.
         negatives, ratio, distance_at, sampling: the hard negatives, as in ``bane_negatives``.
-        base_rate: share of the valid pixels that are also negatives of every class but their own; 0 none, 1 all.
-        base_sampler: in place of base_rate, the rule that chooses these pixels in each layer, such as
-            ``Sampler("common-count", 10000, 2500)`` of MS/CS. The loss is then composed of the ops of its parts.
+        base_rate: the share of the valid pixels that are negatives of every class but their own, in addition to the
+            hard negatives; 0: none, 1: all.
+        base_sampler: a callable that chooses these pixels in each layer instead of base_rate, such as
+            ``Sampler("common-count", 10000, 2500)`` of MS/CS. The loss is then not fused, but composed of its parts.
         normalize: embeddings are x / ‖x‖₂ over D.
         normalize_anchors: L2-normalise the anchors after fusion.
         detach_anchors: no gradient through the anchors.
-        seed: int, or an int64 tensor of one element on the features' device; neither synchronises. The same on all
-            ranks of a group.
+        seed: int, or an int64 tensor of one element on the features' device; neither synchronises. It must be
+            the same on all ranks of a group.
         group: a torch.distributed process group. All its ranks must call this together, and the loss is that of the
             pixels of all ranks (docs/distributed.md). None: the loss of this process alone.
 
     Returns:
-        A scalar, float32, or float64 for float64 features. Where nothing can be contrasted it is 0 with a live graph
-        and zero gradients. NaN or inf at a valid pixel gives NaN. With a group every rank gets the same loss, and
-        gradients that averaging over the ranks, as DDP does, turns into those of one process.
+        A scalar, float32, or float64 for float64 features. If nothing can be contrasted it is 0 with a live graph and
+        zero gradients. NaN or inf at a valid pixel gives NaN. With a group every rank gets the same loss, and the mean
+        of the ranks' gradients, as DDP forms it, is the gradient of one process.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, rank, size, range or device; the error names it.
@@ -435,7 +437,8 @@ def _fused_loss(
                 f"features[{i}]: expected at most {ranks.MOST_PIXELS} pixels on each rank of a group, "
                 f"got {checks.describe(x)}; use backend('reference') on all ranks, or a smaller batch"
             )
-    stacks = [maps.plane_stack(x) for x in features]
+    planes = (maps.plane_stack(x) for x in features)
+    stacks = [x for x in planes if x is not None]  # choose_kernels took the reference where one is None
     arguments = (
         labels,
         hard,

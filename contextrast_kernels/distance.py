@@ -25,9 +25,6 @@ from contextrast_kernels.backend import choose
 NO_EDGE = torch.iinfo(torch.int32).max
 """The squared distance, in int32, of pixels in an image without a zero or an edge."""
 
-MAX_VOXELS = 2**31
-"""The most pixels of an image. The index of a pixel in its image then fits into int32."""
-
 _SMALLEST_SIDE, _LARGEST_SIDE = 1e-100, 1e100
 _UNSIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, *_UNSIGNED)
@@ -99,7 +96,7 @@ def distance_transform(
             f"mask: expected at least {spatial_dims} axes (spatial_dims), got {checks.describe(mask)}; "
             "lower spatial_dims"
         )
-    _check_size("mask", mask, spatial_dims)
+    checks.sides("mask", mask, spatial_dims)
     sampling = check_sampling(sampling, spatial_dims)
     checks.flag("squared", squared)
     checks.flag("return_indices", return_indices)
@@ -152,7 +149,7 @@ def edge_distance(
     if classes.ndim == 4 and classes.shape[1] == 1 and not of_volume:
         classes = classes[:, 0]
     spatial_dims = classes.ndim - 1
-    _check_size("classes", classes, spatial_dims)
+    checks.sides("classes", classes, spatial_dims)
     sampling = check_sampling(sampling, spatial_dims)
     checks.flag("squared", squared)
     if choose(classes, ("native",)) == "native":
@@ -161,20 +158,6 @@ def edge_distance(
     inside = torch.ones_like(values, dtype=torch.bool) if classes.dtype in _UNSIGNED else values >= 0
     distance_sq, _ = _transform(_edges(values) & inside, sampling, False)
     return _in_pixels(torch.where(inside, distance_sq, -1), squared, sampling)
-
-
-def _check_size(name: str, image: Tensor, spatial_dims: int) -> None:
-    checks.has_float64(name, image)
-    sides = image.shape[-spatial_dims:]
-    if max(sides) > checks.MAX_SIDE:
-        raise ValueError(
-            f"{name}: expected sides of at most {checks.MAX_SIDE} pixels, got {checks.describe(image)}; "
-            "crop or downsample it"
-        )
-    if math.prod(sides) > MAX_VOXELS:
-        raise ValueError(
-            f"{name}: expected images of at most 2**31 pixels, got {checks.describe(image)}; crop or downsample it"
-        )
 
 
 def check_sampling(value, spatial_dims: int) -> tuple[float, ...] | None:

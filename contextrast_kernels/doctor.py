@@ -160,7 +160,7 @@ def _check_native(device: str) -> str:
         with ck.backend(name):
             errors = ck.error_map(predictions, labels, num_classes=4)
             distance = ck.edge_distance(errors, squared=True)
-            results[name] = (errors, distance, ck.select_nearest(errors, distance, 0.3, seed=5))
+            results[name] = (errors, distance, ck.select_nearest(errors, distance, 0.3, num_classes=4, seed=5))
     equal = all(torch.equal(a, b) for a, b in zip(results["reference"], results["native"]))
     _expect(equal, "a map differs")
     return "error map, distance and selection equal"

@@ -107,19 +107,17 @@ def info_nce(
         if column_negatives is None:
             column_negatives = row_labels if itself else column_labels
     sets = (row_negatives, column_negatives, column_weights)
-    options = (float(temperature), ignore_index, positives, reduction)
+    tau = float(temperature)
     unfit = ""
     if rows.shape[1] > MOST_CHANNELS:
         unfit = f"its kernels take at most {MOST_CHANNELS} channels, got {rows.shape[1]}"
     backend = choose(rows, ("triton",), unfit)
     # Without a pair there is nothing to launch.
     if backend == "triton" and rows.numel() > 0 and against[1].numel() > 0:
-        return _info_nce(rows, row_labels, columns, column_labels, *sets, *options)[0]
+        return _info_nce(rows, row_labels, columns, column_labels, *sets, tau, ignore_index, positives, reduction)[0]
     if columns is None or column_labels is None:
         columns, column_labels = rows, row_labels
-    return _reference(
-        rows, row_labels, columns, column_labels, row_negatives, column_negatives, column_weights, itself, *options
-    )
+    return _reference(rows, row_labels, columns, column_labels, *sets, itself, tau, ignore_index, positives, reduction)
 
 
 @unchanged_by_autocast

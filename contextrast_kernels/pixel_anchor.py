@@ -45,8 +45,8 @@ def pixel_anchor_loss(
 
     Args:
         features: (B, D, h, w), or (B, D, z, h, w) of a volume; float16, bfloat16, float32 or float64, any strides.
-        labels: (B, H, W) or (B, 1, H, W) integers, brought to (h, w) by nearest sampling; with features of a volume
-            (B, Z, H, W) or (B, 1, Z, H, W). Pixels with a label outside 0..N-1 or equal to ``ignore_index`` are
+        labels: (B, H, W) or (B, 1, H, W) integers, brought to (h, w) by nearest sampling; for volumes (B, Z, H, W)
+            or (B, 1, Z, H, W). Pixels with a label outside 0..N-1 or equal to ``ignore_index`` are
             ignored, even if they are in ``negatives`` or ``base``.
         anchors: (N, D), as ``class_anchors`` or ``fuse_anchors`` returns them; differentiable.
         negatives: (B, h, w) or (B, z, h, w) integers: the class each pixel is a negative of, or any value outside

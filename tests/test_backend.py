@@ -167,7 +167,7 @@ def test_mps_tensors_raise_a_clear_error():
             lambda: ck.error_map(logits, labels),
             lambda: ck.edge_distance(labels),
             lambda: ck.distance_transform(labels),
-            lambda: ck.select_nearest(labels, labels, 0.5),
+            lambda: ck.select_nearest(labels, labels, 0.5, num_classes=4),
             lambda: ck.bane_negatives(logits, labels),
             lambda: ck.class_anchors(features, labels, 3),
             lambda: ck.contextrast_loss([features], labels, logits, num_classes=3, layer_weights=(1.0,)),

@@ -309,10 +309,10 @@ def test_hand_worked_selection(map_backend):
         (0.67, [1, 1, 1]),
         (1, [1, 1, 1]),
     ):
-        assert ck.select_nearest(classes, tied, ratio).int().tolist() == [[expected]]
+        assert ck.select_nearest(classes, tied, ratio, num_classes=1).int().tolist() == [[expected]]
     nearer = torch.tensor([[[9, 4, 4]]], dtype=torch.int32)
-    assert ck.select_nearest(classes, nearer, 0.3).int().tolist() == [[[0, 1, 0]]]
-    assert ck.select_nearest(classes, nearer, 0.5).int().tolist() == [[[0, 1, 1]]]
+    assert ck.select_nearest(classes, nearer, 0.3, num_classes=1).int().tolist() == [[[0, 1, 0]]]
+    assert ck.select_nearest(classes, nearer, 0.5, num_classes=1).int().tolist() == [[[0, 1, 1]]]
 
 
 def test_k_is_the_ceiling_of_one_float64_product(map_backend):
@@ -321,7 +321,7 @@ def test_k_is_the_ceiling_of_one_float64_product(map_backend):
         counts = torch.arange(1, 201)
         classes = torch.where(torch.arange(200) < counts[:, None], 0, -1)[:, None]
         squared = torch.where(classes < 0, -1, 0).int()
-        selected = ck.select_nearest(classes, squared, ratio)
+        selected = ck.select_nearest(classes, squared, ratio, num_classes=1)
         assert selected.sum((1, 2)).tolist() == [math.ceil(ratio * n) for n in range(1, 201)]
     assert math.ceil(0.07 * 100) == 8
 
@@ -332,7 +332,7 @@ def test_selection_equals_sorting_by_distance_and_hash(map_backend, rng, seed, r
     """Random distances with many ties, both ends of the 32-bit range, classes in and out of range."""
     classes = rng.integers(-2, 5, (3, 9, 11))
     squared = rng.choice([0, 0, 0, 1, 2, 4, 5, 1000, NO_EDGE], classes.shape)
-    for num_classes in (None, 3):
+    for num_classes in (5, 3):
         expected = literal.select_nearest(classes, squared, ratio, num_classes, seed)
         args = torch.from_numpy(classes), torch.from_numpy(squared).int(), ratio
         selected = ck.select_nearest(*args, num_classes=num_classes, seed=seed)
@@ -356,7 +356,7 @@ def test_exactly_k_and_never_a_farther_pixel_before_a_nearer_one(map_backend, rn
         squared = edge_distance_sq(classes[None])
         for ratio in (0.1, 0.5, 0.77):
             selected = ck.select_nearest(
-                torch.from_numpy(classes[None]), torch.from_numpy(squared), ratio, seed=3
+                torch.from_numpy(classes[None]), torch.from_numpy(squared), ratio, num_classes=256, seed=3
             ).numpy()[0]
             assert not selected[classes < 0].any(), name
             for n in np.unique(classes[classes >= 0]):
@@ -373,7 +373,7 @@ def test_every_tie_is_broken_by_hash(map_backend, rng):
     for seed in (0, 1, 99):
         order = sorted(range(120), key=lambda p: literal.hash32(seed, 0, p))
         for k in (1, 13, 60, 119):
-            selected = ck.select_nearest(classes, tied, k / 120, seed=seed)
+            selected = ck.select_nearest(classes, tied, k / 120, num_classes=1, seed=seed)
             assert selected.flatten(1).sum(1).tolist() == [k] * 3
             for image in selected:
                 assert image.flatten().nonzero().flatten().tolist() == sorted(order[:k])
@@ -390,7 +390,9 @@ def test_ties_are_not_biased_by_position(map_backend):
     P, k, seeds = 96, 24, 400
     classes = torch.zeros(1, 8, 12, dtype=torch.int64)
     tied = torch.zeros(1, 8, 12, dtype=torch.int32)
-    counts = sum(ck.select_nearest(classes, tied, k / P, seed=seed).double() for seed in range(seeds)).flatten()
+    counts = sum(
+        ck.select_nearest(classes, tied, k / P, num_classes=1, seed=seed).double() for seed in range(seeds)
+    ).flatten()
     expected = seeds * k / P
     statistic = ((counts - expected) ** 2).sum().item() / (expected * (1 - k / P)) * (P - 1) / P
     assert stats.chi2.ppf(1e-6, P - 1) < statistic < stats.chi2.isf(1e-6, P - 1)
@@ -403,7 +405,9 @@ def test_neighbouring_ties_are_chosen_independently(map_backend):
     tied = torch.zeros(1, 8, 12, dtype=torch.int32)
     pairs = torch.tensor(
         [
-            (lambda m: (m[..., 1:] & m[..., :-1]).sum())(ck.select_nearest(classes, tied, k / P, seed=seed))
+            (lambda m: (m[..., 1:] & m[..., :-1]).sum())(
+                ck.select_nearest(classes, tied, k / P, num_classes=1, seed=seed)
+            )
             for seed in range(seeds)
         ]
     ).double()
@@ -415,17 +419,19 @@ def test_selection_keeps_to_its_image_and_class(map_backend, rng):
     """Neither other classes or images nor the order of images or the names of classes change a choice."""
     classes = torch.from_numpy(rng.integers(-1, 4, (3, 15, 16)))
     squared = ck.edge_distance(classes, squared=True)
-    selected = ck.select_nearest(classes, squared, 0.4, seed=5)
+    selected = ck.select_nearest(classes, squared, 0.4, num_classes=4, seed=5)
     for b in range(3):
-        assert torch.equal(ck.select_nearest(classes[b : b + 1], squared[b : b + 1], 0.4, seed=5)[0], selected[b])
+        alone = ck.select_nearest(classes[b : b + 1], squared[b : b + 1], 0.4, num_classes=4, seed=5)
+        assert torch.equal(alone[0], selected[b])
     order = [2, 0, 1]
-    assert torch.equal(ck.select_nearest(classes[order], squared[order], 0.4, seed=5), selected[order])
+    reordered = ck.select_nearest(classes[order], squared[order], 0.4, num_classes=4, seed=5)
+    assert torch.equal(reordered, selected[order])
     renamed = torch.tensor([2, 3, 0, 1, -1])[classes]
-    assert torch.equal(ck.select_nearest(renamed, squared, 0.4, seed=5), selected)
+    assert torch.equal(ck.select_nearest(renamed, squared, 0.4, num_classes=4, seed=5), selected)
     far_apart = torch.tensor([5, 149, 77, 10**6, -1])[classes]
-    assert torch.equal(ck.select_nearest(far_apart, squared, 0.4, seed=5), selected)
+    assert torch.equal(ck.select_nearest(far_apart, squared, 0.4, num_classes=10**6 + 1, seed=5), selected)
     only = torch.where(classes == 2, 2, -1)
-    assert torch.equal(ck.select_nearest(only, squared, 0.4, seed=5), selected & (classes == 2))
+    assert torch.equal(ck.select_nearest(only, squared, 0.4, num_classes=4, seed=5), selected & (classes == 2))
 
 
 def test_selection_takes_any_strides(map_backend, rng):
@@ -437,8 +443,8 @@ def test_selection_takes_any_strides(map_backend, rng):
         lambda x: x[:1].expand(3, -1, -1),
         lambda x: x[:, :, :1].expand(-1, -1, 9),
     ):
-        expected = ck.select_nearest(view(classes).contiguous(), view(squared).contiguous(), 0.5)
-        assert torch.equal(ck.select_nearest(view(classes), view(squared), 0.5), expected)
+        expected = ck.select_nearest(view(classes).contiguous(), view(squared).contiguous(), 0.5, num_classes=3)
+        assert torch.equal(ck.select_nearest(view(classes), view(squared), 0.5, num_classes=3), expected)
         assert torch.equal(ck.edge_distance(view(classes)), ck.edge_distance(view(classes).contiguous()))
 
 
@@ -568,9 +574,9 @@ def test_an_empty_batch_is_empty_everywhere(map_backend, function):
     calls = {
         "edge_distance": lambda: ck.edge_distance(empty),
         "distance_transform": lambda: ck.distance_transform(empty),
-        "select_nearest": lambda: ck.select_nearest(empty, empty.int(), 0.5),
+        "select_nearest": lambda: ck.select_nearest(empty, empty.int(), 0.5, num_classes=2),
         "error_map": lambda: ck.error_map(empty, empty),
-        "bane_negatives": lambda: ck.bane_negatives(empty, empty),
+        "bane_negatives": lambda: ck.bane_negatives(empty, empty, num_classes=2),
     }
     assert calls[function]().shape == (0, 5, 7)
 

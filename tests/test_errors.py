@@ -59,7 +59,7 @@ def bane(predictions=LOGITS, labels=LABELS, **options):
 
 
 def select(classes=CLASSES, squared=SQUARED, ratio=0.5, **options):
-    return ck.select_nearest(classes, squared, ratio, **options)
+    return ck.select_nearest(classes, squared, ratio, **{"num_classes": 4, **options})
 
 
 def nce(rows=ROWS, labels=ROW_LABELS, *columns, **options):
@@ -222,6 +222,7 @@ TABLE = [
     ("ratio NaN", lambda: select(ratio=math.nan), ValueError, "ratio", "nan"),
     ("ratio a string", lambda: select(ratio="half"), TypeError, "ratio", "half"),
     ("select: num_classes 0", lambda: select(num_classes=0), ValueError, "num_classes", "0"),
+    ("bane: a class map without num_classes", lambda: bane(LABELS), ValueError, "num_classes", "None"),
     ("seed a float", lambda: select(seed=1.5), TypeError, "seed", "1.5"),
     ("seed None", lambda: select(seed=None), TypeError, "seed", "None"),
     ("seed too large", lambda: select(seed=2**63), ValueError, "seed", str(2**63)),
@@ -318,13 +319,6 @@ TABLE = [
         r"\(4, 4\)",
     ),
     ("criterion: labels of a map", lambda: criterion(logits=DEEP_LOGITS), ValueError, "labels", r"\(2, 16, 16\)"),
-    (
-        "boundary of a volume",
-        lambda: ck.metrics.BoundaryF1(4).update(DEEP_LOGITS, DEEP_LABELS),
-        ValueError,
-        "predictions",
-        r"\(2, 4, 4, 16, 16\)",
-    ),
     ("spatial_dims 4", lambda: ck.ProjectionHead(3, spatial_dims=4), ValueError, "spatial_dims", "4"),
     ("sampling of three for a map", lambda: bane(sampling=(1, 1, 1)), ValueError, "sampling", "3"),
     ("sampling 0", lambda: bane(sampling=0), ValueError, "sampling", "0"),

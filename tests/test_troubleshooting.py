@@ -92,7 +92,7 @@ def row_6():
         features = [equal.expand(2, 6, *size).clone().requires_grad_() for size in LAYERS]
         _, last = run(features, labels, mistaken(labels))
         for i, size in enumerate(LAYERS):
-            chosen = ck.bane_negatives(mistaken(labels), labels, size=size)
+            chosen = ck.bane_negatives(mistaken(labels), labels, num_classes=N, size=size)
             expected = sum(math.log(1 + (chosen == n).sum().item()) for n in range(N)) / N
             assert last["loss"][i].item() == pytest.approx(expected, rel=1e-5)
             assert features[i].grad.abs().max() < 1e-6

@@ -17,7 +17,7 @@ MAPS = {
     "error_map": (ck.error_map, LOGITS, LABELS),
     "edge_distance": (ck.edge_distance, LABELS),
     "distance_transform": (ck.distance_transform, LABELS),
-    "select_nearest": (lambda e, d: ck.select_nearest(e, d, 0.5), LABELS, LOGITS[:, :, 0].double()),
+    "select_nearest": (lambda e, d: ck.select_nearest(e, d, 0.5, num_classes=4), LABELS, LOGITS[:, :, 0].double()),
     "bane_negatives": (lambda p, y: ck.bane_negatives(p, y, size=(4, 4)), LOGITS, LABELS),
 }
 LOSSES = {

@@ -386,7 +386,7 @@ def test_a_volume_may_have_more_rows_than_a_map_has(map_backend):
     """200 planes of 100 rows: the number of a pixel is what counts, not the length of a side."""
     classes = torch.zeros(1, 200, 100, 1, dtype=torch.int64)
     distances = torch.arange(20000).remainder(7).reshape(classes.shape)
-    chosen = ck.select_nearest(classes, distances, 0.1)
+    chosen = ck.select_nearest(classes, distances, 0.1, num_classes=1)
     order = sorted(range(20000), key=lambda p: (p % 7, literal.hash32(0, 0, p)))
     assert chosen.flatten().nonzero().flatten().tolist() == sorted(order[:2000])
 

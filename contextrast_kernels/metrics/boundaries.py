@@ -4,8 +4,9 @@ The paper's table of boundary mIoU at 5, 7 and 10 px does not say which of the f
 all three an ignored pixel is not a boundary and makes none of its neighbours one, in labels and in predictions. The
 prediction at an ignored pixel therefore has no effect, and a right prediction scores 1.
 
-They score maps. Score a volume plane by plane: pass its planes as a batch, such as ``labels.flatten(0, 1)`` of
-(B, Z, H, W).
+They score maps and volumes. In a volume a voxel has 6 neighbours, distances are between voxels of equal sides in three
+dimensions, and a depth of one gives the scores of the map. To score planes instead, pass them as a batch, such as
+``labels.flatten(0, 1)`` of (B, Z, H, W).
 """
 
 from __future__ import annotations
@@ -27,22 +28,22 @@ from contextrast_kernels.metrics.streaming import Metric, count
 def boundary_mask(labels: Tensor, radius: float, *, num_classes: int | None = None, ignore_index: int = 255) -> Tensor:
     """The trimap of a label map: the valid pixels at most ``radius`` px from a boundary between two classes.
 
-    A boundary pixel is a valid pixel with a valid 4-neighbour of a different class. Both sides of a boundary therefore
-    belong to it, and the border of an ignored region is not a boundary.
+    A boundary pixel is a valid pixel with a valid neighbour of a different class: one of 4 neighbours in a map, of 6 in
+    a volume. Both sides of a boundary therefore belong to it, and the border of an ignored region is not a boundary.
 
     Args:
-        labels: (B, H, W) or (B, 1, H, W) integers.
+        labels: (B, H, W), (B, 1, H, W) or (B, Z, H, W) integers.
         radius: the Euclidean distance between pixel centres, in pixels; 0 gives only the boundary pixels.
         num_classes: N; values of N and above are ignored. None: every value >= 0 is a class.
         ignore_index: the label of ignored pixels.
 
     Returns:
-        bool (B, H, W).
+        bool (B, H, W) or (B, Z, H, W).
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, rank or range; the error names it.
     """
-    labels = checks.class_map("labels", labels)
+    labels = checks.class_map("labels", labels, dims=checks.dims_of(None, labels))
     checks.real("radius", radius, low=0)
     if num_classes is not None:
         checks.num_classes(num_classes)
@@ -86,7 +87,7 @@ class TrimapIoU(Metric):
     def update(self, predictions: Tensor, labels: Tensor) -> None:
         """Add a batch; arguments as in ``ConfusionMatrix.update``."""
         N = self.num_classes
-        predicted, classes = self._class_maps(predictions, labels)
+        predicted, classes = _class_maps(self, predictions, labels)
         valid, distance = classes >= 0, _squared_distance_to(_boundary(classes))
         counts = [confusion(predicted, classes, valid & _reached(distance, radius), N) for radius in self.radii]
         self._add({"counts": torch.stack(counts)})
@@ -101,10 +102,10 @@ class BoundaryIoU(Metric):
         |G_d ∩ P_d| / |G_d ∪ P_d|
 
     G_d are the pixels of a class's label mask at most d px from a pixel outside the mask, and P_d those of its
-    predicted mask. They are found by d steps of 3x3 erosion, so d is a chessboard distance. As in the authors' code the
-    image border counts as outside. Pixels are counted over the whole data set. For each d ``compute()`` gives
-    "boundary_miou_{d}px" and "boundary_iou_{d}px_per_class" (N,), or "boundary_miou_{d}diagonal" and so on for
-    fractions of the diagonal.
+    predicted mask. They are found by d steps of 3x3 erosion (3x3x3 in volumes), so d is a chessboard distance. As in
+    the authors' code the image border counts as outside. Pixels are counted over the whole data set. For each d
+    ``compute()`` gives "boundary_miou_{d}px" and "boundary_iou_{d}px_per_class" (N,), or "boundary_miou_{d}diagonal"
+    and so on for fractions of the diagonal.
 
     Args:
         num_classes: N.
@@ -135,10 +136,10 @@ class BoundaryIoU(Metric):
     def update(self, predictions: Tensor, labels: Tensor) -> None:
         """Add a batch; arguments as in ``ConfusionMatrix.update``."""
         N = self.num_classes
-        predicted, classes = self._class_maps(predictions, labels)
+        predicted, classes = _class_maps(self, predictions, labels)
         predicted = torch.where(classes >= 0, predicted, -1)
         counts = []
-        diagonal = (classes.shape[-2] ** 2 + classes.shape[-1] ** 2) ** 0.5
+        diagonal = _diagonal(classes)
         for width in self.widths:
             pixels = int(width) if width >= 1 else max(1, round(width * diagonal))
             true_band, predicted_band = (_near_outside(c, pixels) for c in (classes, predicted))
@@ -187,17 +188,16 @@ class BoundaryF1(Metric):
     @torch.no_grad()
     def update(self, predictions: Tensor, labels: Tensor) -> None:
         """Add a batch; arguments as in ``ConfusionMatrix.update``."""
-        predicted, classes = self._class_maps(predictions, labels)
-        height, width = classes.shape[-2:]
-        radius = 0.0075 * (height**2 + width**2) ** 0.5 if self.radius is None else self.radius
+        predicted, classes = _class_maps(self, predictions, labels)
+        radius = 0.0075 * _diagonal(classes) if self.radius is None else self.radius
         maps = torch.stack((torch.where(classes >= 0, predicted, -1), classes))
         boundary = _boundary(maps.flatten(0, 1)).view_as(maps)
         scores, images = [], []
         for n in range(self.num_classes):  # one class at a time, to hold one map of the batch and not N
             of_class = boundary & (maps == n)
             near = _within(of_class.flatten(0, 1), radius).view_as(maps)
-            matched = (of_class & near.flip(0)).sum((2, 3))
-            total = of_class.sum((2, 3))
+            matched = (of_class & near.flip(0)).flatten(2).sum(2)
+            total = of_class.flatten(2).sum(2)
             precision, recall = matched.double() / total.clamp(min=1)
             scores.append((2 * precision * recall / (precision + recall)).nan_to_num().sum())  # 0 / 0: nothing matched
             images.append((total.sum(0) > 0).sum())
@@ -208,10 +208,18 @@ class BoundaryF1(Metric):
         return {"boundary_f1": per_class.nanmean(), "boundary_f1_per_class": per_class}
 
 
+def _class_maps(metric: Metric, predictions: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """``Metric._class_maps`` of maps or volumes, of which those of depth one become maps."""
+    predicted, classes = metric._class_maps(predictions, labels, volumes=True)
+    is_plane = classes.ndim == 4 and classes.shape[1] == 1
+    return (predicted[:, 0], classes[:, 0]) if is_plane else (predicted, classes)
+
+
 def _boundary(classes: Tensor) -> Tensor:
-    """Pixels with a 4-neighbour of a different class, in a map (B, H, W) whose negative values are no class."""
+    """Pixels with a neighbour of a different class along an axis of a map or volume (B, ...), whose negative values are
+    no class."""
     boundary = torch.zeros_like(classes, dtype=torch.bool)
-    for axis in (-2, -1):
+    for axis in range(1, classes.ndim):
         length = classes.shape[axis]
         if length < 2:
             continue
@@ -223,7 +231,11 @@ def _boundary(classes: Tensor) -> Tensor:
 
 
 def _squared_distance_to(pixels: Tensor) -> Tensor:
-    return distance_transform(~pixels, squared=True)
+    return distance_transform(~pixels, spatial_dims=pixels.ndim - 1, squared=True)
+
+
+def _diagonal(classes: Tensor) -> float:
+    return sum(side**2 for side in classes.shape[1:]) ** 0.5
 
 
 def _reached(squared_distance: Tensor, radius: float) -> Tensor:
@@ -232,12 +244,12 @@ def _reached(squared_distance: Tensor, radius: float) -> Tensor:
 
 
 def _within(pixels: Tensor, radius: float) -> Tensor:
-    """Pixels (B, H, W) at most ``radius`` from one of ``pixels`` in their image."""
+    """Pixels (B, ...) at most ``radius`` from one of ``pixels`` in their image."""
     return _reached(_squared_distance_to(pixels), radius)
 
 
 def _near_outside(classes: Tensor, width: int) -> Tensor:
-    """Pixels with a different class, or the outside of the image, at most ``width`` px away along both axes.
+    """Pixels with a different class, or the outside of the image, at most ``width`` px away along every axis.
 
     A window holds a different class exactly if its largest or its smallest class differs, so two maps are enough for
     all classes. Negative values are no class.
@@ -247,12 +259,15 @@ def _near_outside(classes: Tensor, width: int) -> Tensor:
     valid = classes >= 0
     extremes = torch.stack((classes, -classes), 1).float()
     extremes = torch.where(valid.unsqueeze(1), extremes, -torch.inf)
-    extremes = F.max_pool2d(extremes, (2 * width + 1, 1), 1, (width, 0))
-    highest, lowest = F.max_pool2d(extremes, (1, 2 * width + 1), 1, (0, width)).unbind(1)
+    axes = classes.ndim - 1
+    pool = F.max_pool2d if axes == 2 else F.max_pool3d
+    for axis in range(axes):
+        reach = [width if other == axis else 0 for other in range(axes)]
+        extremes = pool(extremes, [2 * steps + 1 for steps in reach], 1, reach)
+    highest, lowest = extremes.unbind(1)
     differs = (highest != classes) | (lowest != -classes)
     at_border = torch.ones_like(valid)
-    height, breadth = classes.shape[-2:]
-    at_border[:, width : height - width, width : breadth - width] = False
+    at_border[(slice(None), *(slice(width, side - width) for side in classes.shape[1:]))] = False
     return valid & (differs | at_border)
 
 

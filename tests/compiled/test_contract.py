@@ -5,6 +5,7 @@ warps must give the same bits.
 """
 
 import random
+from unittest import mock
 
 import pytest
 import torch
@@ -89,26 +90,46 @@ def test_contract_holds_where_ptx_leaves_rounding_open(case, one_rank, record_pr
     hold(case, 90, record_property, orders, machine_code=True)
 
 
-@pytest.mark.parametrize("axis", ["images", pytest.param("rows", marks=pytest.mark.slow)])
-def test_offsets_past_two_billion(axis, tmp_path):
-    """Features whose images, or whose rows, lie so far apart that an offset in elements passes 2³¹."""
-    case = next(case for case in QUICK if (case.op, case.dtype, case.D) == ("contextrast_loss", "bfloat16", 64))
-    built = build(case)
-    x, *others = built.leaves
-    h, w = x.shape[2:]
-    far = 2**31 + 64 if axis == "images" else 2**29 + 64
-    strides = (far, h * w, w, 1) if axis == "images" else (h * far, w, far, 1)
+def far_apart(x, axis, folder):
+    """The same features, with images, channels or rows so far from each other that an offset in elements passes 2³¹."""
+    _, D, h, w = x.shape
+    far = {"images": 2**31, "channels": 2**31 // D * 2, "rows": 2**29}[axis] + 64
+    strides = {"images": (far, h * w, w, 1), "channels": (D * far, far, w, 1), "rows": (h * far, w, far, 1)}[axis]
     size = 1 + sum((n - 1) * step for n, step in zip(x.shape, strides))
-    sparse = torch.from_file(str(tmp_path / "sparse"), shared=True, size=size, dtype=x.dtype)
-    apart = sparse.as_strided(x.shape, strides)
+    sparse = torch.from_file(str(folder / "sparse"), shared=True, size=size, dtype=x.dtype)
+    return sparse.as_strided(x.shape, strides).copy_(x)
+
+
+LARGE = next(case for case in QUICK if (case.op, case.dtype, case.D) == ("contextrast_loss", "bfloat16", 64))
+
+
+@pytest.mark.parametrize("axis", ["images", *(pytest.param(a, marks=pytest.mark.slow) for a in ("channels", "rows"))])
+def test_offsets_past_two_billion(axis, tmp_path):
+    built = build(LARGE)
+    x, *others = built.leaves
     expected = []
-    for y in (x, apart.copy_(x)):
+    for y in (x, far_apart(x, axis, tmp_path)):
         with emulated(90, ORDERS[0]) as gpu:
             expected.append(run(built.loss, [y, *others]))
         assert not gpu.faults(), "\n".join(map(str, gpu.faults()))
     (loss, gradient), (far_loss, far_gradient) = expected
     torch.testing.assert_close(far_loss, loss, rtol=1e-6, atol=0)
     assert relative(far_gradient, gradient) < 2**-9
+
+
+@pytest.mark.slow
+def test_offsets_cut_to_32_bits_are_seen(tmp_path):
+    """A planted fault: kernels for images of any extent compute offsets inside an image in 32 bits."""
+    from contextrast_kernels.kernels import _launch
+
+    built, layout = build(LARGE), _launch.layout
+    leaves = [far_apart(built.leaves[0], "channels", tmp_path), *built.leaves[1:]]
+    _launch.parts_of.cache_clear()  # it remembers layouts
+    with emulated(90, ORDERS[0]) as gpu, mock.patch.object(_launch, "layout", lambda x: layout(x)._replace(wide=False)):
+        run(built.loss, leaves)
+    _launch.parts_of.cache_clear()
+    found = {fault.kernel for fault in gpu.faults() if fault.kind.startswith("outside of every tensor")}
+    assert found >= {"_class_anchors_fwd", "_hard_similarities", "_pixel_anchor_fwd", "_features_bwd"}
 
 
 @pytest.mark.slow
