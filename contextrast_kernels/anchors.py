@@ -29,10 +29,10 @@ def class_anchors(
 
     Args:
         features: (B, D, h, w), or (B, D, z, h, w) of a volume; float16, bfloat16, float32 or float64, any strides.
-        labels: (B, H, W) or (B, 1, H, W) integers of any size, brought to (h, w) by nearest sampling. With features of
-            a volume (B, Z, H, W) or (B, 1, Z, H, W): there (B, 1, H, W) is a volume of depth one.
+        labels: (B, H, W) or (B, 1, H, W) integers of any size, brought to (h, w) by nearest sampling. For volumes
+            (B, Z, H, W) or (B, 1, Z, H, W); (B, 1, H, W) is then a volume of depth one.
         num_classes: N. A label outside 0..N-1 counts as ignored.
-        ignore_index: the label of pixels that take no part.
+        ignore_index: the label of ignored pixels.
         normalize: embeddings are x / ‖x‖₂ over D; without it, x itself.
 
     Returns:
@@ -40,8 +40,8 @@ def class_anchors(
         counts: (N,) int64, the number of pixels of each class.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type, rank, size or device; the sentence names it.
-        RuntimeError: a backend was asked for that cannot run.
+        TypeError, ValueError: an argument has the wrong type, rank, size or device; the error names it.
+        RuntimeError: the requested backend cannot run.
     """
     checks.feature_map("features", features)
     checks.num_classes(num_classes)
@@ -51,15 +51,13 @@ def class_anchors(
     checks.together("features", features, "labels", labels)
     size = features.shape[2:]
     checks.samples_from("labels", labels, *size)
-    backend = choose_kernels([features], num_classes)
-    if backend == "triton":
+    if choose_kernels([features], num_classes) == "triton":
         anchors, counts, _ = _class_anchors(
             maps.plane_stack(features),
             labels,
             num_classes,
             ignore_index,
             normalize,
-            backend,
             maps.volume_sides([features]),
         )
         return anchors, counts
@@ -68,7 +66,7 @@ def class_anchors(
 
 
 def mean_embeddings(embeddings: Embeddings, targets: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
-    """Eq. 1 for targets (B, *size): the class of each pixel, -1 for none."""
+    """The reference of Eq. 1. targets (B, *size) holds the class of each pixel, -1 for none."""
     sums, counts = class_sums(embeddings, targets, num_classes)
     return means(sums, counts), counts
 
@@ -89,7 +87,7 @@ def class_sums(embeddings: Embeddings, targets: Tensor, num_classes: int) -> tup
 
 
 def means(sums: Tensor, counts: Tensor) -> Tensor:
-    """Sums (..., N, D) by counts (..., N); zero for a class without pixels."""
+    """Divide sums (..., N, D) by counts (..., N); a class without pixels gets zero."""
     return sums / counts.clamp(min=1).unsqueeze(-1)
 
 
@@ -97,7 +95,7 @@ def means(sums: Tensor, counts: Tensor) -> Tensor:
 def fuse_anchors(
     anchors: Tensor, counts: Tensor, top_anchors: Tensor, top_counts: Tensor, weight: float = 0.7
 ) -> Tensor:
-    """A lower layer's anchors mixed with the last layer's (below Eq. 1): (1 - weight) * anchors + weight * top_anchors.
+    """Mix a lower layer's anchors with the last layer's (below Eq. 1): (1 - weight) * anchors + weight * top_anchors.
 
     A class without pixels in the last layer keeps its own anchor; a class without pixels in the lower layer has none
     (a zero row).
@@ -111,7 +109,7 @@ def fuse_anchors(
         (N, D) fused anchors.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type, rank, size, range or device; the sentence names it.
+        TypeError, ValueError: an argument has the wrong type, rank, size, range or device; the error names it.
     """
     _check_anchors("anchors", anchors)
     for name, value in (("counts", counts), ("top_anchors", top_anchors), ("top_counts", top_counts)):
@@ -149,7 +147,6 @@ def _class_anchors(
     num_classes: int,
     ignore_index: int,
     normalize: bool,
-    backend: str,
     volume: list[int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Anchors (N, D), counts (N,), and the label codes that the backward pass reads.
@@ -163,14 +160,14 @@ def _class_anchors(
 
 
 @_class_anchors.register_fake
-def _(features, labels, num_classes, ignore_index, normalize, backend, volume=None):
+def _(features, labels, num_classes, ignore_index, normalize, volume=None):
     anchors = features.new_empty(num_classes, features.shape[1], dtype=compute_dtype(features.dtype))
     return anchors, features.new_empty(num_classes, dtype=torch.int64), empty_codes([features], num_classes)
 
 
 @torch.library.custom_op("contextrast::class_anchors_backward", mutates_args=())
 def _class_anchors_backward(
-    gradient: Tensor, features: Tensor, counts: Tensor, codes: Tensor, normalize: bool, backend: str
+    gradient: Tensor, features: Tensor, counts: Tensor, codes: Tensor, normalize: bool
 ) -> Tensor:
     from contextrast_kernels.kernels import anchors
 
@@ -179,7 +176,7 @@ def _class_anchors_backward(
 
 
 @_class_anchors_backward.register_fake
-def _(gradient, features, counts, codes, normalize, backend):
+def _(gradient, features, counts, codes, normalize):
     return torch.empty_like(features)
 
 
@@ -187,8 +184,8 @@ differentiable_once("class_anchors", _class_anchors_backward)
 
 
 def _save_for_backward(ctx, inputs, output):
-    ctx.set_materialize_grads(False)  # else every output that has no gradient gets one of zeros, at its full size
-    features, _, _, _, ctx.normalize, ctx.backend, _ = inputs
+    ctx.set_materialize_grads(False)  # otherwise torch allocates zero gradients for all outputs
+    features, _labels, _num_classes, _ignore_index, ctx.normalize, _volume = inputs
     _, counts, codes = output
     ctx.save_for_backward(features, counts, codes)
     ctx.mark_non_differentiable(counts, codes)
@@ -196,9 +193,9 @@ def _save_for_backward(ctx, inputs, output):
 
 def _backward(ctx, gradient, *_):
     if gradient is None:
-        return (None,) * 7
-    dx = _class_anchors_backward(gradient, *ctx.saved_tensors, ctx.normalize, ctx.backend)
-    return dx, *(None,) * 6
+        return (None,) * 6
+    features, counts, codes = ctx.saved_tensors
+    return _class_anchors_backward(gradient, features, counts, codes, ctx.normalize), *(None,) * 5
 
 
 _class_anchors.register_autograd(_backward, setup_context=_save_for_backward)

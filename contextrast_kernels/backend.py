@@ -1,13 +1,13 @@
 """Which implementation runs: chosen by device, unless the caller says otherwise.
 
 reference
-    the definitions in plain PyTorch, on any device
+    plain PyTorch, on any device; the result that all others are compared with
 triton
     fused kernels of the losses
 native
     the compiled library of csrc/: error map, edge distance, distance transform, selection
 auto
-    the fastest of these that can run on the tensor's device
+    the fastest backend that can run on the tensor's device
 """
 
 import contextlib
@@ -22,6 +22,7 @@ from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from contextrast_kernels import maps, native
 
@@ -31,7 +32,7 @@ _First = TypeVar("_First", bound="Tensor | tuple")
 CHOICES = ("auto", "reference", "triton", "native")
 
 MOST_CLASSES, MOST_CHANNELS = 256, 1024
-"""What the Triton kernels take."""
+"""The most classes and channels that the Triton kernels support."""
 
 AMD = torch.version.hip is not None
 """A torch for AMD's GPUs calls them "cuda" as well."""
@@ -58,9 +59,9 @@ def backend(name: str) -> Iterator[None]:
     """Run everything inside the ``with`` block on one backend.
 
     ``name`` is "auto", "reference", "triton" or "native". A forced backend holds for the ops it has and raises
-    RuntimeError if it cannot run on the given tensors; ops that it does not have choose as "auto" does. The choice
-    holds for the thread or asyncio task that makes it: other threads choose for themselves. Outside of any block the
-    environment variable CONTEXTRAST_BACKEND decides, read at each call.
+    RuntimeError if it cannot run on the given tensors. Ops that it does not have choose as "auto" does. The choice
+    holds for the current thread or asyncio task only. Outside any block the environment variable
+    CONTEXTRAST_BACKEND decides; it is read at each call.
     """
     if name not in CHOICES:
         raise ValueError(f"backend: expected one of {', '.join(map(repr, CHOICES))}, got {name!r}")
@@ -80,7 +81,7 @@ def _requested() -> str:
     name = forced if forced is not None else os.environ.get("CONTEXTRAST_BACKEND", "auto")
     if name not in CHOICES:
         raise ValueError(
-            f"CONTEXTRAST_BACKEND: expected one of {', '.join(map(repr, CHOICES))}, got {name!r}; unset it"
+            f"CONTEXTRAST_BACKEND: expected one of {', '.join(map(repr, CHOICES))}, got {name!r}; correct or unset it"
         )
     return name
 
@@ -141,7 +142,7 @@ def _warn_once(message: str) -> None:
 
 
 def _transform(name: str) -> str:
-    """Why a backend cannot run inside the transforms of torch.func that are active, if so."""
+    """The reason why a backend cannot run inside the active transforms of torch.func, or ""."""
     if name != "triton" or torch.compiler.is_compiling():
         return ""
     functorch = torch._C._functorch
@@ -152,9 +153,12 @@ def _transform(name: str) -> str:
 
 
 def choose(tensor: Tensor, offered: tuple[str, ...], unfit: str = "") -> str:
-    """The backend that runs an op on ``tensor``.
+    """Choose the backend that runs an op on ``tensor``.
 
-    offered: the fast backends that have the op, best first. unfit: why they cannot take these arguments, if so.
+    Args:
+        tensor: the argument whose device decides.
+        offered: the fast backends that have the op, best first.
+        unfit: the reason why they cannot take these arguments, or "".
     """
     device_type = tensor.device.type
     name = _requested()
@@ -170,7 +174,7 @@ def choose(tensor: Tensor, offered: tuple[str, ...], unfit: str = "") -> str:
         return name
     for candidate in offered:
         if candidate == "triton" and device_type == "cpu":
-            continue  # the interpreter is for tests: it has to be asked for
+            continue  # the interpreter is for tests and runs only on request
         status = unfit or _transform(candidate) or _status(candidate, device_type)
         if status == "ok" and candidate == "triton" and AMD:
             status = untried_on_amd()
@@ -179,15 +183,14 @@ def choose(tensor: Tensor, offered: tuple[str, ...], unfit: str = "") -> str:
         if device_type in ("cpu", "cuda") and not torch.compiler.is_compiling():
             cost = "" if device_type == "cuda" else " for error maps, distances and negatives"
             _warn_once(
-                f"contextrast_kernels: the {candidate} backend cannot run, so a slower one{cost} is used: {status}. "
-                "CONTEXTRAST_BACKEND=reference asks for that one and silences this"
+                f"contextrast_kernels: the {candidate} backend cannot run, so a slower one is used{cost}: {status}. "
+                "CONTEXTRAST_BACKEND=reference silences this warning"
             )
     return "reference"
 
 
 def choose_kernels(features: Sequence[Tensor], num_classes: int) -> str:
-    """``choose`` for the losses, whose Triton kernels hold one row of channels and one of classes, and read volumes as
-    the rows of their planes."""
+    """Choose the backend of a loss. Its Triton kernels limit classes and channels, and read volumes as rows."""
     unfit, first = "", features[0]
     if num_classes > MOST_CLASSES or first.shape[1] > MOST_CHANNELS:
         unfit = (
@@ -197,7 +200,7 @@ def choose_kernels(features: Sequence[Tensor], num_classes: int) -> str:
     for x in features:
         if maps.plane_stack(x) is None:
             unfit = (
-                "its kernels read a volume as rows at one distance from each other, as in contiguous and "
+                "its kernels read a volume as rows with one stride, as in contiguous and "
                 f"channels_last_3d memory, got strides {x.stride()} for the shape {tuple(x.shape)}; "
                 "call .contiguous() on the features"
             )
@@ -205,8 +208,10 @@ def choose_kernels(features: Sequence[Tensor], num_classes: int) -> str:
 
 
 def empty_codes(features: list[Tensor], num_classes: int, dtype: torch.dtype | None = None) -> Tensor:
-    """A map with one number a pixel, layer after layer, as the Triton kernels keep it for the backward pass: label
-    codes unless a dtype is given."""
+    """An empty map with one number per pixel of all layers, which the Triton kernels keep for the backward pass.
+
+    Its dtype is that of label codes unless one is given.
+    """
     pixels = sum(x.shape[0] * x.shape[2] * x.shape[3] for x in features)
     return features[0].new_empty(pixels, dtype=dtype or native.code_dtype(num_classes))
 
@@ -218,28 +223,31 @@ def may_read_values(tensor: Tensor) -> bool:
     """
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return False  # ranks exchange rows, whose number must be the same in all of them
+    return tensor.device.type == "cpu" and is_eager([tensor])
+
+
+def is_eager(tensors: Sequence[Tensor]) -> bool:
+    """Whether plain PyTorch runs the ops on these tensors: nothing traces, transforms or watches them."""
     return (
         not torch.compiler.is_compiling()
-        and tensor.device.type == "cpu"
-        and type(tensor) is Tensor  # a fake tensor holds no values
         and torch._C._len_torch_dispatch_stack() == 0  # a dispatch mode traces or counts the ops
+        and not torch._C._are_functorch_transforms_active()
         and not torch.jit.is_tracing()
-        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+        and all(type(x) is Tensor or type(x) is Parameter for x in tensors)  # a fake tensor holds no values
     )
 
 
 def on_device(tensor: Tensor) -> contextlib.AbstractContextManager:
-    """Launches inside the ``with`` block go to the tensor's device."""
+    """A context manager that makes the tensor's device the current one, so that kernels are launched there."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
 def differentiable_once(name: str, backward_op) -> None:
-    """Says so, in a sentence, to whoever asks for the derivative of the op that computes ``name``'s gradient."""
+    """Make double backward of ``name`` raise a clear error; ``backward_op`` computes its gradient."""
 
     def refuse(ctx, *_):
         raise RuntimeError(
-            f"{name}: expected to be differentiated once, as its fused kernels are, got a second derivative; "
-            "call it inside of backend('reference')"
+            f"{name}: the fused kernels do not support double backward; call it under ``with backend('reference'):``"
         )
 
     backward_op.register_autograd(refuse)
@@ -248,7 +256,10 @@ def differentiable_once(name: str, backward_op) -> None:
 def unchanged_by_autocast(
     function: Callable[Concatenate[_First, _P], _R],
 ) -> Callable[Concatenate[_First, _P], _R]:
-    """Losses choose their own precision: autocast is off inside. The first argument is a tensor, or begins with one."""
+    """Decorate a function that chooses its own precision: turn autocast off inside.
+
+    Its first argument is a tensor, or a tuple that begins with one.
+    """
 
     @functools.wraps(function)
     def wrapper(first: _First, *args: _P.args, **kwargs: _P.kwargs) -> _R:

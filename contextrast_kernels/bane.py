@@ -1,11 +1,11 @@
 """Boundary-aware negatives (BANE): wrongly predicted pixels, nearest to the edge of their error region.
 
-    e(p)   = predicted class where the pixel is valid and wrong, else -1    Eq. 6: all N maps B^n = [e = n] in one
+    e(p)   = predicted class where the pixel is valid and wrong, else -1    Eq. 6: e holds all N maps B^n = [e = n]
     D(p)   = min_{q ∈ E^n} ‖p - q‖₂,  n = e(p)                               Eq. 7: E^n are the edge pixels of B^n
     chosen = for every image and class, the ⌈ratio · |B^n|⌉ pixels of smallest (D, hash)
 
 An edge pixel of B^n has a neighbour inside the image that is not in B^n (distance.py). Squared distances are integers,
-and everything is decided on the integers.
+so the order is exact.
 """
 
 import math
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from contextrast_kernels import checks, maps, native
-from contextrast_kernels.backend import choose
+from contextrast_kernels.backend import choose, is_eager
 from contextrast_kernels.distance import NO_EDGE, check_sampling, edge_distance
 from contextrast_kernels.hashing import STREAM_TIES, image_hash, seed_tensor
 
@@ -34,18 +34,19 @@ def error_map(
         predictions: class map (B, H', W') of integers or logits (B, N, H', W') of floats, brought to the labels' size
             by nearest sampling. Ties of the argmax go to the lowest class.
         labels: (B, H, W) or (B, 1, H, W) integers. Volumes have one axis more: labels (B, Z, H, W) with predictions
-            (B, Z', H', W') or logits (B, N, Z', H', W'). (B, 1, H, W) is a volume of depth one beside logits of a
-            volume, else a map.
+            (B, Z', H', W') or logits (B, N, Z', H', W'). (B, 1, H, W) is a volume of depth one if the logits are
+            those of a volume, else a map.
         num_classes: N, at least 2; None takes the channels of the logits, and with a class map every value >= 0 (below
-            2**31) is a class. With 2, logits may have one channel, as a binary network's: class 1 where it is positive.
-        ignore_index: the label of pixels that take no part. A prediction of it is no error either.
+            2**31) is a class. With 2, logits may have one channel, as those of a binary network: class 1 is where it
+            is positive.
+        ignore_index: the label of ignored pixels. A prediction of this value is not an error either.
 
     Returns:
         int32, of the labels' size: the predicted class where the pixel is valid and the prediction is wrong, else -1.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type, rank, size, range or device; the sentence names it.
-        RuntimeError: a backend was asked for that cannot run.
+        TypeError, ValueError: an argument has the wrong type, rank, size, range or device; the error names it.
+        RuntimeError: the requested backend cannot run.
     """
     dims = checks.dims_of(predictions, labels)
     predictions, labels, num_classes = _check_maps(predictions, labels, num_classes, ignore_index, dims)
@@ -56,9 +57,9 @@ def error_map(
 
 @checks.takes_subclasses
 def select_nearest(
-    classes: Tensor, distance_sq: Tensor, ratio: float, *, num_classes: int | None = None, seed: int | Tensor = 0
+    classes: Tensor, distance_sq: Tensor, ratio: float, *, num_classes: int, seed: int | Tensor = 0
 ) -> Tensor:
-    """Exactly ⌈ratio · |B^n|⌉ pixels of every image and class, nearest first, then by hash (section 3.3).
+    """Select exactly ⌈ratio · |B^n|⌉ pixels of every image and class, the nearest first, ties by hash (section 3.3).
 
     Args:
         classes: (B, h, w) or (B, z, h, w) integers, negative = none; as ``error_map`` returns them. (B, 1, h, w) is
@@ -66,22 +67,21 @@ def select_nearest(
         distance_sq: numbers of the same shape, of any integer or floating-point type, as
             ``edge_distance(squared=True)`` returns them. They are compared exactly; NaN comes last.
         ratio: between 0 and 1. The product is rounded once, in float64.
-        num_classes: N; values from N on are no class. None: every value >= 0 is a class.
+        num_classes: N; values of N and above are not classes.
         seed: int, or an int64 tensor of one element on the maps' device.
 
     Returns:
         bool, of the shape of classes. The same seed gives the same mask on every device and backend.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type, rank, size, range or device; the sentence names it.
-        RuntimeError: a backend was asked for that cannot run.
+        TypeError, ValueError: an argument has the wrong type, rank, size, range or device; the error names it.
+        RuntimeError: the requested backend cannot run.
     """
     classes = checks.class_map("classes", classes, dims=checks.dims_of(None, classes))
     distance_sq = checks.distances("distance_sq", distance_sq, classes.shape)
     checks.together("classes", classes, "distance_sq", distance_sq)
     checks.real("ratio", ratio, low=0.0, high=1.0)
-    if num_classes is not None:
-        checks.num_classes(num_classes)
+    checks.num_classes(num_classes)
     checks.seed(seed, classes.device)
     return _selected(classes, distance_sq, ratio, num_classes, seed)
 
@@ -100,32 +100,37 @@ def bane_negatives(
     ignore_index: int = 255,
     seed: int | Tensor = 0,
 ) -> Tensor:
-    """The hard negatives of one layer (section 3.3): the class whose anchor each pixel is pushed away from.
+    """Choose the hard negatives of one layer (section 3.3): the class whose anchor each pixel is pushed away from.
 
     Args:
-        predictions, labels, num_classes: as in ``error_map``; of maps or of volumes.
+        predictions, labels: as in ``error_map``, for maps or volumes.
+        num_classes: N, at least 2. None: the channels of the logits. A class map needs a number.
         size: (h, w) of the layer, or (z, h, w); None is the labels' size.
-        ratio: share of each image's and class's error pixels that is chosen, between 0 and 1.
-        negatives: "bane" takes the pixels nearest to the edge of their error region, "semi-hard" as many at random,
-            "none" none.
+        ratio: the share of the error pixels of each image and class that is chosen, between 0 and 1.
+        negatives: "bane" takes the pixels nearest to the edge of their error region, "semi-hard" the same number at
+            random, "none" none.
         distance_at: "layer" samples predictions and labels to the layer and measures there (the paper); "full"
             measures at the labels' size and samples errors and distances to the layer, so that one transform serves
             all layers.
-        sampling: the size of a pixel of the labels along each axis, a number or one for each axis, by which distances
-            are measured; a pixel of a layer with h of H rows is H / h times as high. None: all pixels are squares or
-            cubes of side 1, in every layer.
-        ignore_index: the label of pixels that take no part.
+        sampling: the size of a pixel of the labels, a number or one for each axis, in which distances are measured.
+            A pixel of a layer with h of the labels' H rows is H / h times as high. None: pixels are squares or cubes of
+            side 1 in every layer.
+        ignore_index: the label of ignored pixels.
         seed: int, or an int64 tensor of one element on the maps' device.
 
     Returns:
         int32 (B, h, w) or (B, z, h, w): the wrongly predicted class of a chosen pixel, else -1.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type, rank, size, range or device; the sentence names it.
-        RuntimeError: a backend was asked for that cannot run.
+        TypeError, ValueError: an argument has the wrong type, rank, size, range or device; the error names it.
+        RuntimeError: the requested backend cannot run.
     """
     dims = checks.dims_of(predictions, labels, size)
     predictions, labels, num_classes = _check_maps(predictions, labels, num_classes, ignore_index, dims)
+    if num_classes is None:
+        raise ValueError(
+            "num_classes: expected the number of classes for a class map, got None; pass num_classes=N, or logits"
+        )
     size = labels.shape[1:] if size is None else size
     checks.size("size", tuple(size) if isinstance(size, torch.Size) else size, dims)
     check_selection(ratio, negatives, distance_at)
@@ -140,7 +145,7 @@ def bane_negatives(
 
 
 def check_selection(ratio: float, negatives: str, distance_at: str) -> None:
-    """The arguments that choose the hard negatives."""
+    """Check the arguments that choose the hard negatives."""
     checks.real("ratio", ratio, low=0.0, high=1.0)
     checks.choice("negatives", negatives, NEGATIVES)
     checks.choice("distance_at", distance_at, DISTANCE_AT)
@@ -150,7 +155,7 @@ def layer_negatives(
     predictions: Tensor,
     labels: Tensor,
     sizes: list[tuple[int, ...]],
-    num_classes: int | None,
+    num_classes: int,
     ratio: float,
     negatives: str,
     distance_at: str,
@@ -160,13 +165,14 @@ def layer_negatives(
 ) -> tuple[list[Tensor], Tensor]:
     """Each layer's chosen negatives, int32 (B, *size) with -1 for none, and number of errors, int64 (layers,)."""
     if _one_native_call(labels, sampling):
-        limit = -1 if num_classes is None else num_classes
         return native.bane_negatives(
-            *_native_arguments(predictions, labels, sizes, limit, ratio, negatives, distance_at, ignore_index, seed)
+            *_native_arguments(
+                predictions, labels, sizes, num_classes, ratio, negatives, distance_at, ignore_index, seed
+            )
         )
     full = labels.shape[1:]
     if distance_at == "full":
-        # Predictions meet the labels at the labels' size; one distance map is then sampled to every layer.
+        # Errors are formed at the labels' size; one distance map is then sampled to every layer.
         full_errors = _error_map(predictions, labels, num_classes, ignore_index, full)
         full_distance = _distances(full_errors, sampling) if negatives == "bane" else None
     layers, counts = [], []
@@ -202,11 +208,13 @@ def negative_codes(
     seed: int | Tensor,
     sampling: tuple[float, ...] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``layer_negatives`` as the fused loss reads them: all layers end to end in one or two bytes a pixel
-    (``native.code_dtype``), whose largest number is none."""
+    """``layer_negatives`` for the fused loss: all layers concatenated, with one or two bytes per pixel
+    (``native.code_dtype``). The largest number means none."""
     selection = (predictions, labels, sizes, num_classes, ratio, negatives, distance_at, ignore_index, seed)
     if _one_native_call(labels, sampling):
-        return native.bane_codes(*_native_arguments(*selection))
+        arguments = _native_arguments(*selection)
+        tensors = [x for x in arguments if isinstance(x, Tensor)]
+        return (native.chosen_codes if is_eager(tensors) else native.bane_codes)(*arguments)
     layers, errors = layer_negatives(*selection, sampling)
     dtype = native.code_dtype(num_classes)
     chosen = torch.cat([layer.flatten() for layer in layers])
@@ -214,14 +222,13 @@ def negative_codes(
 
 
 def _one_native_call(labels: Tensor, sampling: tuple[float, ...] | None) -> bool:
-    """The library takes all layers in one call where they are maps and their pixels squares; volumes go through its
-    parts one by one."""
+    """Whether the library can take all layers in one call: for maps with square pixels. Volumes need several calls."""
     return labels.ndim == 3 and sampling is None and choose(labels, ("native",)) == "native"
 
 
 def _native_arguments(predictions, labels, sizes, num_classes, ratio, negatives, distance_at, ignore_index, seed):
     if negatives == "none":
-        negatives, ratio = "semi-hard", 0.0  # none of the errors, but their number
+        negatives, ratio = "semi-hard", 0.0  # chooses no pixel but counts the errors
     sides = [side for size in sizes for side in size]
     seed = seed_tensor(seed, labels.device)
     return predictions, labels, num_classes, sides, ratio, negatives, distance_at, ignore_index, seed
@@ -254,23 +261,21 @@ def _error_map(
 
 
 def _distances(errors: Tensor, sampling: tuple[float, ...] | None) -> Tensor:
-    """Squared edge distances; those of a volume of depth one as of a map, for which (B, 1, h, w) would be taken."""
+    """Squared edge distances. A volume (B, 1, h, w) of depth one is passed as a map, for which it would be taken."""
     if errors.ndim == 4 and errors.shape[1] == 1:
         return _distances(errors[:, 0], None if sampling is None else sampling[1:]).unsqueeze(1)
     return edge_distance(errors, squared=True, sampling=sampling)
 
 
-def _selected(
-    classes: Tensor, distance_sq: Tensor, ratio: float, num_classes: int | None, seed: int | Tensor
-) -> Tensor:
+def _selected(classes: Tensor, distance_sq: Tensor, ratio: float, num_classes: int, seed: int | Tensor) -> Tensor:
     """``select_nearest`` of checked arguments: maps or volumes of one shape."""
     distance_sq = _in_order(distance_sq)
     if choose(classes, ("native",)) != "native":
         return _select_nearest(classes.long(), distance_sq.long(), ratio, num_classes, seed)
-    limit, shape = -1 if num_classes is None else num_classes, classes.shape
-    if classes.ndim == 4:  # a selection reads the number of a pixel, not its place, so the rows of all planes are a map
+    shape = classes.shape
+    if classes.ndim == 4:  # a selection depends on a pixel's index only, so the rows of all planes can form a map
         classes, distance_sq = classes.flatten(1, 2), distance_sq.flatten(1, 2)
-    selected = native.select_nearest(classes, distance_sq, ratio, limit, seed_tensor(seed, classes.device))
+    selected = native.select_nearest(classes, distance_sq, ratio, num_classes, seed_tensor(seed, classes.device))
     return selected.view(shape)
 
 
@@ -291,21 +296,19 @@ def _in_order(distances: Tensor) -> Tensor:
         image = distances.long()
     if image.dtype == torch.int32:
         return image
-    # 64 bits do not fit: the place of each value among the different values of its image stands for it.
+    # 64 bits do not fit: replace each value by its rank among the different values of its image.
     values, at = image.flatten(1).sort(1)
     place = F.pad((values[:, 1:] != values[:, :-1]).cumsum(1), (1, 0))[:, : values.shape[1]]
     return torch.zeros_like(at).scatter(1, at, place).int().reshape(distances.shape)
 
 
-def _select_nearest(
-    classes: Tensor, distance_sq: Tensor, ratio: float, num_classes: int | None, seed: int | Tensor
-) -> Tensor:
+def _select_nearest(classes: Tensor, distance_sq: Tensor, ratio: float, num_classes: int, seed: int | Tensor) -> Tensor:
     """Sort each image by (class, distance, hash); the first k of each class are chosen."""
     batch, *size = classes.shape
     pixels = math.prod(size)
     if classes.numel() == 0:
         return torch.zeros_like(classes, dtype=torch.bool)
-    is_class = classes >= 0 if num_classes is None else (classes >= 0) & (classes < num_classes)
+    is_class = (classes >= 0) & (classes < num_classes)
     shape, classes = classes.shape, torch.where(is_class, classes, -1).reshape(batch, pixels)
     order_in_class = (distance_sq << 32) + image_hash(seed, STREAM_TIES, tuple(size), classes.device)
     by_key = order_in_class.reshape(batch, pixels).argsort(1)
@@ -316,7 +319,7 @@ def _select_nearest(
     changes = F.pad(sorted_classes[:, 1:] != sorted_classes[:, :-1], (1, 1), value=True)
     first = torch.where(changes[:, :-1], place, 0).cummax(1).values
     last = torch.where(changes[:, 1:], place, pixels).flip(1).cummin(1).values.flip(1)
-    # One float64 product, rounded up: 0.07 · 100 gives 8.
+    # One float64 product, rounded up: 0.07 · 100 gives 8, because the product is above 7.
     k = ((last - first + 1).double() * ratio).ceil()
     chosen = (place - first < k) & (sorted_classes >= 0)
     return torch.zeros_like(chosen).scatter(1, order, chosen).reshape(shape)

@@ -1,8 +1,8 @@
-"""The loss on your shapes, beside its definition in plain PyTorch.
+"""Compare the loss on your shapes with its reference in plain PyTorch.
 
-Give --shape and --classes, or --case for one of the paper's settings: the loss runs on generated scenes, is compared
-with its definition in float64, and a table in Markdown says what time and memory each takes. What it is at meanwhile
-goes to stderr. With --plan nothing is run: what the fused loss would launch and move is listed, from shapes alone.
+Give --shape and --classes, or --case for one of the paper's settings. The loss runs on generated scenes and is compared
+with the reference in float64. A Markdown table shows time, peak memory and errors; progress goes to stderr. With --plan
+nothing is run: the launches of the fused loss and the bytes they move are calculated from the shapes alone.
 """
 
 import argparse
@@ -73,21 +73,21 @@ def main(arguments: list[str]) -> int:
         try:
             from contextrast_kernels import plan
         except ImportError as error:
-            parser.error(f"the plan is read off the Triton kernels, which need Triton ({error})")
+            parser.error(f"--plan: Triton cannot be imported ({error}); pip install triton")
         print_plan(case, options.base_rate, plan.training_step)
         return 0
     try:
         return compare(case, options.base_rate, options.frames, options.seconds)
     except DataError as error:
         parser.error(f"--frames: {error}")
-    except (RuntimeError, MemoryError) as error:  # torch's word for it differs by device
+    except (RuntimeError, MemoryError) as error:  # torch's error for it depends on the device
         if "memory" not in str(error).lower():
             raise
-        parser.error(f"{case} needs more memory than there is; give fewer images, such as --shape 1,512,512")
+        parser.error(f"{case} needs more memory than is available; give fewer images, such as --shape 1,512,512")
 
 
 def _case(options: argparse.Namespace, parser: argparse.ArgumentParser) -> Case:
-    """The case that the options describe; what cannot be is refused."""
+    """The case that the options describe; exits with an error if there is none."""
     if options.shape is None:
         if options.classes is not None:
             parser.error("--classes: expected --shape with it; a --case has its own number of classes")
@@ -125,7 +125,7 @@ def _case(options: argparse.Namespace, parser: argparse.ArgumentParser) -> Case:
 
 
 def implementations(device: torch.device, case: Case) -> dict[str, str]:
-    """What runs by itself for a case on a device, by name, and the definition: name → backend."""
+    """The implementations to compare: the one that "auto" chooses on a device, and the reference; name → backend."""
     status = ck.available()
     fused = device.type == "cuda" and case.num_classes <= MOST_CLASSES and case.channels <= MOST_CHANNELS
     parts = [name for name in ("triton", "native") if status[name] == "ok" and (name == "native" or fused)]
@@ -134,7 +134,7 @@ def implementations(device: torch.device, case: Case) -> dict[str, str]:
 
 
 def compare(case: Case, base_rate: float, frames: pathlib.Path | None, seconds: float) -> int:
-    """Prints the table; 1 if a result is not the definition's."""
+    """Print the table; return 1 if a result differs from the reference."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     _say(f"{case}: drawing the inputs")
     inputs = case.inputs(device, frames=frames)
@@ -147,7 +147,7 @@ def compare(case: Case, base_rate: float, frames: pathlib.Path | None, seconds: 
         value = loss(leaves)
         return value.detach(), torch.autograd.grad(value, leaves)
 
-    _say("the definition in float64, to compare with")
+    _say("the reference in float64, for comparison")
     with ck.backend("reference"):
         exact = measure.truth(loss, inputs.features)
     leaves = [x.requires_grad_() for x in inputs.features]
@@ -157,7 +157,7 @@ def compare(case: Case, base_rate: float, frames: pathlib.Path | None, seconds: 
         with ck.backend(backend):
             began = time.perf_counter()
             value, gradients = step()
-            _say(f"{name}: it took {time.perf_counter() - began:.2g} s, first of its kind; timing more")
+            _say(f"{name}: the first call took {time.perf_counter() - began:.2g} s; timing more")
             try:
                 measure.check(value, gradients, exact)
             except measure.Differs as difference:
@@ -168,7 +168,7 @@ def compare(case: Case, base_rate: float, frames: pathlib.Path | None, seconds: 
             rows[name] = (*times, measure.peak_mib(step, device), found)
     print(_table(case, base_rate, device, rows))
     for sentence in differs:
-        print(f"\nnot the definition's result: {sentence}; please report this page")
+        print(f"\nthe result differs from the reference: {sentence}; please file an issue with this output")
     return 1 if differs else 0
 
 
@@ -193,9 +193,9 @@ def _table(case: Case, base_rate: float, device: torch.device, rows: dict) -> st
         )
     lines += [
         "",
-        "Times: median ± interquartile range. Memory: the most at once in a step, above inputs, loss and gradients"
-        + ("." if device.type == "cuda" else ", without what the native library allocates.")
-        + "\nErrors: relative to the definition in float64.",
+        "Times: median ± interquartile range. Memory: peak memory of a step, above inputs, loss and gradients"
+        + ("." if device.type == "cuda" else ", without that of the native library.")
+        + "\nErrors: relative to the reference in float64.",
     ]
     return "\n".join(lines)
 
@@ -214,8 +214,9 @@ def print_plan(case: Case, base_rate: float, training_step) -> None:
     features = case.feature_bytes
     print(
         f"{case}, base rate {base_rate:g}; features {features / 1e6:.1f} MB.\n"
-        "All that a training step puts on the device, and the bytes that each kernel of the loss moves at least once,\n"
-        "by its grid and tiles (_hard_similarities: at most, as it skips rows without a negative); nothing was run.\n"
+        "All launches of a training step, and the bytes that each kernel of the loss reads and writes at least once,\n"
+        "calculated from its grid and tiles (_hard_similarities: at most, as it skips rows without a negative).\n"
+        "Nothing was run.\n"
     )
     print(f"{'kernel':<28}{'programs':>10}{'reads MB':>11}{'writes MB':>11}{'x features':>12}")
     for row in step.rows:

@@ -1,8 +1,8 @@
-"""Named inputs for tests, benchmarks and ``bench``: what is timed is what is tested.
+"""Named inputs for tests, benchmarks and ``bench``, so that the timed inputs are also tested.
 
-A case has the sizes of one of the paper's training settings; ``dataclasses.replace`` gives its variants and ``tiny``
-the twin that a CPU can run in an instant. Inputs depend on the case and the seed alone: they are drawn on the CPU and
-then moved. Label maps come from CamVid's frames where their folder is given, else they are scenes like the demo's.
+A case has the sizes of one of the paper's training settings. ``dataclasses.replace`` makes variants of it, and ``tiny``
+a small one that runs quickly on a CPU. Inputs depend only on the case and the seed: they are drawn on the CPU and then
+moved. Label maps come from CamVid's frames if their folder is given; otherwise they are scenes like the demo's.
 """
 
 import functools
@@ -24,12 +24,12 @@ LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last
 LAYER_WEIGHTS = (1.0, 0.7, 0.4, 0.1)
 
 ERROR_SHARES = {"trained": 0.10, "mid": 0.34}
-"""Wrong pixels among the valid ones, at the labels' size. A regime "30 % errors" has what it says."""
+"""The share of wrong pixels among the valid ones, at the labels' size, by regime. "30 % errors" is a regime too."""
 REGIMES = (*ERROR_SHARES, "collapsed", "noise", "whole-image")
 
 
 def error_share(regime: str) -> float | None:
-    """The share of wrong pixels that a regime asks for; None where it follows from the labels."""
+    """The share of wrong pixels in a regime; None if it follows from the labels."""
     if regime in ERROR_SHARES:
         return ERROR_SHARES[regime]
     if regime.endswith(" % errors"):
@@ -46,7 +46,7 @@ def error_share(regime: str) -> float | None:
 
 class Inputs(NamedTuple):
     features: list[Tensor]
-    """(B, D, h_i, w_i) of every layer: each pixel its class's centre plus noise of the same size."""
+    """(B, D, h_i, w_i) of every layer: each pixel is its class's centre plus noise of the same size."""
     labels: Tensor
     """int64 (B, H, W), 255 = ignored."""
     predictions: Tensor
@@ -97,7 +97,7 @@ class Case:
 
     @property
     def loss_options(self) -> dict:
-        """The keywords of ``contextrast_loss`` that follow from the case."""
+        """The keywords of ``contextrast_loss`` for this case."""
         weights = (LAYER_WEIGHTS + LAYER_WEIGHTS[-1:] * len(self.strides))[: len(self.strides)]
         return {"num_classes": self.num_classes, "layer_weights": weights}
 
@@ -158,17 +158,17 @@ CASES = {
 
 @functools.lru_cache(maxsize=4)
 def _label_maps(case: Case, seed: int, frames: pathlib.Path | None) -> tuple[Tensor, Tensor]:
-    """Kept for the variants of a case, since full-size maps take seconds."""
+    """Cached for the variants of a case, because full-size maps take seconds."""
     generator = torch.Generator().manual_seed(seed)
     classes, void = _scenes(case, generator) if frames is None else _frames(case, frames, generator)
     return _predicted(case, classes, void, generator)
 
 
 def _scenes(case: Case, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Class maps, and where they are void: a thin bar, and the lowest twelfth, like the bonnet of a car.
+    """Class maps, and their void pixels: a thin bar, and the lowest twelfth, like the bonnet of a car.
 
-    An image holds up to a dozen classes, drawn with falling frequency from all N. Regions are as many as give a block
-    of 8 x 64 pixels at stride 4 about as many classes as it has on CamVid's frames at that size, 2.6 to 4.4.
+    An image has up to a dozen classes, drawn with decreasing frequency from all N. The number of regions is chosen so
+    that a block of 8 x 64 pixels at stride 4 has about as many classes as on CamVid's frames, 2.6 to 4.4.
     """
     H, W, N = case.height, case.width, case.num_classes
     sites = max(4, 14 * W // H)
@@ -183,7 +183,7 @@ def _scenes(case: Case, generator: torch.Generator) -> tuple[Tensor, Tensor]:
 
 
 def _frames(case: Case, folder: pathlib.Path, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """CamVid's label maps at the case's size, by nearest sampling; every image's classes are dealt out over N."""
+    """CamVid's label maps at the case's size, by nearest sampling; each image's classes are spread over all N."""
     frames = scenes.CamVid(pathlib.Path(folder), 360, limit=case.batch).labels.long()
     N = case.num_classes
     labels = maps.to_size(frames[torch.arange(case.batch) % len(frames)], case.height, case.width)
@@ -213,8 +213,11 @@ def _predicted(case: Case, classes: Tensor, void: Tensor, generator: torch.Gener
 
 
 def _wrong(classes: Tensor, valid: Tensor, share: float, generator: torch.Generator) -> Tensor:
-    """Predictions of which ``share`` is wrong: most of the errors in regions that take another place's class, the rest
-    along borders, which are moved by a smooth field as far as it takes."""
+    """Predictions of which ``share`` is wrong.
+
+    Most errors are regions with the class of a different place. The rest are along borders, which a smooth field shifts
+    until the share is reached.
+    """
     B, H, W = classes.shape
     rows, columns = torch.arange(H)[:, None], torch.arange(W)
     images = torch.arange(B)[:, None, None]

@@ -1,4 +1,7 @@
-"""Arguments are checked here: one sentence says which one, what was expected and what came. Nothing synchronises."""
+"""Checks of arguments. An error names the argument, what was expected, what was passed and what to do.
+
+No check synchronises with the device.
+"""
 
 import functools
 import math
@@ -12,12 +15,12 @@ from torch.nn import Parameter
 from torch.nn.functional import pad
 
 MAX_SIDE = 16384
-"""Longest side of a map: squared distances and their sums stay inside 32 bits."""
-MAX_VOXELS = 2**31 - 1
-"""Most voxels of a volume: their indices stay inside 32 bits."""
+"""The longest side of a map. Squared distances and their sums then fit into 32 bits."""
+MAX_VOXELS = 2**31
+"""The most voxels of a volume. Their indices then fit into 32 bits."""
 
-WITHOUT_FLOAT64 = "counts and distances are decided in float64, which MPS does not have: move it with .cpu()"
-"""Why nothing runs on Apple's GPUs."""
+WITHOUT_FLOAT64 = "counts and distances need float64, which MPS does not have; move it with .cpu()"
+"""The reason why nothing runs on Apple's GPUs."""
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -30,11 +33,11 @@ _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, *_W
 
 
 def plain(value):
-    """A tensor of a subclass (MONAI's MetaTensor, torchvision's Mask, ...) as the tensor it holds, also in a list.
+    """Unwrap a tensor subclass (MONAI's MetaTensor, torchvision's Mask, ...), also inside a list.
 
-    Everything else is returned as it is, and so are subclasses that dispatch by themselves, such as FakeTensor and
-    DTensor, which may hold no single tensor. torch.compile cannot unwrap a subclass: convert it before
-    the compiled function.
+    Everything else is returned unchanged. So are subclasses with their own dispatch, such as FakeTensor and DTensor,
+    which may not hold a single tensor. torch.compile cannot unwrap a subclass: convert it before the compiled
+    function.
     """
     if torch.compiler.is_compiling():
         return value
@@ -49,7 +52,7 @@ def plain(value):
 
 
 def takes_subclasses(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """Decorate a public function so that it sees tensor subclasses as the tensors they hold."""
+    """Decorate a public function so that it gets plain tensors in place of tensor subclasses."""
 
     @functools.wraps(function)
     def wrapper(*args: _P.args, **kwargs: _P.kwargs) -> _R:
@@ -64,7 +67,7 @@ def name_of(dtype: torch.dtype) -> str:
 
 
 def describe(value) -> str:
-    """What came, for the end of a sentence."""
+    """Describe a value for an error message: dtype, shape and device of a tensor, else its type and value."""
     if isinstance(value, Tensor):
         return f"{name_of(value.dtype)} of shape {tuple(value.shape)} on {value.device}"
     text = repr(value)
@@ -85,9 +88,9 @@ def tensor(name: str, value, expected: str) -> None:
 
 
 def signed(value: Tensor) -> Tensor:
-    """Integers in a type that PyTorch computes with: it can do little with unsigned ones of more than 8 bits.
+    """Convert unsigned integers of more than 8 bits, which few PyTorch ops support, to a signed type.
 
-    A number from 2**63 on becomes negative, which is no class.
+    A number of 2**63 or more becomes negative, which is not a class.
     """
     return value.to(_WIDER[value.dtype]) if value.dtype in _WIDER else value
 
@@ -108,15 +111,15 @@ def sides(name: str, value: Tensor, dims: int = 2) -> None:
         )
     if dims == 3 and math.prod(size) > MAX_VOXELS:
         raise ValueError(
-            f"{name}: expected volumes of at most {MAX_VOXELS} voxels, got {describe(value)}; crop or downsample it"
+            f"{name}: expected volumes of at most 2**31 voxels, got {describe(value)}; crop or downsample it"
         )
 
 
 def dims_of(predictions, labels, size=None) -> int:
-    """2 for maps, 3 for volumes: what predictions and labels that belong together are.
+    """The number of spatial axes of predictions and labels: 2 for maps, 3 for volumes.
 
-    Logits settle it by their rank, else labels and class maps do, except that (B, 1, H, W) may be either; else a size.
-    Where nothing settles it they are maps.
+    The rank of logits decides, else that of labels or class maps, unless it is (B, 1, H, W), which can be either. If
+    neither decides, the length of ``size`` does, and by default they are maps.
     """
     if isinstance(predictions, Tensor) and predictions.is_floating_point() and predictions.ndim in (4, 5):
         return predictions.ndim - 2
@@ -145,9 +148,9 @@ def maps_alone(name: str, value: Tensor) -> None:
 
 
 def class_map(name: str, value, *, shape: tuple | None = None, dims: int = 2) -> Tensor:
-    """A map of class numbers (B, H, W), or (B, Z, H, W) where ``dims`` is 3.
+    """Check a map of class numbers (B, H, W), or (B, Z, H, W) with ``dims=3``.
 
-    A channel axis of one goes, and wide unsigned types become signed ones.
+    Returns the map without a channel axis of one, and in a signed type.
     """
     expected, channel = "an integer map (B, H, W)", "(B, 1, H, W)"
     if dims == 3:
@@ -161,7 +164,7 @@ def class_map(name: str, value, *, shape: tuple | None = None, dims: int = 2) ->
     if value.ndim != dims + 1:
         hint = "; add the batch axis, value[None]" if value.ndim == dims else ""
         if dims == 3 and value.ndim == 3:
-            hint = "; a map (B, H, W) does not go with features, logits or a size of a volume"
+            hint = "; this is a map, but the features, logits or size are those of a volume"
         raise ValueError(f"{name}: expected {expected} or {channel}, got {describe(value)}{hint}")
     sides(name, value, dims)
     if shape is not None and tuple(value.shape) != tuple(shape):
@@ -170,7 +173,7 @@ def class_map(name: str, value, *, shape: tuple | None = None, dims: int = 2) ->
 
 
 def distances(name: str, value, shape: tuple) -> Tensor:
-    """A map of numbers, one a pixel, of the shape of a class map; a channel axis of one goes."""
+    """Check a map with one number per pixel; return it without a channel axis of one."""
     expected = f"integers or floats of shape {tuple(shape)}"
     tensor(name, value, expected)
     if value.dtype not in _INTEGERS + _FLOATS:
@@ -183,21 +186,21 @@ def distances(name: str, value, shape: tuple) -> Tensor:
 
 
 def chosen(name: str, value, shape: tuple) -> Tensor:
-    """What a sampler returns."""
+    """Check the map that a sampler returned."""
     if not isinstance(value, Tensor) or value.dtype != torch.bool or value.shape != shape:
-        raise ValueError(f"{name}: expected it to return a bool map of shape {tuple(shape)}, got {describe(value)}")
+        raise ValueError(f"{name}: expected to get a bool map of shape {tuple(shape)} from it, got {describe(value)}")
     return value
 
 
 def predictions(name: str, value, num_classes: int | None, dims: int = 2) -> Tensor:
-    """A class map (B, H', W') of integers or logits (B, N, H', W') of floats; where ``dims`` is 3, of volumes.
+    """Check a class map (B, H', W') of integers or logits (B, N, H', W') of floats; with ``dims=3`` those of volumes.
 
-    Logits of one channel z with two classes are a binary network's: they become the two channels (0, z).
+    Logits of one channel z for two classes are those of a binary network and become the two channels (0, z).
     """
     axes = "H', W'" if dims == 2 else "Z', H', W'"
     expected = f"a class map (B, {axes}) of integers or logits (B, N, {axes}) of floats"
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: expected {expected}, got {type(value).__name__}; pass the tensor, as output['out']")
+        raise TypeError(f"{name}: expected {expected}, got {type(value).__name__}; pass a tensor, as output['out']")
     if value.dtype in _INTEGERS:
         return class_map(name, value, dims=dims)
     if value.dtype not in _FLOATS:
@@ -225,7 +228,7 @@ def logits(name: str, value, num_classes: int, dims: int = 2) -> Tensor:
 
 
 def soft_labels(name: str, value, shape: tuple) -> Tensor:
-    """Class probabilities beside logits of a shape; of two classes that of class 1 (B, 1, H, W) will do."""
+    """Check class probabilities for logits of this shape. For two classes that of class 1, (B, 1, H, W), is enough."""
     expected = f"floating-point class probabilities of shape {tuple(shape)}"
     tensor(name, value, expected)
     if value.dtype not in _FLOATS:
@@ -238,7 +241,7 @@ def soft_labels(name: str, value, shape: tuple) -> Tensor:
 
 
 def together(first_name: str, first: Tensor, name: str, value: Tensor, *, batch: bool = True) -> None:
-    """Two arguments live on one device and, where both have it, share the batch size."""
+    """Check that two arguments are on one device and, with ``batch``, that they have the same batch size."""
     if first.device != value.device:
         raise ValueError(
             f"{name}: expected a tensor on {first.device}, where {first_name} is, got {describe(value)}; move it there"
@@ -251,7 +254,7 @@ def together(first_name: str, first: Tensor, name: str, value: Tensor, *, batch:
 
 
 def samples_from(name: str, value: Tensor, *size: int) -> None:
-    """A map without pixels cannot be brought to a size that has some."""
+    """Check that a map has pixels, if it is to be sampled to a size that has some."""
     if math.prod(size) > 0 and math.prod(value.shape[value.ndim - len(size) :]) == 0:
         raise ValueError(f"{name}: expected a map with at least one pixel, got {describe(value)}")
 
@@ -269,12 +272,12 @@ def num_classes(value) -> None:
 
 
 def several_classes(value) -> None:
-    """The number of classes of what is contrasted or scored."""
+    """Check the number of classes where classes are contrasted or scored: at least 2."""
     num_classes(value)
     if value == 1:
         raise ValueError(
-            "num_classes: expected at least 2, got 1, which has nothing to be told from; for a network with one output "
-            "channel set num_classes=2, where class 1 means that its logits (B, 1, H, W) are positive"
+            "num_classes: expected at least 2, got 1; a single class has nothing to be contrasted with. For a network "
+            "with one output channel set num_classes=2: class 1 is where its logits (B, 1, H, W) are positive"
         )
 
 
@@ -284,14 +287,14 @@ def ignore_index(value) -> None:
 
 def size(name: str, value, dims: int = 2) -> None:
     if not isinstance(value, tuple | list) or len(value) != dims:
-        expected = "a pair (height, width)" if dims == 2 else "three sides (depth, height, width), as of a volume"
+        expected = "a pair (height, width)" if dims == 2 else "three sides (depth, height, width) of a volume"
         raise TypeError(f"{name}: expected {expected}, got {describe(value)}")
     for side in value:
         integer(name, side, low=1, high=MAX_SIDE)
 
 
 def real(name: str, value: Any, *, low: float, high: float = math.inf, open_low: bool = False) -> None:
-    """A finite number in [low, high], or in (low, high] with ``open_low``. NaN is refused."""
+    """Check that a number is finite and in [low, high], or in (low, high] with ``open_low``."""
     if isinstance(value, bool) or not isinstance(value, _REAL):
         raise TypeError(f"{name}: expected a number, got {describe(value)}")
     above = value > low if open_low else value >= low

@@ -5,6 +5,7 @@
 i counts the layers from high to low resolution.
 """
 
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from contextrast_kernels import bane, checks, maps, ranks
 from contextrast_kernels.anchors import class_anchors, class_sums, fuse_anchors, mean_embeddings, means
-from contextrast_kernels.backend import choose_kernels, differentiable_once, empty_codes, on_device
+from contextrast_kernels.backend import choose_kernels, differentiable_once, empty_codes, is_eager, on_device
 from contextrast_kernels.distance import check_sampling
 from contextrast_kernels.embedding import compute_dtype, pixel_embeddings, unit
 from contextrast_kernels.hashing import STREAM_BASE, image_hash, seed_tensor
@@ -55,41 +56,43 @@ def contextrast_loss(
     """The pixel-anchor loss of all encoder layers, L_PA = Σ_i λ_i L_i (Eq. 4). Add 0.1 of it to the cross-entropy.
 
     Args:
-        features: projected feature maps (B, D, h_i, w_i), one a layer, from high to low resolution; the same D and
-            dtype in all (float16, bfloat16, float32 or float64), any strides. Of volumes (B, D, z_i, h_i, w_i).
+        features: projected feature maps (B, D, h_i, w_i), one per layer, from high to low resolution, or those of
+            volumes (B, D, z_i, h_i, w_i). All have the same D and dtype (float16, bfloat16, float32 or float64), and
+            any strides.
         labels: (B, H, W) or (B, 1, H, W) integers, brought to each layer by nearest sampling. A label outside 0..N-1
-            counts as ignored. With features of volumes (B, Z, H, W) or (B, 1, Z, H, W): there (B, 1, H, W) is a
-            volume of depth one.
-        predictions: the network's final logits (B, N, H', W') or their class map (B, H', W'), of any size, or the same
-            of volumes. No gradient.
-        num_classes: N, at least 2. With 2, logits may have one channel, as a binary network's: class 1 where it is
-            positive.
-        ignore_index: the label of pixels that take no part. Where it is one of 0..N-1, that class is left out of the
-            predictions too.
+            counts as ignored. For volumes (B, Z, H, W) or (B, 1, Z, H, W); (B, 1, H, W) is then a volume of depth
+            one.
+        predictions: the network's final logits (B, N, H', W') or class map (B, H', W'), of any size, or those of
+            volumes. They get no gradient.
+        num_classes: N, at least 2. With 2, logits may have one channel, as those of a binary network: class 1 is
+            predicted where it is positive.
+        ignore_index: the label of ignored pixels. If it is one of 0..N-1, that class is also left out of the
+            predictions.
         layer_weights: λ_i, one for each layer.
         temperature: τ.
         fusion_weight: w_h, the share of the last layer in the anchors of the lower ones.
         negatives, ratio, distance_at, sampling: the hard negatives, as in ``bane_negatives``.
-        base_rate: share of the valid pixels that are also negatives of every class but their own; 0 none, 1 all.
-        base_sampler: in place of base_rate, the rule that chooses these pixels in each layer, such as
-            ``Sampler("common-count", 10000, 2500)`` of MS/CS. The loss is then composed of the ops of its parts.
+        base_rate: the share of the valid pixels that are negatives of every class but their own, in addition to the
+            hard negatives; 0: none, 1: all.
+        base_sampler: a callable that chooses these pixels in each layer instead of base_rate, such as
+            ``Sampler("common-count", 10000, 2500)`` of MS/CS. The loss is then not fused, but composed of its parts.
         normalize: embeddings are x / ‖x‖₂ over D.
         normalize_anchors: L2-normalise the anchors after fusion.
         detach_anchors: no gradient through the anchors.
-        seed: int, or an int64 tensor of one element on the features' device; neither synchronises. The same on all
-            ranks of a group.
-        group: a torch.distributed process group, all ranks of which call this together: the loss is then that of the
-            pixels of all ranks (docs/distributed.md). None: of this process alone.
+        seed: int, or an int64 tensor of one element on the features' device; neither synchronises. It must be
+            the same on all ranks of a group.
+        group: a torch.distributed process group. All its ranks must call this together, and the loss is that of the
+            pixels of all ranks (docs/distributed.md). None: the loss of this process alone.
 
     Returns:
-        A scalar, float32, or float64 for float64 features. Where nothing can be contrasted it is 0 with a live graph
-        and zero gradients. NaN or inf at a valid pixel gives NaN. With a group every rank gets the same loss, and
-        gradients that averaging over the ranks, as DDP does, turns into those of one process.
+        A scalar, float32, or float64 for float64 features. If nothing can be contrasted it is 0 with a live graph and
+        zero gradients. NaN or inf at a valid pixel gives NaN. With a group every rank gets the same loss, and the mean
+        of the ranks' gradients, as DDP forms it, is the gradient of one process.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type, rank, size, range or device; the sentence names it.
-            Where ranks disagree about the kind of loss or features, every rank raises.
-        RuntimeError: a backend was asked for that cannot run, or a group that torch.distributed does not know.
+        TypeError, ValueError: an argument has the wrong type, rank, size, range or device; the error names it.
+            Every rank raises if ranks differ in options or in the kind of features.
+        RuntimeError: the requested backend cannot run, or torch.distributed does not know the group.
     """
     options = Options(
         num_classes=num_classes,
@@ -114,7 +117,7 @@ def contextrast_loss(
 
 @dataclass(frozen=True)
 class Options:
-    """The keywords of ``contextrast_loss``, checked: everything that can be said without a batch."""
+    """The keywords of ``contextrast_loss``, after every check that needs no batch."""
 
     num_classes: int
     ignore_index: int
@@ -147,13 +150,13 @@ class Options:
         check_sampling(self.sampling, 2 if isinstance(self.sampling, Sequence) and len(self.sampling) == 2 else 3)
         if self.base_sampler is not None and (not callable(self.base_sampler) or self.base_rate > 0):
             raise ValueError(
-                f"base_sampler: expected a callable as ck.Sampler, and base_rate 0 beside it, "
-                f"got {checks.describe(self.base_sampler)} and base_rate={self.base_rate}"
+                f"base_sampler: expected a callable, such as a ck.Sampler, together with base_rate=0, "
+                f"got {checks.describe(self.base_sampler)} and base_rate={self.base_rate}; set only one of them"
             )
         if self.base_sampler is not None and self.group is not None:
             raise ValueError(
-                "base_sampler: expected None with a group, whose loss is that of one process, while a sampler counts "
-                f"the pixels of each rank apart, got {checks.describe(self.base_sampler)}; set base_rate instead"
+                "base_sampler: expected None with a group, because a sampler sees only its own rank's pixels, "
+                f"got {checks.describe(self.base_sampler)}; use base_rate instead"
             )
         if self.base_sampler is None and self.base_rate == 0 and (self.negatives == "none" or self.ratio == 0):
             raise ValueError(
@@ -163,10 +166,10 @@ class Options:
 
 
 def check_layers(features, layer_weights: Sequence[float] | None = None) -> None:
-    """The feature maps of all layers: one for each weight, of one dtype and D, from high to low resolution."""
+    """Check the feature maps: one for each weight, of one dtype and D, from high to low resolution."""
     if not isinstance(features, Sequence) or len(features) == 0:
         hint = "pass [x] for one map, list(features.values()) for a dict"
-        if callable(features):  # a tap, or its method, in place of what that returns
+        if callable(features):  # the tap or its method was passed instead of the list that it returns
             hint = "call it, as in tap.features()"
         raise TypeError(
             "features: expected a list of feature maps (B, D, h, w), one a layer, "
@@ -202,7 +205,7 @@ def check_layers(features, layer_weights: Sequence[float] | None = None) -> None
 
 
 def check_inputs(features, labels, predictions, options: Options) -> tuple[Tensor, Tensor]:
-    """The batch; returns labels and predictions with their rank settled."""
+    """Check a batch; return labels and predictions without a channel axis of one."""
     check_layers(features, options.layer_weights)
     first = features[0]
     dims = first.ndim - 2
@@ -217,7 +220,7 @@ def check_inputs(features, labels, predictions, options: Options) -> tuple[Tenso
 def total_loss(
     features: Sequence[Tensor], labels: Tensor, predictions: Tensor, options: Options, seed: int | Tensor
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """L_PA, and what happened in each layer: detached tensors (I,).
+    """L_PA, and a report of detached tensors (I,), one entry per layer.
 
     loss: L_i; classes: |C|; positives: valid pixels; negatives: chosen and base pixels; errors: wrong pixels.
     """
@@ -241,7 +244,7 @@ def total_loss(
     if options.group is not None:
         _agree(options.group, features, options, backend)
     if backend == "triton" and options.base_sampler is None:
-        return _fused_loss(features, labels, *bane.negative_codes(*selection), options, seed, backend)
+        return _fused_loss(features, labels, *bane.negative_codes(*selection), options, seed)
     hard, errors = bane.layer_negatives(*selection)
     if options.group is not None:
         return _global_loss(options.group, features, labels, hard, errors, options, seed)
@@ -258,7 +261,7 @@ def _composed_loss(
     seed: Tensor,
     backend: str,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The definition, from the hard negatives on, whose parts the kernels compute where the backend is "triton"."""
+    """The loss composed of its parts, for given hard negatives. The kernels compute them where backend is "triton"."""
     # Widened once, so that a half-precision gradient is summed in float32 and rounded once.
     features = [x.to(compute_dtype(x.dtype)) for x in features]
     sizes = [tuple(x.shape[2:]) for x in features]
@@ -334,7 +337,7 @@ def _base_pixels(target: Tensor, layer: int, options: Options, seed: int | Tenso
 
 
 def _agree(group: str, features: Sequence[Tensor], options: Options, backend: str) -> None:
-    """What all ranks must share for their reductions to meet, and for their losses to be one."""
+    """Check that all ranks have the same options and kind of features; their reductions depend on them."""
     first = features[0]
     shapes = f"{int(first.shape[1])} channels in {len(features)} layers of {checks.name_of(first.dtype)}"
     flags = f"normalize={options.normalize}; normalize_anchors={options.normalize_anchors}"
@@ -343,7 +346,7 @@ def _agree(group: str, features: Sequence[Tensor], options: Options, backend: st
     numbers = ("ignore_index", "layer_weights", "temperature", "fusion_weight", "base_rate")
     selection = ("negatives", "ratio", "distance_at", "sampling")
     facts = "; ".join([kind, *(f"{name}={getattr(options, name)!r}" for name in numbers + selection)])
-    # A schedule may change these numbers in every step, but only one side of this limit takes a reduction more.
+    # A schedule may change the temperature in every step, but ranks take one reduction more beyond this limit.
     ranks.agree(group, f"{kind}; {ranks.close_enough(1 / options.temperature)}", facts)
 
 
@@ -356,14 +359,14 @@ def _global_loss(
     options: Options,
     seed: int | Tensor,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The definition over the pixels of all ranks: three sums over the ranks forward, one backward.
+    """The reference over the pixels of all ranks: three reductions forward, one backward.
 
     With l_i a rank's share of L_i, so that L_i = Σ_ranks l_i, its gradient by one of the rank's own similarities is
 
         dL/ds = ∂l/∂s + Σ_n G_n ∂Z_n/∂s,    G_n = ∂L/∂Z_n = -Σ_ranks Σ_{p∈P^n} ∂l/∂s_np,    ∂Z_n/∂s = ∂E_n/∂s
 
-    with E_n the rank's Σ exp(s - Z_n) over its negatives, Z_n being a constant there. G comes along with the loss in
-    the third sum, so the way through Z asks for none backward; the way through the anchors asks for one.
+    with E_n the rank's Σ exp(s - Z_n) over its negatives, in which Z_n is a constant. G is reduced together with the
+    loss, so the gradient through Z needs no reduction backward; the gradient through the anchors needs one.
     """
     N, weights = options.num_classes, options.layer_weights
     # Widened once, so that a half-precision gradient is summed in float32 and rounded once.
@@ -414,8 +417,8 @@ def _global_loss(
         "negatives": drawn,
         "errors": errors,
     }
-    # The value is the loss of all ranks, the gradient that of this rank's share times the number of ranks: DDP will
-    # divide it.
+    # The value is the loss of all ranks. The gradient is that of this rank's share times the number of ranks,
+    # because DDP divides by that number.
     return loss + ranks.size(name) * (share - share.detach()), report
 
 
@@ -426,18 +429,17 @@ def _fused_loss(
     errors: Tensor,
     options: Options,
     seed: Tensor,
-    backend: str,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The fused kernels, from the codes of the hard negatives on."""
+    """The loss by the fused kernels, for given codes of the hard negatives."""
     for i, x in enumerate(features if options.group is not None else ()):
         if x.shape[0] * math.prod(x.shape[2:]) > ranks.MOST_PIXELS:
             raise ValueError(
                 f"features[{i}]: expected at most {ranks.MOST_PIXELS} pixels on each rank of a group, "
                 f"got {checks.describe(x)}; use backend('reference') on all ranks, or a smaller batch"
             )
-    stacks = [maps.plane_stack(x) for x in features]
-    loss, losses, report, *_ = _contextrast_loss(
-        stacks,
+    planes = (maps.plane_stack(x) for x in features)
+    stacks = [x for x in planes if x is not None]  # choose_kernels took the reference where one is None
+    arguments = (
         labels,
         hard,
         seed,
@@ -450,11 +452,14 @@ def _fused_loss(
         options.normalize,
         options.normalize_anchors,
         options.detach_anchors,
-        backend,
         errors if options.group is not None else None,
         options.group,
         maps.volume_sides(features),
     )
+    if is_eager(features):
+        loss, losses, report = _Direct.apply(arguments, *stacks)
+    else:
+        loss, losses, report, *_ = _contextrast_loss(stacks, *arguments)
     if options.group is not None:
         errors = report[3]
     return loss, {
@@ -466,8 +471,7 @@ def _fused_loss(
     }
 
 
-@torch.library.custom_op("contextrast::contextrast_loss", mutates_args=())
-def _contextrast_loss(
+def _forward(
     features: list[Tensor],
     labels: Tensor,
     e: Tensor,
@@ -481,17 +485,16 @@ def _contextrast_loss(
     normalize: bool,
     normalize_anchors: bool,
     detach_anchors: bool,
-    backend: str,
     errors: Tensor | None,
     group: str | None,
     volumes: list[int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The loss, L_i of every layer, the report (3, layers): classes, positives, negatives; and what backward
-    reads: codes y, base pixels or the similarity of hard negatives, â, Z, coefficients, T.
+    """Return the loss, L_i of every layer, the report (3, layers) of classes, positives and negatives, and what the
+    backward pass reads: codes y, base pixels or the similarity of hard negatives, â, Z, coefficients, T.
 
-    With a group, ranks reduce inside of the op, between its phases, and a fourth row of the report has the errors of
-    all ranks. One op with reductions within, not three with reductions between: what passes from phase to phase are
-    sums that are added to in place, and the backward pass, which needs none, stays the same.
+    With a group the ranks reduce inside the op, between its phases, and a fourth row of the report has the errors of
+    all ranks. One op with reductions inside is simpler than three ops with reductions between them: the phases add to
+    the same accumulators in place, and the backward pass, which needs no reduction, does not change.
 
     volumes: z, h, w of each layer in turn, where the features are ``maps.plane_stack`` of volumes and the labels
     (B, Z, H, W).
@@ -521,9 +524,13 @@ def _contextrast_loss(
     return outcome.loss, outcome.losses, outcome.report, *saved
 
 
+_contextrast_loss = torch.library.custom_op("contextrast::contextrast_loss", _forward, mutates_args=())
+
+
 @_contextrast_loss.register_fake
 def _(features, labels, e, seed, num_classes, *options):
-    base_rate, group = options[4], options[10]
+    given = _by_name((features, labels, e, seed, num_classes, *options))
+    base_rate, group = given["base_rate"], given["group"]
     first, L, N = features[0], len(features), num_classes
     D, dtype = first.shape[1], compute_dtype(first.dtype)
     row = D * torch.int64.itemsize // dtype.itemsize  # T lies where int64 sums were
@@ -532,8 +539,7 @@ def _(features, labels, e, seed, num_classes, *options):
     return *floats[:2], first.new_empty((3 if group is None else 4, L), dtype=torch.int64), *codes, *floats[2:]
 
 
-@torch.library.custom_op("contextrast::contextrast_loss_backward", mutates_args=())
-def _contextrast_loss_backward(
+def _feature_gradients(
     gradient: Tensor,
     features: list[Tensor],
     e: Tensor,
@@ -546,8 +552,8 @@ def _contextrast_loss_backward(
     temperature: float,
     normalize: bool,
     detach_anchors: bool,
-    backend: str,
 ) -> list[Tensor]:
+    """dL/dx of every layer, from what ``_forward`` returns to be saved."""
     from contextrast_kernels.kernels import contextrast
 
     base, similarity = (per_pixel, None) if per_pixel.dtype == torch.uint8 else (None, per_pixel)
@@ -558,6 +564,11 @@ def _contextrast_loss_backward(
         )
 
 
+_contextrast_loss_backward = torch.library.custom_op(
+    "contextrast::contextrast_loss_backward", _feature_gradients, mutates_args=()
+)
+
+
 @_contextrast_loss_backward.register_fake
 def _(gradient, features, *_):
     return [torch.empty_like(x) for x in features]
@@ -566,27 +577,52 @@ def _(gradient, features, *_):
 differentiable_once("contextrast_loss", _contextrast_loss_backward)
 
 
+def _by_name(inputs: Sequence) -> dict:
+    """Inputs of the op by the names of its parameters."""
+    return dict(zip(_PARAMETERS, inputs))
+
+
+_PARAMETERS = tuple(inspect.signature(_forward).parameters)
+
+
 def _save_for_backward(ctx, inputs, output):
-    ctx.set_materialize_grads(False)  # else every output that has no gradient gets one of zeros, at its full size
-    features = inputs[0]
-    ctx.temperature, ctx.normalize, ctx.detach_anchors, ctx.backend = inputs[7], inputs[10], inputs[12], inputs[13]
-    ctx.group, ctx.layers = inputs[15], len(features)
-    ctx.save_for_backward(*features, inputs[2], *output[3:])
-    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # otherwise torch allocates zero gradients for all outputs
+    given = _by_name(inputs)
+    ctx.options = [given[name] for name in ("temperature", "normalize", "detach_anchors")]
+    ctx.group, ctx.layers = given["group"], len(given["features"])
+    _loss, *others = output
+    _losses, _report, *saved = others
+    ctx.save_for_backward(*given["features"], given["e"], *saved)
+    ctx.mark_non_differentiable(*others)
 
 
 def _backward(ctx, gradient, *_):
     if gradient is None:
-        return [None] * ctx.layers, *(None,) * 16
+        return [None] * ctx.layers, *(None,) * (len(_PARAMETERS) - 1)
     if ctx.group is not None:
-        gradient = gradient * ranks.size(ctx.group)  # DDP will divide it
-    features, saved = ctx.saved_tensors[: ctx.layers], ctx.saved_tensors[ctx.layers :]
-    dx = _contextrast_loss_backward(
-        gradient, list(features), *saved, ctx.temperature, ctx.normalize, ctx.detach_anchors, ctx.backend
-    )
-    return dx, *(None,) * 16
+        gradient = gradient * ranks.size(ctx.group)  # DDP divides by the number of ranks
+    features, saved = list(ctx.saved_tensors[: ctx.layers]), ctx.saved_tensors[ctx.layers :]
+    # The op refuses a second derivative, which is only asked for where gradients are recorded.
+    direct = not torch.is_grad_enabled() and is_eager([gradient, *features])
+    gradients = _feature_gradients if direct else _contextrast_loss_backward
+    return gradients(gradient, features, *saved, *ctx.options), *(None,) * (len(_PARAMETERS) - 1)
 
 
 _contextrast_loss.register_autograd(_backward, setup_context=_save_for_backward)
 one_call_per_sample(_contextrast_loss)
 one_call_per_sample(_contextrast_loss_backward)
+
+
+class _Direct(torch.autograd.Function):
+    """The op without PyTorch's dispatcher, whose Python takes the host longer than all launches of a step."""
+
+    @staticmethod
+    def forward(ctx, arguments, *features):
+        output = _forward(features, *arguments)
+        _save_for_backward(ctx, (features, *arguments), output)
+        return output[:3]
+
+    @staticmethod
+    def backward(ctx, gradient, *_):
+        of_features, *_ = _backward(ctx, gradient)
+        return None, *of_features

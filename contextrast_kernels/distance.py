@@ -2,13 +2,13 @@
 
     d(p) = min_{q ∈ S} sqrt(((s_z Δz)² + (s_y Δy)²) + (s_x Δx)²)
 
-S are the zeros of a mask (``distance_transform``), or the edge pixels of p's class (``edge_distance``, Eq. 7): those
-with a neighbour inside the image that is not of that class. The nearest edge pixel of *any* class is always one of p's
-own class: on every monotone staircase from p to another region, the last pixel before it leaves the class is an edge
-pixel of that class, and nearer. So one binary transform serves all classes.
+S are the zeros of a mask (``distance_transform``), or the edge pixels of p's class (``edge_distance``, Eq. 7), which
+have a neighbour inside the image that is not in the class. The nearest edge pixel of *any* class is always one of p's
+own class: on every monotone path from p to another region, the last pixel inside the class is an edge pixel of that
+class and nearer. So one binary transform serves all classes.
 
-Without sampling, squared distances are integers. With it they are float64, and every operation above is rounded. Since
-rounding keeps the order of numbers, the minimum can be taken axis by axis and is still the minimum over all of S.
+Without sampling, squared distances are integers. With it they are float64, and every operation above is rounded.
+Rounding keeps the order of numbers, so the minimum can be taken axis by axis and is still the minimum over all of S.
 """
 
 import math
@@ -23,10 +23,7 @@ from contextrast_kernels import checks, native
 from contextrast_kernels.backend import choose
 
 NO_EDGE = torch.iinfo(torch.int32).max
-"""Squared distance in int32 where there is nothing to measure to."""
-
-MAX_VOXELS = 2**31
-"""Most pixels of one image: a pixel's number in its image is an int32."""
+"""The squared distance, in int32, of pixels in an image without a zero or an edge."""
 
 _SMALLEST_SIDE, _LARGEST_SIDE = 1e-100, 1e100
 _UNSIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
@@ -70,7 +67,7 @@ def distance_transform(
     squared: bool = False,
     return_indices: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Euclidean distance of every nonzero pixel to the nearest zero of its image. Exact, batched; SciPy's meaning.
+    """The exact Euclidean distance of every nonzero pixel to the nearest zero of its image, as in SciPy, but batched.
 
     Args:
         mask: (..., W), (..., H, W) or (..., Z, H, W), of any real dtype; every leading axis is a batch axis. NaN is
@@ -81,13 +78,13 @@ def distance_transform(
         return_indices: return the nearest zero of every pixel too.
 
     Returns:
-        The mask's shape in float32; squared in int32, or in float64 with sampling. 0 on zeros. An image without a zero
-        has inf, or the largest int32. With return_indices a pair: this, and int32 (spatial_dims, *mask.shape), the
-        coordinates of the nearest zero, -1 where there is none. Of zeros equally near it is the first in memory order;
-        in volumes whose sampling has rounded squares it may be another that is as near.
+        Distances of the mask's shape in float32, or squared in int32 (float64 with sampling). Zeros have 0. In an image
+        without a zero all are inf, or the largest int32. With return_indices a pair: the distances, and int32
+        (spatial_dims, *mask.shape), the coordinates of the nearest zero, -1 if there is none. Of several nearest zeros
+        it is the first in memory order; in volumes whose sampling has rounded squares it may be a different one.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type, rank, size or range; the sentence names it.
+        TypeError, ValueError: an argument has the wrong type, rank, size or range; the error names it.
         RuntimeError: the forced backend cannot run.
     """
     checks.tensor("mask", mask, "a mask (..., H, W)")
@@ -99,7 +96,7 @@ def distance_transform(
             f"mask: expected at least {spatial_dims} axes (spatial_dims), got {checks.describe(mask)}; "
             "lower spatial_dims"
         )
-    _check_size("mask", mask, spatial_dims)
+    checks.sides("mask", mask, spatial_dims)
     sampling = check_sampling(sampling, spatial_dims)
     checks.flag("squared", squared)
     checks.flag("return_indices", return_indices)
@@ -123,22 +120,22 @@ def distance_transform(
 def edge_distance(
     classes: Tensor, *, sampling: float | tuple[float, ...] | None = None, squared: bool = False
 ) -> Tensor:
-    """Distance of every pixel to the nearest edge pixel of its own class in its image (Eq. 7). Exact.
+    """The exact distance of every pixel to the nearest edge pixel of its own class in its image (Eq. 7).
 
-    An edge pixel has a neighbour of another value inside the image, of 4 in a map and of 6 in a volume.
+    An edge pixel has a neighbour inside the image with a different value, one of 4 in a map or of 6 in a volume.
 
     Args:
-        classes: (B, H, W), (B, 1, H, W) or (B, Z, H, W) integers, negative = outside of every class; as ``error_map``
-            returns them.
+        classes: (B, H, W), (B, 1, H, W) or (B, Z, H, W) integers, negative = no class, as ``error_map`` returns
+            them.
         sampling: the size of a pixel along each spatial axis, or one number for all. None: 1, in exact integers.
         squared: return squared distances.
 
     Returns:
-        float32 (B, H, W) or (B, Z, H, W); squared in int32, or in float64 with sampling. Edge pixels have 0, pixels
-        outside have -1. A class that fills its whole image has no edge: inf, or the largest int32.
+        float32 (B, H, W) or (B, Z, H, W), or squared in int32 (float64 with sampling). Edge pixels have 0, pixels
+        without a class -1. A class that fills its whole image has no edge: inf, or the largest int32.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type, rank, size or range; the sentence names it.
+        TypeError, ValueError: an argument has the wrong type, rank, size or range; the error names it.
         RuntimeError: the forced backend cannot run.
     """
     expected = "integers (B, H, W) or (B, Z, H, W)"
@@ -152,7 +149,7 @@ def edge_distance(
     if classes.ndim == 4 and classes.shape[1] == 1 and not of_volume:
         classes = classes[:, 0]
     spatial_dims = classes.ndim - 1
-    _check_size("classes", classes, spatial_dims)
+    checks.sides("classes", classes, spatial_dims)
     sampling = check_sampling(sampling, spatial_dims)
     checks.flag("squared", squared)
     if choose(classes, ("native",)) == "native":
@@ -161,20 +158,6 @@ def edge_distance(
     inside = torch.ones_like(values, dtype=torch.bool) if classes.dtype in _UNSIGNED else values >= 0
     distance_sq, _ = _transform(_edges(values) & inside, sampling, False)
     return _in_pixels(torch.where(inside, distance_sq, -1), squared, sampling)
-
-
-def _check_size(name: str, image: Tensor, spatial_dims: int) -> None:
-    checks.has_float64(name, image)
-    sides = image.shape[-spatial_dims:]
-    if max(sides) > checks.MAX_SIDE:
-        raise ValueError(
-            f"{name}: expected sides of at most {checks.MAX_SIDE} pixels, got {checks.describe(image)}; "
-            "crop or downsample it"
-        )
-    if math.prod(sides) > MAX_VOXELS:
-        raise ValueError(
-            f"{name}: expected images of at most 2**31 pixels, got {checks.describe(image)}; crop or downsample it"
-        )
 
 
 def check_sampling(value, spatial_dims: int) -> tuple[float, ...] | None:
@@ -202,7 +185,7 @@ def check_sampling(value, spatial_dims: int) -> tuple[float, ...] | None:
 
 
 def _edges(classes: Tensor) -> Tensor:
-    """Pixels with a neighbour inside the image of another value: bool, for any number of axes behind the first."""
+    """Pixels with a neighbour inside the image that has a different value: bool, for any number of spatial axes."""
     edges = torch.zeros_like(classes, dtype=torch.bool)
     for axis in range(1, classes.ndim):
         differ = classes.diff(dim=axis) != 0
@@ -216,7 +199,7 @@ _UNREACHED = 2**30
 
 
 def _transform(seeds: Tensor, sampling: tuple[float, ...] | None, with_nearest: bool) -> tuple[Tensor, Tensor | None]:
-    """Squared distance of every pixel to the nearest seed of its image, and that seed's place in the image's memory.
+    """The squared distance of every pixel to the nearest seed of its image, and that seed's index in the image.
 
     seeds is bool (B, ...). Distances are int64 with NO_EDGE, or float64 with inf, in an image without seeds; places
     are int64 and -1 there. Separable: one axis after the other, from the first.
@@ -259,13 +242,13 @@ def _transform(seeds: Tensor, sampling: tuple[float, ...] | None, with_nearest: 
 
 
 def _apart(steps: Tensor, sampling: tuple[float, ...] | None, axis: int) -> Tensor:
-    """The squared distance of pixels so many steps apart along an axis."""
+    """The squared distance of pixels that are ``steps`` apart along an axis."""
     lengths = steps if sampling is None else steps.double() * sampling[axis]
     return lengths * lengths
 
 
 def _lower_envelope(costs: Tensor, places: Tensor | None, apart) -> tuple[Tensor, Tensor | None]:
-    """min_u costs(u) + apart(x - u) for every x, along the rows of (R, W); and of equals the least of places(u).
+    """min_u costs(u) + apart(x - u) for every x, along the rows of (R, W), and the least places(u) of all minima u.
 
     The leftmost arg-min u*(x) does not decrease with x, so it is found by divide and conquer: with u* known at every
     2h-th x, the x half-way between two of them need only look between their arg-mins. One level's ranges touch at
@@ -317,7 +300,7 @@ def _least_by(group: Tensor, values: Tensor, groups: int) -> Tensor:
 
 
 def _least_of_all(costs: Tensor, places: Tensor | None, apart) -> tuple[Tensor, Tensor | None]:
-    """``_lower_envelope`` where pixels are so unlike in their sides that rounded costs hide which u is best."""
+    """``_lower_envelope`` by brute force, for pixels so elongated that rounding hides which u is best."""
     x = torch.arange(costs.shape[1], device=costs.device)
     least = torch.full_like(costs, torch.inf)
     first = None if places is None else torch.full_like(places, torch.iinfo(torch.int64).max)
@@ -332,7 +315,7 @@ def _least_of_all(costs: Tensor, places: Tensor | None, apart) -> tuple[Tensor, 
 
 
 def _coordinates(places: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """int32 (axes, B, ...) of pixels' places in their image; -1 stays -1."""
+    """The coordinates int32 (axes, B, ...) of pixel indices; -1 stays -1."""
     axes, rest = [], places
     for size in reversed(shape):
         axes.append(torch.where(places < 0, -1, rest % max(size, 1)))
@@ -341,7 +324,7 @@ def _coordinates(places: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def _in_pixels(distance_sq: Tensor, squared: bool, sampling: tuple[float, ...] | None) -> Tensor:
-    """Squared distances as they are, or distances as float32, rounded once; NO_EDGE becomes inf and -1 stays -1."""
+    """Squared distances, or their roots in float32, rounded once. A root of NO_EDGE is inf, and -1 stays -1."""
     if squared:
         return distance_sq if sampling is not None else distance_sq.int()
     if sampling is None:

@@ -1,4 +1,4 @@
-"""Pixel embeddings: the vectors v of Eq. 1, from a feature map and the pixels that count."""
+"""Pixel embeddings: the vectors v of Eq. 1 from a feature map, zero at ignored pixels."""
 
 from typing import NamedTuple
 
@@ -13,7 +13,7 @@ derivative 1e12)."""
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Half precision is computed in float32; float64 stays."""
+    """The dtype to compute in: float32 for half precision and float32, float64 for float64."""
     return torch.promote_types(dtype, torch.float32)
 
 

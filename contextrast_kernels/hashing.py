@@ -1,8 +1,8 @@
 """Counter-based randomness: every draw is a pure function of (seed, stream, pixel).
 
-The same seed gives the same draw on every backend and device, bit for bit. A pixel is named by its index inside its
-own image in memory order (row * width + column; in a volume (plane * height + row) * width + column), so a draw depends
-on neither batch nor rank.
+The same seed gives the same draw on every backend and device, bit for bit. A pixel is identified by its index inside
+its own image in memory order (row * width + column; in a volume (plane * height + row) * width + column), so a draw
+depends on neither the batch nor the rank.
 """
 
 import math
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 STREAM_TIES = 0
-"""Breaks ties of BANE and orders the semi-hard selection."""
+"""The stream that breaks ties of BANE and orders the semi-hard selection."""
 STREAM_BASE = 1
 """Base pixels of layer i are drawn from stream STREAM_BASE + i."""
 
@@ -26,7 +26,10 @@ def _mix(x):
 
 
 def seed_tensor(seed: int | Tensor, device: torch.device) -> Tensor:
-    """The seed, a number or a tensor on this device, as an int64 scalar there. A number is filled in, not copied."""
+    """The seed, a number or a tensor on this device, as an int64 scalar on the device.
+
+    A number is filled in on the device, because a copy from the host would synchronise.
+    """
     if isinstance(seed, Tensor):
         return seed if seed.ndim == 0 else seed.reshape(())
     return torch.full((), seed, dtype=torch.int64, device=device)

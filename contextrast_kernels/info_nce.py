@@ -1,18 +1,19 @@
-"""Rows against columns: the InfoNCE with several positives that ContrastiveSeg, MS/CS, RegionContrast, PNE and
-Contextrast share.
+"""Supervised InfoNCE of rows against columns, with several positives per row.
+
+ContrastiveSeg, MS/CS, RegionContrast, PNE and Contextrast are special cases of it.
 
     s_ij = x_i · z_j / τ,   P_i and N_i: the positives and negatives of row i,   w_j: the weight of column j
-    Z_i  = log Σ_{j∈N_i} w_j exp(s_ij)                          -inf where a row has no negative
+    Z_i  = log Σ_{j∈N_i} w_j exp(s_ij)                          -inf if row i has no negative
 
     each     l_i = 1/w(P_i) Σ_{j∈P_i} w_j softplus(Z_i - s_ij)
     supcon   l_i = 1/w(P_i) Σ_{j∈P_i} w_j (A_i - s_ij)           A_i = log Σ_{j∈P_i∪N_i} w_j exp(s_ij)
     pooled   l_i = softplus(Z_i - Y_i)                           Y_i = log Σ_{j∈P_i} w_j exp(s_ij)
 
-    L = mean of l_i over the rows with a valid label, of which those without a positive have l_i = 0
+    L = mean of l_i over the rows with a valid label; l_i = 0 for a row without a positive
 
-softplus(Z - s) = -log e^s / (e^s + Σ_neg e^{s'}): with "each", the denominator of a positive holds that positive and
-all negatives; with "supcon" (Khosla et al., 2020) it holds the other positives too; "pooled" (PNE) puts the sum of
-all positives over the sum of everything. w(P_i) is the sum of the positives' weights.
+softplus(Z - s) = -log e^s / (e^s + Σ_neg e^{s'}). With "each", the denominator of a positive holds that positive and
+all negatives. With "supcon" (Khosla et al., 2020) it holds the other positives too. "pooled" (PNE) divides the sum
+over all positives by the sum over all positives and negatives. w(P_i) is the sum of the positives' weights.
 """
 
 import torch
@@ -40,51 +41,48 @@ def info_nce(
     positives: str = "each",
     row_negatives: Tensor | None = None,
     column_negatives: Tensor | None = None,
-    base: Tensor | None = None,
     column_weights: Tensor | None = None,
     reduction: str = "mean",
 ) -> Tensor:
-    """Supervised InfoNCE of rows against columns, as in Eq. 2; differentiable in both.
+    """Supervised InfoNCE of rows against columns (Eq. 2), differentiable in both.
 
-    A column is a positive of the rows with its label. It is a negative of the rows with another label, unless one of
-    ``row_negatives``, ``column_negatives`` and ``base`` is given: then it is a negative of row i where
-    ``column_negatives[j] == row_negatives[i]`` (either stands for the labels where the other alone is given), or
-    where ``base[j]`` and the labels differ.
+    A column is a positive of the rows with its label. By default it is a negative of the rows with a different label.
+    If ``row_negatives`` or ``column_negatives`` is given, column j is a negative of row i only if
+    ``column_negatives[j] == row_negatives[i]``. If only one of the two is given, the labels replace the other one.
 
     Args:
-        rows: (R, D) floating point, used as they are: normalise them before if cosines are meant.
+        rows: (R, D) floating point. They are not normalised here: for cosine similarities pass unit vectors.
         row_labels: (R,) integers.
-        columns, column_labels: (C, D) and (C,), of the rows' dtype. None: the rows against themselves, without the
-            pairs (i, i).
+        columns, column_labels: (C, D) of the rows' dtype, and (C,) integers. None: the rows against themselves,
+            without the pairs (i, i).
         temperature: τ.
-        ignore_index: rows with this label are left out; such columns are neither positive nor negative. In
+        ignore_index: rows with this label are left out; columns with it are neither positive nor negative. In
             ``row_negatives`` and ``column_negatives`` it matches nothing.
-        positives: "each", "supcon" or "pooled"; the equations are above, in the module's docstring.
+        positives: the form of the loss, "each", "supcon" or "pooled". The module's docstring has the equations.
         row_negatives, column_negatives: (R,) and (C,) integers. Contextrast's strict BANE is ``column_negatives`` = the
             class that each pixel is a hard negative of.
-        base: (C,) bool.
-        column_weights: (C,) floating point, at least 0: column j counts as so many columns. A constant: no gradient
-            passes to it. None: 1.
-        reduction: "mean", or "none" for l_i.
+        column_weights: (C,) floating point of at least 0, the number of times that column j counts. They get no
+            gradient. None: 1 for all.
+        reduction: "mean", or "none" for the vector of l_i.
 
     Returns:
-        A scalar, or (R,) without reduction, where ignored rows have 0; float32, or float64 for float64 rows. A row
-        without a positive adds 0 and stays in the mean, and so does a row without a negative, but for "supcon".
-        Without a valid row the loss is 0, with a live graph. NaN or inf in a valid row gives it NaN, in a valid column
-        every valid row, as does a valid column's weight that is negative, infinite or NaN.
+        A scalar, or (R,) without reduction, with 0 for ignored rows; float32, or float64 for float64 rows. A row
+        without a positive adds 0 and stays in the mean. So does a row without a negative, except with "supcon".
+        Without a valid row the loss is 0 with a live graph. NaN or inf in a valid row makes l_i of this row NaN. NaN or
+        inf in a valid column, or a weight of one that is negative, infinite or NaN, makes all valid rows NaN.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type, rank, size, range or device; the sentence names it.
-        RuntimeError: a backend was asked for that cannot run.
+        TypeError, ValueError: an argument has the wrong type, rank, size, range or device; the error names it.
+        RuntimeError: the requested backend cannot run.
     """
     row_labels = check_rows("rows", rows, "row_labels", row_labels)
     itself = columns is None
     if columns is None:
         if column_labels is not None:
-            raise ValueError("column_labels: expected None without columns; give both or neither")
+            raise ValueError("column_labels: expected None without columns, got labels; pass both or neither")
     else:
         if column_labels is None:
-            raise ValueError("column_labels: expected labels (C,) of the columns, got None; give both or neither")
+            raise ValueError("column_labels: expected labels (C,) of the columns, got None; pass both or neither")
         column_labels = check_rows("columns", columns, "column_labels", column_labels)
         checks.together("rows", rows, "columns", columns, batch=False)
         if columns.shape[1] != rows.shape[1] or columns.dtype != rows.dtype:
@@ -101,8 +99,6 @@ def info_nce(
         row_negatives = _check_integers("row_negatives", row_negatives, "rows", rows)
     if column_negatives is not None:
         column_negatives = _check_integers("column_negatives", column_negatives, *against)
-    if base is not None:
-        _check_vector("base", base, "bool flags", lambda dtype: dtype == torch.bool, *against)
     if column_weights is not None:
         _check_vector("column_weights", column_weights, "floating-point weights", checks.is_floating, *against)
         column_weights = column_weights.detach()
@@ -110,29 +106,28 @@ def info_nce(
         row_negatives = row_labels if row_negatives is None else row_negatives
         if column_negatives is None:
             column_negatives = row_labels if itself else column_labels
-    sets = (row_negatives, column_negatives, base, column_weights)
-    options = (float(temperature), ignore_index, positives, reduction)
+    sets = (row_negatives, column_negatives, column_weights)
+    tau = float(temperature)
     unfit = ""
     if rows.shape[1] > MOST_CHANNELS:
         unfit = f"its kernels take at most {MOST_CHANNELS} channels, got {rows.shape[1]}"
     backend = choose(rows, ("triton",), unfit)
-    # Without a pair to look at there is nothing to launch.
+    # Without a pair there is nothing to launch.
     if backend == "triton" and rows.numel() > 0 and against[1].numel() > 0:
-        return _info_nce(rows, row_labels, columns, column_labels, *sets, *options, backend)[0]
+        return _info_nce(rows, row_labels, columns, column_labels, *sets, tau, ignore_index, positives, reduction)[0]
     if columns is None or column_labels is None:
         columns, column_labels = rows, row_labels
-    return _definition(rows, row_labels, columns, column_labels, *sets, itself, *options)
+    return _reference(rows, row_labels, columns, column_labels, *sets, itself, tau, ignore_index, positives, reduction)
 
 
 @unchanged_by_autocast
-def _definition(
+def _reference(
     rows: Tensor,
     row_labels: Tensor,
     columns: Tensor,
     column_labels: Tensor,
     row_negatives: Tensor | None,
     column_negatives: Tensor | None,
-    base: Tensor | None,
     column_weights: Tensor | None,
     itself: bool,
     temperature: float,
@@ -156,20 +151,15 @@ def _definition(
     pair = valid_row.unsqueeze(1) & valid_column & (w != 0)
     if itself:
         pair = pair & ~torch.eye(rows.shape[0], dtype=torch.bool, device=rows.device)
-    if row_negatives is None and base is None:
-        against = ~same
-    else:
-        against = torch.zeros_like(same)
-        if row_negatives is not None and column_negatives is not None:
-            code, named = row_negatives.long().unsqueeze(1), column_negatives.long()
-            against = (code == named) & (named != ignore_index)
-        if base is not None:
-            against = against | (base & ~same)
+    against = ~same
+    if row_negatives is not None and column_negatives is not None:
+        code, named = row_negatives.long().unsqueeze(1), column_negatives.long()
+        against = (code == named) & (named != ignore_index)
     is_positive, is_negative = pair & same, pair & against
     has_positive, has_negative = is_positive.any(1), is_negative.any(1)
 
     def log_sum(chosen: Tensor) -> Tensor:
-        # A row of nothing but -inf has no derivative: such rows are set aside before and after the sum.
+        # logsumexp has no derivative where all terms are -inf, so such rows are replaced before and after it.
         terms = torch.where(chosen, similarity + w.log(), -torch.inf)
         return torch.where(chosen.any(1, keepdim=True), terms, 0.0).logsumexp(1, keepdim=True)
 
@@ -183,13 +173,13 @@ def _definition(
         else:
             term = torch.where(is_positive, w * (log_sum(is_positive | is_negative) - similarity), 0.0)
         of_row = term.sum(1) / torch.where(has_positive, (w * is_positive).sum(1), 1.0)
-    # 0 · x and 0 · z carry a NaN or inf of a row or column that is in no term.
+    # 0 · x and 0 · z propagate a NaN or inf of a row or column that is in no term.
     of_row = torch.where(valid_row, of_row + (0.0 * x).sum(1) + (0.0 * z).sum() + (0.0 * w).sum(), 0.0)
     return of_row if reduction == "none" else of_row.sum() / valid_row.sum().clamp(min=1)
 
 
 def check_rows(name: str, rows: Tensor, labels_name: str, labels: Tensor) -> Tensor:
-    """A matrix (R, D), and an integer label for each of its rows; returns the labels in a signed type."""
+    """Check a matrix (R, D) and an integer label for each of its rows; return the labels in a signed type."""
     checks.tensor(name, rows, "a floating-point matrix (R, D)")
     if not checks.is_floating(rows.dtype):
         raise TypeError(f"{name}: expected a floating-point matrix, got {checks.describe(rows)}")
@@ -204,7 +194,7 @@ def _check_integers(name: str, value: Tensor, of: str, rows: Tensor) -> Tensor:
 
 
 def _check_vector(name: str, value: Tensor, kind: str, fits, of: str, rows: Tensor, remedy: str = "") -> None:
-    """One number of some dtypes for each row of a matrix."""
+    """Check a vector with one number for each row of a matrix."""
     checks.tensor(name, value, f"{kind}, one for each of {of}")
     if not fits(value.dtype):
         raise TypeError(f"{name}: expected {kind}, got {checks.describe(value)}{remedy}")
@@ -223,27 +213,26 @@ def _info_nce(
     column_labels: Tensor | None,
     row_negatives: Tensor | None,
     column_negatives: Tensor | None,
-    base: Tensor | None,
     column_weights: Tensor | None,
     temperature: float,
     ignore_index: int,
     positives: str,
     reduction: str,
-    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss; and what backward reads: the number of valid rows (nothing without a mean) and (4, R) numbers."""
-    from contextrast_kernels.kernels import _pairs, info_nce
+    """Return the loss, the number of valid rows (empty without a mean) and (4, R) numbers for the backward pass."""
+    from contextrast_kernels.kernels import info_nce
 
-    sets = (row_labels, column_labels, row_negatives, column_negatives, base, column_weights)
-    pairs = _pairs.pairs(*sets, temperature, ignore_index, positives)
+    sets = (row_labels, column_labels, row_negatives, column_negatives, column_weights)
+    pairs = info_nce.pairs_of(*sets, temperature, ignore_index, positives)
     with on_device(rows):
         return info_nce.forward(rows, rows if columns is None else columns, pairs, reduction == "mean")
 
 
 @_info_nce.register_fake
-def _(rows, row_labels, columns, *options):
+def _(rows, row_labels, columns, *others):
+    *_, reduction = others
     R, dtype = rows.shape[0], compute_dtype(rows.dtype)
-    loss, count = ((), ()) if options[-2] == "mean" else ((R,), (0,))
+    loss, count = ((), ()) if reduction == "mean" else ((R,), (0,))
     return tuple(rows.new_empty(shape, dtype=dtype) for shape in (loss, count, (4, R)))
 
 
@@ -256,7 +245,6 @@ def _info_nce_backward(
     column_labels: Tensor | None,
     row_negatives: Tensor | None,
     column_negatives: Tensor | None,
-    base: Tensor | None,
     column_weights: Tensor | None,
     count: Tensor,
     kept: Tensor,
@@ -264,29 +252,30 @@ def _info_nce_backward(
     ignore_index: int,
     positives: str,
     toward: str,
-    backend: str,
 ) -> Tensor:
-    """dL/d of the rows, of the columns, or of rows that are their own columns: ``toward`` "rows", "columns", "both"."""
-    from contextrast_kernels.kernels import _pairs, info_nce
+    """The gradient of the rows or columns: ``toward`` is "rows", "columns", or "both" if the rows are the columns."""
+    from contextrast_kernels.kernels import info_nce
 
-    sets = (row_labels, column_labels, row_negatives, column_negatives, base, column_weights)
-    pairs = _pairs.pairs(*sets, temperature, ignore_index, positives)
+    sets = (row_labels, column_labels, row_negatives, column_negatives, column_weights)
+    pairs = info_nce.pairs_of(*sets, temperature, ignore_index, positives)
     with on_device(rows):
         return info_nce.backward(gradient, rows, rows if columns is None else columns, pairs, count, kept, toward)
 
 
 @_info_nce_backward.register_fake
-def _(gradient, rows, row_labels, columns, *options):
-    return torch.empty_like(columns if options[-2] == "columns" else rows)
+def _(gradient, rows, row_labels, columns, *others):
+    *_, toward = others
+    return torch.empty_like(columns if toward == "columns" else rows)
 
 
 differentiable_once("info_nce", _info_nce_backward)
 
 
 def _save_for_backward(ctx, inputs, output):
-    *tensors, ctx.temperature, ctx.ignore_index, ctx.positives, _, ctx.backend = inputs
-    ctx.save_for_backward(*tensors, *output[1:])
-    ctx.mark_non_differentiable(*output[1:])
+    *tensors, ctx.temperature, ctx.ignore_index, ctx.positives, _reduction = inputs
+    _loss, count, kept = output
+    ctx.save_for_backward(*tensors, count, kept)
+    ctx.mark_non_differentiable(count, kept)
 
 
 def _backward(ctx, gradient, *_):
@@ -294,14 +283,15 @@ def _backward(ctx, gradient, *_):
     options = (ctx.temperature, ctx.ignore_index, ctx.positives)
 
     def toward(target: str) -> Tensor:
-        return _info_nce_backward(gradient, rows, row_labels, columns, *others, *options, target, ctx.backend)
+        return _info_nce_backward(gradient, rows, row_labels, columns, *others, *options, target)
 
     drows = dcolumns = None
-    if ctx.needs_input_grad[0]:
+    of_rows, _, of_columns, *rest = ctx.needs_input_grad
+    if of_rows:
         drows = toward("both" if columns is None else "rows")
-    if ctx.needs_input_grad[2]:
+    if of_columns:
         dcolumns = toward("columns")
-    return drows, None, dcolumns, *([None] * 10)
+    return drows, None, dcolumns, *(None for _ in rest)
 
 
 _info_nce.register_autograd(_backward, setup_context=_save_for_backward)

@@ -1,4 +1,4 @@
-"""Label and prediction maps: brought to a layer's size, with everything that is no class turned into -1.
+"""Sample label and prediction maps to a layer's size; values that are not a class become -1.
 
 A map has two spatial axes (h, w) or, as a volume, three (z, h, w). A size has one number for each.
 """
@@ -12,7 +12,7 @@ from torch.nn.functional import interpolate
 
 
 def to_size(values: Tensor, *size: int) -> Tensor:
-    """Nearest sampling of the last axes of ``values`` to ``size``: index i of m takes source (i * n) // m of n.
+    """Sample the last axes of ``values`` to ``size``: index i of m takes source index (i * n) // m of n.
 
     Exact integer arithmetic, unlike ``interpolate(mode="nearest")``, whose float32 scale is off by a row at some sizes.
     """
@@ -25,10 +25,10 @@ def to_size(values: Tensor, *size: int) -> Tensor:
 
 
 def targets(labels: Tensor, size: tuple[int, ...], num_classes: int | None, ignore_index: int) -> Tensor:
-    """Labels at a layer's size: int64 (B, *size), the class, or -1 where the pixel takes no part.
+    """Labels at a layer's size: int64 (B, *size), the class of each pixel, or -1 for an ignored pixel.
 
-    A label outside 0..N-1 counts as ignored. Labels are widened before any comparison, so that ``ignore_index=-100``
-    never meets a uint8 156.
+    A label outside 0..N-1 counts as ignored. Labels become int64 before any comparison, so that a uint8 label 156 is
+    not taken for ``ignore_index=-100``.
     """
     classes = to_size(labels, *size).long()
     valid = (classes >= 0) & (classes != ignore_index)
@@ -40,8 +40,8 @@ def targets(labels: Tensor, size: tuple[int, ...], num_classes: int | None, igno
 def predicted_classes(predictions: Tensor, size: tuple[int, ...], ignore_index: int) -> Tensor:
     """Class map or logits at a size: int64 (B, *size). Ties of the argmax go to the lowest class.
 
-    Where ``ignore_index`` is predicted, the class is -1. Logits are sampled first, so that only the pixels which are
-    needed are compared.
+    Where ``ignore_index`` is predicted, the class is -1. Logits are sampled first, so the argmax is taken only at the
+    sampled pixels.
     """
     sampled = to_size(predictions, *size)
     classes = sampled.argmax(1) if predictions.is_floating_point() else sampled.long()
@@ -50,7 +50,7 @@ def predicted_classes(predictions: Tensor, size: tuple[int, ...], ignore_index: 
 
 def resized(logits: Tensor, size: tuple[int, ...]) -> Tensor:
     """Logits at a size, interpolated linearly along each axis (align_corners=False)."""
-    if len(size) == 3 and logits.shape[2] == size[0] == 1:  # the bits of a map
+    if len(size) == 3 and logits.shape[2] == size[0] == 1:  # a volume of depth one gives the same bits as a map
         return resized(logits.squeeze(2), size[1:]).unsqueeze(2)
     return interpolate(logits, size, mode="bilinear" if len(size) == 2 else "trilinear", align_corners=False)
 
@@ -62,7 +62,7 @@ def resized_classes(predictions: Tensor, size: tuple[int, ...], ignore_index: in
     """``predicted_classes`` for scoring: logits are resized bilinearly (of volumes trilinearly,
     align_corners=False) before the argmax.
 
-    A few classes are resized at a time, so that the logits are never held at the larger size.
+    A few classes are resized at a time, so that the logits of all classes never exist at the larger size.
     """
     same_size = predictions.shape[2:] == size
     if not predictions.is_floating_point() or same_size or 0 in size:

@@ -1,8 +1,8 @@
-"""What ``bench`` and the benchmarks measure of a call: agreement with the definition first, then time, memory,
-launches, and how often the host waits.
+"""Measurements for ``bench`` and the benchmarks: agreement with the reference, then time, memory, launches, and how
+often the host waits.
 
-On CUDA calls are timed by events, in turn on copies of their inputs that together exceed the L2 cache; on a CPU by the
-clock.
+On CUDA calls are timed with events and cycle through copies of their inputs that together exceed the L2 cache. On a CPU
+they are timed with the clock.
 """
 
 import gc
@@ -23,11 +23,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class Differs(Exception):
-    """A result that is not the definition's; the message says by how much."""
+    """A result differs from the reference; the message says by how much."""
 
 
 class Truth(NamedTuple):
-    """A loss and its gradients by the definition in float64, and how far the definition in the inputs' own dtype is."""
+    """Loss and gradients of the reference in float64, and the errors of the reference in the inputs' own dtype."""
 
     value: Tensor
     gradients: list[Tensor]
@@ -36,7 +36,7 @@ class Truth(NamedTuple):
 
 
 class Agreement(NamedTuple):
-    """Relative errors against float64, of the value and of all gradients as one vector."""
+    """Relative errors against float64: that of the value, and that of all gradients as one vector."""
 
     value: float
     gradient: float
@@ -50,7 +50,7 @@ def evaluate(loss: Callable[[list[Tensor]], Tensor], features: Sequence[Tensor])
 
 
 def truth(loss: Callable[[list[Tensor]], Tensor], features: Sequence[Tensor]) -> Truth:
-    """``loss`` is the definition: call it under ``backend("reference")``."""
+    """The exact result of ``loss``. Call this under ``backend("reference")``."""
     value, gradients = evaluate(loss, [x.double() for x in features])
     exact = Truth(value, gradients, 0.0, 0.0)
     own = agreement(*evaluate(loss, features), exact)
@@ -58,7 +58,7 @@ def truth(loss: Callable[[list[Tensor]], Tensor], features: Sequence[Tensor]) ->
 
 
 def agreement(value: Tensor | None, gradients: Sequence[Tensor] | None, exact: Truth) -> Agreement:
-    """None is not looked at."""
+    """Compare a value and gradients with the exact ones. None is not compared."""
     return Agreement(
         0.0 if value is None else _relative([value], [exact.value]),
         0.0 if gradients is None else _relative(gradients, exact.gradients),
@@ -66,12 +66,12 @@ def agreement(value: Tensor | None, gradients: Sequence[Tensor] | None, exact: T
 
 
 def check(value: Tensor | None, gradients: Sequence[Tensor] | None, exact: Truth) -> Agreement:
-    """Raises Differs beyond the contract: twice the error of the definition in the inputs' own dtype, plus 1e-6."""
+    """Raise Differs if an error exceeds twice that of the reference in the inputs' own dtype, plus 1e-6."""
     found = agreement(value, gradients, exact)
     for name, error, own in zip(("loss", "gradient"), found, (exact.own_value, exact.own_gradient)):
         allowed = 2 * own + 1e-6
         if not error <= allowed:
-            raise Differs(f"relative error of the {name} {error:.1e}, allowed are {allowed:.1e}")
+            raise Differs(f"relative error of the {name}: {error:.1e}, allowed: {allowed:.1e}")
     return found
 
 
@@ -91,7 +91,7 @@ class Timing(NamedTuple):
 
 
 def copies(nbytes: int, device: torch.device) -> int:
-    """How many copies of inputs of so many bytes exceed the L2 cache three times over."""
+    """The number of copies of inputs with ``nbytes`` bytes that together exceed three times the L2 cache."""
     if device.type != "cuda":
         return 1
     cache = torch.cuda.get_device_properties(device).L2_cache_size
@@ -99,7 +99,7 @@ def copies(nbytes: int, device: torch.device) -> int:
 
 
 def time_calls(calls: Sequence[Callable[[], Any]], device: torch.device, seconds: float = 1.0) -> Timing:
-    """Median and interquartile range of calls that do the same on different copies of their inputs."""
+    """Median and interquartile range of calls that do the same work on different copies of their inputs."""
     warm_up = 2 * len(calls)
     for i in range(warm_up):
         calls[i % len(calls)]()
@@ -129,9 +129,9 @@ def _seconds(calls: Sequence[Callable[[], Any]], device: torch.device, repeats: 
 
 
 def graphed(prepare: Callable[[], Callable[[], Any]]) -> Callable[[], Any]:
-    """``prepare()`` gives a call; the result is that call as a CUDA graph, which replays it with what it returns.
+    """Capture the call that ``prepare()`` returns as a CUDA graph; return a function that replays it.
 
-    Both run on the stream that captures, since a backward pass runs where its forward pass ran.
+    Both run on the capturing stream, because a backward pass runs on the stream of its forward pass.
     """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -153,7 +153,7 @@ def graphed(prepare: Callable[[], Callable[[], Any]]) -> Callable[[], Any]:
 
 
 def copy_gb_s(device: torch.device) -> float:
-    """Bytes read and written by a copy of a gibibyte, over its median time."""
+    """Copy bandwidth: bytes read and written by a copy of a gibibyte, divided by its median time."""
     source = torch.zeros(2**30 if device.type == "cuda" else 2**24, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     timing = time_calls([lambda: target.copy_(source)], device, 0.3)
@@ -161,7 +161,7 @@ def copy_gb_s(device: torch.device) -> float:
 
 
 def answers(device: torch.device) -> bool:
-    """False once a kernel has gone wrong in a way that CUDA does not forgive its process."""
+    """False if an earlier error has made this process's CUDA context unusable."""
     try:
         return not torch.zeros(1, device=device).item()
     except RuntimeError:
@@ -170,7 +170,7 @@ def answers(device: torch.device) -> bool:
 
 # ----------------------------------------------------------------------------------------- memory, launches, waiting
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler reads it at its first use: nothing on stderr
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler reads it at its first use; it keeps stderr quiet
 
 
 def nbytes(value: Any) -> int:
@@ -183,9 +183,9 @@ def nbytes(value: Any) -> int:
 
 
 def peak_mib(call: Callable[[], Any], device: torch.device) -> float:
-    """The most memory that torch holds during a call, above what it held before and what the call returns.
+    """Peak memory of a call: the most that torch holds, above what it held before and what the call returns.
 
-    On a CPU what the native library allocates for itself is not seen.
+    On a CPU this does not include memory that the native library allocates itself.
     """
     call()
     gc.collect()
@@ -208,7 +208,7 @@ def peak_mib(call: Callable[[], Any], device: torch.device) -> float:
 
 
 def launches(call: Callable[[], Any], device: torch.device) -> int | None:
-    """Kernels, fills and copies on the device in one call; None without a device."""
+    """The number of kernels, fills and copies on the device in one call; None without a device."""
     if device.type != "cuda":
         return None
     call()
@@ -221,7 +221,7 @@ def launches(call: Callable[[], Any], device: torch.device) -> int | None:
 
 
 class Waiting(TorchDispatchMode):
-    """Counts ops whose value the host has to know before it can go on."""
+    """Counts ops whose value the host needs before it can continue."""
 
     OPS = frozenset(
         f"aten::{name}"
@@ -244,8 +244,10 @@ class Waiting(TorchDispatchMode):
 
 
 def syncs(call: Callable[[], Any], device: torch.device) -> int:
-    """How often the host waits for the device in one call: on CUDA as torch reports it; on the CPU the ops that would
-    wait, which is fewer, since copies between host and device are not among them."""
+    """How often the host waits for the device in one call.
+
+    On CUDA torch reports it. On a CPU the ops that would wait are counted, without copies between host and device.
+    """
     if device.type != "cuda":
         with Waiting() as mode:
             call()

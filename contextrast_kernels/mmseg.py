@@ -1,4 +1,4 @@
-"""Contextrast for MMSegmentation 1.x: any decode head, with the contrast of the backbone's stages beside its own loss.
+"""Contextrast for MMSegmentation 1.x: a decode head that adds the contrast of the backbone's stages to its own loss.
 
     custom_imports = dict(imports=["contextrast_kernels.mmseg"])
     model = dict(
@@ -11,7 +11,7 @@
         ),
     )
 
-Importing this module imports mmseg; nothing else in the package does.
+Only this module of the package imports mmseg.
 """
 
 from collections.abc import Callable, Sequence
@@ -48,7 +48,8 @@ def ContextrastHead(  # a type's name in a config
         **contrast: options of ``ContextrastLoss``; num_classes and ignore_index are the head's.
 
     Raises:
-        TypeError, ValueError: a head whose loss is its own, stages that do not fit, an option that cannot be used.
+        TypeError, ValueError: the head overrides the loss of BaseDecodeHead, the stages do not fit, or an option cannot
+            be used.
     """
     if not isinstance(head, dict) or "type" not in head:
         raise TypeError(f"head: expected the config of a decode head, dict(type=...), got {checks.describe(head)}")
@@ -66,7 +67,7 @@ def ContextrastHead(  # a type's name in a config
 
 
 class _WithContrast:
-    """Goes before a decode head's class."""
+    """A mixin that goes before a decode head's class."""
 
     num_classes: int
     ignore_index: int

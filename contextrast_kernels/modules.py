@@ -17,8 +17,8 @@ class ProjectionHead(nn.Sequential):
 
     With ``spatial_dims=3`` it projects features (B, in_channels, z, h, w) of volumes.
 
-    Two 1x1 convolutions with ReLU and batch normalisation between them, as in MS/CS, on whose code Contextrast was
-    very likely built (docs/method.md). The output is not normalised: the loss does that. Used in training only.
+    Two 1x1 convolutions with ReLU and batch normalisation between them, as in MS/CS (docs/method.md says why). The
+    output is not normalised, because the loss does that. The head is used in training only.
 
     Args:
         in_channels: channels of the layer.
@@ -26,7 +26,7 @@ class ProjectionHead(nn.Sequential):
         spatial_dims: 2 for features of maps, 3 for features of volumes.
 
     Raises:
-        TypeError, ValueError: an argument that is no integer or out of range; the sentence names it.
+        TypeError, ValueError: an argument is not an integer or out of range; the error names it.
     """
 
     def __init__(self, in_channels: int, dim: int = 256, *, spatial_dims: int = 2):
@@ -43,14 +43,14 @@ class ProjectionHead(nn.Sequential):
 
 
 class ContextrastLoss(nn.Module):
-    """``contextrast_loss`` (Eq. 4) with its options stored, and a seed that advances by itself.
+    """``contextrast_loss`` (Eq. 4) as a module that stores the options and advances the seed in training.
 
     Args:
         num_classes: N.
         debug: also check values (label range, finite features), which synchronises with the device.
-        seed: the first seed. It lives in an int64 buffer that advances by one each training-mode forward, so
-            that a saved state continues the same draws; evaluation leaves it alone. It follows the labels' device.
-            Keep the loss outside of activation checkpointing, whose second forward would draw anew.
+        seed: the first seed. It is kept in an int64 buffer, which moves to the labels' device and advances by one in
+            each training-mode forward, so that a saved state continues the same draws. Keep the loss outside
+            activation checkpointing: its second forward would use the next seed.
 
     The other arguments are those of ``contextrast_loss``.
 
@@ -59,7 +59,7 @@ class ContextrastLoss(nn.Module):
     pixels). Only reading their values synchronises.
 
     Raises:
-        TypeError, ValueError: an option or a batch that cannot be used; the sentence names the argument.
+        TypeError, ValueError: an option or a batch cannot be used; the error names the argument.
 
     Example:
         >>> criterion = ContextrastLoss(num_classes=19)
@@ -119,8 +119,8 @@ class ContextrastLoss(nn.Module):
         if self.debug:
             self._check_values(features, labels, predictions)
         if isinstance(labels, Tensor) and self.seed.device != labels.device:
-            self.seed = lasting(self.seed, labels.device)  # once: from then on no step copies it
-        # The draws of this step keep their seed when the buffer moves on.
+            self.seed = lasting(self.seed, labels.device)  # later steps find it there and copy nothing
+        # Clone the seed, because the buffer advances below.
         loss, self.last = total_loss(features, labels, predictions, self.options, self.seed.clone())
         if self.training:
             self.seed.add_(1)
@@ -159,17 +159,18 @@ class ContextrastCriterion(nn.Module):
         num_classes: N.
         weight: α, the share of the contrast.
         class_weights: N factors of the classes in the cross-entropy, a list or tensor; None: all 1.
-        label_smoothing: of the cross-entropy, in [0, 1].
-        **contrast: everything else is an option of ``ContextrastLoss``: ignore_index, layer_weights, ratio, ...
+        label_smoothing: label smoothing of the cross-entropy, in [0, 1].
+        **contrast: options of ``ContextrastLoss``: ignore_index, layer_weights, ratio, ...
 
-    The cross-entropy is the mean over the valid pixels, weighted by class as in ``torch.nn.CrossEntropyLoss``, but 0
-    with a live graph where no pixel is valid, in float32 whatever the logits are. Labels outside 0..N-1 are ignored.
+    The cross-entropy is the mean over the valid pixels, weighted by class as in ``torch.nn.CrossEntropyLoss``. Without
+    a valid pixel it is 0 with a live graph. It is computed in float32, or in float64 for float64 logits. Labels outside
+    0..N-1 are ignored.
 
     After a forward ``last`` holds detached tensors: the scalars "cross_entropy" and "contrast" (L_PA, unweighted), and
-    what ``ContextrastLoss.last`` tells of each layer.
+    the entries of ``ContextrastLoss.last`` for each layer.
 
     Raises:
-        TypeError, ValueError: an option or a batch that cannot be used; the sentence names the argument.
+        TypeError, ValueError: an option or a batch cannot be used; the error names the argument.
 
     Example:
         >>> criterion = ContextrastCriterion(num_classes=19)
@@ -223,13 +224,12 @@ class ContextrastCriterion(nn.Module):
 
         Args:
             features, labels: as in ``contextrast_loss``.
-            logits: the network's (B, N, H', W'), or (B, N, Z', H', W') of a volume. Where they are not as large as the
-                labels they are resized bilinearly, in a volume trilinearly (align_corners=False), for the
+            logits: the network's logits (B, N, H', W'), or (B, N, Z', H', W') of a volume. At a different size than
+                the labels they are resized bilinearly, or trilinearly for a volume (align_corners=False), both for the
                 cross-entropy and for the predictions of the contrast.
-            soft_labels: floats (B, N, H, W), or (B, N, Z, H, W) of a volume, of the labels' size: the probability of
-                every class at every pixel, as mixup or a teacher gives them. They take the labels' place in the
-                cross-entropy, which is then the plain mean over the pixels with a valid label, as
-                ``torch.nn.CrossEntropyLoss`` has it. The contrast keeps the labels.
+            soft_labels: class probabilities (B, N, H, W), or (B, N, Z, H, W) of a volume, at the labels' size, such
+                as those of mixup or of a teacher. They replace the labels in the cross-entropy, which is then the
+                plain mean over the pixels with a valid label. The contrast uses the labels.
 
         Returns:
             A scalar, float32, or float64 for float64 features and logits.
@@ -257,7 +257,7 @@ class ContextrastCriterion(nn.Module):
         weights = self.class_weights
         if weights is not None:
             if weights.device != logits.device:
-                self.class_weights = weights = lasting(weights, logits.device)  # once: from then on no step copies it
+                self.class_weights = weights = lasting(weights, logits.device)  # later steps copy nothing
             weights = weights.to(logits.dtype)
         # A NaN at an ignored pixel must not reach the gradient.
         valid = targets >= 0
@@ -266,8 +266,8 @@ class ContextrastCriterion(nn.Module):
             soft_labels = torch.where(valid.unsqueeze(1), soft_labels.to(logits.dtype), 0.0)
             losses = cross_entropy(logits, soft_labels, weights, reduction="none", label_smoothing=self.label_smoothing)
             return torch.where(valid, losses, 0.0).sum() / valid.sum().clamp(min=1)
-        # Pixel by pixel and summed here, because torch divides 0 by 0 where nothing is valid and its own sum is not
-        # deterministic on CUDA.
+        # The sum is taken here, because torch's mean is 0 / 0 without a valid pixel and its sum is not deterministic on
+        # CUDA.
         losses = cross_entropy(
             logits, targets, weights, ignore_index=-1, reduction="none", label_smoothing=self.label_smoothing
         )

@@ -1,8 +1,8 @@
-"""The native library of csrc/: opened on first use, one op for each function it exports.
+"""The native library of csrc/: opened on first use, with one op for each function it exports.
 
-``native.edge_distance`` is the op ``contextrast::edge_distance``, and so on: CPU and CUDA tensors of any strides, which
-are passed on and never copied. What the functions compute is said in csrc/contextrast.h; arguments are checked by their
-callers, in distance.py and bane.py. None is differentiable.
+``native.edge_distance`` is the op ``contextrast::edge_distance``, and so on. The ops take CPU and CUDA tensors of any
+strides without a copy and are not differentiable. csrc/contextrast.h documents the functions; their callers in
+distance.py and bane.py check the arguments.
 """
 
 import contextlib
@@ -36,14 +36,14 @@ _TYPES = (
 )
 _TYPE_CODES = {dtype: code for code, dtype in enumerate(_TYPES)} | {torch.bool: _TYPES.index(torch.uint8)}
 BANE_ENQUEUES = ("memset", "find_errors", "mark", "solve", "place", "choose")
-"""What one CUDA call of bane_negatives or bane_codes puts on the stream, with "bane" at "layer"."""
+"""The launches of one CUDA call of bane_negatives or bane_codes, with "bane" at "layer"."""
 
 _NEGATIVES = ("bane", "semi-hard")
 _DISTANCE_AT = ("layer", "full")
 
 
 class _Map(ctypes.Structure):
-    """ContextrastMap: where a tensor (B, H, W) or (B, N, H, W) lies."""
+    """ContextrastMap: pointer, sizes, strides and type of a tensor (B, H, W) or (B, N, H, W)."""
 
     _fields_ = (
         ("data", ctypes.c_void_p),
@@ -61,7 +61,7 @@ class _Map(ctypes.Structure):
 
 
 class _Volume(ctypes.Structure):
-    """ContextrastVolume: where a tensor (B, W), (B, H, W) or (B, Z, H, W) lies."""
+    """ContextrastVolume: pointer, sizes, strides and type of a tensor (B, W), (B, H, W) or (B, Z, H, W)."""
 
     _fields_ = (
         ("data", ctypes.c_void_p),
@@ -80,7 +80,7 @@ class _Volume(ctypes.Structure):
 
 
 class _Distance(ctypes.Structure):
-    """ContextrastDistance: what is asked for, and where it goes. indices: None, or (axes, B, ...)."""
+    """ContextrastDistance: the options and outputs of a distance transform. indices: None, or (axes, B, ...)."""
 
     _fields_ = (
         ("sampling", ctypes.c_double * 3),
@@ -99,7 +99,7 @@ class _Distance(ctypes.Structure):
 
 
 class _Layer(ctypes.Structure):
-    """ContextrastLayer: a size, and where its negatives go."""
+    """ContextrastLayer: a layer's size and the output for its negatives."""
 
     _fields_ = (("height", ctypes.c_int64), ("width", ctypes.c_int64), ("negatives", ctypes.c_void_p))
 
@@ -107,7 +107,7 @@ class _Layer(ctypes.Structure):
 _MAP, _LAYERS = ctypes.POINTER(_Map), ctypes.POINTER(_Layer)
 _VOLUME, _DISTANCE = ctypes.POINTER(_Volume), ctypes.POINTER(_Distance)
 _POINTER, _INT64, _INT, _DOUBLE = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_double
-# The arguments that a function's two versions share, and those of its two scratch functions.
+# Argument types that the CPU and the CUDA version of a function share, and those of its scratch functions.
 _ARGUMENTS = {
     "error_map": (_MAP, _MAP, _INT64, _INT64, _POINTER),
     "edge_distance": (_VOLUME, _DISTANCE, _POINTER),
@@ -127,7 +127,7 @@ _SCRATCH_ARGUMENTS = {
 
 @functools.cache
 def _library() -> ctypes.CDLL | str:
-    """The opened library, or why it cannot be."""
+    """The opened library, or the reason why it cannot be opened."""
     if not _PATH.exists():
         return (
             "the native library is not built: install a C++17 compiler and reinstall contextrast_kernels with "
@@ -161,7 +161,7 @@ def status(device_type: str) -> str:
     if isinstance(library, str):
         return library
     if device_type == "cpu":
-        return "ok"  # and no word to CUDA, which a data loader's worker may not start
+        return "ok"  # do not touch CUDA here: a data loader's worker must not initialise it
     if device_type != "cuda":
         return f"the native library has no code for {device_type} tensors"
     if not hasattr(library, "contextrast_cuda_status"):
@@ -183,9 +183,9 @@ def _function(name: str, device: torch.device):
 
 
 def _call(name: str, device: torch.device, arguments: tuple, scratch: tuple = ()) -> None:
-    """Runs a function on torch's number of threads or current stream.
+    """Call a function of the library with torch's number of threads, or on the current stream.
 
-    scratch: if it takes any, the function that says how much, and the arguments of that.
+    scratch: the name and arguments of the function that returns the scratch size, if scratch memory is needed.
     """
     where: tuple[int, ...] = (torch.get_num_threads(),)
     on_device: contextlib.AbstractContextManager = contextlib.nullcontext()
@@ -195,7 +195,7 @@ def _call(name: str, device: torch.device, arguments: tuple, scratch: tuple = ()
         scratch_name, *scratch_arguments = scratch
         threads = where if device.type == "cpu" else ()
         size = _function(f"{scratch_name}_scratch", device)(*scratch_arguments, *threads)
-        # On CUDA the allocator hands this memory out again only to work behind this call on the same stream.
+        # On CUDA the allocator reuses this memory only for later work on the same stream.
         memory = torch.empty(size, dtype=torch.uint8, device=device)
         arguments = (*arguments, memory.data_ptr())
     text = ctypes.create_string_buffer(_ERROR_SIZE)
@@ -206,7 +206,7 @@ def _call(name: str, device: torch.device, arguments: tuple, scratch: tuple = ()
 
 
 def _device(**tensors: Tensor) -> torch.device:
-    """The device of all of them. A pointer to another one's memory would be read as if it were here."""
+    """The common device of the tensors. A pointer to another device's memory would be read as if it were local."""
     (first, tensor), *others = tensors.items()
     for name, other in others:
         if other.device != tensor.device:
@@ -227,7 +227,7 @@ def error_map(predictions: Tensor, labels: Tensor, num_classes: int, ignore_inde
     device = _device(labels=labels, predictions=predictions)
     errors = torch.empty(labels.shape, dtype=torch.int32, device=device)
     pairs = [(predictions, labels, errors)]
-    if labels.ndim == 4:  # errors know no neighbours: the planes of one volume are a batch of maps
+    if labels.ndim == 4:  # errors do not depend on neighbours, so a volume is a batch of its planes
         pairs = [(_planes(p, y.shape[0]), y, e) for p, y, e in zip(predictions, labels, errors, strict=True)]
     for predicted, labelled, into in pairs:
         arguments = (_Map(predicted), _Map(labelled), num_classes, ignore_index, into.data_ptr())
@@ -236,8 +236,7 @@ def error_map(predictions: Tensor, labels: Tensor, num_classes: int, ignore_inde
 
 
 def _planes(predictions: Tensor, depth: int) -> Tensor:
-    """One volume's class map (Z', H', W') or logits (N, Z', H', W') as ``depth`` maps, its planes brought to that
-    number by nearest sampling."""
+    """A volume's class map (Z', H', W') or logits (N, Z', H', W') as ``depth`` planes, by nearest sampling."""
     planes = predictions if predictions.ndim == 3 else predictions.movedim(1, 0)
     if len(planes) == depth:
         return planes
@@ -349,7 +348,7 @@ def _empty_layers(labels: Tensor, sizes: list[int]) -> list[Tensor]:
 
 
 def code_dtype(num_classes: int) -> torch.dtype:
-    """Of label codes: classes in one or two bytes, the largest number being none of them."""
+    """The dtype of label codes: one or two bytes. The largest number means no class."""
     return torch.uint8 if num_classes <= 255 else torch.int16
 
 
@@ -392,8 +391,7 @@ def _(predictions, labels, num_classes, sizes, *_):
     return _empty_layers(labels, sizes), _empty_errors(labels, sizes)
 
 
-@torch.library.custom_op("contextrast::bane_codes", mutates_args=())
-def bane_codes(
+def chosen_codes(
     predictions: Tensor,
     labels: Tensor,
     num_classes: int,
@@ -405,13 +403,16 @@ def bane_codes(
     seed: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """``bane_negatives`` as the fused loss reads it: label codes (``code_dtype``) of all layers end to end.
-    num_classes is N."""
+    num_classes is N. This is what the op ``bane_codes`` runs."""
     codes, errors = _empty_codes(labels, num_classes, sizes), _empty_errors(labels, sizes)
     shapes = [(labels.shape[0], h, w) for h, w in _pairs(sizes)]
     pieces = codes.split([math.prod(shape) for shape in shapes])
     layers = [piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)]
     _bane_negatives(predictions, labels, num_classes, layers, errors, ratio, negatives, distance_at, ignore_index, seed)
     return codes, errors
+
+
+bane_codes = torch.library.custom_op("contextrast::bane_codes", chosen_codes, mutates_args=())
 
 
 def bane_scratch(labels: Tensor, num_classes: int, sizes: Sequence[tuple[int, int]]) -> int | None:

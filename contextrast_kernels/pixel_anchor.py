@@ -1,11 +1,11 @@
 """The pixel-anchor loss of one layer (Eqs. 3-4).
 
     s_np = a^n · v_p / τ                              similarity of anchor n and pixel p
-    Z_n  = log Σ_{p negative of n} exp(s_np)           -inf where a class has no negative
+    Z_n  = log Σ_{p negative of n} exp(s_np)           -inf if class n has no negative
     L    = 1/|C| Σ_{n∈C} 1/|P^n| Σ_{p∈P^n} softplus(Z_n - s_np)
 
-P^n are the pixels labelled n and C the classes that have any. softplus(Z - s) = -log e^s / (e^s + Σ_neg e^{s'}) is
-InfoNCE with one positive and all negatives in the denominator, the other positives left out.
+P^n are the pixels with label n, and C the classes with at least one pixel. softplus(Z - s) = -log e^s / (e^s + Σ_neg
+e^{s'}) is InfoNCE whose denominator holds one positive and all negatives, but not the other positives.
 """
 
 from typing import Any, NamedTuple
@@ -41,13 +41,13 @@ def pixel_anchor_loss(
     """InfoNCE between class anchors and the pixels of one layer (Eqs. 3-4).
 
     The negatives of anchor n are the pixels with ``negatives == n`` and the pixels of ``base`` whose label is not n,
-    each once. With neither map given, every pixel of another class is a negative.
+    each once. If neither map is given, every pixel of a different class is a negative.
 
     Args:
         features: (B, D, h, w), or (B, D, z, h, w) of a volume; float16, bfloat16, float32 or float64, any strides.
-        labels: (B, H, W) or (B, 1, H, W) integers, brought to (h, w) by nearest sampling; with features of a volume
-            (B, Z, H, W) or (B, 1, Z, H, W). Pixels with a label outside 0..N-1 or equal to ``ignore_index`` take no
-            part, also when ``negatives`` or ``base`` names them.
+        labels: (B, H, W) or (B, 1, H, W) integers, brought to (h, w) by nearest sampling; for volumes (B, Z, H, W)
+            or (B, 1, Z, H, W). Pixels with a label outside 0..N-1 or equal to ``ignore_index`` are
+            ignored, even if they are in ``negatives`` or ``base``.
         anchors: (N, D), as ``class_anchors`` or ``fuse_anchors`` returns them; differentiable.
         negatives: (B, h, w) or (B, z, h, w) integers: the class each pixel is a negative of, or any value outside
             0..N-1 for none.
@@ -60,8 +60,8 @@ def pixel_anchor_loss(
         inf at a valid pixel gives NaN.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type, rank, size, range or device; the sentence names it.
-        RuntimeError: a backend was asked for that cannot run.
+        TypeError, ValueError: an argument has the wrong type, rank, size, range or device; the error names it.
+        RuntimeError: the requested backend cannot run.
     """
     checks.feature_map("features", features)
     checks.ignore_index(ignore_index)
@@ -92,8 +92,7 @@ def pixel_anchor_loss(
         if tuple(base.shape) != layer:
             raise ValueError(f"base: expected shape {layer}, that of the features, got {checks.describe(base)}")
         checks.together("features", features, "base", base)
-    backend = choose_kernels([features], anchors.shape[0])
-    if backend == "triton":
+    if choose_kernels([features], anchors.shape[0]) == "triton":
         return _pixel_anchor_loss(
             maps.plane_stack(features),
             labels,
@@ -103,7 +102,6 @@ def pixel_anchor_loss(
             float(temperature),
             ignore_index,
             normalize,
-            backend,
             maps.volume_sides([features]),
         )[0]
     if negatives is None and base is None:
@@ -121,7 +119,7 @@ def anchor_info_nce(
     base: Tensor | None,
     temperature: float,
 ) -> Tensor:
-    """Eqs. 3-4 for targets (B, *size): the class of each pixel, -1 for none."""
+    """The reference of Eqs. 3-4. targets (B, *size) holds the class of each pixel, -1 for none."""
     label = targets.flatten().clamp(min=0)
     counts = label.new_zeros(anchors.shape[0]).index_add(0, label, (targets >= 0).flatten().long())
     contrast = anchor_contrast(embeddings, targets, anchors, counts, negatives, base, temperature)
@@ -129,16 +127,16 @@ def anchor_info_nce(
 
 
 class Contrast(NamedTuple):
-    """One layer's pixels against the anchors: P pixels, N classes."""
+    """Similarities of one layer's P pixels to the N anchors."""
 
     valid: Tensor
-    """(P,) whether a pixel takes part."""
+    """(P,) bool, False for an ignored pixel."""
     label: Tensor
-    """(P,) its class; 0 where it takes no part."""
+    """(P,) its class; 0 for an ignored pixel."""
     own: Tensor
-    """(P,) s to the anchor of its class."""
+    """(P,) similarity to the anchor of its class."""
     Z: Tensor
-    """(N,) where there is a negative."""
+    """(N,) log-sum-exp of the negatives; valid where ``has_negative``."""
     has_negative: Tensor
     """(N,) bool."""
 
@@ -153,7 +151,7 @@ def anchor_contrast(
     base: Tensor | None,
     temperature: float,
 ) -> Contrast:
-    """Similarities and Z_n of these pixels; ``counts`` says which classes are anywhere."""
+    """Similarities and Z_n of these pixels. ``counts`` are those of the whole batch, on all ranks."""
     x, scale, moderate = embeddings
     target = targets.flatten(1)  # (B, P)
     valid, label = target >= 0, target.clamp(min=0)
@@ -177,17 +175,17 @@ def anchor_contrast(
         is_negative = is_negative | (pixels(base.flatten(1)).unsqueeze(1) & (pixels(label).unsqueeze(1) != classes))
     is_negative = is_negative & pixels(valid).unsqueeze(1)  # (pixels, N)
     has_negative = is_negative.any(0)
-    # A column of nothing but -inf has no derivative: classes without negatives are set aside before and after the sum.
+    # logsumexp has no derivative where all terms are -inf: classes without negatives are replaced before and after it.
     z = torch.where(is_negative, pixels(similarity.mT), -torch.inf)
     z = torch.where(has_negative, torch.where(has_negative, z, 0.0).logsumexp(0), 0.0)
     return Contrast(valid.flatten(), label.flatten(), own.flatten(), z, has_negative)
 
 
 def positive_terms(contrast: Contrast, Z: Tensor, has_negative: Tensor, counts: Tensor) -> Tensor:
-    """Each pixel's share (P,) of the loss, for the Z and counts of all pixels that the loss is about."""
+    """Each pixel's term (P,) of the loss, for Z and counts of the whole batch, on all ranks."""
     label, own = contrast.label, contrast.own
-    # -log σ(s - Z) = softplus(Z - s), stable on both sides. 0 · s carries a NaN or inf of a pixel whose class has no
-    # negative.
+    # -log σ(s - Z) = softplus(Z - s), numerically stable for both signs. 0 · s propagates a NaN or inf of a pixel whose
+    # class has no negative.
     term = torch.where(has_negative[label], -F.logsigmoid(own - Z[label]), 0.0) + 0.0 * own
     return _positive_weight(contrast, counts) * term
 
@@ -213,11 +211,10 @@ def _pixel_anchor_loss(
     temperature: float,
     ignore_index: int,
     normalize: bool,
-    backend: str,
     volume: list[int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The loss and dL/danchors, which the forward pass yields together; and what backward reads: codes y and e, base
-    pixels or the similarity of hard negatives, â, Z, coefficients. volume: as in ``class_anchors``."""
+    """Return the loss, dL/danchors, and what the backward pass reads: codes y and e, base pixels or the similarity of
+    hard negatives, â, Z, coefficients. volume: as in ``class_anchors``."""
     from contextrast_kernels.kernels import pixel_anchor
 
     with on_device(features):
@@ -229,7 +226,7 @@ def _pixel_anchor_loss(
 
 
 @_pixel_anchor_loss.register_fake
-def _(features, labels, anchors, negatives, base, temperature, ignore_index, normalize, backend, volume=None):
+def _(features, labels, anchors, negatives, base, temperature, ignore_index, normalize, volume=None):
     (N, D), dtype = anchors.shape, compute_dtype(features.dtype)
     dense = base is not None or negatives is None
     rows = [features.new_empty(shape, dtype=dtype) for shape in ((1, N, D), (1, N), (1, 2, N))]
@@ -249,7 +246,6 @@ def _pixel_anchor_loss_backward(
     coefficients: Tensor,
     temperature: float,
     normalize: bool,
-    backend: str,
 ) -> Tensor:
     from contextrast_kernels.kernels import pixel_anchor
 
@@ -268,8 +264,8 @@ differentiable_once("pixel_anchor_loss", _pixel_anchor_loss_backward)
 
 
 def _save_for_backward(ctx, inputs, output):
-    ctx.set_materialize_grads(False)  # else every output that has no gradient gets one of zeros, at its full size
-    features, _, anchors, _, _, ctx.temperature, _, ctx.normalize, ctx.backend, _ = inputs
+    ctx.set_materialize_grads(False)  # otherwise torch allocates zero gradients for all outputs
+    features, _labels, anchors, _negatives, _base, ctx.temperature, _ignore_index, ctx.normalize, _volume = inputs
     ctx.save_for_backward(features, *output[1:])
     ctx.mark_non_differentiable(*output[1:])
     ctx.anchors_dtype = anchors.dtype
@@ -277,14 +273,14 @@ def _save_for_backward(ctx, inputs, output):
 
 def _backward(ctx, gradient, *_):
     if gradient is None:
-        return (None,) * 10
+        return (None,) * 9
     features, pull, *saved = ctx.saved_tensors
     dx = danchors = None
     if ctx.needs_input_grad[0]:
-        dx = _pixel_anchor_loss_backward(gradient, features, *saved, ctx.temperature, ctx.normalize, ctx.backend)
+        dx = _pixel_anchor_loss_backward(gradient, features, *saved, ctx.temperature, ctx.normalize)
     if ctx.needs_input_grad[2]:
         danchors = (gradient * pull).to(ctx.anchors_dtype)
-    return dx, None, danchors, *(None,) * 7
+    return dx, None, danchors, *(None,) * 6
 
 
 _pixel_anchor_loss.register_autograd(_backward, setup_context=_save_for_backward)

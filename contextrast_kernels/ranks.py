@@ -1,6 +1,6 @@
-"""The ranks of a process group that compute one loss together: what they must agree on, and their sums.
+"""Process groups: check that their ranks pass the same options, and reduce over them.
 
-A group goes by its name, a string that modules can copy and pickle and torch.compile can trace.
+A group is passed by its name, a string that modules can copy and pickle and that torch.compile can trace.
 """
 
 from collections.abc import Sequence
@@ -13,12 +13,12 @@ from torch import Tensor, distributed
 from contextrast_kernels import checks
 
 MOST_PIXELS = 2**24
-"""Pixels of a layer that the fused loss takes on each rank of a group, so that all ranks know one bound of their
-number, and with it the scale of fixed-point sums, without asking each other."""
+"""The most pixels of a layer on each rank of a group. The bound gives all ranks the same scale for their fixed-point
+sums without communication."""
 
 
 def name_of(group) -> str | None:
-    """The name of a process group that can be used; None for None."""
+    """The name of a process group, after a check that this rank is in it; None for None."""
     if group is None:
         return None
     if not distributed.is_available() or not isinstance(group, distributed.ProcessGroup):
@@ -27,19 +27,19 @@ def name_of(group) -> str | None:
             f"torch.distributed.group.WORLD, or None for this process alone, got {checks.describe(group)}"
         )
     name = group.group_name
-    size(name)  # it is there
+    size(name)  # raises if torch.distributed does not know the group
     return name
 
 
 def _resolved(name: str):
     if distributed.is_initialized():
         try:
-            return distributed.distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]  # a str by another name
+            return distributed.distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]  # torch declares a NewType of str
         except (KeyError, RuntimeError, ValueError):
             pass
     raise RuntimeError(
-        f"group: expected a process group of torch.distributed as it is initialised now, got group {name!r}, which is "
-        "not (or no longer) part of it; call torch.distributed.init_process_group before the loss is made"
+        f"group: expected an existing process group, got {name!r}, which torch.distributed does not know (any more); "
+        "call torch.distributed.init_process_group before you make the loss"
     )
 
 
@@ -50,22 +50,26 @@ def size(name: str) -> int:
 
 @dataclass
 class _Agreed:
-    """What the ranks of a group have told each other."""
+    """The comparisons that the ranks of a group have made."""
 
     exchanges: int = 0
     kinds: set[str] = field(default_factory=set)
 
 
 _agreed: WeakKeyDictionary[object, _Agreed] = WeakKeyDictionary()
-"""By process group, and as long as there is one: another may bear its name later."""
+"""One entry per process group, for as long as it exists: a later group may have the same name."""
 
 
 def agree(name: str, kind: str, facts: str | None = None) -> None:
-    """All ranks come with the same facts, a list with "; " between them; else every rank raises the same sentence.
+    """Check that all ranks pass the same settings; otherwise every rank raises the same error.
 
-    They compare through the group's store, on the host and once for each group and kind: no tensor is sent and no
-    device waits, in later steps nothing happens at all, and ranks whose reductions would not meet learn it before.
-    What the number and the shapes of the reductions depend on belongs to the kind. facts: None is the kind itself.
+    Ranks compare through the group's store, on the host and once for each group and kind. No tensor is sent, no device
+    waits, and later steps do nothing. A mismatch is therefore found before ranks wait in different reductions.
+
+    Args:
+        name: the group's name.
+        kind: everything that the number and the shapes of the reductions depend on.
+        facts: the settings, separated by "; ". None: the kind itself.
     """
     facts = kind if facts is None else facts
     group = _resolved(name)
@@ -79,14 +83,14 @@ def agree(name: str, kind: str, facts: str | None = None) -> None:
     try:
         store.wait(keys)
     except RuntimeError as error:
-        store.delete_key(keys[group.rank()])  # who comes later waits as well, and not in a reduction
+        store.delete_key(keys[group.rank()])  # ranks that come later then wait here too, not in a reduction
         raise RuntimeError(
-            f"group: expected all {len(ranks)} ranks to come with {facts}, as rank {group.rank()} did, but some did "
-            "not come; call the loss on all ranks, with the same options, backend and kind of features"
+            f"group: expected all {len(ranks)} ranks to call the loss with {facts}, as rank {group.rank()} did, but "
+            "some did not; call it on all ranks, with the same options, backend and kind of features"
         ) from error
     known.exchanges += 1
     first, *others = (store.get(each).decode() for each in keys)
-    if store.add(key, 1) == len(ranks):  # all have read; a later group may find itself with this store and name
+    if store.add(key, 1) == len(ranks):  # all ranks have read; a later group may use this store and name
         for each in (*keys, key):
             store.delete_key(each)
     for rank, given in enumerate(others, 1):
@@ -95,19 +99,19 @@ def agree(name: str, kind: str, facts: str | None = None) -> None:
             expected, got = map(", ".join, zip(*pairs))
             raise ValueError(
                 f"group: expected the same on all ranks, got {expected} on rank 0 and {got} on rank {rank}; "
-                "give the loss the same options, backend and kind of features everywhere"
+                "use the same options, backend and kind of features on all ranks"
             )
     known.kinds.add(kind)
 
 
-# When torch.compile traces, ranks agree once; a compiled step does not ask again.
+# Ranks compare once, while torch.compile traces; a compiled step does not repeat it.
 size._dynamo_marked_constant = True  # type: ignore[attr-defined]  # Dynamo reads the mark
 agree._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as above
 
 
 def reduced(x: Tensor, name: str, operation: str = "sum") -> Tensor:
-    """The ranks' x added up, or their maximum; the same bits on every rank. No gradient."""
-    # Imported here, where torch.distributed is in use anyway.
+    """The sum of all ranks' x, or their maximum, with the same bits on every rank. No gradient."""
+    # Imported here, because only calls with a group need it.
     from torch.distributed import _functional_collectives as collectives
 
     return collectives.wait_tensor(
@@ -116,7 +120,7 @@ def reduced(x: Tensor, name: str, operation: str = "sum") -> Tensor:
 
 
 def gathered(x: Tensor, name: str) -> Tensor:
-    """The ranks' x, which are of one shape, one after another along the first axis. No gradient."""
+    """All ranks' x, which have one shape, concatenated along the first axis. No gradient."""
     from torch.distributed import _functional_collectives as collectives
 
     return collectives.wait_tensor(
@@ -125,22 +129,22 @@ def gathered(x: Tensor, name: str) -> Tensor:
 
 
 def add_up(parts: Sequence[Tensor], name: str) -> None:
-    """Every tensor becomes its sum over the ranks, all in one reduction. They share a dtype."""
+    """Replace every tensor by its sum over the ranks, all in one reduction. The tensors have the same dtype."""
     total = reduced(torch.cat([part.flatten() for part in parts]), name)
     for part, of_all in zip(parts, total.split([part.numel() for part in parts])):
         part.copy_(of_all.view_as(part))
 
 
 def close_enough(bound: float | None) -> bool:
-    """Whether sums of exponentials of up to ±bound need no shift: float64 holds exp(±709), and many of them."""
+    """Whether sums of exp(x), |x| <= bound, need no shift in float64, which holds exp(709)."""
     return bound is not None and bound <= 300
 
 
 def log_sum_exp(log_sums: Tensor, name: str, bound: float | None = None) -> Tensor:
-    """log Σ exp over the ranks, elementwise; -inf where all are, NaN where one is. No gradient.
+    """log Σ exp over the ranks, elementwise. It is -inf where all are, and NaN where one is. No gradient.
 
-    bound: no exponent is larger in size. Where it is ``close_enough`` one reduction does; else the largest is asked for
-    before.
+    bound: a limit of the exponents' size. If it is ``close_enough``, one reduction is enough; otherwise the largest
+    exponent is reduced first.
     """
     wide = log_sums.detach().double()
     shift: float | Tensor
@@ -153,7 +157,7 @@ def log_sum_exp(log_sums: Tensor, name: str, bound: float | None = None) -> Tens
 
 
 class Total(torch.autograd.Function):
-    """``reduced``, where every rank's loss is a share of one sum: the gradients of all ranks add up as well."""
+    """``reduced`` for a loss of which each rank holds a share. Backward adds up the gradients of all ranks."""
 
     @staticmethod
     def forward(ctx, x: Tensor, name: str) -> Tensor:
@@ -167,7 +171,7 @@ class Total(torch.autograd.Function):
 
 
 class DifferentiableOnce(torch.autograd.Function):
-    """x itself. A second derivative would need the other ranks' first ones: it raises, where it would be wrong."""
+    """The identity, with a second derivative that raises: it would need the first derivatives of the other ranks."""
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:

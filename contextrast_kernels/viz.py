@@ -1,8 +1,8 @@
-"""Pictures of what the loss looks at: its negatives, the embeddings, the anchors, and how hard the negatives are.
+"""Pictures of the negatives, the embeddings and the anchors, and of how hard the negatives are.
 
-Each is a matplotlib figure, made without pyplot, so that nothing pops up or has to be closed: ``figure.savefig(path)``,
-``SummaryWriter.add_figure(tag, figure)``, or the last line of a notebook's cell. matplotlib is imported when one is
-drawn. ``embedding_colours`` gives an array and needs none.
+Each is a matplotlib figure made without pyplot, so no window opens and none has to be closed. Use
+``figure.savefig(path)``, ``SummaryWriter.add_figure(tag, figure)``, or make it the last line of a notebook's cell.
+matplotlib is imported when a figure is drawn; ``embedding_colours`` returns a tensor and does not need it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 VOID_COLOUR = (0.55, 0.55, 0.55)  # ignored pixels
-CORRECT_COLOUR = (1.0, 1.0, 1.0)  # pixels outside of every error region
+CORRECT_COLOUR = (1.0, 1.0, 1.0)  # pixels outside every error region
 NO_EDGE_COLOUR = (0.0, 0.0, 0.0)  # errors of a class that fills the whole image
 PALE = 0.75  # share of white in an error that was not chosen
 
@@ -44,7 +44,7 @@ DISTINCT = (
 def class_colours(num_classes: int) -> Tensor:
     """The colour of each class in every picture: float32 (N, 3) in 0..1. None is near void's grey, white or black.
 
-    Up to 24 are told apart at a glance; more are hues, in turn bright, soft, dark and muted.
+    Up to 24 are easy to tell apart. More are hues that alternate between bright, soft, dark and muted.
     """
     checks.num_classes(num_classes)
     if num_classes <= len(DISTINCT):
@@ -66,17 +66,16 @@ def negatives(
     seed: int = 0,
     class_names: Sequence[str] | None = None,
 ) -> Figure:
-    """How one image's hard negatives come about, a row for each layer: labels, prediction, errors, distance, choice.
+    """Draw how one image's hard negatives are chosen, a row per layer: labels, prediction, errors, distance, choice.
 
-    Labels and prediction are shown as the layer sees them, sampled to its size. Errors and negatives have the
-    colour of the *predicted* class (Eq. 6), whose anchor the pixel is pushed away from; errors that were not chosen
-    are paler. Distances are in pixels of the layer; they are black where a class fills the whole image, as its errors
-    then have no edge.
+    Labels and prediction are shown sampled to the layer's size. Errors and negatives have the colour of the *predicted*
+    class (Eq. 6), from whose anchor the pixel is pushed away; errors that were not chosen are paler. Distances are in
+    pixels of the layer. They are black if a class fills the whole image, because its errors then have no edge.
 
     Args:
-        image: (3, H, W), float in 0..1 or uint8; shown as it is in every row.
-        labels: (H, W) integers. Of a volume pass one plane of each, such as ``labels[z]`` and ``logits[:, z]``: it is
-            shown as a map, whose distances are those within the plane.
+        image: (3, H, W), float in 0..1 or uint8; shown in every row.
+        labels: (H, W) integers. For a volume pass one plane, such as ``labels[z]`` with ``logits[:, z]``: it is shown
+            as a map, with the distances within the plane.
         predictions: class map (H', W') of integers or logits (N, H', W') of floats.
         num_classes: N.
         sizes: (h, w) of each layer, from high to low resolution.
@@ -88,7 +87,7 @@ def negatives(
 
     Raises:
         ImportError: matplotlib is not installed.
-        ValueError, TypeError: an argument of the wrong shape, type or range; the sentence names it.
+        ValueError, TypeError: an argument has the wrong shape, type or range; the error names it.
     """
     from matplotlib import colormaps
     from matplotlib.figure import Figure
@@ -189,20 +188,20 @@ def negatives(
 
 @checks.takes_subclasses
 def embedding_colours(features: Tensor) -> Tensor:
-    """Embeddings as colours: the three principal components of v = x / ‖x‖₂ over all pixels as red, green and blue.
+    """Show embeddings as colours: the three principal components of v = x / ‖x‖₂ are red, green and blue.
 
-    Pixels of one colour have similar embeddings. Each component runs from its 1st to its 99th percentile; its sign, of
-    which PCA says nothing, is that which makes its largest weight positive, so that the colours of one network do not
-    flip from call to call.
+    Pixels with similar colours have similar embeddings. Each component is scaled from its 1st to its 99th percentile.
+    PCA does not determine the sign of a component; it is chosen so that the largest weight is positive, and the colours
+    of a network do not flip from call to call.
 
     Args:
         features: (B, D, h, w) floats of one layer. The colours are comparable over the batch.
 
     Returns:
-        uint8 (B, h, w, 3) on the CPU. Pixels that are not finite are mid-grey, as is a component without variance.
+        uint8 (B, h, w, 3) on the CPU. Pixels that are not finite are mid-grey, and so is a component without variance.
 
     Raises:
-        TypeError, ValueError: features of another type or rank.
+        TypeError, ValueError: features have the wrong type or rank; the error says which.
     """
     checks.feature_map("features", features)
     B, D, height, width = features.shape
@@ -229,18 +228,18 @@ def embedding_colours(features: Tensor) -> Tensor:
 
 @checks.takes_subclasses
 def embeddings(image: Tensor, features: Sequence[Tensor]) -> Figure:
-    """One image and the embeddings of each layer as colours (``embedding_colours``), drawn as large as the image.
+    """Draw an image and the embeddings of each layer as colours (``embedding_colours``), at the image's size.
 
     Args:
         image: (3, H, W), float in 0..1 or uint8.
-        features: maps (D, h, w) of the same image, one a layer.
+        features: maps (D, h, w) of the same image, one per layer.
 
     Returns:
-        A matplotlib figure. Colours are of each layer by itself.
+        A matplotlib figure. The colours of each layer are independent of the other layers.
 
     Raises:
         ImportError: matplotlib is not installed.
-        ValueError, TypeError: an argument of the wrong shape or type; the sentence names it.
+        ValueError, TypeError: an argument has the wrong shape or type; the error names it.
     """
     from matplotlib.figure import Figure
 
@@ -279,19 +278,19 @@ def anchor_similarity(
     ignore_index: int = 255,
     class_names: Sequence[str] | None = None,
 ) -> Figure:
-    """Cosine similarity of every two class anchors, a matrix for each layer: which classes does the network confuse?
+    """Draw the cosine similarity of all pairs of class anchors, a matrix per layer. Similar classes are confused.
 
     Args:
-        features, labels, num_classes, fusion_weight, ignore_index: as in ``contextrast_loss``; the anchors are the
-            fused ones it uses.
+        features, labels, num_classes, fusion_weight, ignore_index: as in ``contextrast_loss``. The anchors are fused as
+            there.
         class_names: N names; None numbers the classes.
 
     Returns:
-        A matplotlib figure. A class without pixels is left grey.
+        A matplotlib figure. Classes without pixels are grey.
 
     Raises:
         ImportError: matplotlib is not installed.
-        ValueError, TypeError: an argument of the wrong shape, type or range; the sentence names it.
+        ValueError, TypeError: an argument has the wrong shape, type or range; the error names it.
     """
     from matplotlib import colormaps
     from matplotlib.figure import Figure
@@ -325,21 +324,21 @@ def anchor_similarity(
 
 
 def similarity_curve(results: dict[str, Tensor]) -> Figure:
-    """The paper's figure 5: cosine of wrongly predicted pixels to their anchors by distance to the error region's edge.
+    """Draw the paper's figure 5: cosine of wrongly predicted pixels to their anchors, by distance to the error's edge.
 
-    A panel for each layer. Where the line of the true class rises, the pixels near the edge are the harder ones, which
-    is what makes BANE choose them. Bars: pixels at that distance, on a logarithmic scale. The last distance of
-    ``AnchorSimilarity`` stands for all beyond it, and distances that no pixel has are cut off.
+    There is a panel for each layer. If the line of the true class rises, the pixels near the edge are harder, which is
+    the reason why BANE chooses them. Bars show the number of pixels at each distance, on a logarithmic scale. The last
+    distance of ``AnchorSimilarity`` includes all larger ones, and distances without pixels are cut off at the end.
 
     Args:
-        results: of ``metrics.AnchorSimilarity.compute()``.
+        results: the result of ``metrics.AnchorSimilarity.compute()``.
 
     Returns:
         A matplotlib figure.
 
     Raises:
         ImportError: matplotlib is not installed.
-        ValueError: results of something else, or of no batch.
+        ValueError: results are not those of AnchorSimilarity, or of no batch.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -347,10 +346,10 @@ def similarity_curve(results: dict[str, Tensor]) -> Figure:
     expected = {"distance", "true_class", "predicted_class", "pixels"}
     if not isinstance(results, dict) or not expected <= results.keys():
         got = sorted(results) if isinstance(results, dict) else checks.describe(results)
-        raise ValueError(f"results: expected what metrics.AnchorSimilarity.compute() returns, got {got}")
+        raise ValueError(f"results: expected the result of metrics.AnchorSimilarity.compute(), got {got}")
     layers = len(results["pixels"])
     if layers == 0:
-        raise ValueError("results: expected those of at least one batch, got none; call update() first")
+        raise ValueError("results: expected results of at least one batch, got none; call update() first")
     occupied = results["pixels"].sum(0).nonzero().flatten().tolist()
     shown = slice(0, 1 + max(occupied, default=0))
     distance = results["distance"][shown].tolist()
@@ -400,7 +399,7 @@ def _names(class_names: Sequence[str] | None, num_classes: int) -> list[str]:
 
 
 def _size(height: int, width: int, H: int, W: int) -> list[str]:
-    """A layer's size in words, with its stride where it has one."""
+    """A layer's size in words, with its stride if it is the same along both axes."""
     words = [f"{height} × {width}"]
     if H % height == 0 and W % width == 0 and H // height == W // width:
         words.insert(0, f"stride {H // height}")

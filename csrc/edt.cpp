@@ -19,10 +19,12 @@ namespace {
 constexpr int BAND = 32;
 constexpr int MARKED = 4;                          // rows of a band that are marked together
 constexpr int STRIP = 64;                          // columns of a plane that are searched along y together
-constexpr int WINDOW = 8, WINDOW_BESIDE_OPEN = 2;  // steps before a block is left to the search
+constexpr int WINDOW = 8, WINDOW_BESIDE_OPEN = 2;  // steps before a block is left to the search,
+constexpr int LONG_WINDOW = 16;                    // unless no more than so many are known to be enough
+constexpr int NARROW = 16;                         // pixels between which no anchor is worth its search
 constexpr int BLOCKS = CONTEXTRAST_MAX_SIDE / 8;   // the most blocks of a line
 constexpr int TASK_PIXELS = 1 << 14;
-static_assert(MARGIN >= WINDOW + 16, "what a block of 64 bytes reads beside its line");
+static_assert(MARGIN >= LONG_WINDOW + 16, "what a block of 64 bytes reads beside its line");
 
 // The volume without axes of one pixel: (columns' length, y, x); a map is (H, 1, W), a line is (1, 1, W). Neither a sum
 // of costs nor an order in memory changes with it.
@@ -285,6 +287,25 @@ CONTEXTRAST_HD bool any(Ints mask) {
 }
 CONTEXTRAST_HD bool any(Vectors<double>::Places mask) { return any(reinterpret_cast<Ints>(mask)); }
 
+// Stage by stage, exchanges the blocks of S lanes beside the diagonal: the square of vectors is transposed.
+template <int S, class V>
+CONTEXTRAST_HD void transpose(V (&rows)[sizeof(V) / sizeof(V{}[0])]) {
+  constexpr int COUNT = sizeof(V) / sizeof(V{}[0]);
+  using Lanes = decltype(V{} == V{});
+  Lanes low, high;
+  for (int i = 0; i < COUNT; ++i) {
+    low[i] = i & S ? COUNT + i - S : i;
+    high[i] = i & S ? COUNT + i : i + S;
+  }
+  for (int i = 0; i < COUNT; ++i) {
+    if (i & S) continue;
+    const V a = rows[i], b = rows[i + S];
+    rows[i] = __builtin_shuffle(a, b, low);
+    rows[i + S] = __builtin_shuffle(a, b, high);
+  }
+  if constexpr (S > 1) transpose<S / 2>(rows);
+}
+
 template <class Cost>
 struct Block {
   using V = typename Vectors<Cost>::Costs;
@@ -410,10 +431,28 @@ CONTEXTRAST_HD bool window(const Cost *costs, const int32_t *keys, int64_t step,
       found.try_candidate(least(before, after) + apart[k], Keys<Cost>{});
     }
     if (k % 2 == 0) is_open = found.is_open(apart[k + 1]);
+    if (k == steps && is_open && !found.is_open(apart[LONG_WINDOW + 1])) steps = LONG_WINDOW;
   }
   found.costs.put(best);
   if constexpr (KEYS) found.keys.put(best_keys);
   return !is_open;
+}
+
+// Every lane gets the least place of those lanes whose cost is the least.
+template <int S = 0, class V, class Places>
+CONTEXTRAST_HD Places chunk_of_least(V low, Places place) {
+  constexpr int COUNT = sizeof(V) / sizeof(V{}[0]);
+  constexpr int STEP = S ? S : COUNT / 2;
+  Places turned;
+  for (int i = 0; i < COUNT; ++i) turned[i] = i ^ STEP;
+  const V other = __builtin_shuffle(low, turned);
+  const Places other_place = __builtin_shuffle(place, turned);
+  const auto is_better = (other < low) | ((other == low) & (other_place < place));
+  place = is_better ? other_place : place;
+  if constexpr (STEP == 1)
+    return place;
+  else
+    return chunk_of_least<STEP / 2>(least(low, other), place);
 }
 
 // The first pixel of first..last that is best for pixel x. What it looks at beyond `last` cannot be better.
@@ -435,14 +474,8 @@ CONTEXTRAST_HD int first_best(const Cost *costs, const Cost *apart, int x, int f
   const auto is_b = (low_b < low) | ((low_b == low) & (chunk_b < chunk));
   low = is_b ? low_b : low;
   chunk = (is_b ? chunk_b : chunk) + Vectors<Cost>::ramp();
-  Cost cost = low[0];
-  auto place = chunk[0];
-  for (int i = 1; i < HALF; ++i) {
-    const bool is_better = low[i] < cost || (low[i] == cost && chunk[i] < place);
-    place = is_better ? chunk[i] : place;
-    cost = is_better ? low[i] : cost;
-  }
-  return static_cast<int>(place);
+  const Places place = chunk_of_least(low, chunk);
+  return static_cast<int>(place[0]);
 }
 
 // best = the least cost of the block's pixels x.. over the pixels first..last of the line, where a distance is wanted.
@@ -469,7 +502,7 @@ CONTEXTRAST_HD void search_line(const Line<Cost> &line, const Cost *apart, int s
                                 const uint8_t *states) {
   constexpr int lanes = LANES<Cost>;
   const int blocks = (size - 1) / lanes + 1;
-  int place[BLOCKS + 1];
+  int lows[BLOCKS + 1], highs[BLOCKS + 1];  // bounds of each anchor's best
   for (int end = 0; end < blocks;) {
     while (end < blocks && states[end] == WITHOUT_FAR) ++end;
     int from = end;
@@ -484,17 +517,20 @@ CONTEXTRAST_HD void search_line(const Line<Cost> &line, const Cost *apart, int s
 
     const int count = to - from + 1;
     if (bisects) {
-      place[0] = first_best(line.costs, apart, from * lanes, first, last);
-      place[count] = first_best(line.costs, apart, (to + 1) * lanes, place[0], last);
+      lows[0] = first_best(line.costs, apart, from * lanes, first, last);
+      highs[count] = first_best(line.costs, apart, (to + 1) * lanes, lows[0], last);
       for (int step = first_step(count); step; step /= 2)
-        for (int j = step; j < count; j += 2 * step)
-          place[j] =
-              first_best(line.costs, apart, (from + j) * lanes, place[j - step], place[lesser(j + step, count)]);
+        for (int j = step; j < count; j += 2 * step) {
+          lows[j] = lows[j - step];
+          highs[j] = highs[lesser(j + step, count)];
+          if (highs[j] - lows[j] >= NARROW)
+            lows[j] = highs[j] = first_best(line.costs, apart, (from + j) * lanes, lows[j], highs[j]);
+        }
     }
     for (int j = 0; j < count; ++j) {
       if (states[from + j] != OPEN) continue;
       const int x = (from + j) * lanes;
-      sweep<KEYS>(line.costs, line.keys, apart, x, bisects ? place[j] : first, bisects ? place[j + 1] : last,
+      sweep<KEYS>(line.costs, line.keys, apart, x, bisects ? lows[j] : first, bisects ? highs[j + 1] : last,
                   line.best + x, KEYS ? line.best_keys + x : nullptr);
     }
   }
@@ -633,44 +669,71 @@ struct Work {
   static bool has_rows(const Volume &volume) { return volume.size[1] > 1; }
 };
 
+// Rows of LANES elements, `pitch` apart, as columns that lie `size` apart: LANES / 2 rows from `from` on. `put` may look
+// at what it replaces.
+template <class V, class T, class Put>
+CONTEXTRAST_HD void turn(const T *from, int64_t pitch, const Put &put) {
+  constexpr int COUNT = sizeof(V) / sizeof(T);
+  V square[COUNT];
+  for (int i = 0; i < COUNT; ++i) square[i] = load<V>(from + i * pitch);
+  transpose<COUNT / 2>(square);
+  for (int i = 0; i < COUNT; ++i) put(i, square[i]);
+}
+
 // What the window leaves open in the columns lane..lane+LANES-1 of a strip.
 template <bool KEYS, class Cost>
 CONTEXTRAST_HD void search_columns(const Volume &volume, const Apart<Cost> &apart, const Work<Cost> &work, int lane) {
-  constexpr int lanes = LANES<Cost>;
+  using V = typename Vectors<Cost>::Costs;
+  using K = typename Vectors<Cost>::Keys;
+  using Places = typename Vectors<Cost>::Places;
+  constexpr int lanes = LANES<Cost>, half = lanes / 2;
   const int height = volume.size[1], blocks = Work<Cost>::blocks(height);
   const int64_t pitch = work.pitch(), size = Work<Cost>::column_size(volume);
-  const Cost settled = apart.zero[WINDOW_BESIDE_OPEN + 1];
-  memset(work.block_states, 0, static_cast<size_t>(blocks * lanes));
-  for (int y = 0; y < height; ++y) {
-    const Cost *costs = work.strips.costs + y * pitch + lane, *best = work.strips.best + y * pitch + lane;
-    for (int i = 0; i < lanes; ++i) work.columns.costs[i * size + y] = costs[i];
-    if constexpr (KEYS)
-      for (int i = 0; i < lanes; ++i)
-        work.columns.keys[i * size + y] = work.strips.keys[y * pitch + lane + i];
-    if (work.states[y])
-      for (int i = 0; i < lanes; ++i) {
-        uint8_t &state = work.block_states[i * blocks + y / lanes];
-        const uint8_t own = best[i] <= 0 ? WITHOUT_FAR : best[i] < settled || work.states[y] != OPEN ? SETTLED : OPEN;
-        state = greater(state, own);
+  const Cost settled = apart.zero[WINDOW_BESIDE_OPEN + 1], zero = 0;
+  for (int part = 0; part < lanes; part += half) {
+    const Line<Cost> from = work.strips.from(lane + part), to = work.columns.from(part * size);
+    for (int y = 0; y < height; y += half) {
+      turn<V>(from.costs + y * pitch, pitch, [&](int i, V column) { store(column, to.costs + i * size + y); });
+      if constexpr (KEYS)
+        turn<K>(from.keys + y * pitch, pitch, [&](int i, K column) { store(column, to.keys + i * size + y); });
+    }
+    for (int block = 0; block < blocks; ++block) {
+      Places is_far{}, is_open{};
+      for (int y = block * lanes; y < lesser(height, (block + 1) * lanes); ++y) {
+        if (work.states[y] == WITHOUT_FAR) continue;
+        const V best = load<V>(from.best + y * pitch);
+        is_far |= best > zero;
+        if (work.states[y] == OPEN) is_open |= best >= settled;
       }
+      for (int i = 0; i < half; ++i)
+        work.block_states[(part + i) * blocks + block] = is_open[i] ? OPEN : is_far[i] ? SETTLED : WITHOUT_FAR;
+    }
   }
   for (int i = 0; i < lanes; ++i) {
-    for (int y = height; y < height + MARGIN; ++y) work.columns.costs[i * size + y] = Costs<Cost>::none;
-    for (int y = 0; y < height + lanes; ++y) work.columns.best[i * size + y] = Costs<Cost>::none;
     const Line<Cost> own = work.columns.from(i * size);
+    for (int y = height; y < height + MARGIN; ++y) own.costs[y] = Costs<Cost>::none;
+    for (int y = 0; y < height + lanes; ++y) own.best[y] = Costs<Cost>::none;
     search_line<KEYS>(own, apart.zero, height, volume.metric.search[1] != 0, work.block_states + i * blocks);
   }
-  for (int block = 0; block < blocks; ++block) {
-    bool any_open = false;
-    for (int i = 0; i < lanes; ++i) any_open |= work.block_states[i * blocks + block] == OPEN;
-    if (!any_open) continue;
-    for (int y = block * lanes; y < lesser(height, (block + 1) * lanes); ++y)
-      for (int i = 0; i < lanes; ++i) {
-        Cost &best = work.strips.best[y * pitch + lane + i];
-        if (best < 0 || work.block_states[i * blocks + block] != OPEN) continue;
-        best = work.columns.best[i * size + y];
-        if constexpr (KEYS) work.strips.best_keys[y * pitch + lane + i] = work.columns.best_keys[i * size + y];
+  for (int part = 0; part < lanes; part += half) {
+    const Line<Cost> from = work.columns.from(part * size), to = work.strips.from(lane + part);
+    for (int block = 0; block < blocks; ++block) {
+      Places is_open;
+      for (int i = 0; i < half; ++i) is_open[i] = -(work.block_states[(part + i) * blocks + block] == OPEN);
+      for (int y = block * lanes; y < lesser(height, (block + 1) * lanes); y += half) {
+        Places replaced[half];
+        turn<V>(from.best + y, size, [&](int i, V row) {
+          const V old = load<V>(to.best + (y + i) * pitch);
+          replaced[i] = is_open & (old >= zero);
+          store(replaced[i] ? row : old, to.best + (y + i) * pitch);
+        });
+        if constexpr (KEYS)
+          turn<K>(from.best_keys + y, size, [&](int i, K row) {
+            const K old = load<K>(to.best_keys + (y + i) * pitch);
+            store(Vectors<Cost>::narrow(replaced[i]) ? row : old, to.best_keys + (y + i) * pitch);
+          });
       }
+    }
   }
 }
 

@@ -74,8 +74,8 @@ inline int check_volume(const char *name, const ContextrastVolume &volume, bool 
     voxels *= size;
   }
   if (voxels > CONTEXTRAST_MAX_VOXELS)
-    return refuse(error, "%s has %lld voxels an image, but at most 2^31 are supported: tile or downsample it", name,
-                  static_cast<long long>(voxels));
+    return refuse(error, "%s has %lld voxels an image, but at most %lld are supported: tile or downsample it", name,
+                  static_cast<long long>(voxels), static_cast<long long>(CONTEXTRAST_MAX_VOXELS));
   return CONTEXTRAST_OK;
 }
 
@@ -151,8 +151,8 @@ inline int check_pair(const ContextrastMap &predictions, const ContextrastMap &l
 inline int check_pixels(const char *name, int64_t height, int64_t width, char *error) {
   constexpr int64_t most = CONTEXTRAST_MAX_SELECTION;
   if (height >= 0 && width >= 0 && height <= most && width <= most && height * width <= most) return CONTEXTRAST_OK;
-  return refuse(error, "%s has %lld x %lld pixels, but at most 2^29 are supported: tile or downsample it", name,
-                static_cast<long long>(height), static_cast<long long>(width));
+  return refuse(error, "%s has %lld x %lld pixels, but at most %lld are supported: tile or downsample it", name,
+                static_cast<long long>(height), static_cast<long long>(width), static_cast<long long>(most));
 }
 
 // classes and distance_sq of one selection

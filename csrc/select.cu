@@ -372,8 +372,7 @@ struct Chooser {
     uint64_t first = 0, last = ~uint64_t(0);  // the candidates' ranks
     uint32_t candidates = segment.size;
     if (candidates > FEW && layer.distance_sq) {
-      if (threadIdx.x == 0) shared.lowest = INT32_MAX;
-      __syncthreads();
+      if (threadIdx.x == 0) shared.lowest = INT32_MAX;  // before the barriers inside of count
       int32_t lowest = INT32_MAX;
       const Found found = count(wanted, [&](uint64_t rank) {
         const int32_t distance_sq = distance_of_rank(rank);
@@ -452,7 +451,7 @@ __global__ void __launch_bounds__(CHOOSERS, 3)
       if (layer.selected && is_selected) layer.selected[at] = 1;
       if (!layer.selected && !is_selected) layer.set_class(at, NO_CLASS);
     });
-    __syncthreads();
+    // No barrier: what a segment writes before its first one, the segment before reads before its last one.
   }
 }
 

@@ -1,4 +1,4 @@
-"""A small network and endless coloured scenes, so that the examples run anywhere. Put yours in their place."""
+"""A small network and endless coloured scenes, so that the examples run anywhere. Replace them by yours."""
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +9,7 @@ NUM_CLASSES = 5
 
 
 class Network(nn.Module):
-    """Four encoder stages of stride 4 to 32, and a classifier that sees them all: images → logits at a quarter size."""
+    """Four encoder stages of stride 4 to 32, and a classifier on all of them: images → logits at a quarter size."""
 
     def __init__(self, width: int = 16):
         super().__init__()

@@ -1,6 +1,6 @@
 """Contextrast in a plain PyTorch loop, with mixed precision and DDP.
 
-python examples/train.py                          # one process, on the GPU where there is one
+python examples/train.py                          # one process, on the GPU if there is one
 torchrun --nproc-per-node 4 examples/train.py     # DDP
 """
 
@@ -29,7 +29,7 @@ def train(steps: int, batch: int, dtype: torch.dtype) -> list[float]:
 
     torch.manual_seed(0)
     model = Network().to(device)
-    tap = ck.attach(model)  # after pretrained weights, before DDP and the optimizer, which must both know the heads
+    tap = ck.attach(model)  # after pretrained weights, before DDP and the optimizer, which must both include the heads
     criterion = ck.ContextrastCriterion(NUM_CLASSES)
     network = DistributedDataParallel(model) if many else model
     # For torch.compile: network = torch.compile(network), here and not before attach.
@@ -54,7 +54,7 @@ def train(steps: int, batch: int, dtype: torch.dtype) -> list[float]:
             parts = criterion.last
             print(f"{len(losses):4d}  cross-entropy {parts['cross_entropy']:.3f}  contrast {parts['contrast']:.3f}")
 
-    tap.detach()  # what is left is the plain network, to be saved and deployed
+    tap.detach()  # leaves the plain network, to be saved and deployed
     if many:
         distributed.destroy_process_group()
     return [float(loss) for loss in losses]

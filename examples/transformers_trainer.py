@@ -13,7 +13,7 @@ import contextrast_kernels as ck
 
 
 class WithContrast(nn.Module):
-    """A segmentation model and its objective: what Trainer calls, and takes "loss" from.
+    """A segmentation model and its objective: Trainer calls it and reads "loss" from its output.
 
     The loss is computed inside of forward, and so inside of DDP, which Trainer wraps around it with
     find_unused_parameters=True; the projection heads would look unused if the loss came later.

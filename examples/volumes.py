@@ -16,7 +16,7 @@ SAMPLING = (2.5, 1.0, 1.0)  # a voxel of the scan is 2.5 times as deep as it is 
 
 
 class Network(nn.Module):
-    """Three encoder stages and a classifier that sees them all: scans → logits at half size, and the stages' maps."""
+    """Three encoder stages and a classifier over all of them: scans → logits at half size, and the stages' maps."""
 
     def __init__(self, width: int = 8):
         super().__init__()

@@ -22,7 +22,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 LANES = {"gfx90a": 64, "gfx942": 64, "gfx1100": 32, "gfx1201": 32}
-"""Of a wavefront."""
+"""The lanes of a wavefront."""
 
 
 def resources(launch, arch: str) -> dict:

@@ -1,7 +1,7 @@
-"""How a Triton kernel is held to its definition: inputs on the device, values and gradients, the contract's measure.
+"""Compare a Triton kernel with the reference: inputs on the device, values and gradients, and the allowed error.
 
 A kernel's error is measured against the reference in float64 on the same inputs, and may be twice that of the
-reference in the inputs' own dtype, plus 1e-6 (SPEC 5). bfloat16 is for a GPU: the interpreter gets it wrong.
+reference in the inputs' own dtype, plus 1e-6. bfloat16 is for a GPU: the interpreter gets it wrong.
 """
 
 import pytest
@@ -16,8 +16,7 @@ DTYPES = [torch.float64, torch.float32, torch.float16]
 if torch.cuda.is_available():
     DTYPES.append(torch.bfloat16)
 ON_COMPILED_CODE = pytest.mark.slow if DEVICE == "cpu" else lambda test: test
-"""Of tests whose cases the compiled kernels run every day on a CPU (tests/compiled): in the interpreter they are slow
-tests."""
+"""Marks tests as slow on a CPU whose cases tests/compiled also runs, on the compiled kernels."""
 NEEDS_TRITON = pytest.mark.skipif(ck.available()["triton"] != "ok", reason=f"triton: {ck.available()['triton']}")
 
 

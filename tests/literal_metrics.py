@@ -1,7 +1,7 @@
 """The metrics as literal loops over pixels, one class at a time, from their papers; nothing shared with the package.
 
-Every function takes lists of images (H, W) of true and predicted classes as NumPy arrays. A label outside 0..N-1 is
-ignored.
+Every function takes lists of images, (H, W) or (Z, H, W), of true and predicted classes as NumPy arrays. A label
+outside 0..N-1 is ignored.
 """
 
 import math
@@ -20,8 +20,7 @@ def ratio(above, below):
 
 
 def pixels(labels, N):
-    H, W = labels.shape
-    return [(r, c) for r in range(H) for c in range(W) if 0 <= labels[r, c] < N]
+    return [pixel for pixel in np.ndindex(labels.shape) if 0 <= labels[pixel] < N]
 
 
 def iou(labels, predictions, N, counted=None):
@@ -39,10 +38,11 @@ def iou(labels, predictions, N, counted=None):
 
 
 def neighbours(pixel, shape):
-    r, c = pixel
-    for v, u in ((r - 1, c), (r + 1, c), (r, c - 1), (r, c + 1)):
-        if 0 <= v < shape[0] and 0 <= u < shape[1]:
-            yield v, u
+    for axis in range(len(shape)):
+        for step in (-1, 1):
+            other = (*pixel[:axis], pixel[axis] + step, *pixel[axis + 1 :])
+            if 0 <= other[axis] < shape[axis]:
+                yield other
 
 
 def contour(classes, valid, n=None):
@@ -57,7 +57,7 @@ def contour(classes, valid, n=None):
 
 
 def near(pixel, others, radius):
-    return any((pixel[0] - r) ** 2 + (pixel[1] - c) ** 2 <= radius**2 for r, c in others)
+    return any(sum((a - b) ** 2 for a, b in zip(pixel, other)) <= radius**2 for other in others)
 
 
 def trimap(labels, radius, N):
@@ -67,13 +67,11 @@ def trimap(labels, radius, N):
 
 
 def erode(mask):
-    """One step of 3x3 erosion; the outside of the image is no part of the mask."""
-    H, W = mask.shape
+    """One step of erosion by 3 pixels along every axis; the outside of the image is no part of the mask."""
+    padded = np.pad(mask, 1)
     out = np.zeros_like(mask)
-    for r in range(H):
-        for c in range(W):
-            window = [(r + i, c + j) for i in (-1, 0, 1) for j in (-1, 0, 1)]
-            out[r, c] = all(0 <= v < H and 0 <= u < W and mask[v, u] for v, u in window)
+    for pixel in np.ndindex(mask.shape):
+        out[pixel] = padded[tuple(slice(i, i + 3) for i in pixel)].all()
     return out
 
 

@@ -21,7 +21,7 @@ BASE = ck.Sampler("common-count", 40, 5, 2)
 
 
 @pytest.mark.parametrize("negatives", ["none", "semi-hard", "bane"])
-def test_a_relatives_sampler_draws_contextrasts_base_pixels(negatives):
+def test_base_sampler_draws_the_pixels_of_the_relatives_sampler(negatives):
     """The cells of the paper's ablation are one argument each: CCL alone, + semi-hard, + BANE, on the same base."""
     layers, labels, logits = batch()
     criterion = ck.ContextrastLoss(N, negatives=negatives, base_sampler=BASE, seed=3)
@@ -55,7 +55,7 @@ def test_a_sampler_of_every_pixel_is_a_base_rate_of_one():
         assert all(torch.equal(by_rate.last[name], by_sampler.last[name]) for name in by_rate.last)
 
 
-def test_samplers_take_each_others_place():
+def test_samplers_are_interchangeable():
     """ContrastiveSeg's cells: random pixels, half of them hard, and hard ones from the edges of the error regions."""
     layers, labels, logits = batch()
     halves = (torch.arange(24) >= 12).long().expand(2, 18, 24).contiguous()
@@ -70,7 +70,7 @@ def test_samplers_take_each_others_place():
         )
 
 
-def test_a_rule_that_chooses_more_than_the_cap_is_drawn_from_in_all_images():
+def test_a_sampler_above_the_limit_is_thinned_over_all_images():
     """Not cut off in raster order, which would leave the last images and the bottom of the others out."""
     x, _, logits = batch(B=4)
     labels = torch.arange(4).reshape(4, 1, 1).expand(4, 18, 24).contiguous()  # an image, a class

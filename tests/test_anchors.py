@@ -70,14 +70,14 @@ def test_every_label_dtype_and_ignore_index(rng, dtype, ignore_index):
     assert_anchors(features_like(rng, 2, 3, 4, 5), values[:, None], 4, ignore_index=ignore_index)
 
 
-def test_ignore_minus_100_never_meets_a_uint8_156(rng):
+def test_uint8_156_is_not_taken_for_ignore_index_minus_100(rng):
     """156 - 256 = -100: compared in uint8 the two would be equal, and class 156 would vanish."""
     labels = torch.full((1, 2, 2), 156, dtype=torch.uint8)
     _, counts = ck.class_anchors(features_like(rng, 1, 3, 2, 2), labels, 200, ignore_index=-100)
     assert counts[156] == 4
 
 
-def test_ignore_255_never_meets_an_int8_minus_1_class(rng):
+def test_int8_minus_1_is_not_taken_for_ignore_index_255(rng):
     labels = torch.tensor([[[-1, 0], [1, -1]]], dtype=torch.int8)
     assert_anchors(features_like(rng, 1, 3, 2, 2), labels, 2)
 
@@ -201,7 +201,7 @@ def test_fusion_is_differentiable_in_both(rng):
     assert top_jacobian.sum((1, 2)).tolist() == pytest.approx([3 * 0.6, 0, 0, 0])
 
 
-def test_fusion_ignores_what_stands_in_rows_without_pixels():
+def test_fusion_ignores_rows_of_classes_without_pixels():
     """A caller's own anchors may hold anything where the count is zero; NaN there is not a class."""
     nan = float("nan")
     anchors = torch.tensor([[1.0, 2.0], [nan, nan]], requires_grad=True)
@@ -213,7 +213,7 @@ def test_fusion_ignores_what_stands_in_rows_without_pixels():
     assert top.grad.tolist() == [[0, 0], [0, 0]]
 
 
-def test_inputs_are_left_alone(rng):
+def test_inputs_are_not_modified(rng):
     labels, _ = scene(rng)
     features = features_like(rng, 2, 3, 5, 7)
     before = features.clone(), labels.clone()

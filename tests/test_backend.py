@@ -1,7 +1,9 @@
-"""The backend context: whom it holds for, and what torch.compile makes of it."""
+"""The backend context: threads, asyncio tasks and torch.compile."""
 
 import asyncio
+import sys
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -135,7 +137,7 @@ def without_native(monkeypatch):
     _warn_once.cache_clear()
 
 
-def test_the_first_use_says_once_that_the_native_library_is_missing(without_native):
+def test_a_missing_native_library_warns_once(without_native):
     with pytest.warns(RuntimeWarning, match=r"native backend cannot run.*slower.*native library is not built") as told:
         for _ in range(3):
             ck.edge_distance(MAP)
@@ -154,7 +156,7 @@ def test_asking_for_the_reference_silences_the_warning(without_native, monkeypat
 # -------------------------------------------------------------------------------------------------------------- MPS
 
 
-def test_mps_tensors_are_refused_in_a_sentence():
+def test_mps_tensors_raise_a_clear_error():
     """Fake tensors stand for those of an Apple GPU."""
     from torch._subclasses import FakeTensorMode
 
@@ -165,7 +167,7 @@ def test_mps_tensors_are_refused_in_a_sentence():
             lambda: ck.error_map(logits, labels),
             lambda: ck.edge_distance(labels),
             lambda: ck.distance_transform(labels),
-            lambda: ck.select_nearest(labels, labels, 0.5),
+            lambda: ck.select_nearest(labels, labels, 0.5, num_classes=4),
             lambda: ck.bane_negatives(logits, labels),
             lambda: ck.class_anchors(features, labels, 3),
             lambda: ck.contextrast_loss([features], labels, logits, num_classes=3, layer_weights=(1.0,)),
@@ -183,3 +185,49 @@ def test_the_doctor_says_that_mps_is_not_used(monkeypatch):
 
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     assert any("MPS" in line and "float64" in line for line in doctor._devices())
+
+
+# ---------------------------------------------------------------------------------------------------------------- AMD
+
+
+@pytest.fixture
+def rocm(monkeypatch):
+    """A torch built for ROCm, with one GPU and Triton."""
+    properties = SimpleNamespace(
+        name="AMD Instinct MI300X", gcnArchName="gfx942:sramecc+:xnack-", total_memory=192 << 30
+    )
+    module = sys.modules[choose.__module__]  # the package's name for it is the function backend
+    monkeypatch.setattr(module, "AMD", True)
+    monkeypatch.setattr(module, "_triton_status", lambda device_type: "ok")
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    monkeypatch.delenv("CONTEXTRAST_BACKEND", raising=False)
+    _warn_once.cache_clear()
+    yield SimpleNamespace(device=torch.device("cuda"))  # as much of a tensor as a choice looks at
+    _warn_once.cache_clear()
+
+
+def test_auto_takes_the_reference_on_amd_and_says_so_once(rocm):
+    with pytest.warns(RuntimeWarning, match=r"triton backend cannot run.*AMD GPUs but have never been run") as told:
+        assert [choose(rocm, ("triton",)) for _ in range(3)] == ["reference"] * 3
+    assert len(told) == 1
+
+
+def test_triton_is_forced_on_amd(rocm, recwarn):
+    with ck.backend("triton"):
+        assert choose(rocm, ("triton",)) == "triton"
+    assert not list(recwarn)
+
+
+def test_availability_on_amd_is_the_sentence_of_kernels_that_were_never_run(rocm):
+    assert "compile for AMD GPUs but have never been run" in ck.available()["triton"]
+    assert ck.available()["reference"] == "ok"
+
+
+def test_the_doctor_names_an_amd_gpu_and_checks_its_kernels(rocm):
+    from contextrast_kernels import doctor
+
+    assert "cuda:0: AMD Instinct MI300X, gfx942:sramecc+:xnack-, 192 GiB" in doctor._devices()
+    assert "triton on cuda against the reference" in dict(doctor._checks())

@@ -1,5 +1,6 @@
 """Eqs. 6-7 and the selection: integer maps, so every comparison is exact."""
 
+import functools
 import itertools
 import math
 
@@ -104,7 +105,7 @@ def test_any_pair_of_integer_dtypes(map_backend, rng, label_dtype, prediction_dt
         assert errors.tolist() == expected.tolist()
 
 
-def test_ignore_minus_100_never_meets_a_uint8_156(map_backend):
+def test_uint8_156_is_not_taken_for_ignore_index_minus_100(map_backend):
     labels = torch.full((1, 1, 2), 156, dtype=torch.uint8)
     predictions = torch.tensor([[[155, 156]]], dtype=torch.uint8)
     assert ck.error_map(predictions, labels, num_classes=200, ignore_index=-100).tolist() == [[[155, -1]]]
@@ -204,7 +205,7 @@ def test_edge_distance_of_every_small_map(map_backend, shape, symbols):
         elements=st.integers(-2, 2),
     )
 )
-def test_edge_distance_of_whatever_hypothesis_finds(classes):
+def test_edge_distance_of_random_maps(classes):
     expected = literal.edge_distance_sq(classes)
     for backend in ("reference", "native"):
         if ck.available()[backend] == "ok":
@@ -240,7 +241,7 @@ def test_edge_distance_of_unusual_values_and_dtypes(map_backend, rng):
     assert ck.edge_distance(inside, squared=True).tolist() == literal.edge_distance_sq(small + 1).tolist()
 
 
-def test_distances_turn_and_mirror_with_the_map(map_backend, rng):
+def test_distances_are_equivariant_to_rotations_and_flips(map_backend, rng):
     classes = torch.from_numpy(np.stack(list(families(rng, 17, 20).values())))
     squared = ck.edge_distance(classes, squared=True)
     assert torch.equal(ck.edge_distance(classes.mT, squared=True), squared.mT)
@@ -308,10 +309,10 @@ def test_hand_worked_selection(map_backend):
         (0.67, [1, 1, 1]),
         (1, [1, 1, 1]),
     ):
-        assert ck.select_nearest(classes, tied, ratio).int().tolist() == [[expected]]
+        assert ck.select_nearest(classes, tied, ratio, num_classes=1).int().tolist() == [[expected]]
     nearer = torch.tensor([[[9, 4, 4]]], dtype=torch.int32)
-    assert ck.select_nearest(classes, nearer, 0.3).int().tolist() == [[[0, 1, 0]]]
-    assert ck.select_nearest(classes, nearer, 0.5).int().tolist() == [[[0, 1, 1]]]
+    assert ck.select_nearest(classes, nearer, 0.3, num_classes=1).int().tolist() == [[[0, 1, 0]]]
+    assert ck.select_nearest(classes, nearer, 0.5, num_classes=1).int().tolist() == [[[0, 1, 1]]]
 
 
 def test_k_is_the_ceiling_of_one_float64_product(map_backend):
@@ -320,7 +321,7 @@ def test_k_is_the_ceiling_of_one_float64_product(map_backend):
         counts = torch.arange(1, 201)
         classes = torch.where(torch.arange(200) < counts[:, None], 0, -1)[:, None]
         squared = torch.where(classes < 0, -1, 0).int()
-        selected = ck.select_nearest(classes, squared, ratio)
+        selected = ck.select_nearest(classes, squared, ratio, num_classes=1)
         assert selected.sum((1, 2)).tolist() == [math.ceil(ratio * n) for n in range(1, 201)]
     assert math.ceil(0.07 * 100) == 8
 
@@ -331,7 +332,7 @@ def test_selection_equals_sorting_by_distance_and_hash(map_backend, rng, seed, r
     """Random distances with many ties, both ends of the 32-bit range, classes in and out of range."""
     classes = rng.integers(-2, 5, (3, 9, 11))
     squared = rng.choice([0, 0, 0, 1, 2, 4, 5, 1000, NO_EDGE], classes.shape)
-    for num_classes in (None, 3):
+    for num_classes in (5, 3):
         expected = literal.select_nearest(classes, squared, ratio, num_classes, seed)
         args = torch.from_numpy(classes), torch.from_numpy(squared).int(), ratio
         selected = ck.select_nearest(*args, num_classes=num_classes, seed=seed)
@@ -355,7 +356,7 @@ def test_exactly_k_and_never_a_farther_pixel_before_a_nearer_one(map_backend, rn
         squared = edge_distance_sq(classes[None])
         for ratio in (0.1, 0.5, 0.77):
             selected = ck.select_nearest(
-                torch.from_numpy(classes[None]), torch.from_numpy(squared), ratio, seed=3
+                torch.from_numpy(classes[None]), torch.from_numpy(squared), ratio, num_classes=256, seed=3
             ).numpy()[0]
             assert not selected[classes < 0].any(), name
             for n in np.unique(classes[classes >= 0]):
@@ -372,7 +373,7 @@ def test_every_tie_is_broken_by_hash(map_backend, rng):
     for seed in (0, 1, 99):
         order = sorted(range(120), key=lambda p: literal.hash32(seed, 0, p))
         for k in (1, 13, 60, 119):
-            selected = ck.select_nearest(classes, tied, k / 120, seed=seed)
+            selected = ck.select_nearest(classes, tied, k / 120, num_classes=1, seed=seed)
             assert selected.flatten(1).sum(1).tolist() == [k] * 3
             for image in selected:
                 assert image.flatten().nonzero().flatten().tolist() == sorted(order[:k])
@@ -389,7 +390,9 @@ def test_ties_are_not_biased_by_position(map_backend):
     P, k, seeds = 96, 24, 400
     classes = torch.zeros(1, 8, 12, dtype=torch.int64)
     tied = torch.zeros(1, 8, 12, dtype=torch.int32)
-    counts = sum(ck.select_nearest(classes, tied, k / P, seed=seed).double() for seed in range(seeds)).flatten()
+    counts = sum(
+        ck.select_nearest(classes, tied, k / P, num_classes=1, seed=seed).double() for seed in range(seeds)
+    ).flatten()
     expected = seeds * k / P
     statistic = ((counts - expected) ** 2).sum().item() / (expected * (1 - k / P)) * (P - 1) / P
     assert stats.chi2.ppf(1e-6, P - 1) < statistic < stats.chi2.isf(1e-6, P - 1)
@@ -402,7 +405,9 @@ def test_neighbouring_ties_are_chosen_independently(map_backend):
     tied = torch.zeros(1, 8, 12, dtype=torch.int32)
     pairs = torch.tensor(
         [
-            (lambda m: (m[..., 1:] & m[..., :-1]).sum())(ck.select_nearest(classes, tied, k / P, seed=seed))
+            (lambda m: (m[..., 1:] & m[..., :-1]).sum())(
+                ck.select_nearest(classes, tied, k / P, num_classes=1, seed=seed)
+            )
             for seed in range(seeds)
         ]
     ).double()
@@ -414,17 +419,19 @@ def test_selection_keeps_to_its_image_and_class(map_backend, rng):
     """Neither other classes or images nor the order of images or the names of classes change a choice."""
     classes = torch.from_numpy(rng.integers(-1, 4, (3, 15, 16)))
     squared = ck.edge_distance(classes, squared=True)
-    selected = ck.select_nearest(classes, squared, 0.4, seed=5)
+    selected = ck.select_nearest(classes, squared, 0.4, num_classes=4, seed=5)
     for b in range(3):
-        assert torch.equal(ck.select_nearest(classes[b : b + 1], squared[b : b + 1], 0.4, seed=5)[0], selected[b])
+        alone = ck.select_nearest(classes[b : b + 1], squared[b : b + 1], 0.4, num_classes=4, seed=5)
+        assert torch.equal(alone[0], selected[b])
     order = [2, 0, 1]
-    assert torch.equal(ck.select_nearest(classes[order], squared[order], 0.4, seed=5), selected[order])
+    reordered = ck.select_nearest(classes[order], squared[order], 0.4, num_classes=4, seed=5)
+    assert torch.equal(reordered, selected[order])
     renamed = torch.tensor([2, 3, 0, 1, -1])[classes]
-    assert torch.equal(ck.select_nearest(renamed, squared, 0.4, seed=5), selected)
+    assert torch.equal(ck.select_nearest(renamed, squared, 0.4, num_classes=4, seed=5), selected)
     far_apart = torch.tensor([5, 149, 77, 10**6, -1])[classes]
-    assert torch.equal(ck.select_nearest(far_apart, squared, 0.4, seed=5), selected)
+    assert torch.equal(ck.select_nearest(far_apart, squared, 0.4, num_classes=10**6 + 1, seed=5), selected)
     only = torch.where(classes == 2, 2, -1)
-    assert torch.equal(ck.select_nearest(only, squared, 0.4, seed=5), selected & (classes == 2))
+    assert torch.equal(ck.select_nearest(only, squared, 0.4, num_classes=4, seed=5), selected & (classes == 2))
 
 
 def test_selection_takes_any_strides(map_backend, rng):
@@ -436,27 +443,36 @@ def test_selection_takes_any_strides(map_backend, rng):
         lambda x: x[:1].expand(3, -1, -1),
         lambda x: x[:, :, :1].expand(-1, -1, 9),
     ):
-        expected = ck.select_nearest(view(classes).contiguous(), view(squared).contiguous(), 0.5)
-        assert torch.equal(ck.select_nearest(view(classes), view(squared), 0.5), expected)
+        expected = ck.select_nearest(view(classes).contiguous(), view(squared).contiguous(), 0.5, num_classes=3)
+        assert torch.equal(ck.select_nearest(view(classes), view(squared), 0.5, num_classes=3), expected)
         assert torch.equal(ck.edge_distance(view(classes)), ck.edge_distance(view(classes).contiguous()))
 
 
 # ------------------------------------------------------------------------------------------------------------ negatives
 
 
-@pytest.mark.parametrize("negatives", ["bane", "semi-hard", "none"])
-@pytest.mark.parametrize("distance_at", ["layer", "full"])
-@pytest.mark.parametrize("size", [None, (17, 23), (9, 12), (5, 4), (1, 1), (20, 30)])
-def test_negatives_equal_the_loops(map_backend, rng, negatives, distance_at, size):
+@functools.cache
+def looped_negatives(negatives, distance_at, size):
+    """Predictions, labels, options and what the loops make of them, once for all backends."""
+    rng, cases = np.random.default_rng(20240), []
     labels, _ = scene(rng, H=17, W=23)
     for prediction_size in ((17, 23), (11, 29)):
         _, predictions = scene(rng, H=prediction_size[0], W=prediction_size[1])
         for ratio, seed in ((0.5, 0), (0.13, -3)):
             options = {"size": size, "ratio": ratio, "negatives": negatives, "distance_at": distance_at, "seed": seed}
             expected = literal.bane_negatives(predictions.numpy(), labels.numpy(), 4, **options)
-            chosen = ck.bane_negatives(predictions, labels, num_classes=4, **options)
-            assert not chosen.is_floating_point()
-            assert chosen.tolist() == expected.tolist()
+            cases.append((predictions, labels, options, expected))
+    return cases
+
+
+@pytest.mark.parametrize("negatives", ["bane", "semi-hard", "none"])
+@pytest.mark.parametrize("distance_at", ["layer", "full"])
+@pytest.mark.parametrize("size", [None, (17, 23), (9, 12), (5, 4), (1, 1), (20, 30)])
+def test_negatives_equal_the_loops(map_backend, negatives, distance_at, size):
+    for predictions, labels, options, expected in looped_negatives(negatives, distance_at, size):
+        chosen = ck.bane_negatives(predictions, labels, num_classes=4, **options)
+        assert not chosen.is_floating_point()
+        assert chosen.tolist() == expected.tolist()
 
 
 @pytest.mark.parametrize("distance_at", ["layer", "full"])
@@ -558,14 +574,14 @@ def test_an_empty_batch_is_empty_everywhere(map_backend, function):
     calls = {
         "edge_distance": lambda: ck.edge_distance(empty),
         "distance_transform": lambda: ck.distance_transform(empty),
-        "select_nearest": lambda: ck.select_nearest(empty, empty.int(), 0.5),
+        "select_nearest": lambda: ck.select_nearest(empty, empty.int(), 0.5, num_classes=2),
         "error_map": lambda: ck.error_map(empty, empty),
-        "bane_negatives": lambda: ck.bane_negatives(empty, empty),
+        "bane_negatives": lambda: ck.bane_negatives(empty, empty, num_classes=2),
     }
     assert calls[function]().shape == (0, 5, 7)
 
 
-def test_inputs_are_left_alone_and_two_runs_agree(map_backend, rng):
+def test_inputs_are_not_modified_and_two_runs_agree(map_backend, rng):
     labels, predictions = scene(rng)
     before = labels.clone(), predictions.clone()
     first = ck.bane_negatives(predictions, labels, num_classes=4, size=(8, 9))

@@ -1,4 +1,4 @@
-"""``python -m contextrast_kernels bench``: a table for the user's shapes, or one sentence."""
+"""``python -m contextrast_kernels bench``: a table for given shapes, or a clear error."""
 
 from dataclasses import replace
 
@@ -18,7 +18,7 @@ def rows_of(text):
 
 
 @pytest.mark.parametrize("more", [(), ("--layers", "deeplab", "--regime", "20 % errors", "--base-rate", "0.1")])
-def test_a_table_of_the_users_shapes(capsys, more):
+def test_bench_prints_a_table_for_given_shapes(capsys, more):
     assert main(["bench", *SMALL, *more]) == 0
     captured = capsys.readouterr()
     rows = rows_of(captured.out)
@@ -31,7 +31,7 @@ def test_a_table_of_the_users_shapes(capsys, more):
     assert "B 2, 64 x 96, N 5, D 8" in captured.out
 
 
-def test_progress_is_told_line_by_line_beside_the_table(monkeypatch, capsys):
+def test_progress_goes_to_stderr(monkeypatch, capsys):
     """A large case on a CPU takes minutes. Each line is there before what it announces begins."""
     order = []
     monkeypatch.setattr(bench, "_say", lambda what: order.append(what))
@@ -40,7 +40,7 @@ def test_progress_is_told_line_by_line_beside_the_table(monkeypatch, capsys):
         monkeypatch.setattr(bench.measure, name, lambda *a, f=function, n=name: order.append(n) or f(*a))
     assert main(["bench", *SMALL]) == 0
     assert "inputs" in order[0]
-    assert order[1:3] == ["the definition in float64, to compare with", "truth"]
+    assert order[1:3] == ["the reference in float64, for comparison", "truth"]
     names = list(
         bench.implementations(torch.device("cuda" if torch.cuda.is_available() else "cpu"), cases.CASES["camvid"])
     )
@@ -52,7 +52,7 @@ def test_progress_is_told_line_by_line_beside_the_table(monkeypatch, capsys):
     assert capsys.readouterr().err == "bench: one word\n"
 
 
-def test_what_the_kernels_do_not_take_is_not_called_fused(monkeypatch):
+def test_unsupported_sizes_are_not_listed_as_fused(monkeypatch):
     monkeypatch.setattr(ck, "available", lambda: {"triton": "ok", "native": "ok", "reference": "ok"})
     case, gpu = cases.CASES["camvid"], torch.device("cuda")
     assert list(bench.implementations(gpu, case)) == ["triton + native", "reference"]
@@ -60,7 +60,7 @@ def test_what_the_kernels_do_not_take_is_not_called_fused(monkeypatch):
         assert list(bench.implementations(gpu, replace(case, **beyond))) == ["native + reference", "reference"]
 
 
-def test_a_result_that_differs_is_said_and_the_status_is_1(capsys, monkeypatch):
+def test_a_wrong_result_is_reported_with_status_1(capsys, monkeypatch):
     exact = ck.contextrast_loss
 
     def broken(*args, **options):
@@ -69,7 +69,8 @@ def test_a_result_that_differs_is_said_and_the_status_is_1(capsys, monkeypatch):
     monkeypatch.setattr(ck, "contextrast_loss", broken)
     monkeypatch.setattr(bench, "implementations", lambda *_: {"broken": "auto", "reference": "reference"})
     assert main(["bench", *SMALL, "--dtype", "float32"]) == 1
-    assert "not the definition's result: broken: relative error of the loss 1.0e-02" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "the result differs from the reference: broken: relative error of the loss: 1.0e-02" in out
 
 
 @pytest.mark.parametrize(
@@ -95,7 +96,7 @@ def test_a_result_that_differs_is_said_and_the_status_is_1(capsys, monkeypatch):
         (["--case", "kitti"], "invalid choice"),
     ],
 )
-def test_bad_input_gets_one_sentence_and_status_2(capsys, arguments, sentence):
+def test_bad_input_is_an_error_with_status_2(capsys, arguments, sentence):
     with pytest.raises(SystemExit) as end:
         main(["bench", *arguments])
     assert end.value.code == 2
@@ -103,16 +104,16 @@ def test_bad_input_gets_one_sentence_and_status_2(capsys, arguments, sentence):
     assert sentence in captured.err and captured.out == ""
 
 
-def test_too_little_memory_is_one_sentence(capsys, monkeypatch):
+def test_too_little_memory_is_a_clear_error(capsys, monkeypatch):
     def no_memory(*_, **__):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes.")
 
     monkeypatch.setattr(ck, "contextrast_loss", no_memory)
     with pytest.raises(SystemExit, match="2"):
         main(["bench", *SMALL])
-    assert "needs more memory than there is" in capsys.readouterr().err
+    assert "needs more memory than is available" in capsys.readouterr().err
 
 
-def test_without_arguments_it_says_what_to_do(capsys):
+def test_bench_without_arguments_prints_its_help(capsys):
     assert main(["bench"]) == 2
     assert "--shape 4,512,512 --classes 21" in capsys.readouterr().err

@@ -70,7 +70,7 @@ def test_a_row_against_the_schema_is_refused(tmp_path, change):
     assert not (tmp_path / "x.csv").exists()
 
 
-def test_a_write_that_breaks_off_leaves_the_file_as_it_was(tmp_path, monkeypatch):
+def test_an_interrupted_write_does_not_change_the_file(tmp_path, monkeypatch):
     path = tmp_path / "gpu.csv"
     results.record(path, ROW)
     before = path.read_bytes()
@@ -85,7 +85,7 @@ def test_a_write_that_breaks_off_leaves_the_file_as_it_was(tmp_path, monkeypatch
     assert path.read_bytes() == before
 
 
-def test_a_file_of_another_schema_is_refused(tmp_path):
+def test_a_file_of_a_different_schema_is_refused(tmp_path):
     path = tmp_path / "x.csv"
     path.write_text("row,case\na,b\n")
     with pytest.raises(results.SchemaError, match="expected the columns"):
@@ -104,7 +104,7 @@ def test_a_file_of_another_schema_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("buffered", [True, False])
-def test_a_reader_that_has_seen_enough_is_no_error(buffered):
+def test_a_closed_pipe_is_not_an_error(buffered):
     """Of a pipe: `bench --plan | head -1`."""
     command = [sys.executable, "-m", "contextrast_kernels", "bench", "--plan"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
@@ -117,7 +117,7 @@ def test_a_reader_that_has_seen_enough_is_no_error(buffered):
 # --------------------------------------------------------------------------------------------------------- measuring
 
 
-def test_agreement_is_held_to_the_contract():
+def test_a_result_beyond_the_contract_raises_differs():
     def loss(features):
         return (features[0] ** 3).sum()
 
@@ -277,14 +277,14 @@ def test_the_runner_goes_through_every_case(tmp_path):
         (["--parts", "everything"], "invalid choice"),
     ],
 )
-def test_bad_arguments_of_the_runner_are_one_sentence(tmp_path, capsys, arguments, sentence):
+def test_bad_arguments_of_the_runner_are_clear_errors(tmp_path, capsys, arguments, sentence):
     with pytest.raises(SystemExit, match="2"):
         runs(tmp_path, *arguments)
     assert sentence in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
-def test_results_of_another_schema_are_left_alone(tmp_path, capsys):
+def test_results_of_a_different_schema_are_not_changed(tmp_path, capsys):
     path = results.path_of(results.environment()["device"], tmp_path)
     path.write_text("row,case\na,b\n")
     with pytest.raises(SystemExit, match="2"):
@@ -319,7 +319,7 @@ def test_a_row_that_differs_or_crashes_is_written_down_as_failed(tmp_path, monke
 @pytest.mark.parametrize(
     ("part", "broken"), [("step", "with contextrast"), pytest.param("loss", "triton", marks=pytest.mark.slow)]
 )
-def test_a_loss_that_is_not_the_definitions_is_not_timed(tmp_path, monkeypatch, small, part, broken):
+def test_a_loss_that_differs_from_the_reference_is_not_timed(tmp_path, monkeypatch, small, part, broken):
     pytest.importorskip("triton")
     monkeypatch.setattr(run, "NETWORKS_TIMED", ("small",))
     exact = ck.contextrast_loss
@@ -335,7 +335,7 @@ def test_a_loss_that_is_not_the_definitions_is_not_timed(tmp_path, monkeypatch, 
 
 
 @cpu_only
-def test_after_a_row_that_takes_the_device_down_the_rest_comes_first(tmp_path, monkeypatch, capsys):
+def test_rows_after_a_device_failure_run_first_in_the_next_call(tmp_path, monkeypatch, capsys):
     def broken(classes, squared=False):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
@@ -352,7 +352,7 @@ def test_after_a_row_that_takes_the_device_down_the_rest_comes_first(tmp_path, m
 
 
 @cpu_only
-def test_what_was_absent_is_looked_for_again(tmp_path, capsys):
+def test_absent_rows_are_retried(tmp_path, capsys):
     assert runs(tmp_path, "--parts", "peers") == 0
     assert {row.by for row in rows_in(tmp_path) if "no checkout" in row.status} == set(run.peers.RELATIVES)
     assert {row.by for row in rows_in(tmp_path) if row.status == "untimed"} == {
@@ -381,7 +381,7 @@ def test_a_row_that_takes_too_long_is_given_up(tmp_path, monkeypatch):
     assert rows_in(tmp_path)[0].status == "failed: TimeoutError: took more than 0.2 s"
 
 
-def test_a_time_limit_that_went_unheard_rings_again():
+def test_row_timeout_is_signalled_repeatedly():
     """What is raised inside a callback of the garbage collector, say, is lost."""
     with pytest.raises(TimeoutError, match=r"took more than 0\.05 s"), run.at_most(0.05):
         with contextlib.suppress(TimeoutError):
@@ -448,11 +448,11 @@ def report_into(root, *devices):
     return ["--root", str(root), "--results", str(root / "results")]
 
 
-def test_the_tables_and_plots_say_what_the_results_say(capsys):
+def test_committed_tables_and_plots_match_the_results(capsys):
     assert report.main(["--check"]) == 0, capsys.readouterr().out
 
 
-def test_a_stale_page_a_stale_plot_and_a_plot_of_nothing_are_found(tmp_path, capsys):
+def test_stale_pages_and_plots_are_found(tmp_path, capsys):
     rows = made_up_cpu_rows()
     where = report_into(tmp_path, rows)
     assert report.main([*where, "--check"]) == 1  # no page yet
@@ -516,7 +516,7 @@ def test_a_ratio_is_of_one_device_and_one_commit(tmp_path):
     assert any("Another CPU" in line for line in lines) and not any(", A CPU" in line for line in lines)
 
 
-def test_a_relative_is_a_multiple_of_ours_and_nothing_is_one_of_itself(tmp_path):
+def test_relative_times_are_ratios_to_ours(tmp_path):
     rows = made_up_rows()
     where = report_into(tmp_path, rows)
     assert report.main(where) == 0
@@ -538,7 +538,7 @@ def test_a_later_trial_without_times_hides_no_measurement():
     assert report.latest([ROW, again]) == [again]
 
 
-def test_no_figure_stands_outside_of_the_generated_parts():
+def test_figures_appear_only_in_generated_parts():
     """Times, rates and memory in the pages come from rows."""
     figure = re.compile(r"\d(?:\.\d+)?\s*(?:ms|µs|us|[GTM]B/s|MiB|GiB|× faster|x faster|times faster)\b")
     for path in (report.ROOT / "README.md", *sorted((report.ROOT / "docs").glob("*.md"))):

@@ -90,10 +90,10 @@ def exit_code(target, *arguments) -> int:
     return process.exitcode
 
 
-def test_nothing_is_read_beyond_the_features(tmp_path):
+def test_kernels_read_no_memory_beyond_the_features(tmp_path):
     log = tmp_path / "case"
     assert exit_code(run_all, log) == 0, log.read_text()
 
 
-def test_a_read_beyond_is_noticed():
+def test_a_read_beyond_the_features_is_detected():
     assert exit_code(read_beyond) == -signal.SIGSEGV

@@ -41,7 +41,7 @@ def test_setup_does_not_import_torch(sources):
     assert done.stdout.split()[-1:] == ["contextrast-kernels"], done.stderr
 
 
-def test_an_old_setuptools_is_told_what_it_needs(sources):
+def test_an_old_setuptools_fails_with_the_required_version(sources):
     """As `pip install --no-build-isolation` runs it, before setuptools reads pyproject.toml."""
     program = (
         "import runpy, sys, types; old = types.ModuleType('setuptools'); old.__version__ = '65.5.0'; "
@@ -76,7 +76,7 @@ def test_the_sdist_holds_what_its_tests_need(sources):
     assert wanted <= held, wanted - held
 
 
-def test_without_a_compiler_the_wheel_is_pure_and_one_sentence_says_why(sources):
+def test_without_a_compiler_the_wheel_is_pure_and_a_warning_says_why(sources):
     done = run_setup(sources, "bdist_wheel", CXX="/nonexistent/c++")
     assert done.returncode == 0, done.stdout + done.stderr
     assert wheel_of(sources / "dist").endswith("-py3-none-any.whl")
@@ -85,11 +85,11 @@ def test_without_a_compiler_the_wheel_is_pure_and_one_sentence_says_why(sources)
     assert "/nonexistent/c++" in sentence
 
 
-def test_demanding_the_library_without_a_compiler_fails_with_a_sentence(sources):
+def test_requiring_the_library_without_a_compiler_fails_with_the_reason(sources):
     done = run_setup(sources, "bdist_wheel", CXX="/nonexistent/c++", CONTEXTRAST_NATIVE="1")
     assert done.returncode != 0
     assert "the native library was not built: " in done.stderr.splitlines()[-1]
-    assert "demanded by CONTEXTRAST_NATIVE=1" in done.stderr.splitlines()[-1]
+    assert "required by CONTEXTRAST_NATIVE=1" in done.stderr.splitlines()[-1]
     assert not (sources / "dist").exists()
 
 

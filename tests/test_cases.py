@@ -1,4 +1,4 @@
-"""The named inputs: they are what their names say, and always the same."""
+"""The named inputs have the properties of their names and are deterministic."""
 
 from dataclasses import replace
 
@@ -54,7 +54,7 @@ def test_the_error_share_of_a_regime_is_reached(regime):
 
 
 @pytest.mark.parametrize("name", cases.CASES)
-def test_a_tiny_twin_is_trained_and_small(name):
+def test_the_tiny_case_is_small(name):
     case = cases.CASES[name].tiny()
     inputs = case.inputs(seed=1)
     assert 0.08 <= share_of_errors(inputs.labels, inputs.predictions) <= 0.13
@@ -63,7 +63,7 @@ def test_a_tiny_twin_is_trained_and_small(name):
     assert inputs.logits.shape == (2, case.num_classes, *case.sizes[0])
 
 
-def test_errors_lie_as_a_trained_networks_do():
+def test_errors_are_distributed_as_those_of_a_trained_network():
     """Shares of error pixels at distance 0 that were seen with trained networks: 9-19 % at the labels' size, 25-50 % at
     stride 4, 79-98 % at stride 32. Ours are busier by some points."""
     labels, predictions = replace(SMALL, regime="mid").label_maps()
@@ -74,7 +74,7 @@ def test_errors_lie_as_a_trained_networks_do():
         assert low <= float((distance == 0).sum() / (errors >= 0).sum()) <= high
 
 
-def test_what_a_caller_does_to_its_maps_stays_there():
+def test_changing_returned_maps_does_not_change_the_cache():
     """Maps are kept for the variants of a case."""
     case = cases.CASES["camvid"].tiny()
     labels, predictions = case.label_maps()
@@ -135,6 +135,6 @@ def test_labels_of_real_frames(tmp_path, name):
 @pytest.mark.parametrize(
     "change", [{"num_classes": 1}, {"layout": "nhwc"}, {"regime": "tired"}, {"regime": "x % errors"}]
 )
-def test_a_case_that_cannot_be_is_refused(change):
+def test_an_invalid_case_is_refused(change):
     with pytest.raises(ValueError, match="expected"):
         replace(CAMVID, **change)

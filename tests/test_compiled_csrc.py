@@ -155,7 +155,7 @@ def test_the_longest_lines_of_volumes_fit(gpu, sampling):
         assert_same(gpu, (str(shape), "nearest_zero", (mask, True, sampling)), SCHEDULES[1:])
 
 
-def test_no_line_costs_more_than_a_few_times_its_length(gpu):
+def test_work_per_line_is_linear_in_its_length(gpu):
     """The worst lines there are: seeds at their ends alone, which no window reaches."""
 
     def of_a_pixel(op, sampling, width):
@@ -262,7 +262,7 @@ def test_the_number_of_launches_does_not_grow_with_layers(gpu):
     assert (memsets, kernels) == (1, 5)
 
 
-def test_refusals_are_those_of_the_cpu(gpu):
+def test_errors_are_those_of_the_cpu(gpu):
     labels = torch.zeros(1, 4, 4, dtype=torch.int64)
     for op, arguments in (
         ("edge_distance", (labels[:, :1, :1].expand(1, 16385, 1), True)),
@@ -287,7 +287,7 @@ def test_too_many_layers_are_refused(gpu):
         native.bane_negatives(labels, labels, 3, [1, 1] * 17, 0.5, "bane", "layer", 255, cases.seed())
 
 
-def test_what_cuda_says_is_reported(gpu):
+def test_cuda_errors_are_reported(gpu):
     gpu.index = 1
     try:
         labels = torch.zeros(1, 4, 4, dtype=torch.int64)
@@ -344,7 +344,7 @@ def deletions(gpu):
                 yield kernel, number
 
 
-def sees(gpu, case, kernel, number):
+def sees(gpu, case, kernel, number, schedule):
     """Whether a run without one line of a kernel differs, or has a fault; None if the call does not run it."""
 
     def mutate(name, text):
@@ -358,7 +358,7 @@ def sees(gpu, case, kernel, number):
     gpu.findings.clear(), gpu.launches.clear()
     gpu.mutate = mutate
     try:
-        with gpu.on(tensors_of(arguments), SCHEDULES[1]):
+        with gpu.on(tensors_of(arguments), schedule):
             actual = cases.call(op, arguments)
     finally:
         gpu.mutate = None
@@ -375,20 +375,23 @@ def calls(rng):
         yield str(dtype), "distance_transform", (torch.from_numpy(rng.integers(0, 2, (2, 70, 40))).to(dtype), True)
     wanted = "small distances, ratio 0.3", "every distance, ratio 0.3", "far distances, ratio 0.3"
     yield from (case for case in cases.long_segments(rng, 60, 100) if case[0] in wanted)
-    labels = torch.from_numpy(rng.integers(0, 4, (2, 20, 70)))
-    predictions, rest = labels.roll(1, -1), (labels, 4, [20, 70], 0.4, "bane", "layer", 255, cases.seed())
-    for maps in (predictions, *(cases.logits_of(predictions, 4, rng).to(dtype) for dtype in cases.FLOATS[1:])):
+    # So many classes that several warps lay out their segments.
+    labels, many = torch.from_numpy(rng.integers(0, 80, (2, 20, 70))), 80
+    squared = torch.from_numpy(rng.integers(0, 9, (2, 20, 70))).int()
+    yield "many classes", "select_nearest", (labels, squared, 0.4, many, cases.seed())
+    predictions, rest = labels.roll(1, -1), (labels, many, [20, 70], 0.4, "bane", "layer", 255, cases.seed())
+    for maps in (predictions, *(cases.logits_of(predictions, many, rng).to(dtype) for dtype in cases.FLOATS[1:])):
         yield str(maps.dtype), "bane_negatives", (maps, *rest)
 
 
 @SLOW
-def test_most_barriers_and_fences_are_missed(gpu, rng):
-    """Each is deleted alone, from the kernels as they are compiled. These calls do not show 8 of them: why is open."""
-    given, missed = list(calls(rng)), []
+def test_each_barrier_and_fence_is_missed(gpu, rng):
+    """Each is deleted alone, from the kernels as they are compiled. One order of warps may hide it, not both."""
+    given, unseen = list(calls(rng)), []
     for kernel, number in deletions(gpu):
-        if not any(sees(gpu, case, kernel, number) for case in given):
-            missed.append((kernel, number))
-    assert len(list(deletions(gpu))) > 40 and len(missed) <= 8, missed
+        if not any(sees(gpu, case, kernel, number, order) for case in given for order in SCHEDULES[::-1]):
+            unseen.append((kernel, number))
+    assert len(list(deletions(gpu))) > 40 and not unseen, unseen
 
 
 @SLOW

@@ -1,4 +1,4 @@
-"""The total loss against loops and central differences, and everything a training run may hand it."""
+"""The total loss against loops and central differences, and on every kind of input of a training run."""
 
 import math
 
@@ -343,7 +343,7 @@ def test_unused_classes_do_not_matter(rng):
     )
 
 
-def test_inputs_are_left_alone(rng):
+def test_inputs_are_not_modified(rng):
     features, labels, predictions = case(rng)
     before = [x.clone() for x in (*features, labels, predictions)]
     ck.contextrast_loss(features, labels, predictions, num_classes=4)
@@ -385,7 +385,7 @@ def test_degenerate_batches_give_zero_and_a_live_graph(rng, options, dtype):
         assert_zero_with_live_graph(features, labels, torch.where(labels == 255, 0, labels), **options)  # no error
 
 
-def test_everything_wrong(rng):
+def test_all_pixels_wrong(rng):
     features, labels, _ = case(rng, ignored=0.0)
     predictions = (labels + 1) % 4
     for options in ({}, {"distance_at": "full"}, {"ratio": 1.0}):
@@ -583,7 +583,7 @@ def test_two_runs_are_bitwise_equal_also_with_poisoned_memory(rng):
         assert all(torch.equal(g, e) for g, e in zip(other[1], first[1], strict=True))
 
 
-def test_no_graph_where_none_is_wanted(rng):
+def test_no_graph_without_requires_grad(rng):
     features, labels, predictions = case(rng)
     assert not ck.contextrast_loss(features, labels, predictions, num_classes=4).requires_grad
     with torch.no_grad():

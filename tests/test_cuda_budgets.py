@@ -15,9 +15,9 @@ pytestmark = pytest.mark.skipif(
 )
 
 REGISTERS, SHARED = 65536, 100 << 10
-"""Of a multiprocessor: all its registers, and bytes of shared memory that sm_86 and 89, the smallest, have."""
+"""The registers of a multiprocessor, and the bytes of shared memory of the smallest ones, sm_86 and sm_89."""
 FEWEST_THREADS = 768
-"""That a multiprocessor holds of any kernel: half of what sm_86 could, so that loads of some hide behind others."""
+"""The fewest threads of a kernel on a multiprocessor: half the limit of sm_86, enough to hide the latency of loads."""
 
 
 def compile_for(arch: int, folder: Path) -> dict[str, dict[str, int]]:
@@ -50,8 +50,10 @@ def held(used: dict[str, int]) -> int:
     return blocks * used["threads"]
 
 
-@pytest.mark.parametrize("arch", csrc.ARCHITECTURES)
-def test_kernels_spill_nothing_and_leave_room_for_others(arch, tmp_path):
+@pytest.mark.parametrize(
+    "arch", [arch if arch == 90 else pytest.param(arch, marks=pytest.mark.slow) for arch in csrc.ARCHITECTURES]
+)
+def test_kernels_spill_nothing_and_stay_within_register_limits(arch, tmp_path):
     kernels = compile_for(arch, tmp_path)
     assert len(kernels) >= 27
     assert {name: used for name, used in kernels.items() if used["spills"]} == {}

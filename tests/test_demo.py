@@ -54,7 +54,7 @@ def test_training_and_validation_share_no_pixel_of_a_photograph(size):
             assert half[..., 1].unique().tolist() == list(range(photograph.shape[-2]))
 
 
-def test_a_small_half_goes_on_as_its_mirror_image():
+def test_a_half_smaller_than_a_scene_is_mirrored():
     pixels = scenes.Textures({"class": coded_photographs()["class 1"][:, :4, :6]}, "val", 10).pixels[0]
     assert pixels[:, 0, 1].tolist() == [0, 1, 2, 3, 3, 2, 1, 0, 0, 1]
     assert pixels[0, :, 2].tolist() == [3, 4, 5, 5, 4, 3, 3, 4, 5, 5]
@@ -145,7 +145,7 @@ def test_camvid_is_brought_to_the_size_by_exact_nearest_sampling(camvid):
                 assert labels[i, r, c] == (VOID if value == 11 else value)
 
 
-def test_camvid_gives_each_frame_once_before_any_again(camvid):
+def test_camvid_uses_every_frame_once_per_epoch(camvid):
     data = scenes.CamVid(camvid, 24)
     for batch in (1, 2, 7):  # 7: more than there are frames
         batches = data.batches(batch, seed=1)
@@ -212,7 +212,7 @@ def broken(camvid, what):
         "proportions",
     ],
 )
-def test_unusable_data_is_one_sentence_that_names_the_file(camvid, what, capsys):
+def test_unusable_data_raises_an_error_that_names_the_file(camvid, what, capsys):
     path, words = broken(camvid, what)
     out = camvid.parent / "out"
     assert training.main(["--data", "camvid", "--root", str(camvid), "--out", str(out), "--size", "64"]) == 2
@@ -222,7 +222,7 @@ def test_unusable_data_is_one_sentence_that_names_the_file(camvid, what, capsys)
     assert printed.out == "" and not out.exists()
 
 
-def test_a_missing_root_is_one_sentence(tmp_path, capsys):
+def test_a_missing_root_is_a_clear_error(tmp_path, capsys):
     assert training.main(["--data", "camvid", "--root", str(tmp_path / "nowhere")]) == 2
     assert f"no folder {tmp_path / 'nowhere'}" in capsys.readouterr().err
 
@@ -259,7 +259,7 @@ def test_augmentation_moves_image_and_labels_together_and_pads_with_void(by):
             assert (dark < bright.median()).float().mean() > 0.95 and (bright > dark.median()).float().mean() > 0.95
 
 
-def test_the_plain_augmentation_draws_from_the_ranges_it_names(monkeypatch):
+def test_the_plain_augmentation_draws_from_its_ranges(monkeypatch):
     """Without changes it is the identity or a mirror; with one of them alone it is that one."""
     labels = torch.randint(0, 5, (32, 6, 8))
     images = 0.2 + 0.1 * torch.stack((labels, labels + 1, labels.flip(-1)), 1)
@@ -288,7 +288,7 @@ def test_the_plain_augmentation_draws_from_the_ranges_it_names(monkeypatch):
     assert 0.05 < (bright == 1).float().mean() < 0.4  # as many as are left alone
 
 
-def test_the_plain_augmentation_scales_and_shifts_as_far_as_it_says(monkeypatch):
+def test_the_plain_augmentation_reaches_its_scale_and_shift_limits(monkeypatch):
     for name, value in {"JITTER": 0.0, "HUE": 0.0, "SHIFT": 0.0, "ZOOM": (1.25, 1.25), "OFTEN": 1.0}.items():
         monkeypatch.setattr(scenes, name, value)
     H, W = 20, 40
@@ -355,7 +355,12 @@ def small(tmp_path, *more):
     return ["--quick", "--steps", "2", "--batch", "2", "--device", "cpu", "--out", str(tmp_path / "out"), *more]
 
 
-def test_status_is_1_where_miou_cannot_rise(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def no_pictures(monkeypatch):
+    monkeypatch.setattr(training.pictures, "draw", lambda *_: None)
+
+
+def test_status_is_1_where_miou_cannot_rise(tmp_path, monkeypatch, capsys, no_pictures):
     monkeypatch.setattr(training, "evaluate", lambda network, data, step: training.Score(step, 0.25, 0.25, [0.25]))
     assert training.main(small(tmp_path)) == 1
     errors = capsys.readouterr().err.splitlines()
@@ -363,7 +368,7 @@ def test_status_is_1_where_miou_cannot_rise(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "out" / "metrics.json").is_file()
 
 
-def test_several_seeds_give_a_spread_and_replace_old_results(tmp_path, monkeypatch, capsys):
+def test_several_seeds_give_a_spread_and_replace_old_results(tmp_path, monkeypatch, capsys, no_pictures):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "metrics.json").write_text("old")
     scores = iter([0.1, 0.5, 0.5, 0.1, 0.6, 0.6, 0.1, 0.3, 0.3, 0.1, 0.6, 0.6])  # before and two more, of four runs
@@ -378,7 +383,7 @@ def test_several_seeds_give_a_spread_and_replace_old_results(tmp_path, monkeypat
     assert [(run["seed"], run["alpha"]) for run in runs] == [(3, 0.0), (3, 0.1), (5, 0.0), (5, 0.1)]
 
 
-def test_every_loss_on_equal_terms(tmp_path, capsys):
+def test_every_loss_on_equal_terms(tmp_path, capsys, no_pictures):
     """The same weights and the same first batch for all: the first cross-entropy is the same number."""
     training.main(small(tmp_path, "--loss", *training.LOSSES))
     runs = json.loads((tmp_path / "out" / "metrics.json").read_text())["runs"]
@@ -391,7 +396,7 @@ def test_every_loss_on_equal_terms(tmp_path, capsys):
         assert f"difference, {loss.name}" in text
 
 
-def test_a_failure_leaves_the_old_results_and_nothing_else(tmp_path, monkeypatch):
+def test_a_failure_keeps_the_old_results(tmp_path, monkeypatch):
     out = tmp_path / "out"
     out.mkdir()
     (out / "metrics.json").write_text("old")
@@ -430,7 +435,7 @@ def test_a_failure_leaves_the_old_results_and_nothing_else(tmp_path, monkeypatch
         (["--out", "/proc/place"], "is no folder that can be written to"),
     ],
 )
-def test_a_bad_flag_is_one_sentence(flags, words, capsys):
+def test_a_bad_flag_is_a_clear_error(flags, words, capsys):
     with pytest.raises(SystemExit) as stop:
         training.main(flags)
     assert stop.value.code == 2
@@ -480,7 +485,7 @@ def test_a_quick_run_end_to_end(tmp_path):
     assert f"{added['miou']:.3f}" in done.stdout and "Noise" in done.stdout
 
 
-def test_it_runs_on_torch_alone_and_says_what_is_missing(tmp_path):
+def test_the_demo_runs_on_torch_alone_and_lists_missing_packages(tmp_path):
     without = """
 import sys
 for name in ("kornia", "skimage", "matplotlib", "tqdm", "PIL", "scipy"):
@@ -499,7 +504,7 @@ sys.exit(training.main(["--quick", "--steps", "2", "--device", "cpu"]))
 # ---------------------------------------------------------------------------------------------------------- pictures
 
 
-def test_the_picture_of_the_anchors_is_of_validation_images_as_the_loss_sees_them(mosaic, tmp_path, monkeypatch):
+def test_the_anchor_picture_uses_validation_images_and_fused_anchors(mosaic, tmp_path, monkeypatch):
     figure_module = pytest.importorskip("matplotlib.figure", reason="matplotlib is not installed")
     run, network, heads = training.train(
         training.LOSSES["contextrast"], mosaic, scenes.augmentation()[0], seed=0, steps=1, batch=2

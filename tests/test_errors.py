@@ -59,7 +59,7 @@ def bane(predictions=LOGITS, labels=LABELS, **options):
 
 
 def select(classes=CLASSES, squared=SQUARED, ratio=0.5, **options):
-    return ck.select_nearest(classes, squared, ratio, **options)
+    return ck.select_nearest(classes, squared, ratio, **{"num_classes": 4, **options})
 
 
 def nce(rows=ROWS, labels=ROW_LABELS, *columns, **options):
@@ -222,6 +222,7 @@ TABLE = [
     ("ratio NaN", lambda: select(ratio=math.nan), ValueError, "ratio", "nan"),
     ("ratio a string", lambda: select(ratio="half"), TypeError, "ratio", "half"),
     ("select: num_classes 0", lambda: select(num_classes=0), ValueError, "num_classes", "0"),
+    ("bane: a class map without num_classes", lambda: bane(LABELS), ValueError, "num_classes", "None"),
     ("seed a float", lambda: select(seed=1.5), TypeError, "seed", "1.5"),
     ("seed None", lambda: select(seed=None), TypeError, "seed", "None"),
     ("seed too large", lambda: select(seed=2**63), ValueError, "seed", str(2**63)),
@@ -318,13 +319,6 @@ TABLE = [
         r"\(4, 4\)",
     ),
     ("criterion: labels of a map", lambda: criterion(logits=DEEP_LOGITS), ValueError, "labels", r"\(2, 16, 16\)"),
-    (
-        "boundary of a volume",
-        lambda: ck.metrics.BoundaryF1(4).update(DEEP_LOGITS, DEEP_LABELS),
-        ValueError,
-        "predictions",
-        r"\(2, 4, 4, 16, 16\)",
-    ),
     ("spatial_dims 4", lambda: ck.ProjectionHead(3, spatial_dims=4), ValueError, "spatial_dims", "4"),
     ("sampling of three for a map", lambda: bane(sampling=(1, 1, 1)), ValueError, "sampling", "3"),
     ("sampling 0", lambda: bane(sampling=0), ValueError, "sampling", "0"),
@@ -433,8 +427,7 @@ TABLE = [
         "column_negatives",
         r"\(5,\)",
     ),
-    ("integer base of columns", lambda: nce(base=ROW_LABELS), TypeError, "base", "int64"),
-    ("base as a matrix", lambda: nce(base=ROWS > 0), ValueError, "base", r"\(5, 3\)"),
+    ("column weights as a matrix", lambda: nce(column_weights=ROWS), ValueError, "column_weights", r"\(5, 3\)"),
     ("integer column weights", lambda: nce(column_weights=ROW_LABELS), TypeError, "column_weights", "int64"),
     ("column weights elsewhere", lambda: nce(column_weights=ROWS[:, 0].to(META)), ValueError, "column_weights", "meta"),
     ("column weights as a list", lambda: nce(column_weights=[1.0] * 5), TypeError, "column_weights", "list"),
@@ -648,7 +641,7 @@ def assert_one_sentence(call, exception, argument, quoted):
 @pytest.mark.parametrize(
     ("call", "exception", "argument", "quoted"), [row[1:] for row in TABLE], ids=[row[0] for row in TABLE]
 )
-def test_one_clear_sentence(call, exception, argument, quoted):
+def test_invalid_arguments_raise_clear_errors(call, exception, argument, quoted):
     assert_one_sentence(call, exception, argument, quoted)
 
 
@@ -659,7 +652,7 @@ def test_options_are_refused_at_the_call_and_at_construction(options, exception,
 
 
 @pytest.mark.skipif(ck.available()["triton"] != "ok", reason=f"triton: {ck.available()['triton']}")
-def test_sentences_are_the_same_where_kernels_run_and_come_before_any_launch():
+def test_errors_are_the_same_with_kernels_and_come_before_any_launch():
     from contextrast_kernels.kernels import _launch
 
     with ck.backend("triton"), _launch.recording() as launches:
@@ -676,7 +669,7 @@ def test_names_of_the_table_are_unique():
     assert len({row[0] for row in TABLE}) == len(TABLE)
 
 
-def test_the_plain_calls_are_fine():
+def test_valid_calls_raise_nothing():
     """Every function of the table accepts its own defaults, so a row fails for the reason it states."""
     assert loss().isfinite()
     assert module()(PYRAMID, LABELS, LOGITS).isfinite()
@@ -685,7 +678,7 @@ def test_the_plain_calls_are_fine():
         call()
 
 
-def test_an_unusable_backend_in_the_environment_says_so(monkeypatch):
+def test_an_unknown_backend_in_the_environment_raises(monkeypatch):
     monkeypatch.setenv("CONTEXTRAST_BACKEND", "fast")
     with pytest.raises((ValueError, RuntimeError), match=r"CONTEXTRAST_BACKEND.*fast"):
         ck.edge_distance(CLASSES)
@@ -712,7 +705,7 @@ def test_a_forced_backend_that_cannot_run_raises_its_reason(monkeypatch):
                 call()
 
 
-def test_an_error_leaves_the_backend_as_it_was():
+def test_an_error_restores_the_backend():
     with pytest.raises(TypeError, match="labels"), ck.backend("reference"):
         anchors(labels=None)
     with ck.backend("reference"):

@@ -85,7 +85,11 @@ def on_meta():
     yield "error_map", lambda: ck.error_map(logits, labels), (2, 16, 16)
     yield "edge_distance", lambda: ck.edge_distance(labels), (2, 16, 16)
     yield "distance_transform", lambda: ck.distance_transform(labels), (2, 16, 16)
-    yield "select_nearest", lambda: ck.select_nearest(labels, distances.double(), 0.5, seed=seed), (2, 16, 16)
+    yield (
+        "select_nearest",
+        lambda: ck.select_nearest(labels, distances.double(), 0.5, num_classes=4, seed=seed),
+        (2, 16, 16),
+    )
     yield "bane_negatives", lambda: ck.bane_negatives(logits, labels, size=(4, 4)), (2, 4, 4)
     yield "contextrast_loss", lambda: ck.contextrast_loss(features, labels, logits, num_classes=4), ()
     yield "info_nce", lambda: ck.info_nce(rows, row_labels), ()

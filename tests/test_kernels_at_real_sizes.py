@@ -96,7 +96,7 @@ def test_odd_sizes(size):
 @AT_REAL_SIZE
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_broken_pixels_of_a_real_batch(bad, layout):
+def test_nonfinite_pixels_of_a_real_batch(bad, layout):
     """At ignored pixels of every layer: the same bits. At one valid pixel: NaN."""
     xs, inputs, loss, case = at_real_size("cityscapes", batch=2, layout=layout)
     inputs.labels[0, 0, 0] = 255  # what the first pixel of every layer is given
@@ -250,7 +250,7 @@ def test_a_step_never_synchronises(name, base_rate):
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])
 @pytest.mark.parametrize("name", ["cityscapes", "ade20k", "camvid"])
 def test_memory_beside_features_and_gradients(name, layout):
-    """At most 3 % of the features' bytes (SPEC 6), negatives included."""
+    """At most 3 % of the features' bytes, negatives included."""
     xs, _, loss, case = at_real_size(name, layout=layout)
     torch.autograd.grad(loss(*xs), xs)
     torch.cuda.synchronize()

@@ -149,7 +149,7 @@ def test_checkpoints_and_predictions_of_the_plain_head_stay_good(registry):
         ({"ratio": 2}, ValueError, r"^ratio: "),
     ],
 )
-def test_one_sentence(registry, options, exception, sentence):
+def test_invalid_arguments_raise_clear_errors(registry, options, exception, sentence):
     with pytest.raises(exception, match=sentence) as caught:
         registry.build({"type": "ContextrastHead", "head": PLAIN, "in_channels": [4, 8, 12, 16], **options})
     assert "\n" not in str(caught.value)

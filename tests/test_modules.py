@@ -294,7 +294,8 @@ def test_criterion_hides_no_nan(rng):
 def test_criterion_saves_its_state_and_compiles(rng):
     features, labels, predictions = case(rng)
     logits = logits_of(predictions, 4, rng)
-    criterion = ck.ContextrastCriterion(4, class_weights=[1, 2, 3, 4], base_rate=0.3)
+    features = features[:2]
+    criterion = ck.ContextrastCriterion(4, class_weights=[1, 2, 3, 4], base_rate=0.3, layer_weights=(1.0, 0.5))
     assert set(criterion.state_dict()) == {"contrast.seed", "class_weights"}
     twin = copy.deepcopy(criterion)
     compiled = torch.compile(twin, backend="eager", fullgraph=True)

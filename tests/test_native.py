@@ -457,7 +457,7 @@ def test_codes_are_the_same_negatives_in_one_or_two_bytes(rng, num_classes, dist
 # ---------------------------------------------------------------------------------------------- empties, fuzz, refusals
 
 
-def test_nothing_in_nothing_out():
+def test_empty_input_gives_empty_output():
     for shape in ((0, 5, 7), (2, 0, 7), (2, 5, 0), (0, 0, 0)):
         empty = torch.zeros(shape, dtype=torch.int64)
         for result in (
@@ -555,7 +555,7 @@ def test_ops_pass_opcheck(rng):
         torch.library.opcheck(op, arguments)
 
 
-def test_compiles_whole(rng):
+def test_compiles_with_fullgraph(rng):
     labels, predictions = scene(rng, B=2, H=16, W=20)
 
     def negatives(predictions, labels, seed):

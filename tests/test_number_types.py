@@ -42,24 +42,26 @@ def test_selection_compares_distances_of_every_type_exactly(map_backend, rng, dt
 def test_a_distance_that_is_no_number_is_selected_last(map_backend, dtype):
     distances = torch.tensor([[[float("nan"), float("inf"), 2.0, float("nan")]]], dtype=dtype)
     classes = torch.zeros(1, 1, 4, dtype=torch.int64)
-    assert ck.select_nearest(classes, distances, 0.25).tolist() == [[[False, False, True, False]]]
-    assert ck.select_nearest(classes, distances, 0.5).tolist() == [[[False, True, True, False]]]
+    assert ck.select_nearest(classes, distances, 0.25, num_classes=1).tolist() == [[[False, False, True, False]]]
+    assert ck.select_nearest(classes, distances, 0.5, num_classes=1).tolist() == [[[False, True, True, False]]]
     # hash(0, 0, 0) < hash(0, 0, 3): equal ones by hash
-    order = ck.select_nearest(classes, torch.zeros(1, 1, 4), 0.25)[0, 0].tolist().index(True)
-    assert order == 0 and ck.select_nearest(classes, distances, 0.75).tolist() == [[[True, True, True, False]]]
+    order = ck.select_nearest(classes, torch.zeros(1, 1, 4), 0.25, num_classes=1)[0, 0].tolist().index(True)
+    assert order == 0
+    chosen = ck.select_nearest(classes, distances, 0.75, num_classes=1)
+    assert chosen.tolist() == [[[True, True, True, False]]]
 
 
 def test_selection_by_wide_distances_of_an_empty_map(map_backend):
     for shape in ((0, 4, 5), (2, 0, 5), (2, 4, 0)):
         classes = torch.zeros(shape, dtype=torch.int64)
-        assert ck.select_nearest(classes, classes.double(), 0.5).shape == shape
+        assert ck.select_nearest(classes, classes.double(), 0.5, num_classes=1).shape == shape
 
 
 def test_selection_by_wide_distances_does_not_depend_on_the_batch(map_backend, rng):
     classes = torch.from_numpy(rng.integers(-1, 3, (4, 6, 9)))
     distances = torch.from_numpy(rng.integers(0, 5, (4, 6, 9)) / 3)
-    together = ck.select_nearest(classes, distances, 0.4)
-    alone = [ck.select_nearest(classes[b : b + 1], distances[b : b + 1], 0.4) for b in range(4)]
+    together = ck.select_nearest(classes, distances, 0.4, num_classes=3)
+    alone = [ck.select_nearest(classes[b : b + 1], distances[b : b + 1], 0.4, num_classes=3) for b in range(4)]
     assert torch.equal(together, torch.cat(alone))
     assert np.array_equal(together, literal.select_nearest(classes.numpy(), distances.numpy(), 0.4))
 
@@ -96,7 +98,7 @@ USES = {
     "error_map": lambda y, p: ck.error_map(p, y, num_classes=4),
     "edge_distance": lambda y, p: ck.edge_distance(p, squared=True),
     "distance_transform": lambda y, p: ck.distance_transform(p),
-    "select_nearest": lambda y, p: ck.select_nearest(p, y, 0.5),
+    "select_nearest": lambda y, p: ck.select_nearest(p, y, 0.5, num_classes=4),
     "bane_negatives": lambda y, p: ck.bane_negatives(p, y, num_classes=4, size=(6, 8)),
     "bane_negatives, full": lambda y, p: ck.bane_negatives(p, y, num_classes=4, size=(6, 8), distance_at="full"),
     "class_anchors": lambda y, p: ck.class_anchors(FEATURES[1], y, 4),

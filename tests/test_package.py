@@ -1,4 +1,4 @@
-"""The house: what imports what, what an import brings in, and what is in the tree."""
+"""The layout: which module imports which, what importing the package loads, and which files are in the tree."""
 
 import ast
 import pathlib
@@ -8,11 +8,12 @@ import sys
 import pytest
 
 import contextrast_kernels as ck
+from contextrast_kernels.__main__ import main
 
 ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = ROOT / "contextrast_kernels"
 
-# A module imports only from floors below its own, or from modules of its floor that stand before it.
+# A module imports only from layers above its own in this list, or from modules before it in its layer.
 FLOORS = [
     ["loops", "measure", "checks", "hashing", "maps", "state", "kernels._tiles"],
     ["native"],
@@ -70,19 +71,13 @@ def test_imports_only_go_down():
             assert same_room or _floor(imported) < _floor(module), f"{module} imports {imported}, which is not below it"
 
 
-def test_an_import_brings_in_nothing_heavy_beyond_torch():
+def test_an_import_brings_in_nothing_heavy_beyond_torch_and_does_not_open_the_native_library():
     program = (
-        "import sys, torch; before = set(sys.modules); import contextrast_kernels; "
+        "import pathlib, sys, torch; before = set(sys.modules); import contextrast_kernels; "
         "new = {name.split('.')[0] for name in set(sys.modules) - before}; "
         "heavy = new & {'triton', 'kornia', 'skimage', 'matplotlib', 'tqdm', 'scipy', 'cv2', 'cupy'}; "
-        "assert not heavy, heavy; assert 'contextrast_kernels.demo' not in sys.modules"
-    )
-    subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
-
-
-def test_the_native_library_is_not_opened_by_an_import():
-    program = (
-        "import contextrast_kernels, pathlib; maps = pathlib.Path('/proc/self/maps'); "
+        "assert not heavy, heavy; assert 'contextrast_kernels.demo' not in sys.modules; "
+        "maps = pathlib.Path('/proc/self/maps'); "
         "assert not maps.exists() or 'contextrast_kernels' not in maps.read_text()"
     )
     subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
@@ -103,35 +98,28 @@ def test_every_public_name_is_documented(name):
         assert all(f"\n    {section}:\n" in documented.__doc__ for section in ("Args", "Raises"))
 
 
-def _run(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "contextrast_kernels", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
-
-
 def test_doctor_checks_this_machine():
-    result = _run("doctor")
+    command = [sys.executable, "-m", "contextrast_kernels", "doctor"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stdout + result.stderr
-    for words in ("torch", "reference", "triton", "native", "checks agree"):
+    for words in ("torch", "reference", "triton", "native", "all checks passed"):
         assert words in result.stdout
 
 
 @pytest.mark.parametrize("arguments", [[], ["dance"]])
-def test_an_unknown_command_is_refused_with_the_known_ones(arguments):
-    result = _run(*arguments)
-    assert result.returncode == 2
-    assert "doctor" in result.stderr and "demo" in result.stderr
+def test_an_unknown_command_is_refused_with_the_known_ones(arguments, capsys):
+    assert main(arguments) == 2
+    errors = capsys.readouterr().err
+    assert "doctor" in errors and "demo" in errors
 
 
 @pytest.mark.parametrize(
     "case", ["cityscapes", *(pytest.param(name, marks=pytest.mark.slow) for name in ("ade20k", "camvid"))]
 )
-def test_the_plan_lists_every_launch(case):
+def test_the_plan_lists_every_launch(case, capsys):
     pytest.importorskip("triton")
-    result = _run("bench", "--plan", "--case", case)
-    assert result.returncode == 0, result.stderr
-    [launches] = [int(line.split()[0]) for line in result.stdout.splitlines() if " launches, " in line]
-    listed = [
-        line for line in result.stdout.splitlines() if line.startswith(("_", "sums", "seed", "negatives", "grad"))
-    ]
+    assert main(["bench", "--plan", "--case", case]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    [launches] = [int(line.split()[0]) for line in lines if " launches, " in line]
+    listed = [line for line in lines if line.startswith(("_", "sums", "seed", "negatives", "grad"))]
     assert len(listed) == launches <= 24

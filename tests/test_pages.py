@@ -1,4 +1,4 @@
-"""The code on README.md and the pages of docs/ runs as it stands there."""
+"""The code blocks of README.md and docs/ run."""
 
 import pathlib
 import re

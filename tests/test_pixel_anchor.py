@@ -411,7 +411,7 @@ def test_only_requested_gradients_are_computed(rng):
     assert not ck.pixel_anchor_loss(features, labels, anchors).requires_grad
 
 
-def test_inputs_are_left_alone(rng):
+def test_inputs_are_not_modified(rng):
     inputs = case(rng)
     before = [x.clone() for x in inputs]
     features, labels, anchors, negatives, base = inputs

@@ -21,7 +21,7 @@ MOST_LAUNCHES, MOST_MEMORY = 24, 0.03
 
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])
 @pytest.mark.parametrize("name", PAPER)
-def test_a_step_keeps_to_its_launches_and_its_memory(name, layout):
+def test_a_step_stays_within_its_limits_of_launches_and_memory(name, layout):
     """Kernels, fills and copies, forward and backward; and of the features' bytes, calculated."""
     case = CASES[name]
     step = training_step(case.batch, case.sizes, case.channels, case.num_classes, torch.bfloat16, layout=layout)
@@ -98,7 +98,7 @@ def test_every_block_of_the_dense_sweep_has_a_place_to_write(monkeypatch):
     assert partials == sum(launch.grid[0] for launch in dense) == 6 + 2 * (2 * 3)
 
 
-def test_the_watch_sees_what_is_held_at_once():
+def test_the_recorder_measures_peak_memory():
     with Watch() as watch:
         a = torch.empty(1000, dtype=torch.uint8, device="meta")
         b = a.view(10, 100)[1:]
@@ -136,7 +136,7 @@ class Ops(TorchDispatchMode):
 
 @pytest.mark.skipif(native.status("cpu") != "ok", reason=f"native library: {native.status('cpu')}")
 @pytest.mark.parametrize("base_rate", [0.0, 0.3])
-def test_no_op_sneaks_into_a_step(rng, base_rate):
+def test_step_calls_only_the_planned_aten_ops(rng, base_rate):
     """Of torch's own ops a step calls the seed's copy and advance, the fill of the sums, and autograd's gradient of the
     loss: those that ``training_step`` counts. Kernels are recorded and not run."""
     labels, predictions = scene(rng, 2, 4, 16, 24)
@@ -151,7 +151,7 @@ def test_no_op_sneaks_into_a_step(rng, base_rate):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", PAPER)
-def test_the_device_is_given_no_more(name):
+def test_device_activity_stays_within_launch_limit(name):
     """Kernels, memsets and copies as the profiler sees them on the device. Memory: test_kernels_at_real_sizes.py."""
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile

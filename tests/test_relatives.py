@@ -144,7 +144,7 @@ def test_semi_hard_mining_equals_the_loops(rng, own, hardest, positives, negativ
         assert loss.item() == pytest.approx(expected, **CLOSE)
 
 
-def test_mining_hides_no_broken_row_that_is_in_no_term(rng):
+def test_mining_propagates_a_nonfinite_row_that_is_in_no_term(rng):
     """A row without a positive adds 0, but not where it is NaN; what is ignored comes as zeros."""
     rows, columns = torch.from_numpy(rng.standard_normal((3, D))), torch.from_numpy(rng.standard_normal((8, D)))
     arguments = (torch.tensor([0, 5, -1]), columns, torch.tensor([0, 0, 0, 0, 1, 1, 1, 1]), 0.5, 0.5, 2, 2, 0)
@@ -337,7 +337,7 @@ CRASHES = {
 
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize(("case", "dtype"), crossed(CRASHES, [torch.float32, torch.float16]))
-def test_finite_with_a_live_graph(name, case, dtype):
+def test_nothing_to_contrast_gives_a_finite_loss_with_a_live_graph(name, case, dtype):
     layers, labels, logits = batch(dtype=dtype)
     layers, labels, predictions = CRASHES[case](layers, labels, logits)
     options = {"normalize": False} if "not normalised" in case and "pne" not in name else {}
@@ -494,7 +494,7 @@ def test_one_loop_over_all_of_them():
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_the_host_never_waits_and_the_number_of_ops_does_not_grow(name):
+def test_no_synchronisation_and_a_constant_number_of_ops(name):
     """Forward and backward, with the writing of the bank."""
 
     def ops(**options):
@@ -579,7 +579,7 @@ def test_the_kernels_give_the_reference_on_a_gpu(name, dtype):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", LOSSES)
-def test_a_step_on_a_gpu_never_waits(name):
+def test_a_step_on_a_gpu_does_not_synchronise(name):
     """Forward, backward and the writing of the bank, on the fused kernels, from the second step on."""
     layers, labels, logits = batch(dtype=torch.float32)
     of, loss = leaves([x.cuda() for x in layers]), LOSSES[name]()

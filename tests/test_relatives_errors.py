@@ -1,4 +1,4 @@
-"""What the relatives, their samplers and their bank refuse, each in one sentence."""
+"""Invalid arguments of the relatives, their samplers and their memory bank raise clear errors."""
 
 import pytest
 import torch
@@ -75,7 +75,7 @@ def called(loss, features=FEATURES, labels=LABELS, predictions=LOGITS):
         (lambda: ck.ContextrastLoss(N, base_sampler=BASE, base_rate=0.1), ValueError, "base_sampler", "0.1"),
     ],
 )
-def test_one_clear_sentence(call, exception, argument, quoted):
+def test_invalid_arguments_raise_clear_errors(call, exception, argument, quoted):
     with pytest.raises(exception, match=rf"(?s)^{argument}: .*{quoted}") as raised:
         call()
     assert "\n" not in str(raised.value)

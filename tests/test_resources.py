@@ -128,9 +128,12 @@ def test_the_tile_table_serves_every_dtype_and_number_of_channels():
 
 @pytest.mark.parametrize(
     "path",
-    ["--sizes cityscapes --layout nchw --arch 90", "--sizes ade20k --classes 150 --layout channels_last --arch 80"],
+    [
+        "--sizes cityscapes --layout nchw --arch 90",
+        pytest.param("--sizes ade20k --classes 150 --layout channels_last --arch 80", marks=pytest.mark.slow),
+    ],
 )
-def test_the_path_of(path):
+def test_paper_paths_compile_within_limits(path):
     rows = compiled("--op", "contextrast_loss", "--negatives", "hard", *path.split())
     assert_lean(rows)
     assert_hardly_spilled(rows)
@@ -168,7 +171,7 @@ def test_the_path_of_cityscapes_compiles_for_amd(arch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", [80, 90, 100])
-def test_cityscapes_and_ade20k_hardly_spill(arch):
+def test_cityscapes_and_ade20k_stay_within_spill_limits(arch):
     for sizes, N in (("cityscapes", 19), ("ade20k", 150)):
         path = ("--sizes", sizes, "--classes", N, "--layout", "nchw", "channels_last", "--arch", arch)
         rows = compiled("--op", "contextrast_loss", "--negatives", "hard", *path)

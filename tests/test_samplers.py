@@ -46,7 +46,7 @@ def test_the_chosen_pixels_are_those_of_the_loops(rng, kind, max_samples, max_vi
 
 
 @pytest.mark.parametrize("kind", SAMPLERS)
-def test_a_label_that_is_no_class_takes_no_part(rng, kind):
+def test_a_label_outside_the_classes_is_ignored(rng, kind):
     """Whatever its number: 255 is neither a pixel of another image's class nor out of bounds."""
     labels, predictions = maps(rng)
     expected = ck.Sampler(kind, 60, 7, 1)(labels, predictions, N, 5)

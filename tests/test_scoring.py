@@ -1,4 +1,4 @@
-"""What scores mean where a class is ignored, and where logits have another size than the labels."""
+"""Scores with an ignored class, and of logits at a different size than the labels."""
 
 import literal
 import numpy as np
@@ -11,8 +11,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import contextrast_kernels as ck
 from contextrast_kernels.maps import resized_classes
 
-classification = pytest.importorskip("torchmetrics.classification", reason="torchmetrics is not installed")
-
 N = 4
 ON_MAPS = {
     "ConfusionMatrix": lambda **o: ck.metrics.ConfusionMatrix(N, **o),
@@ -21,6 +19,11 @@ ON_MAPS = {
     "BoundaryF1": lambda **o: ck.metrics.BoundaryF1(N, 1.5, **o),
     "InstanceIoU": lambda **o: ck.metrics.InstanceIoU(N, [9.0, 20.0, 5.0, 7.0], categories=[0, 1, 1, 2], **o),
 }
+
+
+@pytest.fixture
+def classification():
+    return pytest.importorskip("torchmetrics.classification", reason="torchmetrics is not installed")
 
 
 def scores(name, predictions, labels, **options):
@@ -38,7 +41,7 @@ def maps(seed=0):
 
 
 @pytest.mark.parametrize("ignored", range(N))
-def test_miou_without_a_class_equals_torchmetrics(ignored):
+def test_miou_without_a_class_equals_torchmetrics(classification, ignored):
     labels, predictions = maps()
     assert (predictions[labels != ignored] == ignored).any()
     results = scores("ConfusionMatrix", predictions, labels, ignore_index=ignored)
@@ -54,7 +57,7 @@ def test_miou_without_a_class_equals_torchmetrics(ignored):
 
 @pytest.mark.parametrize("ignored", [0, 2])
 @pytest.mark.parametrize("name", ON_MAPS)
-def test_an_ignored_class_is_in_no_score(name, ignored):
+def test_an_ignored_class_has_no_score(name, ignored):
     """It is void in the labels, no class in the predictions, and NaN: as if it were renamed to 255 and to N."""
     labels, predictions = maps(1)
     results = scores(name, predictions, labels, ignore_index=ignored)
@@ -74,7 +77,7 @@ def test_an_ignored_class_is_in_no_score(name, ignored):
 
 
 @pytest.mark.parametrize("ignored", [0, 3])
-def test_an_ignored_class_is_no_error(map_backend, ignored):
+def test_predicting_an_ignored_class_is_not_an_error(map_backend, ignored):
     labels, predictions = maps(2)
     errors = ck.error_map(predictions, labels, num_classes=N, ignore_index=ignored)
     assert errors.tolist() == literal.error_map(predictions.numpy(), labels.numpy(), N, ignored).tolist()
@@ -122,7 +125,7 @@ def test_resized_ties_go_to_the_lowest_class_and_nan_is_the_largest():
     assert (resized_classes(logits, (5, 5), 255) == 6).all()
 
 
-def test_miou_of_small_logits_is_that_of_logits_resized_first():
+def test_miou_of_small_logits_is_that_of_logits_resized_first(classification):
     """Two discs and stripes at a quarter of the size: nearest sampling loses 9 points of mIoU here."""
     y, x = np.mgrid[:256, :256]
     labels = ((y - 128) ** 2 + (x - 128) ** 2 < 90**2).astype(int) + ((y + 2 * x) % 97 < 30)

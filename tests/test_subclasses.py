@@ -65,7 +65,12 @@ CALLS = {
     "error_map": (ck.error_map, LOGITS, LABELS),
     "edge_distance": (ck.edge_distance, PREDICTED),
     "distance_transform": (ck.distance_transform, PREDICTED),
-    "select_nearest": (lambda e, d, seed: ck.select_nearest(e, d, 0.5, seed=seed), PREDICTED, LABELS.double(), SEED),
+    "select_nearest": (
+        lambda e, d, seed: ck.select_nearest(e, d, 0.5, num_classes=4, seed=seed),
+        PREDICTED,
+        LABELS.double(),
+        SEED,
+    ),
     "bane_negatives": (lambda p, y, seed: ck.bane_negatives(p, y, size=(8, 10), seed=seed), LOGITS, LABELS, SEED),
     "contextrast_loss": (
         lambda x, y, p, seed: ck.contextrast_loss(x, y, p, num_classes=4, seed=seed),

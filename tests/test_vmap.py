@@ -17,7 +17,7 @@ MAPS = {
     "error_map": (ck.error_map, LOGITS, LABELS),
     "edge_distance": (ck.edge_distance, LABELS),
     "distance_transform": (ck.distance_transform, LABELS),
-    "select_nearest": (lambda e, d: ck.select_nearest(e, d, 0.5), LABELS, LOGITS[:, :, 0].double()),
+    "select_nearest": (lambda e, d: ck.select_nearest(e, d, 0.5, num_classes=4), LABELS, LOGITS[:, :, 0].double()),
     "bane_negatives": (lambda p, y: ck.bane_negatives(p, y, size=(4, 4)), LOGITS, LABELS),
 }
 LOSSES = {
@@ -47,7 +47,8 @@ def test_maps_over_samples(map_backend, name):
     assert torch.equal(got, one_by_one(function, shared))
 
 
-@pytest.mark.parametrize("backend", ["reference", "triton"])
+# The compiled kernels are mapped over samples every day in tests/compiled/test_ops.py.
+@pytest.mark.parametrize("backend", ["reference", pytest.param("triton", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", LOSSES)
 def test_losses_over_samples(name, backend):
     if ck.available()[backend] != "ok":
@@ -69,7 +70,7 @@ def test_gradients_of_every_sample(name, reference):
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_kernels_that_torch_func_cannot_differentiate_say_so(name):
+def test_torch_func_gradients_of_kernels_raise(name):
     if ck.available()["triton"] != "ok":
         pytest.skip(f"backend triton: {ck.available()['triton']}")
     function, *arguments = LOSSES[name]

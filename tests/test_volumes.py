@@ -292,7 +292,7 @@ def layouts(x):
 @NEEDS_TRITON
 @pytest.mark.parametrize("options", [{}, {"base_rate": 0.4}, {"sampling": (3, 1, 1)}], ids=["hard", "dense", "flat"])
 @pytest.mark.parametrize("dtype", [pytest.param(torch.float64, marks=pytest.mark.slow), torch.float32, torch.float16])
-def test_fused_loss_is_like_the_definition(rng, dtype, options):
+def test_fused_loss_agrees_with_the_reference(rng, dtype, options):
     features, labels, predictions = case(rng, B=1, sizes=SIZES[1:3], dtype=dtype)
     options = {"layer_weights": (1, 0.5), **options}
     features, labels, predictions = [x.to(DEVICE) for x in features], labels.to(DEVICE), predictions.to(DEVICE)
@@ -323,7 +323,7 @@ def test_every_readable_layout_gives_the_same(rng, which):
 
 
 @NEEDS_TRITON
-def test_a_block_of_a_volume_is_for_the_reference(rng, monkeypatch):
+def test_a_block_cut_out_of_a_volume_uses_the_reference(rng, monkeypatch):
     """Cut in rows and in columns, a volume has no axis whose rows lie at one distance."""
     features, labels, predictions = case(rng, sizes=((3, 4, 5),), dtype=torch.float32)
     block = features[0].new_zeros(2, D, 3, 6, 8)[..., 1:5, 2:7].copy_(features[0])
@@ -386,7 +386,7 @@ def test_a_volume_may_have_more_rows_than_a_map_has(map_backend):
     """200 planes of 100 rows: the number of a pixel is what counts, not the length of a side."""
     classes = torch.zeros(1, 200, 100, 1, dtype=torch.int64)
     distances = torch.arange(20000).remainder(7).reshape(classes.shape)
-    chosen = ck.select_nearest(classes, distances, 0.1)
+    chosen = ck.select_nearest(classes, distances, 0.1, num_classes=1)
     order = sorted(range(20000), key=lambda p: (p % 7, literal.hash32(0, 0, p)))
     assert chosen.flatten().nonzero().flatten().tolist() == sorted(order[:2000])
 
@@ -423,7 +423,7 @@ def test_nothing_to_contrast_is_zero_with_a_live_graph(rng, what, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_broken_valid_voxel_gives_nan(rng, backend):
+def test_a_nonfinite_valid_voxel_gives_nan(rng, backend):
     (x,), labels, predictions = case(rng, sizes=((2, 3, 4),), dtype=torch.float32, ignored=0)
     x[0, 2, 1, 1, 3] = torch.inf
     with ck.backend(backend):

@@ -1,9 +1,9 @@
-"""Features of any model: ``attach`` finds the encoder's stages and taps them.
+"""Get the features of any model: ``attach`` finds the encoder's stages and taps them.
 
 tap = ck.attach(model)                     # before the optimizer, DDP and torch.compile
 logits = model(images)
 loss = criterion(tap.features(), labels, logits)
-tap.detach()                               # for export: the model is as it was
+tap.detach()                               # removes hooks and heads, for export
 """
 
 import sys
@@ -22,39 +22,39 @@ __all__ = ["FeatureTap", "Layer", "attach", "split_heads"]
 _FSDP = ("FullyShardedDataParallel", "FSDPModule")
 
 
-@torch.inference_mode(False)  # the heads would be born without gradients
+@torch.inference_mode(False)  # otherwise the heads' parameters could not have gradients
 def attach(
     model: nn.Module,
     layers: str | Sequence[str] = "auto",
     example_input: Tensor | tuple | list | Mapping | None = None,
     dim: int = 256,
 ) -> FeatureTap:
-    """Tap a model's encoder layers and give each a projection head; prints the table of what was chosen.
+    """Tap a model's encoder layers and add a projection head to each; print a table of the chosen layers.
 
-    The tap is registered as ``model.contextrast_heads``: optimizer, ``.to()``, ``state_dict()`` and DDP see its
-    parameters. Attach after loading pretrained weights, and before the optimizer, DDP, FSDP and torch.compile are made.
-    ``split_heads`` turns a checkpoint of the training into one of the plain model.
+    The tap is registered as ``model.contextrast_heads``, so the optimizer, ``.to()``, ``state_dict()`` and DDP include
+    its parameters. Attach after loading pretrained weights and before making the optimizer, DDP, FSDP or torch.compile.
+    ``split_heads`` removes the heads from a training checkpoint.
 
     Args:
         model: any module whose layers give maps (B, C, h, w) or (B, h, w, C), volumes (B, C, z, h, w) or
-            (B, z, h, w, C), or tokens (B, L, C), which are taken to be in row-major order. Where a model orders them
-            otherwise, as Hiera does, name layers that give maps.
-        layers: names of modules, as in ``model.named_modules()``; ``"encoder[2]"`` is one map of an output that holds
-            several, ``"encoder"`` its last four of stride 4 or more. ``"auto"`` follows which operation reads which
-            result in one forward, and takes the last map of each resolution on the way from the image to the encoder's
-            deepest map; of more than four the coarsest. docs/attach.md has the rules.
-        example_input: what the model is called with once, in evaluation mode and without gradients, to see shapes: a
+            (B, z, h, w, C), or tokens (B, L, C) in row-major order. If a model orders its tokens differently, as Hiera
+            does, name layers that give maps.
+        layers: names of modules, as in ``model.named_modules()``. ``"encoder[2]"`` is one map of an output that holds
+            several, and ``"encoder"`` its last four of stride 4 or more. ``"auto"`` records which operation reads which
+            result in one forward and takes the last map of each resolution between the image and the encoder's
+            deepest map, at most the coarsest four. docs/attach.md has the rules.
+        example_input: the input of one forward in evaluation mode and without gradients, from which shapes are read: a
             tensor, a tuple of arguments, or a dict of keywords; one image is enough. None: a black image of 256 x 320
-            pixels or volume of 64 x 96 x 64, with the channels of the first convolution.
+            pixels or a black volume of 64 x 96 x 64, with the channels of the first convolution.
         dim: D of the projected features.
 
     Returns:
         The tap. After each training forward ``tap.features()`` gives the projected maps, from high to low resolution.
 
     Raises:
-        TypeError, ValueError: an argument that cannot be used, an unknown layer (the closest names are listed), no
-            encoder that ``"auto"`` can tell from the rest (the candidates and the call to make are listed).
-        RuntimeError: the model is attached, wrapped or compiled already, or cannot run on the example.
+        TypeError, ValueError: an argument cannot be used, a layer is unknown (the closest names are listed), or
+            ``"auto"`` cannot tell an encoder from the rest (the candidates and the call to make are listed).
+        RuntimeError: the model is already attached, wrapped or compiled, or cannot run on the example.
 
     Example:
         >>> tap = ck.attach(model)
@@ -82,8 +82,10 @@ def attach(
 
 
 def _show(text: str) -> None:
-    """Prints the text. Where standard output cannot take a character it is escaped; where it is closed nothing is
-    printed. The model is attached already, so that an error here would leave it so without a tap in hand."""
+    """Print the text; escape characters that standard output cannot encode, and ignore a closed one.
+
+    An error here would leave the model attached, but the caller without the tap.
+    """
     try:
         encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
         print(text.encode(encoding, "backslashreplace").decode(encoding))
@@ -95,17 +97,19 @@ def _check_model(model) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {checks.describe(model)}")
     kind = type(model).__name__
-    # FSDP's by name, as importing it takes a second: a class of its own, or one that fully_shard put into a module's.
+    # FSDP is recognised by name, because importing it takes a second: by its own class, or by a base of the module's.
     sharded = any(c.__name__ in _FSDP for module in model.modules() for c in type(module).__mro__)
     if sharded or isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
         raise RuntimeError(f"model: expected the plain model, got {kind}; attach to it first, then wrap or shard it")
     for name, module in model.named_modules():
         if type(module).__name__ == "OptimizedModule" or module._compiled_call_impl is not None:
             raise RuntimeError(
-                "model: expected it before torch.compile, which never sees hooks that come later, got "
+                "model: expected it before torch.compile, which ignores hooks that are added later, got "
                 f"{name or 'the model itself'!r} compiled; attach first, then compile the model or its parts"
             )
         if isinstance(module, FeatureTap):
-            raise RuntimeError(f"model: attached already, at {name!r}; use that tap, or call its detach() first")
+            raise RuntimeError(
+                f"model: expected one without a tap, got one attached at {name!r}; use that tap or call its detach()"
+            )
     if hasattr(model, NAME):
         raise RuntimeError(f"model: expected no attribute {NAME!r}, the name the tap is registered under; rename it")

@@ -1,11 +1,12 @@
-"""The finder of stages: which feature maps of a model are its encoder's, by what its forward computes of what.
+"""Find the stages of a model's encoder from the graph of one forward.
 
-1. The operations of one forward form a graph. A map lies on the trunk if every path from the images to the encoder's
-   deepest map goes through it; the outputs of blocks do, what a block computes inside and what skips it does not.
-2. The encoder ends at the coarsest resolution. What follows there belongs to a head: where the channels fall, where
-   the logits are computed, where a projection of single pixels leads to the decoder. Maps behind a rise of the
-   resolution, pooled pyramids and what an attention reduces inside are not on the trunk.
-3. The stages are the trunk's last maps of each resolution, or those that one module lists in its output.
+1. The operations of one forward form a graph. A map is on the trunk if every path from the images to the encoder's
+   deepest map goes through it. The outputs of blocks are on the trunk; maps inside a block and skip connections are
+   not.
+2. The encoder ends at the coarsest resolution. Maps at this resolution belong to a head if they have fewer channels,
+   are logits, or are 1x1 projections for the decoder. Maps after the resolution rises, pooled pyramids and the reduced
+   keys of an attention are not on the trunk.
+3. The stages are the trunk's last maps of each resolution, or the maps that one module lists in its output.
 """
 
 import difflib
@@ -22,18 +23,18 @@ _MIN_STRIDE = 4
 _MAX_STEP = 4
 _MAX_NAMES = 12
 _PLAIN = 0.9
-"""A model whose products with weights are to this part at one resolution has depths and no stages."""
+"""If this share of the products with weights is at one resolution, the model has depths and no stages."""
 _NARROW = 0.75
-"""A coarser map with fewer channels than this part of a finer stage's belongs to a head, such as a pooled pyramid."""
+"""A coarser map belongs to a head if its channels are below this share of a finer stage's, as in a pooled pyramid."""
 
 
 _EXCHANGE = "likely, not certain: these are parallel branches that exchange their maps, and not one chain of stages"
-_BYPASSED = "likely, not certain: another path of the model passes {} by"
+_BYPASSED = "likely, not certain: another path of the model bypasses {}"
 _SAME = "likely, not certain: {} follows {} at the same resolution, and may belong to the head"
 
 
 class NotFound(Exception):
-    """Why there are no stages, and names that may be given in their place."""
+    """There are no stages. The message says why; ``names`` holds layers that may be named instead."""
 
     def __init__(self, why: str, names: Sequence[str] = ()):
         super().__init__(why)
@@ -41,10 +42,10 @@ class NotFound(Exception):
 
 
 def find_stages(calls: list[Call], graph: Graph | None, reason: str) -> tuple[list[Layer], str]:
-    """The encoder's stages, and a sentence that says what is not certain about them, or "".
+    """The encoder's stages, and a sentence about what is not certain, or "".
 
     Raises:
-        ValueError: no stages that can be told from other maps; it names the candidates and the call to make.
+        ValueError: the stages cannot be told from other maps; the error lists the candidates and the call to make.
     """
     logits: set[int] = set()
     try:
@@ -73,7 +74,7 @@ def find_stages(calls: list[Call], graph: Graph | None, reason: str) -> tuple[li
 
 
 def _before_the_coarsest(maps: list[Layer]) -> list[str]:
-    """The last map of each size until the coarsest one, which is where an encoder ends."""
+    """The last map of each size up to the coarsest one, where an encoder ends."""
     coarsest = min((layer.pixels for layer in maps), default=0)
     last: dict[tuple[int, ...], str] = {}
     for layer in maps:
@@ -84,7 +85,7 @@ def _before_the_coarsest(maps: list[Layer]) -> list[str]:
 
 
 def look_up(names: Sequence[str], calls: list[Call]) -> list[Layer]:
-    """The layers that a user names."""
+    """The layers that the user named."""
     known: dict[str, list[Layer]] = {}
     for call in calls:
         if call.maps:
@@ -109,12 +110,12 @@ def _listed(names: Sequence[str], total: int) -> str:
 
 
 def deep(layers: list[Layer]) -> list[Layer]:
-    """The maps that may be stages by their size."""
+    """The maps whose size allows them to be stages."""
     return [layer for layer in layers if layer.stride >= _MIN_STRIDE and layer.pixels > 1]
 
 
 def _lists(layers: list[Layer]) -> list[list[Layer]]:
-    """The stages that each list, tuple or mapping in a module's output holds."""
+    """The stages in each list, tuple or mapping of a module's output."""
     lists: dict[tuple, list[Layer]] = {}
     for layer in deep(layers):
         lists.setdefault(layer.path[:-1], []).append(layer)
@@ -122,21 +123,24 @@ def _lists(layers: list[Layer]) -> list[list[Layer]]:
 
 
 def _may_be_stages(found: list[Layer]) -> bool:
-    """Positions in a sequence are alike. Names may stand for anything, such as masks, queries and a last hidden state,
-    except where every one is a map of a different stride."""
+    """Whether the maps of one list, tuple or mapping may be stages.
+
+    The entries of a mapping may have different meanings, such as masks, queries and a last hidden state. They are
+    stages only if every entry is a map with a different stride.
+    """
     named = any(layer.path and isinstance(layer.path[-1], str) for layer in found)
     sizes, layouts = {layer.size for layer in found}, {layer.layout for layer in found}
     return not named or len(found) == 1 or (len(found) == len(sizes) > 2 and len(layouts) == 1)
 
 
 def _of_each_size(layers: list[Layer]) -> list[Layer]:
-    """At most four. More are blocks, and the last of each size is taken; of one size alone, the last four."""
+    """At most four layers. More than four are blocks: the last of each size is taken, or the last four of one size."""
     last = list({layer.size: layer for layer in layers}.values())
     return (last if len(layers) > MAX_LAYERS and len(last) > 1 else layers)[-MAX_LAYERS:]
 
 
 def _step(coarse: Layer, fine: Layer) -> float:
-    """How many times coarser one map is than another, along the axis where it is most."""
+    """The factor by which one map is coarser than another, along the axis where it is largest."""
     return max(b / a for a, b in zip(coarse.size, fine.size))
 
 
@@ -146,17 +150,17 @@ def _inside(module: str, parent: str) -> bool:
 
 @dataclass(frozen=True)
 class _Unit:
-    """A map on the trunk, and what is computed between the trunk's last map and this one."""
+    """A map on the trunk, and the operations between the trunk's previous map and this one."""
 
     layer: Layer
     node: int
     kernels: tuple[int, ...]
     parametric: bool
     bare: bool
-    """True for a product with weights alone, which no normalisation and no activation follows."""
+    """True for a product with weights that no normalisation and no activation follows."""
     pooled: bool
     certain: bool
-    """False where another path passes this map by."""
+    """False if another path bypasses this map."""
 
 
 def _pattern(unit: _Unit) -> str:
@@ -186,14 +190,14 @@ class _Finder:
     # ------------------------------------------------------------------------------------------------------- the graph
 
     def _turns(self) -> list[float]:
-        """For each node, the pixels of the coarsest map whose resolution rose among its ancestors; inf: none did."""
+        """For each node, the pixels of the coarsest ancestor whose resolution is raised; inf if there is none."""
         turn = [math.inf] * len(self.graph)
         for n in range(1, len(self.graph)):
             turn[n] = min([self.graph.rise[n] or math.inf, *(turn[s] for s in self.graph.sources[n])])
         return turn
 
     def _dominators(self) -> tuple[list[int], list[int]]:
-        """For each node, the last node that every path from the images goes through, and the number of those."""
+        """For each node, its immediate dominator (the last node on every path from the images) and their number."""
         dominator, depth = [IMAGE] * len(self.graph), [0] * len(self.graph)
         for n in range(1, len(self.graph)):
             first, *others = self.graph.sources[n]
@@ -207,7 +211,7 @@ class _Finder:
         return dominator, depth
 
     def _logits(self) -> set[int]:
-        """What reaches the model's output from a bare product with weights, without other parameters on the way."""
+        """The nodes from a bare product with weights to the model's output, without other parameters in between."""
         graph, free, todo = self.graph, set(), list(self.graph.outputs)
         while todo:
             n = todo.pop()
@@ -223,20 +227,20 @@ class _Finder:
         return found
 
     def _can_be_tapped(self, call: Call) -> bool:
-        """A module without parameters that its parent calls again and again, such as a shared ReLU, gives many maps."""
+        """Whether a module gives one map. A shared ReLU, which its parent calls several times, gives many."""
         parent = call.module.rpartition(".")[0]
         while parent not in self.calls:  # a ModuleList is never called itself
             parent = parent.rpartition(".")[0]
         return call.parametric or call.calls == self.calls[parent].calls
 
     def _skips(self, call: Call, node: int, given: set[int]) -> bool:
-        """Whether a module only joins the map that it is given and the one that its inside makes of it."""
+        """Whether a module only concatenates its input and the map that it computes from it."""
         sources = self.graph.sources[node]
         join = node in self.graph.joins and len(sources) == 2 and given.issuperset(sources)
         return join and sources[0] < call.start <= sources[1]
 
     def _is_hidden(self, call: Call, layer: Layer, node: int) -> bool:
-        """Whether a module around this one makes finer maps of it alone: an attention reduces its keys inside."""
+        """Whether this map only serves finer maps of a module around it, as the reduced keys of an attention do."""
         parent = call.module.rpartition(".")[0]
         while parent:
             around = self.calls.get(parent)
@@ -278,13 +282,13 @@ class _Finder:
         return [], set()
 
     def _units(self, end: int, weight: list[int]) -> list[_Unit]:
-        """The trunk's maps up to a node, in order, each by the outermost module that is one step of the trunk."""
+        """The trunk's maps up to a node, in order, each of the outermost module that is one step of the trunk."""
         line = [end]
         while line[-1] != IMAGE:
             line.append(self.dominator[line[-1]])
         certain = set(line)
         sure = self._steps(certain)
-        # Where two branches exchange maps no map is on every path. There the heaviest path stands for the trunk.
+        # If two branches exchange maps, no map is on every path. The path with the most parameters is then the trunk.
         path, around = set(), self.graph.ancestors([end])
         for (fine, start), (coarse, n) in pairwise(sure):
             if _step(coarse, fine) > 2:
@@ -311,7 +315,7 @@ class _Finder:
         return units
 
     def _steps(self, line: set[int]) -> list[tuple[Layer, int]]:
-        """The maps of the nodes on a line, in order, without those inside of a module that is one step itself."""
+        """The maps of the nodes on a line, in order, without those inside a module that is one step itself."""
         by_node: dict[int, Layer] = {}
         for _, layer, node in self.candidates:
             if node in line:
@@ -328,7 +332,7 @@ class _Finder:
         return sorted(((layer, node) for node, layer in kept.items()), key=lambda step: step[1])
 
     def _holds_stages(self, call: Call, layer: Layer, node: int, maps: list[tuple[int, Layer]]) -> bool:
-        """Whether a module that gives a map of the trunk has stages inside, so that it is not one itself."""
+        """Whether a module with a map on the trunk contains stages, so that it is not a stage itself."""
         own = {n for _, n in call.maps}
         before = max((m for m in maps if m[0] < call.start), key=lambda m: m[0], default=(IMAGE, None))
         inner = [(n, m) for n, m in maps if call.start <= n < node and n not in own and m.stride >= _MIN_STRIDE]
@@ -338,7 +342,7 @@ class _Finder:
                 continue
             if before[1] is None or m.pixels < before[1].pixels:
                 return True
-            # The map has the resolution that the module is given. It ends a stage if it takes more than one product.
+            # The map has the resolution of the module's input. It ends a stage if the module has more than one product.
             if m.pixels == before[1].pixels and m.channels >= before[1].channels:
                 between = self.graph.ancestors([n], stop=frozenset([before[0]]))
                 after = self.graph.ancestors([node], stop=frozenset([n]))
@@ -349,7 +353,7 @@ class _Finder:
         return False
 
     def _cut(self, units: list[_Unit], pixels: int) -> list[_Unit]:
-        """The units up to the encoder's end; an empty list if its last resolution is none of an encoder's."""
+        """The units up to the encoder's end; empty if the last resolution is not one of an encoder."""
         units = [u for u in units if u.node not in self.logits]
         before = [u for u in units if u.layer.pixels != pixels]
         here = [u for u in units if u.layer.pixels == pixels]
@@ -369,8 +373,8 @@ class _Finder:
         return before + kept
 
     def _alike(self, before: list[_Unit], kept: list[_Unit]) -> list[_Unit]:
-        """Without what follows the last unit that is named as the stage before, with another number, and is not made
-        as that unit is."""
+        """Remove the units of a head: those after the last unit that is named like the previous stage (with a different
+        number), if they are built differently."""
         same = [i for i, u in enumerate(kept) if before and u.kernels and _pattern(u) == _pattern(before[-1])]
         if not same:
             return kept
@@ -391,8 +395,8 @@ class _Finder:
                 stages[-1] = u
             elif u.parametric:
                 stages.append(u)
-        # At one resolution several blocks of different width may be stages, as those of a dilated network; single
-        # layers are not, and at the finest resolution all but the last are the stem.
+        # Blocks of different width at one resolution may be several stages, as in a dilated network. Single layers are
+        # not stages, and at the finest resolution all but the last belong to the stem.
         last = {u.layer.size: u for u in stages}
         stages = [
             u
@@ -428,12 +432,15 @@ class _Finder:
         return layers, doubt
 
     def _is_of(self, n: int, needed: set[int]) -> bool:
-        """Whether a map is one of the encoder's, or one of those without another product with weights."""
+        """Whether a node is in the encoder, or is computed from it without another product with weights."""
         return n not in self.logits and not any(self.graph.kernel[m] for m in self.graph.ancestors([n], stop=needed))
 
     def _exchange(self, layers: list[Layer], ends: list[int]) -> bool:
-        """Whether maps are the parallel branches of a network such as HRNet: no map is computed of another, and the
-        coarsest one, which is the model's coarsest so far, depends on a rise of the resolution."""
+        """Whether maps are the parallel branches of a network such as HRNet.
+
+        No branch is computed from another, and the coarsest one, which is also the model's coarsest map so far, depends
+        on an operation that raises the resolution.
+        """
         sizes, widths = [layer.pixels for layer in layers], [layer.channels for layer in layers]
         if len(layers) < 3 or len(set(sizes)) < len(sizes) or any(b <= a for a, b in pairwise(widths)):
             return False
@@ -448,9 +455,9 @@ class _Finder:
         )
 
     def _check(self, trunk: list[_Unit], stages: list[_Unit]) -> tuple[list[Layer], str]:
-        """The trunk's stages, or an error where they are none."""
+        """The trunk's stages, or an error if these maps cannot be stages."""
         if not trunk:
-            raise NotFound("no map of the model can be told from those of a decoder or head")
+            raise NotFound("the maps of the encoder cannot be told from those of a decoder or head")
         work: dict[int, int] = {}
         for u in trunk:
             work[u.layer.pixels] = work.get(u.layer.pixels, 0) + len(u.kernels)
@@ -479,13 +486,13 @@ class _Finder:
         return layers, self._doubt(trunk, stages)
 
     def _read_elsewhere(self, blocks: list[_Unit]) -> list[_Unit]:
-        """The blocks that something beside the next block reads, such as the decoder of a plain transformer."""
+        """The blocks whose output not only the next block reads, but also, for example, a decoder."""
         needed = self.graph.ancestors([blocks[-1].node]) if blocks else set()
         read = {s for n, sources in enumerate(self.graph.sources) if n not in needed for s in sources}
         return [u for u in blocks if u.node in read]
 
     def _doubt(self, trunk: list[_Unit], stages: list[_Unit]) -> str:
-        """What is not certain about the stages, as a sentence; "" if all is."""
+        """A sentence about what is not certain about the stages, or ""."""
         passed = [repr(u.layer.name) for u in stages if not u.certain]
         if passed:
             return _BYPASSED.format(", ".join(passed))

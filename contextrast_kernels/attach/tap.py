@@ -1,4 +1,4 @@
-"""The tap: hooks that record the encoder's maps in training, and the projection heads that go with them."""
+"""The tap: hooks that record the encoder's maps in training, and the projection heads for these maps."""
 
 import copy
 from collections.abc import Mapping, Sequence
@@ -20,10 +20,10 @@ _WEIGHTS = (1.0, 0.7, 0.4, 0.1)
 class FeatureTap(nn.Module):
     """The tapped layers of a model and their projection heads: what ``attach`` returns.
 
-    ``layers`` describes the taps and ``heads`` projects them. Recording takes place only while the model is in training
-    mode with gradients on, between the start and the end of its forward, so that evaluation keeps no memory and a layer
-    that activation checkpointing runs again leaves nothing behind. A deep copy of the model has a tap of its own.
-    ``doubt`` says what is not certain about layers that were found, as a sentence.
+    ``layers`` describes the tapped layers, ``heads`` projects their maps, and ``doubt`` is a sentence about what is not
+    certain, or "". Maps are recorded only in training mode with gradients on, from the start to the end of the model's
+    forward. Evaluation therefore keeps no memory, and activation checkpointing, which runs a layer again, records
+    nothing. A deep copy of the model has its own tap.
     """
 
     def __init__(self, model: nn.Module, layers: Sequence[Layer], dim: int, doubt: str = ""):
@@ -35,7 +35,7 @@ class FeatureTap(nn.Module):
             ProjectionHead(layer.channels, dim, spatial_dims=len(layer.size)) for layer in layers
         )
         self.heads.to(like.device, like.dtype)
-        self._model = [model]  # in a list: as an attribute of its own it would be registered as a child
+        self._model = [model]  # in a list, because a module attribute would be registered as a child
         self._maps: list[tuple | None] | None = None
         self._image: tuple[int, ...] | None = None
         self._open = False
@@ -59,11 +59,11 @@ class FeatureTap(nn.Module):
     def features(self) -> list[Tensor]:
         """Projects the maps of the last training forward: (B, D, h_i, w_i), from high to low resolution.
 
-        Volumes give (B, D, z_i, h_i, w_i). The heads run in the precision that the layers ran in. The recorded maps are
-        handed over: call it once for each forward and keep the list.
+        For volumes they are (B, D, z_i, h_i, w_i). The heads run in the precision of the layers. The recorded maps are
+        released: call this once for each forward and keep the list.
 
         Raises:
-            RuntimeError: nothing was recorded, or what was recorded cannot train the encoder; the sentence says why.
+            RuntimeError: nothing was recorded, or the recorded maps cannot train the encoder; the error says why.
         """
         if not self._model:
             raise RuntimeError("features(): this tap was detached from its model. Call attach(model) again.")
@@ -113,7 +113,7 @@ class FeatureTap(nn.Module):
             return head(x if dtype is not None else x.to(head[0].weight.dtype))
 
     def detach(self) -> None:
-        """Takes hooks and heads out of the model, which is then as before ``attach``. Calling it again does nothing."""
+        """Remove hooks and heads, so that the model is as before ``attach``. A second call does nothing."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -124,7 +124,7 @@ class FeatureTap(nn.Module):
         self._model = []
 
     def table(self) -> str:
-        """Describes the tapped layers, a line each: name, stride, channels, size on the example, layout; then hints."""
+        """Describe each tapped layer in a line: name, stride, channels, size for the example, layout. Hints follow."""
         rows = [("layer", "stride", "channels", "size", "layout")]
         for layer in self.layers:
             stride = str(layer.stride) if len(set(layer.strides)) == 1 else " x ".join(map(str, layer.strides))
@@ -150,7 +150,7 @@ class FeatureTap(nn.Module):
                 "one tap. Use DistributedDataParallel."
             )
         if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() >= 0:
-            return  # within a backward pass: checkpointing of the whole model runs it again
+            return  # in a backward pass: checkpointing of the whole model runs its forward again
         self._open = self.training and torch.is_grad_enabled()
         self._maps = [None] * len(self.layers) if self._open else None
         if not self._open:
@@ -174,7 +174,7 @@ class FeatureTap(nn.Module):
             x = x.clone()
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        # Compiled code counts no versions: there only what the example's forward showed is copied.
+        # Compiled code has no version counters. There only maps are copied that the example's forward overwrote.
         self._maps[i] = (x, None if torch.compiler.is_compiling() else x._version, dtype)
 
     def _end(self, model: nn.Module, args: tuple, output) -> None:
@@ -186,7 +186,7 @@ class FeatureTap(nn.Module):
             self._open, self._maps, self._why_empty = False, None, "the last forward raised an exception"
 
     def forward(self, x):
-        """Returns ``x``: where the model is a container that runs its children in turn, the tap is one of them."""
+        """Return ``x``. If the model is an nn.Sequential, the tap is one of its children and is called."""
         return x
 
     def __prepare_scriptable__(self):
@@ -215,24 +215,24 @@ class _Recorder:
             self.tap._record(self.i, output)
 
     def __deepcopy__(self, memo: dict) -> "_Recorder":
-        # A copy of the model has its own tap. A copy of a part, a teacher's encoder say, must not drag the model along.
+        # A copy of the model gets its own tap. A copy of a part, such as a teacher's encoder, must not copy the model.
         whole = self.tap is not None and id(self.tap._model[0]) in memo
         return _Recorder(copy.deepcopy(self.tap, memo) if whole else None, self.i)
 
 
 def split_heads(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Splits the state dict of an attached model into the plain model's and the projection heads'.
+    """Split the state dict of an attached model into that of the plain model and that of the projection heads.
 
     Names may have a prefix, as from DDP, torch.compile or a LightningModule. The model's names keep it.
 
     Args:
-        state_dict: what ``model.state_dict()`` gave in a training, or a checkpoint of it.
+        state_dict: the result of ``model.state_dict()`` while the model was attached, or a saved one.
 
     Returns:
-        The plain model's state, for ``model.load_state_dict``, and the heads', for ``tap.load_state_dict``.
+        The plain model's state, for ``model.load_state_dict``, and that of the heads, for ``tap.load_state_dict``.
 
     Raises:
-        TypeError: no mapping.
+        TypeError: state_dict is not a mapping.
 
     Example:
         >>> state, heads = ck.split_heads(torch.load("checkpoint.pt"))

@@ -1,4 +1,4 @@
-"""One forward of a model, recorded: the feature maps its modules give, and which operation reads which result."""
+"""Record one forward of a model: the feature maps of its modules, and which operation reads which result."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from contextrast_kernels import checks
 
 _PREFIXES = (0, 1, 2, 5)
-"""Tokens before those of the pixels: none, class, class and distillation, class and four registers."""
+"""Numbers of tokens before those of the pixels: none, class, class and distillation, class and four registers."""
 
 _PRODUCTS = ("convolution", "addmm", "mm", "bmm", "baddbmm", "linear")
 _SHAPERS = ("batch_norm", "layer_norm", "group_norm", "relu", "gelu", "silu", "elu", "swish", "hardtanh", "mish")
@@ -29,7 +29,7 @@ IMAGE = 0
 
 @dataclass(frozen=True)
 class Layer:
-    """A feature map that a module gives: where it comes from and what it looked like in the example's forward."""
+    """A feature map in a module's output: where it comes from, and its shape in the example's forward."""
 
     name: str
     """``module``, or ``module[key]`` for one map of an output that holds several."""
@@ -40,11 +40,11 @@ class Layer:
     channels: int
     size: tuple[int, ...]
     strides: tuple[int, ...]
-    """Pixels of the image for one of the map, along each spatial axis."""
+    """The number of image pixels per pixel of the map, along each spatial axis."""
     prefix: int
     """The number of tokens before the first pixel's."""
     calls: int = 1
-    """How often one forward calls the module. The map is the last call's."""
+    """The number of times that one forward calls the module. The map is that of the last call."""
     overwritten: bool = False
     """True if a later module writes into this tensor, so that the tap keeps a copy."""
 
@@ -59,16 +59,16 @@ class Layer:
 
 @dataclass
 class Call:
-    """The last call of a module in the forward."""
+    """A module's last call in the forward."""
 
     module: str
     start: int
-    """The number of operations before the call. Its own have the numbers from here to ``end``."""
+    """The number of operations before the call. Its own operations have the numbers ``start`` to ``end`` - 1."""
     end: int
     maps: list[tuple[Layer, int | None]]
     """The maps in its output, each with the node that computed it; None where no graph is recorded."""
     others: dict[str, Layer]
-    """The other reading of maps that can be (B, C, h, w) as well as (B, h, w, C), by name."""
+    """By name, the second reading of maps that can be (B, C, h, w) as well as (B, h, w, C)."""
     parametric: bool
     kind: tuple[str, ...]
     """The names of the module's class, of its first child's, and so on."""
@@ -81,7 +81,7 @@ class Call:
 
 @dataclass
 class Graph:
-    """The operations of a forward that depend on the images, in the order in which they ran.
+    """The operations of a forward that depend on the images, in execution order.
 
     Each list has an entry for a node. Views are not nodes: a tensor's node is the last operation that wrote its memory.
     """
@@ -97,9 +97,9 @@ class Graph:
     pools: list[bool] = field(default_factory=lambda: [False])
     """True for pooling to a fixed size of more than one pixel."""
     rise: list[int] = field(default_factory=lambda: [0])
-    """The number of pixels of the map that the operation brings to a higher resolution; 0: it does not."""
+    """The pixels of the map whose resolution the operation raises; 0 for all other operations."""
     gates: set[int] = field(default_factory=set)
-    """The nodes of sigmoids. A gate that is brought to a higher resolution does not end an encoder."""
+    """The nodes of sigmoids. Raising the resolution of a gate does not end an encoder."""
     joins: set[int] = field(default_factory=set)
     """The nodes of concatenations."""
     outputs: set[int] = field(default_factory=set)
@@ -109,7 +109,7 @@ class Graph:
         return len(self.sources)
 
     def ancestors(self, nodes, stop=frozenset()) -> set[int]:
-        """The nodes and all that they depend on, as far as the nodes in ``stop``, which are left out."""
+        """The nodes and everything they depend on, without the nodes in ``stop`` and what only these depend on."""
         found, todo = set(), [n for n in nodes if n not in stop]
         while todo:
             n = todo.pop()
@@ -120,12 +120,12 @@ class Graph:
 
 
 class _Recorder(TorchDispatchMode):
-    """Writes the graph while the model runs."""
+    """Records the graph while the model runs."""
 
     def __init__(self, model: nn.Module, images: list[Tensor]):
         super().__init__()
         self.graph = Graph()
-        # A weak reference to a storage keeps its address, so that no later storage can be taken for it, and no data.
+        # A weak reference keeps the storage's address in use but not its data, so no later storage gets this address.
         self._refs: dict[int, StorageWeakRef] = {}
         self._node: dict[int, int] = {}
         self._mass: dict[int, int] = {}
@@ -137,7 +137,7 @@ class _Recorder(TorchDispatchMode):
     def _key(self, x: Tensor) -> int:
         try:
             storage = x.untyped_storage()
-        except (NotImplementedError, RuntimeError):  # sparse tensors and the like have none
+        except (NotImplementedError, RuntimeError):  # sparse tensors, for example, have no storage
             return id(x)
         if storage._cdata not in self._refs:
             self._refs[storage._cdata] = StorageWeakRef(storage)
@@ -171,7 +171,7 @@ class _Recorder(TorchDispatchMode):
             for key in keys:
                 self._node[key] = len(self.graph)
             self._add(func, args, kwargs, sources, mass, written)
-        else:  # what is computed of parameters alone stands for them, as a standardised weight does
+        else:  # a result of parameters alone counts as these parameters, such as a standardised weight
             for key in keys:
                 self._mass[key] = mass
         return output
@@ -219,7 +219,7 @@ def image_of(args: tuple, kwargs: dict) -> torch.Size | None:
 
 
 def grid(tokens: int, image: tuple[int, ...], stride: int) -> tuple[int, ...] | None:
-    """The sides of the map that a sequence of tokens holds. Networks round their sizes up or down."""
+    """The sides of the map that a sequence of tokens represents. Networks round the sides up or down."""
     for sides in (tuple(math.ceil(n / stride) for n in image), tuple(n // stride for n in image)):
         if math.prod(sides) == tokens > 0:
             return sides
@@ -231,18 +231,17 @@ def _strides(size: tuple[int, ...], image: Sequence[int]) -> tuple[int, ...] | N
     if not all(0 < n <= side for n, side in zip(size, image)):
         return None
     strides = tuple(max(1, round(side / n)) for n, side in zip(size, image))
-    if len(size) == 2:  # one stride for rows and columns, a pixel more or less in each
+    if len(size) == 2:  # one stride for rows and columns, which may differ by a pixel
         (h, w), (H, W) = size, image
         stride = max(1, round(math.sqrt(H * W / (h * w))))
         return (stride, stride) if abs(h * W - w * H) <= H + W else None
-    # Volumes may be coarser along one axis than along another, as those of nnU-Net.
+    # Volumes may have a different stride along each axis, as in nnU-Net.
     exact = all(abs(side - n * s) < s for n, side, s in zip(size, image, strides))
     return strides if exact and max(strides) <= 8 * min(strides) else None
 
 
 def _read(x: Tensor, image: torch.Size) -> list[_Reading]:
-    """Layout, channels, size, strides and prefix of a tensor that can hold the feature maps of the images. A tensor
-    with as many channels as rows can be read in two ways."""
+    """The ways to read a tensor as the images' feature maps: none, one, or two if it has as many channels as rows."""
     B, _, *sides = image
     if x.shape[:1] != (B,):
         return []
@@ -269,15 +268,15 @@ def default_example(model: nn.Module) -> Tensor:
     """One black image or volume, with the channels of the first convolution."""
     first = next((m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Conv3d)), None)
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(()))
-    # The sides differ, so that (B, h, w, C) cannot be taken for (B, C, h, w).
+    # The sides differ, to tell (B, h, w, C) from (B, C, h, w).
     sides = (64, 96, 64) if isinstance(first, nn.Conv3d) else (256, 320)
     return torch.zeros(1, first.in_channels if first else 3, *sides, device=like.device, dtype=like.dtype)
 
 
 def watch(model: nn.Module, example, own_example: bool) -> tuple[list[Call], Graph | None, str]:
-    """One forward with hooks on every module: its calls in the order in which they ended, and the graph.
+    """Run one forward with hooks on every module; return its calls in the order in which they ended, and the graph.
 
-    The graph is None where the model does not run while its operations are recorded; the text then says why.
+    The graph is None if the model does not run while its operations are recorded; the text gives the reason.
     """
     if isinstance(example, Mapping):
         args, kwargs = (), dict(example)
@@ -293,7 +292,7 @@ def watch(model: nn.Module, example, own_example: bool) -> tuple[list[Call], Gra
         return *_run(model, args, kwargs, image, record=True), ""
     except Exception as error:
         while_recorded = _reason(error)
-    try:  # the recording itself may be the cause, as of operations that take no part in it
+    try:  # the recording itself may be the cause: some operations do not support it
         return *_run(model, args, kwargs, image, record=False), while_recorded
     except Exception as error:
         what = f"one black image {tuple(example.shape)}" if own_example else checks.describe(example)
@@ -311,7 +310,7 @@ def _run(
     model: nn.Module, args: tuple, kwargs: dict, image: torch.Size, record: bool
 ) -> tuple[list[Call], Graph | None]:
     calls: dict[str, Call] = {}
-    kept = []  # every map until the end of the forward, to see which of them is written into
+    kept = []  # keeps every map until the end of the forward, to see which one is overwritten
     images = [x for _, x in tensors((args, kwargs)) if x.ndim == len(image)]
     recorder = _Recorder(model, images) if record else None
     starts: dict[str, int] = {}
@@ -330,10 +329,10 @@ def _run(
             found.append((readings[0], node))
             if len(readings) == 2:
                 others[label] = readings[1]
-            if not x.is_inference():  # these cannot be written into, and count no versions
+            if not x.is_inference():  # inference tensors cannot be overwritten and have no version counter
                 kept.append((x, x._version, label))
         parametric = any(True for _ in module.parameters())
-        if recorder and parametric:  # without parameters it may be a padding; upsampling is seen in the operations
+        if recorder and parametric:  # a module without parameters may be a padding; upsampling is seen as an operation
             readings_in = [_read(x, image) for _, x in tensors((inputs, keywords))]
             given = [math.prod(only[0][2]) for only in readings_in if len(only) == 1]
             for layer, node in found:
@@ -380,8 +379,11 @@ def _kind(module: nn.Module | None) -> tuple[str, ...]:
 
 
 def _channels_are_last(call: Call, seen: list[Call]) -> bool:
-    """How to read maps with as many channels as rows and columns: as most of those that leave no choice, beside them in
-    one output, else of the module's siblings, else of its parent's."""
+    """Whether to read ambiguous maps, with as many channels as rows, as channels-last.
+
+    The majority decides among the unambiguous maps in the same output, else among those of the module's siblings, else
+    among those of its parent's siblings.
+    """
 
     def votes(some: list[Call]) -> list[bool]:
         maps = [layer for c in some for layer in c.layers if layer.name not in c.others]

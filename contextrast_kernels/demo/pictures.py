@@ -1,5 +1,7 @@
-"""The demo's pictures: how the runs went, and what the contrastive one of them looks at and has learnt. ImportError
-without matplotlib."""
+"""The demo's pictures: the course of the runs, and the negatives and embeddings of the contrastive run.
+
+They need matplotlib.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +22,9 @@ if TYPE_CHECKING:
 
 NAMES = ("curves.png", "negatives.png", "embeddings.png", "anchors.png", "similarity.png")
 TOGETHER = 8
-"""Validation images, at most, that go through the network at once; anchors.png is of the first so many."""
+"""The most validation images in one batch; anchors.png shows the anchors of the first batch."""
 MEASURED = 32
-"""Validation images, at most, of which similarity.png is made."""
+"""The most validation images that similarity.png uses."""
 
 
 def draw(folder: Path, runs: list[Run], network: Network, heads: nn.ModuleList, data: scenes.Data) -> None:

@@ -1,4 +1,4 @@
-"""What the demo trains on: texture mosaics with exact labels, or CamVid read by path; and the paper's augmentation.
+"""Data of the demo: texture mosaics with exact labels, or CamVid read from a folder; and the paper's augmentation.
 
 A mosaic scene is made of warped Voronoi regions, small discs and thin bars, each filled with a piece of one
 photograph, which is its class. A bar of void pixels (255) crosses every scene. The photographs ship inside the
@@ -17,7 +17,7 @@ coffee    a cup of coffee on a wooden table         Rachel Michetti, courtesy of
 retina    fundus photograph of a normal left eye    Mikael Häggström (2014), Wikimedia Commons: CC0 1.0
 ========= ========================================= ===========================================================
 
-Without scikit-image the textures are procedural (torch alone) and the scenes otherwise the same.
+Without scikit-image the textures are procedural, made with torch alone; the scenes are otherwise the same.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ Batch = tuple[Tensor, Tensor]  # images (B,3,H,W) float32 in 0..1, labels (B,H,W
 
 
 class DataError(Exception):
-    """The data cannot be used; the message is one sentence that names the file."""
+    """The data cannot be used; the message names the file."""
 
 
 # ---------------------------------------------------------------------------------------------------------- textures
@@ -50,7 +50,7 @@ def photographs() -> dict[str, Tensor]:
     """The CC0 photographs by class, each (3,H,W) float32 in 0..1. Raises ImportError without scikit-image."""
     from skimage import data, transform
 
-    # The retina has 1411 x 1411 pixels, in which a region of a scene would show no vessel.
+    # The retina has 1411 x 1411 pixels; at that size a region of a scene would show no vessel.
     images = {
         "brick": data.brick(),
         "grass": data.grass(),
@@ -65,7 +65,7 @@ def photographs() -> dict[str, Tensor]:
 
 
 def procedural() -> dict[str, Tensor]:
-    """Seven synthetic textures of the same form as `photographs`, from torch alone; always the same."""
+    """Seven synthetic textures of the same form as `photographs`, made with torch alone; always the same."""
     H, W = 256, 512
     generator = torch.Generator().manual_seed(0)
     y, x = torch.meshgrid(torch.arange(H).float(), torch.arange(W).float(), indexing="ij")
@@ -116,7 +116,7 @@ class Textures:
     def paint(self, labels: Tensor, corners: Tensor, gain: Tensor, shade: Tensor) -> Tensor:
         """Fill every pixel from the texture of its class: labels (B,S,S) → images (B,3,S,S), not clamped.
 
-        corners (B,N,2): where in each texture the scene's upper left pixel lies, from 0 to below `room` (N,2).
+        corners (B,N,2): the position of the scene's upper left pixel in each texture, from 0 to below `room` (N,2).
         gain (B,N,1), shade (B,N,3): a colour c becomes c * gain + shade.
         """
         N, H, W, _ = self.pixels.shape
@@ -191,10 +191,10 @@ def mosaic(textures: Textures, count: int, generator: torch.Generator) -> Batch:
 
 
 class Mosaic:
-    """Texture-mosaic scenes: as many for training as are asked for, a fixed set for validation.
+    """Texture-mosaic scenes: an endless stream for training, and a fixed set for validation.
 
-    `note` says which textures are used and, where photographs are missing, what would bring them. `shown` holds a few
-    validation scenes for pictures, large enough that a stage of stride 32 can be looked at.
+    `note` says which textures are used and, if photographs are missing, which package has them. `shown` holds a few
+    validation scenes for pictures, large enough to show a stage of stride 32.
     """
 
     def __init__(self, size: int, *, validation: int, device: torch.device | str = "cpu"):
@@ -227,7 +227,7 @@ class CamVid:
     root: a folder with train, trainannot, val and valannot. An image and its label map share their file stem; a label
         map is a PNG of one channel with 0..10 for the classes below and 11 for void.
     size: height in pixels; the width keeps the frames' proportions.
-    limit: read only so many frames of each split.
+    limit: the most frames to read of each split.
 
     Every file is read and checked here, so that nothing fails later: DataError names the first bad one.
     """
@@ -386,7 +386,7 @@ def plain(images: Tensor, labels: Tensor) -> Batch:
 
 
 def _void_is_zero(labels: Tensor) -> Tensor:
-    """Pixels from outside the image come back as 0, which would be a class: 0 stands for void on the way."""
+    """Shift labels so that 0 means void: a warp fills pixels from outside the image with 0, otherwise a class."""
     return torch.where(labels == VOID, 0, labels + 1)[:, None].float()
 
 

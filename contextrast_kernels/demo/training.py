@@ -1,8 +1,8 @@
-"""`python -m contextrast_kernels demo`: a small network trained with cross-entropy alone, and with Contextrast, or
-other contrastive losses (--loss), added.
+"""`python -m contextrast_kernels demo`: train a small network with cross-entropy alone, and with Contextrast or other
+contrastive losses (--loss) added.
 
-All runs start from the same weights and see the same batches and augmentations. The outcome is a table, metrics.json
-and, where matplotlib is installed, pictures.
+All runs start from the same weights and use the same batches and augmentations. The output is a table, metrics.json
+and, if matplotlib is installed, pictures.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ AVERAGED = 3  # evaluations at the end, whose mean is reported
 
 @dataclass(frozen=True)
 class Objective:
-    """What a run minimises: the cross-entropy, and beside it ``alpha`` times a contrastive loss."""
+    """The objective of a run: the cross-entropy plus ``alpha`` times a contrastive loss."""
 
     label: str
     alpha: float = 0.0
@@ -65,7 +65,7 @@ def region_contrast(num_classes: int, seed: int, ignore_index: int) -> nn.Module
 
 
 ALONE = Objective("cross-entropy")
-# The weights are the papers'. Without a GPU rows x columns are stored, so the larger caps are not.
+# The weights are the papers'. Some limits are smaller, because a CPU stores rows x columns numbers.
 LOSSES = {
     "contextrast": Objective("Contextrast", 0.1, ck.ContextrastLoss),
     "pixel-contrast": Objective("pixel contrast", 0.1, ck.PixelContrastLoss),
@@ -156,7 +156,7 @@ def evaluate(network: Network, data: scenes.Data, step: int) -> Score:
 
 @dataclass
 class Run:
-    """One training run: what it was, how it went and where it ended."""
+    """One training run: its settings, its course and its results."""
 
     name: str
     alpha: float
@@ -193,8 +193,8 @@ def train(
     steps: int,
     batch: int,
 ) -> tuple[Run, Network, nn.ModuleList]:
-    """One run on the data's device, its network and its projection heads, which nothing computes without a
-    contrastive loss."""
+    """Train on the data's device; return the run, its network and its projection heads, which only a contrastive loss
+    uses."""
     N, device = len(data.classes), data.validation[0].device
     run = Run(objective.name, objective.alpha, seed)
     torch.manual_seed(seed)
@@ -228,7 +228,7 @@ def train(
             began = time.perf_counter()
             waiting.append(step(*augment(*next(batches))))
             if number == warm_up or number % 10 == 0 or number in evaluations:
-                # Fetched together, as every fetch waits for the device.
+                # Fetched together, because every fetch waits for the device.
                 for values, history in zip(zip(*waiting), (run.cross_entropy, run.contrast)):
                     history += torch.stack(values).tolist()
                 waiting.clear()
@@ -244,7 +244,7 @@ def train(
 
 
 def time_loss(contrast: nn.Module, network: Network, heads: nn.ModuleList, data: scenes.Data, batch: int) -> float:
-    """Seconds of the loss's forward and backward, without the projection heads; leaves the training as it was."""
+    """Seconds of the loss's forward and backward, without the projection heads. The training state is unchanged."""
     images, labels = (tensor[:batch] for tensor in data.validation)
     modules = nn.ModuleList((network, heads, contrast)).eval()
     with torch.no_grad(), mixed_precision(images.device):
@@ -306,7 +306,7 @@ class Progress:
 
 
 def table(runs: list[Run]) -> str:
-    """The outcome of all runs, and which of its numbers are noise."""
+    """A table of all runs, and a note on which differences are noise."""
     groups = [[run for run in runs if run.name == name] for name in dict.fromkeys(run.name for run in runs)]
     seeds = len(groups[0])
 
@@ -357,7 +357,7 @@ def table(runs: list[Run]) -> str:
 def write(
     folder: Path, runs: list[Run], network: Network, heads: nn.ModuleList, data: scenes.Data, settings: dict
 ) -> str:
-    """Replace `folder` by one with metrics.json and the pictures, all or nothing; a sentence says what is in it."""
+    """Replace `folder` by one with metrics.json and the pictures, all or nothing; return a line about its content."""
     facts = {
         "settings": settings,
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "package": ck.__version__},
@@ -386,7 +386,7 @@ def write(
 
 
 def without_nan(value: object) -> object:
-    """JSON has neither NaN nor infinity: null stands for both."""
+    """Replace NaN and infinity, which JSON does not have, by null."""
     if isinstance(value, dict):
         return {key: without_nan(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

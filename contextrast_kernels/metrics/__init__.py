@@ -1,8 +1,8 @@
-"""Evaluation over a data set: IoU, at boundaries and over instances, and how embeddings lie.
+"""Metrics over a data set: IoU of regions, boundaries and instances, and the geometry of embeddings.
 
-Every metric is fed batch by batch with ``update``, on the maps' device and without synchronising; ``compute()`` gives a
-dict of float64 tensors, over all ranks where torch.distributed runs; ``reset()`` starts again. A scalar in that dict is
-a mean over classes, what ends in ``_per_class`` has one entry a class, NaN for a class that never occurred.
+``update`` adds a batch on the maps' device, without synchronising. ``compute()`` returns a dict of float64 tensors,
+over all ranks if torch.distributed is initialised. ``reset()`` starts again. A scalar in the dict is a mean over
+classes. An entry whose name ends in ``_per_class`` has one number per class, NaN for a class that never occurred.
 """
 
 from contextrast_kernels.metrics.boundaries import BoundaryF1, BoundaryIoU, TrimapIoU, boundary_mask

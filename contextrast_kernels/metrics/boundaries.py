@@ -1,11 +1,12 @@
-"""Scores at boundaries: IoU inside a trimap, Boundary IoU, boundary F1.
+"""Metrics at boundaries: IoU inside a trimap, Boundary IoU, boundary F1.
 
-The paper's table of boundary mIoU at 5, 7 and 10 px does not say which of the first two it means; both are here. In all
-three an ignored pixel is neither a boundary nor a neighbour that makes one, in labels as in predictions, so that what a
-network says there has no effect and a right prediction scores 1.
+The paper's table of boundary mIoU at 5, 7 and 10 px does not say which of the first two it means, so both are here. In
+all three an ignored pixel is not a boundary and makes none of its neighbours one, in labels and in predictions. The
+prediction at an ignored pixel therefore has no effect, and a right prediction scores 1.
 
-They score maps. Score a volume plane by plane: pass its planes as a batch, such as ``labels.flatten(0, 1)`` of
-(B, Z, H, W).
+They score maps and volumes. In a volume a voxel has 6 neighbours, distances are between voxels of equal sides in three
+dimensions, and a depth of one gives the scores of the map. To score planes instead, pass them as a batch, such as
+``labels.flatten(0, 1)`` of (B, Z, H, W).
 """
 
 from __future__ import annotations
@@ -27,22 +28,22 @@ from contextrast_kernels.metrics.streaming import Metric, count
 def boundary_mask(labels: Tensor, radius: float, *, num_classes: int | None = None, ignore_index: int = 255) -> Tensor:
     """The trimap of a label map: the valid pixels at most ``radius`` px from a boundary between two classes.
 
-    A boundary pixel is a valid pixel with a 4-neighbour that is valid and of another class. So both sides of a
-    boundary belong to it, and the border of an ignored region is none.
+    A boundary pixel is a valid pixel with a valid neighbour of a different class: one of 4 neighbours in a map, of 6 in
+    a volume. Both sides of a boundary therefore belong to it, and the border of an ignored region is not a boundary.
 
     Args:
-        labels: (B, H, W) or (B, 1, H, W) integers.
-        radius: Euclidean, between pixel centres; 0 gives the boundary pixels alone.
-        num_classes: N; values from N on are ignored. None: every value >= 0 is a class.
-        ignore_index: the label of pixels that take no part.
+        labels: (B, H, W), (B, 1, H, W) or (B, Z, H, W) integers.
+        radius: the Euclidean distance between pixel centres, in pixels; 0 gives only the boundary pixels.
+        num_classes: N; values of N and above are ignored. None: every value >= 0 is a class.
+        ignore_index: the label of ignored pixels.
 
     Returns:
-        bool (B, H, W).
+        bool (B, H, W) or (B, Z, H, W).
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type, rank or range; the sentence names it.
+        TypeError, ValueError: an argument has the wrong type, rank or range; the error names it.
     """
-    labels = checks.class_map("labels", labels)
+    labels = checks.class_map("labels", labels, dims=checks.dims_of(None, labels))
     checks.real("radius", radius, low=0)
     if num_classes is not None:
         checks.num_classes(num_classes)
@@ -54,8 +55,8 @@ def boundary_mask(labels: Tensor, radius: float, *, num_classes: int | None = No
 class TrimapIoU(Metric):
     """Mean IoU of the pixels near the boundaries of the labels: one reading of boundary mIoU.
 
-    Only valid pixels at most r px from a label boundary count (``boundary_mask``), on both of its sides; r is half the
-    width of the band. ``compute()`` gives for each r "trimap_miou_{r}px" and "trimap_iou_{r}px_per_class" (N,).
+    Only valid pixels at most r px from a label boundary count (``boundary_mask``), on both sides of it; r is half the
+    width of the band. For each r ``compute()`` gives "trimap_miou_{r}px" and "trimap_iou_{r}px_per_class" (N,).
 
     Args:
         num_classes: N.
@@ -63,7 +64,7 @@ class TrimapIoU(Metric):
         ignore_index, group: as in ``ConfusionMatrix``.
 
     Raises:
-        TypeError, ValueError: an option or a batch that cannot be used; the sentence names the argument.
+        TypeError, ValueError: an option or a batch cannot be used; the error names the argument.
     """
 
     def __init__(
@@ -86,7 +87,7 @@ class TrimapIoU(Metric):
     def update(self, predictions: Tensor, labels: Tensor) -> None:
         """Add a batch; arguments as in ``ConfusionMatrix.update``."""
         N = self.num_classes
-        predicted, classes = self._class_maps(predictions, labels)
+        predicted, classes = _class_maps(self, predictions, labels)
         valid, distance = classes >= 0, _squared_distance_to(_boundary(classes))
         counts = [confusion(predicted, classes, valid & _reached(distance, radius), N) for radius in self.radii]
         self._add({"counts": torch.stack(counts)})
@@ -96,23 +97,24 @@ class TrimapIoU(Metric):
 
 
 class BoundaryIoU(Metric):
-    """Boundary IoU (Cheng et al., CVPR 2021), class against the rest: the other reading of boundary mIoU.
+    """Boundary IoU (Cheng et al., CVPR 2021) of each class against the rest: the other reading of boundary mIoU.
 
         |G_d ∩ P_d| / |G_d ∪ P_d|
 
-    where G_d are the pixels of a class's label mask, P_d of its predicted mask, within d px of what is outside of that
-    mask: d steps of 3x3 erosion, so d is a chessboard distance. As in the authors' code the image's border is outside.
-    Pixels are counted over the whole data set. ``compute()`` gives for each d "boundary_miou_{d}px" and
-    "boundary_iou_{d}px_per_class" (N,), or "boundary_miou_{d}diagonal" and so on for a share of the diagonal.
+    G_d are the pixels of a class's label mask at most d px from a pixel outside the mask, and P_d those of its
+    predicted mask. They are found by d steps of 3x3 erosion (3x3x3 in volumes), so d is a chessboard distance. As in
+    the authors' code the image border counts as outside. Pixels are counted over the whole data set. For each d
+    ``compute()`` gives "boundary_miou_{d}px" and "boundary_iou_{d}px_per_class" (N,), or "boundary_miou_{d}diagonal"
+    and so on for fractions of the diagonal.
 
     Args:
         num_classes: N.
-        widths: d, an integer in pixels of the labels or a number below 1, a share of the labels' diagonal: rounded to
-            pixels, and at least 1. The authors' default is 0.02; for Cityscapes they take 0.005.
+        widths: d, an integer in pixels of the labels, or a number below 1, a fraction of the labels' diagonal that is
+            rounded to at least one pixel. The authors' default is 0.02, and 0.005 for Cityscapes.
         ignore_index, group: as in ``ConfusionMatrix``.
 
     Raises:
-        TypeError, ValueError: an option or a batch that cannot be used; the sentence names the argument.
+        TypeError, ValueError: an option or a batch cannot be used; the error names the argument.
     """
 
     def __init__(
@@ -134,10 +136,10 @@ class BoundaryIoU(Metric):
     def update(self, predictions: Tensor, labels: Tensor) -> None:
         """Add a batch; arguments as in ``ConfusionMatrix.update``."""
         N = self.num_classes
-        predicted, classes = self._class_maps(predictions, labels)
+        predicted, classes = _class_maps(self, predictions, labels)
         predicted = torch.where(classes >= 0, predicted, -1)
         counts = []
-        diagonal = (classes.shape[-2] ** 2 + classes.shape[-1] ** 2) ** 0.5
+        diagonal = _diagonal(classes)
         for width in self.widths:
             pixels = int(width) if width >= 1 else max(1, round(width * diagonal))
             true_band, predicted_band = (_near_outside(c, pixels) for c in (classes, predicted))
@@ -154,22 +156,23 @@ class BoundaryIoU(Metric):
 
 
 class BoundaryF1(Metric):
-    """Boundary F1 (after Csurka et al., BMVC 2013): do the contours of a class lie where they should?
+    """Boundary F1 (after Csurka et al., BMVC 2013): how well the predicted contours of a class match the true ones.
 
-    Precision is the share of a class's predicted boundary pixels with a true one of the class within ``radius``, recall
-    the share of true ones with a predicted one; F1 is taken for each image and class, and averaged over the images
-    where the class has a boundary in labels or prediction (F1 = 0 where only one has), then over classes. A boundary
-    pixel of a class has that class and a valid 4-neighbour of another; the image's border makes none.
+    Precision is the share of a class's predicted boundary pixels with a true boundary pixel of the class within
+    ``radius``; recall is the share of true ones with a predicted one. F1 is computed for each image and class. It is
+    averaged over the images where the class has a boundary in labels or prediction (F1 = 0 if only one of them has),
+    then over classes. A boundary pixel of a class has a valid 4-neighbour of a different class; the image border makes
+    no boundary.
 
     ``compute()`` gives "boundary_f1" and "boundary_f1_per_class" (N,).
 
     Args:
-        num_classes: N. The time goes with it: a distance transform of the batch for each class.
-        radius: Euclidean tolerance in pixels; None is 0.75 % of the labels' diagonal, as in the paper.
+        num_classes: N. The time is proportional to it: each class needs a distance transform of the batch.
+        radius: the Euclidean tolerance in pixels. None: 0.75 % of the labels' diagonal, as in the paper.
         ignore_index, group: as in ``ConfusionMatrix``.
 
     Raises:
-        TypeError, ValueError: an option or a batch that cannot be used; the sentence names the argument.
+        TypeError, ValueError: an option or a batch cannot be used; the error names the argument.
     """
 
     def __init__(
@@ -185,17 +188,16 @@ class BoundaryF1(Metric):
     @torch.no_grad()
     def update(self, predictions: Tensor, labels: Tensor) -> None:
         """Add a batch; arguments as in ``ConfusionMatrix.update``."""
-        predicted, classes = self._class_maps(predictions, labels)
-        height, width = classes.shape[-2:]
-        radius = 0.0075 * (height**2 + width**2) ** 0.5 if self.radius is None else self.radius
+        predicted, classes = _class_maps(self, predictions, labels)
+        radius = 0.0075 * _diagonal(classes) if self.radius is None else self.radius
         maps = torch.stack((torch.where(classes >= 0, predicted, -1), classes))
         boundary = _boundary(maps.flatten(0, 1)).view_as(maps)
         scores, images = [], []
-        for n in range(self.num_classes):  # one class at a time: N maps of the batch would not fit into memory
+        for n in range(self.num_classes):  # one class at a time, to hold one map of the batch and not N
             of_class = boundary & (maps == n)
             near = _within(of_class.flatten(0, 1), radius).view_as(maps)
-            matched = (of_class & near.flip(0)).sum((2, 3))
-            total = of_class.sum((2, 3))
+            matched = (of_class & near.flip(0)).flatten(2).sum(2)
+            total = of_class.flatten(2).sum(2)
             precision, recall = matched.double() / total.clamp(min=1)
             scores.append((2 * precision * recall / (precision + recall)).nan_to_num().sum())  # 0 / 0: nothing matched
             images.append((total.sum(0) > 0).sum())
@@ -206,10 +208,18 @@ class BoundaryF1(Metric):
         return {"boundary_f1": per_class.nanmean(), "boundary_f1_per_class": per_class}
 
 
+def _class_maps(metric: Metric, predictions: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """``Metric._class_maps`` of maps or volumes, of which those of depth one become maps."""
+    predicted, classes = metric._class_maps(predictions, labels, volumes=True)
+    is_plane = classes.ndim == 4 and classes.shape[1] == 1
+    return (predicted[:, 0], classes[:, 0]) if is_plane else (predicted, classes)
+
+
 def _boundary(classes: Tensor) -> Tensor:
-    """Pixels of a class (B, H, W) with a 4-neighbour of another class; negative values are of none."""
+    """Pixels with a neighbour of a different class along an axis of a map or volume (B, ...), whose negative values are
+    no class."""
     boundary = torch.zeros_like(classes, dtype=torch.bool)
-    for axis in (-2, -1):
+    for axis in range(1, classes.ndim):
         length = classes.shape[axis]
         if length < 2:
             continue
@@ -221,7 +231,11 @@ def _boundary(classes: Tensor) -> Tensor:
 
 
 def _squared_distance_to(pixels: Tensor) -> Tensor:
-    return distance_transform(~pixels, squared=True)
+    return distance_transform(~pixels, spatial_dims=pixels.ndim - 1, squared=True)
+
+
+def _diagonal(classes: Tensor) -> float:
+    return sum(side**2 for side in classes.shape[1:]) ** 0.5
 
 
 def _reached(squared_distance: Tensor, radius: float) -> Tensor:
@@ -230,32 +244,35 @@ def _reached(squared_distance: Tensor, radius: float) -> Tensor:
 
 
 def _within(pixels: Tensor, radius: float) -> Tensor:
-    """Pixels (B, H, W) at most ``radius`` from one of ``pixels`` in their image."""
+    """Pixels (B, ...) at most ``radius`` from one of ``pixels`` in their image."""
     return _reached(_squared_distance_to(pixels), radius)
 
 
 def _near_outside(classes: Tensor, width: int) -> Tensor:
-    """Pixels of a class with another class, or the outside of the image, at most ``width`` px away along both axes.
+    """Pixels with a different class, or the outside of the image, at most ``width`` px away along every axis.
 
-    Some class in the window differs from one's own exactly when its largest or its smallest does: two maps serve all
-    classes. Negative values are of no class.
+    A window holds a different class exactly if its largest or its smallest class differs, so two maps are enough for
+    all classes. Negative values are no class.
     """
     if classes.numel() == 0:
         return torch.zeros_like(classes, dtype=torch.bool)
     valid = classes >= 0
     extremes = torch.stack((classes, -classes), 1).float()
     extremes = torch.where(valid.unsqueeze(1), extremes, -torch.inf)
-    extremes = F.max_pool2d(extremes, (2 * width + 1, 1), 1, (width, 0))
-    highest, lowest = F.max_pool2d(extremes, (1, 2 * width + 1), 1, (0, width)).unbind(1)
+    axes = classes.ndim - 1
+    pool = F.max_pool2d if axes == 2 else F.max_pool3d
+    for axis in range(axes):
+        reach = [width if other == axis else 0 for other in range(axes)]
+        extremes = pool(extremes, [2 * steps + 1 for steps in reach], 1, reach)
+    highest, lowest = extremes.unbind(1)
     differs = (highest != classes) | (lowest != -classes)
     at_border = torch.ones_like(valid)
-    height, breadth = classes.shape[-2:]
-    at_border[:, width : height - width, width : breadth - width] = False
+    at_border[(slice(None), *(slice(width, side - width) for side in classes.shape[1:]))] = False
     return valid & (differs | at_border)
 
 
 def _by_width(name: str, widths: Sequence[str], per_class: Tensor) -> dict[str, Tensor]:
-    """Means and classes of IoU (widths, N) under their names."""
+    """Name the entries of IoU (widths, N): for each width the mean and the classes."""
     results = {}
     for width, values in zip(widths, per_class):
         results[f"{name}_miou_{width}"] = values.nanmean()

@@ -1,5 +1,5 @@
-"""How embeddings lie: alignment and uniformity (the paper's table of A and U), similarity to anchors by edge distance
-(its figure 5)."""
+"""Geometry of the embeddings: alignment and uniformity (the paper's table of A and U), and similarity to anchors by
+edge distance (its figure 5)."""
 
 from __future__ import annotations
 
@@ -20,33 +20,34 @@ from contextrast_kernels.hashing import pixel_hash
 from contextrast_kernels.metrics.streaming import Metric, count, from_fixed, to_fixed
 
 STREAM_SAMPLES = 2**20
-"""Rank r draws its samples from stream STREAM_SAMPLES + r of ``hashing``."""
+"""Rank r draws its samples from stream STREAM_SAMPLES + r (``hashing.py``)."""
 
 
 class AlignmentUniformity(Metric):
     """Alignment A, uniformity U and neighbourhood uniformity U_k (Li et al., CVPR 2022) of pixel embeddings.
 
-        A   = 1/C Σ_i 1/|F_i|² Σ_{v, v' ∈ F_i} ‖v - v'‖₂        how widely a class scatters: lower is better
-        U   = 1/(C(C-1)) Σ_i Σ_{j≠i} ‖c_i - c_j‖₂               how far apart the classes are: higher is better
+        A   = 1/C Σ_i 1/|F_i|² Σ_{v, v' ∈ F_i} ‖v - v'‖₂        the spread of a class: lower is better
+        U   = 1/(C(C-1)) Σ_i Σ_{j≠i} ‖c_i - c_j‖₂               the distance between classes: higher is better
         U_k = 1/(C k) Σ_i Σ_{j ∈ the k nearest of i} ‖c_i - c_j‖₂
 
-    F_i are the embeddings v = x / ‖x‖₂ of the pixels with label i, c_i is their mean at unit length, C the number of
-    classes present. The centres use every pixel. A takes the pairs of ``samples`` pixels a class, drawn at random from
-    all batches and ranks: exact for a class with no more pixels, else an unbiased estimate. Of metrics that one
-    process merges, pixels at equal places of the stream are drawn together: a bias that fades as 1 / ``samples``.
+    F_i are the embeddings v = x / ‖x‖₂ of the pixels with label i, c_i is their mean at unit length, and C is the
+    number of classes present. The centres use every pixel. A uses the pairs of ``samples`` pixels per class, drawn at
+    random from all batches and ranks. It is exact for a class with at most this many pixels, else an unbiased estimate.
+    If one process merges several metrics, pixels at the same position of their streams are drawn together, which gives
+    a bias of the order of 1 / ``samples``.
 
-    ``compute()`` gives "alignment", "alignment_per_class" (N,), "uniformity" and "uniformity_{k}"; NaN where there are
-    too few classes. NaN or inf in a valid pixel's features gives NaN.
+    ``compute()`` gives "alignment", "alignment_per_class" (N,), "uniformity" and "uniformity_{k}". They are NaN
+    if there are too few classes, or if the features of a valid pixel are NaN or inf.
 
     Args:
         num_classes: N.
         nearest: the k of U_k.
-        samples: pixels of each class that are held for A, N·samples·D float32 in all.
-        seed: of the draw.
+        samples: the number of pixels of each class that are kept for A, N·samples·D float32 in all.
+        seed: the seed of the draw.
         ignore_index, group: as in ``ConfusionMatrix``.
 
     Raises:
-        TypeError, ValueError: an option or a batch that cannot be used; the sentence names the argument.
+        TypeError, ValueError: an option or a batch cannot be used; the error names the argument.
 
     Example:
         >>> quality = AlignmentUniformity(19)
@@ -88,7 +89,7 @@ class AlignmentUniformity(Metric):
         """Add a batch.
 
         Args:
-            features: (B, D, h, w) floats of one layer; D stays the same.
+            features: (B, D, h, w) floats of one layer, with the same D in every batch.
             labels: (B, H, W) or (B, 1, H, W) integers of any size, brought to (h, w) by nearest sampling.
         """
         N = self.num_classes
@@ -164,14 +165,15 @@ class AlignmentUniformity(Metric):
 
 
 class AnchorSimilarity(Metric):
-    """Cosine similarity of wrongly predicted pixels to their anchors, by their distance to the edge of the error region
-    (the paper's figure 5): are the pixels near the edge the harder ones?
+    """Cosine similarity of wrongly predicted pixels to their anchors, by the distance to their error region's edge.
 
-    ``compute()`` gives "distance" (bins,), the lower ends of the bins of 1 px, whose last one is open; and for each
-    layer "true_class" (layers, bins), the mean cosine to the anchor of the label's class, "predicted_class" (layers,
-    bins), that to the anchor of the class it was mistaken for, and "pixels" (layers, bins). NaN for a bin without
-    pixels. An error region that fills the image has no edge and is left out, as is, from "predicted_class", a pixel
-    mistaken for a class that no label of the batch has. Anchors are those of each batch (Eq. 1, fused).
+    It is the paper's figure 5 and shows whether the pixels near the edge are harder.
+
+    ``compute()`` gives "distance" (bins,), the lower ends of the bins of 1 px; the last bin is open. For each layer it
+    gives "true_class" (layers, bins), the mean cosine to the anchor of the label's class, "predicted_class" (layers,
+    bins), that to the anchor of the class the pixel was mistaken for, and "pixels" (layers, bins). A bin without pixels
+    is NaN. An error region that fills the image has no edge and is left out. "predicted_class" also leaves out pixels
+    mistaken for a class that is in no label of the batch. Anchors are the fused ones of each batch (Eq. 1).
 
     Args:
         num_classes: N.
@@ -180,7 +182,7 @@ class AnchorSimilarity(Metric):
         ignore_index, group: as in ``ConfusionMatrix``.
 
     Raises:
-        TypeError, ValueError: an option or a batch that cannot be used; the sentence names the argument.
+        TypeError, ValueError: an option or a batch cannot be used; the error names the argument.
     """
 
     def __init__(
@@ -238,7 +240,7 @@ class AnchorSimilarity(Metric):
         self._add({"cosines": cosines, "pixels": pixels, "broken": broken})
 
     def _binned(self, similarity: Tensor, of_class: Tensor, distance: Tensor, counted: Tensor) -> tuple[Tensor, ...]:
-        """For each bin: fixed-point sum of cosines, pixels, pixels whose cosine is no number; int64 (bins,) each."""
+        """The sum of cosines in fixed point, the pixels, and those without a finite cosine: int64 (bins,) each."""
         cosine = similarity.gather(1, of_class.unsqueeze(1)).squeeze(1)
         finite = cosine.isfinite()
         fixed = torch.where(counted & finite, to_fixed(cosine.nan_to_num(), _BITS), 0).flatten()
@@ -261,7 +263,7 @@ _BITS = 30  # of the fixed-point cosines: 2**33 pixels fit into a bin
 
 @unchanged_by_autocast
 def _cosines(features: Tensor, anchors: Tensor) -> Tensor:
-    """Cosine of every pixel to every anchor: (B, N, h, w)."""
+    """The cosine of every pixel with every anchor: (B, N, h, w)."""
     embeddings = unit(features.movedim(1, -1).to(anchors.dtype))
     return (embeddings @ unit(anchors).T).movedim(-1, 1)
 

@@ -1,4 +1,4 @@
-"""IoU of regions: one confusion matrix, and Cityscapes' variant in which every instance counts alike."""
+"""IoU of regions: from a confusion matrix, and Cityscapes' variant in which every instance has the same weight."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from contextrast_kernels.metrics.streaming import Metric, count, from_fixed, to_
 class ConfusionMatrix(Metric):
     """Mean IoU over a data set, from the counts of (label, prediction) pairs.
 
-    ``compute()`` gives "miou", "iou_per_class" (N,), "pixel_accuracy" and "mean_accuracy" (of the classes' recalls).
-    A class in neither labels nor predictions has no IoU, and is in no mean.
+    ``compute()`` gives "miou", "iou_per_class" (N,), "pixel_accuracy" and "mean_accuracy", the mean recall of the
+    classes. A class in neither labels nor predictions has no IoU and is left out of the means.
 
     Args:
         num_classes: N.
-        ignore_index: the label of pixels that take no part; a label outside 0..N-1 takes none either. Where it is one
-            of 0..N-1, that class is left out: it has no IoU and is in no mean, and predicting it is a miss.
-        group: the ranks to sum over: "auto" all of them where torch.distributed is initialised, None this rank alone,
-            or a process group.
+        ignore_index: the label of ignored pixels; labels outside 0..N-1 are ignored too. If it is one of 0..N-1, that
+            class has no IoU and is left out of the means, and predicting it is a miss.
+        group: the ranks to sum over. "auto": all of them if torch.distributed is initialised; None: only this rank; or
+            a process group.
 
     Raises:
-        TypeError, ValueError: an option or a batch that cannot be used; the sentence names the argument.
+        TypeError, ValueError: an option or a batch cannot be used; the error names the argument.
 
     Example:
         >>> scores = ConfusionMatrix(19)
@@ -40,8 +40,8 @@ class ConfusionMatrix(Metric):
 
     @property
     def counts(self) -> Tensor:
-        """This rank's counts, int64 (N, N+1): row n holds the pixels with label n by predicted class, in the last
-        column those that were predicted as no class."""
+        """This rank's counts, int64 (N, N+1): row n holds the pixels with label n by predicted class. The last column
+        holds those predicted as no class."""
         N = self.num_classes
         return self._state.get("counts", torch.zeros(N, N + 1, dtype=torch.int64))
 
@@ -51,10 +51,11 @@ class ConfusionMatrix(Metric):
         """Add a batch.
 
         Args:
-            predictions: class map (B, H', W') of integers or logits (B, N, H', W') of floats. At another size than the
-                labels', a class map is brought to theirs by nearest sampling, logits bilinearly (align_corners=False)
-                before the argmax. A class outside 0..N-1 is a miss for the label's class, a false alarm for none.
-            labels: (B, H, W) or (B, 1, H, W) integers. Of volumes, all have one axis more: labels are (B, Z, H, W).
+            predictions: class map (B, H', W') of integers or logits (B, N, H', W') of floats. If
+                their size differs from that of the labels, a class map is resized by nearest sampling, and logits
+                bilinearly (align_corners=False) before the argmax. A predicted class outside 0..N-1 is a miss for the
+                label's class and a false positive of no class.
+            labels: (B, H, W) or (B, 1, H, W) integers. For volumes all have one axis more: labels are (B, Z, H, W).
             mask: bool, of the labels' size; only its True pixels count.
         """
         predicted, classes = self._class_maps(predictions, labels, volumes=True)
@@ -113,29 +114,30 @@ _BITS = 32  # of the fixed-point shares: 2**31 instances fit
 
 
 class InstanceIoU(Metric):
-    """Cityscapes' instance-level IoU: a small pedestrian weighs as much as a large one.
+    """Cityscapes' instance-level IoU, in which a small pedestrian has the same weight as a large one.
 
         iIoU = iTP / (iTP + FP + iFN)         Eq. 8
 
-    An instance of size s adds s̄/s for each of its pixels to iTP or iFN, where s̄ is the class's average size. FP are the
-    valid pixels of other classes that were predicted as this one, unweighted. Pixels of a class that belong to no
-    single instance (a crowd) are in neither iTP nor iFN. At the category level a pixel is right when its category is,
-    and only categories all of whose classes have instances are scored. All as in cityscapesScripts.
+    Each pixel of an instance of size s adds s̄/s to iTP or iFN, where s̄ is the class's average size. FP are the valid
+    pixels of other classes that were predicted as this one, unweighted. Pixels that belong to no single instance (a
+    crowd) are in neither iTP nor iFN. At the category level a pixel is right if its category is, and a category is
+    scored only if all its classes have instances. All this is as in cityscapesScripts.
 
     ``compute()`` gives "iiou" and "iiou_per_class" (N,), and with ``categories`` "category_iiou" and
     "iiou_per_category".
 
     Args:
         num_classes: N.
-        instance_sizes: for each class s̄ in pixels, or None where it has no instances, such as
+        instance_sizes: s̄ in pixels for each class, or None for a class without instances, such as
             ``CITYSCAPES_INSTANCE_SIZES``.
-        categories: for each class the number of its category, such as ``CITYSCAPES_CATEGORIES``; None scores none.
-        first_instance: the lowest id of an instance; pixels with a lower one belong to none. 1000 for the values of
-            Cityscapes' ``*_instanceIds.png``.
+        categories: the number of its category for each class, such as ``CITYSCAPES_CATEGORIES``. None: categories are
+            not scored.
+        first_instance: the lowest id of an instance; pixels with a lower id belong to none. It is 1000 for the values
+            of Cityscapes' ``*_instanceIds.png``.
         ignore_index, group: as in ``ConfusionMatrix``.
 
     Raises:
-        TypeError, ValueError: an option or a batch that cannot be used; the sentence names the argument.
+        TypeError, ValueError: an option or a batch cannot be used; the error names the argument.
 
     Example:
         >>> scores = InstanceIoU(19, CITYSCAPES_INSTANCE_SIZES, categories=CITYSCAPES_CATEGORIES, first_instance=1000)
@@ -177,19 +179,19 @@ class InstanceIoU(Metric):
 
         Args:
             predictions, labels: as in ``ConfusionMatrix.update``.
-            instances: (B, H, W) or (B, 1, H, W) integers, the id of the instance at each pixel. An instance is what
-                shares image, label and id.
+            instances: (B, H, W) or (B, 1, H, W) integers, the id of the instance at each pixel. An instance consists
+                of the pixels with the same image, label and id.
         """
         N = self.num_classes
         predicted, classes = self._class_maps(predictions, labels)
         instances = checks.class_map("instances", instances, shape=classes.shape)
         checks.together("labels", labels, "instances", instances)
 
-        self._category = category = self._category.to(classes.device)  # once: from then on no batch copies it
+        self._category = category = self._category.to(classes.device)  # later batches find it there and copy nothing
         right = predicted == classes, category[predicted] == category[classes]
 
-        # Pixels sorted by image, class and id: an instance is a run, numbered by a running sum. Its size and hits are
-        # counted under its number, of which there are at most as many as pixels, so that every shape is known.
+        # The pixels are sorted by image, class and id, so an instance is a run, numbered by a running sum. Its size and
+        # hits are counted under its number. There are at most as many numbers as pixels, so all shapes are static.
         ids = instances.long()
         belongs = (classes >= 0) & (ids >= self.first_instance)
         image = torch.arange(len(classes), device=classes.device).view(-1, 1, 1)

@@ -1,4 +1,4 @@
-"""What all metrics share: counts that add up over batches, ranks and saved states."""
+"""The base class of all metrics: counts that add up over batches, ranks and saved states."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from contextrast_kernels import checks, maps
 
 
 class Metric(ABC):
-    """Counts of what was seen, and what follows from them.
+    """Counts over batches, and the results that follow from them.
 
-    The counts live on the device of the maps, and are integers wherever they can be, so that neither the order of
-    batches nor the number of ranks changes a result. Outside of ``compute()`` nothing synchronises or communicates; the
-    first batch alone may copy options to the device.
+    The counts are kept on the device of the maps and are integers wherever possible, so that neither the order of the
+    batches nor the number of ranks changes a result. Only ``compute()`` synchronises or communicates, and only the
+    first batch may copy options to the device.
 
-    A metric is no ``nn.Module``: DistributedDataParallel would broadcast the counts of rank 0 over those of the others.
+    A metric is not an ``nn.Module``, because DistributedDataParallel would overwrite its counts with those of rank 0.
     """
 
     _layout: dict[str, tuple[tuple[int | None, ...], torch.dtype]]
-    """Shape and dtype of each count; None is a size that the first batch tells."""
+    """Shape and dtype of each count; None is a size that the first batch determines."""
 
     def __init__(self, num_classes: int, ignore_index: int, group: object):
         checks.several_classes(num_classes)
@@ -44,15 +44,15 @@ class Metric(ABC):
         """Add a batch."""
 
     def compute(self) -> dict[str, Tensor]:
-        """The results so far, over all ranks of the group, which have to call this together; counting can go on."""
+        """The results so far, over all ranks of the group, which must call this together. Counting can continue."""
         return self._results(self._over_ranks())
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Remove all counts."""
         self._state = {}
 
     def merge(self, other: Metric) -> None:
-        """Add what another metric with the same options has seen."""
+        """Add the counts of another metric with the same options."""
         if type(other) is not type(self) or other._options() != self._options():
             raise ValueError(
                 f"other: expected {type(self).__name__} with the options {self._options()}, got "
@@ -62,13 +62,13 @@ class Metric(ABC):
             self._add(other._state)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The counts, to be saved; empty before the first batch."""
+        """The counts as a dict that can be saved; empty before the first batch."""
         return {name: value.clone() for name, value in self._state.items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take over saved counts in place of one's own."""
+        """Replace the counts by saved ones."""
         if not isinstance(state, dict):
-            raise TypeError(f"state: expected what state_dict() gives, got {checks.describe(state)}")
+            raise TypeError(f"state: expected the result of state_dict(), got {checks.describe(state)}")
         wanted = {name: dtype for name, (_, dtype) in self._layout.items()}
         got = {name: getattr(value, "dtype", type(value)) for name, value in state.items()}
         if got not in ({}, wanted):
@@ -86,8 +86,8 @@ class Metric(ABC):
     def _class_maps(self, predictions: Tensor, labels: Tensor, *, volumes: bool = False) -> tuple[Tensor, Tensor]:
         """Predicted and true class of every pixel, at the labels' size: int64 (B, *size) each.
 
-        volumes: whether the metric counts them too. True class -1: the pixel takes no part. Predicted class N: no
-        class, a miss for the true one. A class that is ``ignore_index`` is neither a true nor a predicted one.
+        volumes: whether the metric accepts volumes too. The true class is -1 for ignored pixels. The predicted class is
+        N for values that are no class; these are misses. ``ignore_index`` is neither a true nor a predicted class.
         """
         N = self.num_classes
         dims = checks.dims_of(predictions, labels) if volumes else 2
@@ -102,14 +102,14 @@ class Metric(ABC):
 
     @abstractmethod
     def _results(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What follows from counts."""
+        """The results that follow from the counts."""
 
     def _combine(self, one: dict[str, Tensor], other: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What both have seen together."""
+        """The counts of both together."""
         return {name: one[name] + other[name] for name in one}
 
     def _add(self, counts: dict[str, Tensor]) -> None:
-        # Never in place: counts that were made under inference_mode may be added to outside of it.
+        # Never in place, because counts made under inference_mode cannot be changed outside it.
         if self._state:
             device = next(iter(counts.values())).device
             seen = {name: value.to(device) for name, value in self._state.items()}
@@ -131,18 +131,18 @@ class Metric(ABC):
         }
 
     def _over_ranks(self) -> dict[str, Tensor]:
-        """The counts of all ranks of the group; zeros where nothing was seen anywhere."""
+        """The counts of all ranks of the group; zeros if no rank has seen a batch."""
         nothing = {name: tuple(n or 0 for n in shape) for name, (shape, _) in self._layout.items()}
         if self._group is None or not (dist.is_available() and dist.is_initialized()):
             return self._state or self._blank(nothing, "cpu")
         group = None if isinstance(self._group, str) else self._group
         if dist.get_rank(group) < 0:
             raise ValueError("group: expected a process group with this rank in it; call compute() on its ranks only")
-        # Ranks have to agree on the kind of device too, and one that has seen nothing has none.
+        # The ranks must use the same kind of device, also those that have not seen a batch.
         device = torch.device("cuda" if "nccl" in str(dist.get_backend_config(group)) else "cpu")
         home = next((value.device for value in self._state.values()), device)
         if home.type == device.type:
-            device = home  # which need not be the current one
+            device = home  # it may differ from the current device
         kind = f"{type(self).__name__} with the options {self._options()}"
         kinds = _gather(torch.tensor([_number(kind)], dtype=torch.int64, device=device), group).flatten().tolist()
         others = [rank for rank, other in enumerate(kinds) if other != kinds[0]]
@@ -167,7 +167,7 @@ class Metric(ABC):
         for name, (shape, _) in self._layout.items():
             shapes[name], left = left[: len(shape)], left[len(shape) :]
         state = self._state or self._blank(shapes, device)
-        # In one order everywhere: that of the layout.
+        # All ranks reduce in the same order, that of the layout.
         gathered = {name: _gather(state[name].to(device), group) for name in self._layout}
         total = {name: values[0] for name, values in gathered.items()}
         for rank in range(1, len(all_sizes)):
@@ -176,12 +176,12 @@ class Metric(ABC):
 
 
 def _number(text: str) -> int:
-    """63 bits of a text, the same in every process."""
+    """A 63-bit hash of a text, the same in every process."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
 def _gather(value: Tensor, group) -> Tensor:
-    """(ranks, ...): the value of every rank."""
+    """Gather the value of every rank: (ranks, ...)."""
     values = [torch.empty_like(value) for _ in range(dist.get_world_size(group))]
     dist.all_gather(values, value.contiguous(), group=group)
     return torch.stack(values)
@@ -194,10 +194,10 @@ def count(cells: Tensor, counted: Tensor, size: int) -> Tensor:
 
 
 def to_fixed(values: Tensor, bits: int) -> Tensor:
-    """Numbers as int64 multiples of 2**-bits: their sums are exact, in whatever order they are added."""
+    """Convert to int64 multiples of 2**-bits, whose sums are exact in any order."""
     return (values.double() * 2.0**bits).round().long()
 
 
 def from_fixed(values: Tensor, bits: int) -> Tensor:
-    """The float64 of ``to_fixed``."""
+    """The inverse of ``to_fixed``, in float64."""
     return values.double() / 2.0**bits

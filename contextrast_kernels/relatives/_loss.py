@@ -1,4 +1,4 @@
-"""What the losses of this folder share: the three inputs, and a seed that advances."""
+"""Base classes of the relatives: the three inputs and a seed that advances."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -27,7 +27,7 @@ class RelativeLoss(nn.Module):
         self.last: dict[str, Tensor] = {}
 
     def _batch(self, layers: Sequence[Tensor], labels, predictions) -> tuple[Tensor, Tensor]:
-        """The checked label map and predictions of one batch."""
+        """Check one batch; return its label map and predictions."""
         dims = layers[0].ndim - 2
         labels = checks.class_map("labels", labels, dims=dims)
         predictions = checks.predictions("predictions", predictions, self.num_classes, dims)
@@ -38,7 +38,7 @@ class RelativeLoss(nn.Module):
         return labels, predictions.detach()
 
     def _at_layer(self, x: Tensor, labels: Tensor, predictions: Tensor) -> tuple[Tensor, Tensor]:
-        """Targets, -1 = no part, and predicted classes at a layer's size: int64 (B, *size)."""
+        """Targets (-1: ignored) and predicted classes at a layer's size: int64 (B, *size)."""
         size = x.shape[2:]
         targets = maps.targets(labels, size, self.num_classes, self.ignore_index)
         return targets, maps.predicted_classes(predictions, size, self.ignore_index)
@@ -50,7 +50,7 @@ class RelativeLoss(nn.Module):
 
 
 class SampledLoss(RelativeLoss):
-    """A relative that draws: ``seed``, as in ``ContextrastLoss``."""
+    """A relative that draws at random, with a ``seed`` as in ``ContextrastLoss``."""
 
     seed: Tensor
 
@@ -60,9 +60,9 @@ class SampledLoss(RelativeLoss):
         self.register_buffer("seed", lasting(torch.tensor(int(seed), dtype=torch.int64)))
 
     def _draw(self, device: torch.device) -> Tensor:
-        """This step's seed; in training the next step has another."""
+        """This step's seed; in training the seed then advances."""
         if self.seed.device != device:
-            self.seed = lasting(self.seed, device)  # once: from then on no step copies it
+            self.seed = lasting(self.seed, device)  # later steps find it there and copy nothing
         seed = self.seed.clone()
         if self.training:
             self.seed.add_(1)
@@ -70,7 +70,7 @@ class SampledLoss(RelativeLoss):
 
 
 class Rows:
-    """Chooses and reads the rows of a layer: a sampler, and how many rows it fills at most."""
+    """Choose rows of a layer with a sampler, and read them; the number of rows is static."""
 
     def __init__(self, sampler: str | Callable, default: Sampler):
         if not callable(sampler):
@@ -91,19 +91,19 @@ class Rows:
         stream: int,
         normalize: bool,
     ) -> tuple[Tensor, Tensor]:
-        """Embeddings (R, D) and labels (R,), -1 in rows that are left over."""
+        """Embeddings (R, D) and labels (R,), -1 in unused rows."""
         chosen = self.sampler(targets, predicted, num_classes, seed, stream)
         checks.chosen("sampler", chosen, targets.shape)
         of = self.sampler if isinstance(self.sampler, Sampler) else self.default
         most = of.most(x.shape[0], num_classes, math.prod(x.shape[2:]))
-        if of is not self.sampler:  # a rule of the user's, which keeps no cap
+        if of is not self.sampler:  # a user's sampler may choose more
             order = image_hash(seed, stream, x.shape[2:], x.device).expand_as(targets)
             chosen = thinned(chosen & (targets >= 0), most, order)
         return sampled_rows(x, targets, chosen, most, normalize)
 
 
 def one_map(features, layer: int) -> Tensor:
-    """The feature map a loss of one layer reads: the tensor itself, or one of a list."""
+    """The feature map of a loss that uses one layer: the tensor itself, or one of a list."""
     if isinstance(features, Sequence) and not isinstance(features, str):
         if not -len(features) <= layer < len(features):
             raise ValueError(f"layer: expected the index of one of {len(features)} layers, got {layer}")

@@ -1,4 +1,4 @@
-"""Embeddings of earlier batches: two queues a class, one of pixels and one of region centres."""
+"""Embeddings of earlier batches: two queues per class, one of pixels and one of region centres."""
 
 import torch
 from torch import Tensor, nn
@@ -11,17 +11,17 @@ from contextrast_kernels.state import lasting
 
 
 class MemoryBank(nn.Module):
-    """For every class a queue of pixel embeddings and a queue of region centres, first in, first out.
+    """A first-in-first-out queue of pixel embeddings and one of region centres for every class.
 
-    Every class has its own places and its own counts: what has not been written is no column of any loss, so that an
-    empty bank gives a loss of 0, not a contrast with random vectors. Writing takes no synchronisation. Embeddings that
-    are not finite are left out: one overflow must not stay for thousands of steps.
+    Unused places are not columns of any loss, so an empty bank gives a loss of 0, not a contrast with random vectors.
+    Writing does not synchronise. Embeddings that are not finite are skipped, because one overflow would otherwise stay
+    for thousands of steps.
 
-    The bank belongs to the loss it is given to, and is saved in its ``state_dict``, but not among its buffers:
-    DistributedDataParallel would overwrite those with rank 0's at every forward. Without ``group`` every rank keeps
-    its own bank; with it all ranks write what any of them saw, in the order of their ranks, and hold the same bank.
-    Then all must give equally many rows in every step: the same batch size and layer size. Where they do not from the
-    start, every rank raises.
+    The bank is saved in the ``state_dict`` of the loss that it is passed to, but it is not one of its buffers, which
+    DistributedDataParallel would overwrite with those of rank 0 in every forward. Without ``group`` every rank keeps
+    its own bank. With a group all ranks write the entries of all ranks, in the order of the ranks, and hold the same
+    bank; every rank must then write the same number of rows, so have the same batch size and layer size. If they differ
+    from the start, every rank raises an error.
 
     Args:
         num_classes: N.
@@ -31,8 +31,8 @@ class MemoryBank(nn.Module):
         group: a torch.distributed process group whose ranks share what they write. None: this process alone.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type, range or size; the sentence names it.
-        RuntimeError: a group that torch.distributed does not know.
+        TypeError, ValueError: an argument has the wrong type, range or size; the error names it.
+        RuntimeError: torch.distributed does not know the group.
 
     Example:
         >>> bank = MemoryBank(num_classes=19, dim=256)
@@ -48,10 +48,10 @@ class MemoryBank(nn.Module):
         checks.integer("pixels", pixels, low=0)
         checks.integer("regions", regions, low=0)
         if pixels + regions == 0:
-            raise ValueError("pixels: expected a bank with room, got pixels=0 and regions=0; set one of them above 0")
+            raise ValueError("pixels: expected at least one queue, got pixels=0 and regions=0; set one of them above 0")
         self.num_classes, self.dim, self.lengths = num_classes, dim, (pixels, regions)
         self.group = ranks.name_of(group)
-        # One row more than the queues need: what is not to be kept is written there.
+        # One row more than the queues need: entries that are not kept are written there.
         self.storage = lasting(torch.zeros(num_classes * (pixels + regions) + 1, dim))
         self.written = lasting(torch.zeros(len(self.QUEUES), num_classes, dtype=torch.int64))
 
@@ -61,8 +61,8 @@ class MemoryBank(nn.Module):
         return torch.stack([w.clamp(max=length) for w, length in zip(self.written, self.lengths)])
 
     def columns(self) -> tuple[Tensor, Tensor]:
-        """All places as columns of ``info_nce``: embeddings (N · (pixels + regions), D), not copied, and their class,
-        int64, or -1 where nothing has been written yet."""
+        """All places as columns of ``info_nce``: embeddings (N · (pixels + regions), D), not copied, and their classes,
+        int64, -1 for unused places."""
         filled = [
             torch.arange(length, device=n.device) < n.unsqueeze(1) for n, length in zip(self.counts, self.lengths)
         ]
@@ -70,8 +70,8 @@ class MemoryBank(nn.Module):
         return self.storage[:-1], torch.where(torch.cat(filled, 1), classes, -1).flatten()
 
     def copied_columns(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """``columns`` on the rows' device and of their dtype; of the written places alone where values may be read.
-        Copied, as the bank is written before the backward pass reads what the forward pass saw."""
+        """A copy of ``columns`` on the rows' device and in their dtype, without empty places where values may be read.
+        It is a copy because the bank is written before the backward pass reads it."""
         self.follow(rows.device)
         entries, classes = self.columns()
         if may_read_values(rows) and may_read_values(classes):
@@ -82,16 +82,16 @@ class MemoryBank(nn.Module):
     @checks.takes_subclasses
     @torch.no_grad()
     def push(self, queue: str, embeddings: Tensor, labels: Tensor) -> None:
-        """Write embeddings, each over the oldest entry of its class.
+        """Write embeddings; each replaces the oldest entry of its class.
 
         Args:
             queue: "pixels" or "regions".
             embeddings: (K, D) floating point.
-            labels: (K,) integers; rows with a label outside 0..N-1 are left out. Where a class has more rows than
-                places, its last rows stay.
+            labels: (K,) integers; rows with a label outside 0..N-1 are left out. If a class has more rows than
+                places, its last rows are kept.
 
         Raises:
-            TypeError, ValueError: an argument of the wrong type or size; the sentence names it.
+            TypeError, ValueError: an argument has the wrong type or size; the error names it.
         """
         checks.choice("queue", queue, self.QUEUES)
         labels = check_rows("embeddings", embeddings, "labels", labels)
@@ -130,7 +130,7 @@ class MemoryBank(nn.Module):
             self.storage, self.written = lasting(self.storage, device), lasting(self.written, device)
 
     def _apply(self, fn, recurse=True):
-        # .to(device) moves the bank; .half() does not round what is stored.
+        # .to(device) moves the bank; .half() does not change its dtype.
         super()._apply(fn, recurse)
         self.follow(fn(self.storage[:0]).device)
         return self
@@ -163,7 +163,7 @@ class MemoryBank(nn.Module):
 
 
 def check_bank(bank, num_classes: int) -> None:
-    """The bank that a loss is given."""
+    """Check the bank that is passed to a loss."""
     if not isinstance(bank, MemoryBank):
         raise TypeError(f"bank: expected a MemoryBank, got {checks.describe(bank)}")
     if bank.num_classes != num_classes:

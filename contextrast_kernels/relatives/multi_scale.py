@@ -1,10 +1,10 @@
-"""MS/CS: pixels of one scale against each other, and of the finest scale against the coarsest (Pissas et al.,
-ECCV 2022, arXiv 2203.13409).
+"""MS/CS (Pissas et al., ECCV 2022, arXiv 2203.13409): pixels of one scale against each other, and pixels of the finest
+scale against those of the coarsest.
 
     L = Σ_s w_s NCE(X_s, X_s) + w_low NCE(X_1, X_S) + w_mid NCE(X_1, X_{S-1})
 
-NCE is the contrast of ``info_nce.py`` (within a scale without self pairs), X_s are the sampled embeddings of scale s
-from high to low resolution. The last term needs three scales, the one before it two.
+NCE is the contrast of ``info_nce.py``, without self pairs within a scale. X_s are the sampled embeddings of scale s,
+from high to low resolution. The last term needs three scales, and the term before it two.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,33 +22,34 @@ from contextrast_kernels.relatives.samplers import STREAM_ROWS, Sampler
 class MultiScaleContrastLoss(SampledLoss):
     """The multi-scale and cross-scale contrast of MS/CS. Add 0.1 of it to the cross-entropy.
 
-    For the same pixels the value equals the official code's (RViMLab/MS_CS_ContrSeg). Where we differ from it:
+    For the same pixels the value is that of the official code (RViMLab/MS_CS_ContrSeg). The differences:
 
     * Labels are sampled with exact integers at any size; the code interpolates floats to W // scale.
-    * All N classes take part; the code drops the last class of a data set without an ignored label.
-    * ``max_views=1`` is a cap like any other; in the code it means none.
-    * No class with ``min_pixels``: the code raises; here the loss is 0 with a live graph. A row without a positive is
-      NaN within a scale there, 0 here; across scales it is 0 in both and counts in the mean.
-    * The code reads no separate temperature across scales, although its configuration names one; there is none here.
+    * We use all N classes; the code drops the last class of a data set without an ignored label.
+    * ``max_views=1`` is a limit of one; in the code it means no limit.
+    * No class with ``min_pixels``: the code raises; here the loss is 0 with a live graph.
+    * A row without a positive: within a scale it is NaN in the code and 0 here; across scales it is 0 in both and
+      counts in the mean.
+    * Neither has a separate temperature across scales, although the code's configuration names one.
 
     Args:
         num_classes: N.
-        ignore_index: the label of pixels that take no part.
+        ignore_index: the label of ignored pixels.
         layer_weights: w_s, one for each layer, from high to low resolution.
         cross_weights: w_low and w_mid.
         temperature: τ.
-        sampler: "common-count" (published), or one of ``PixelContrastLoss``'s; each scale is drawn on its own.
-        max_samples, max_views, min_pixels: the sampler's. On a CPU, where the reference stores rows x rows
-            numbers, about a thousand ``max_samples`` bound its memory.
+        sampler: "common-count" (published), or any sampler of ``PixelContrastLoss``; each scale is drawn separately.
+        max_samples, max_views, min_pixels: as in ``Sampler``. On a CPU the reference stores rows x rows numbers, so
+            set ``max_samples`` to about a thousand there.
         detach_deepest: no gradient through the columns of the cross-scale terms.
         normalize: embeddings are x / ‖x‖₂ over D.
-        seed: the first seed; advances by one each training forward, as in ``ContextrastLoss``.
+        seed: the first seed, which advances by one in each training forward, as in ``ContextrastLoss``.
 
     After a forward ``last`` holds detached tensors: "loss", of each scale and then each cross-scale term, unweighted,
     and "samples", the rows of each scale.
 
     Raises:
-        TypeError, ValueError: an option or a batch that cannot be used; the sentence names the argument.
+        TypeError, ValueError: an option or a batch cannot be used; the error names the argument.
     """
 
     def __init__(
@@ -85,10 +86,10 @@ class MultiScaleContrastLoss(SampledLoss):
         """The loss of one batch.
 
         Args:
-            features: projected features (B, D, h_s, w_s), one a scale, from high to low resolution; the same D and
-                dtype in all.
-            labels: (B, H, W) or (B, 1, H, W) integers. Of volumes, features, labels and predictions have an axis more.
-            predictions: logits (B, N, H', W') or a class map (B, H', W'); read by some samplers only. No gradient.
+            features: projected features (B, D, h_s, w_s), one map per scale, from high to low resolution; the same D
+                and dtype in all.
+            labels: (B, H, W) or (B, 1, H, W) integers. For volumes all three arguments have one axis more.
+            predictions: logits (B, N, H', W') or a class map (B, H', W'); only some samplers use it. No gradient.
 
         Returns:
             A scalar, float32, or float64 for float64 features.

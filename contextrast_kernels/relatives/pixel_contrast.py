@@ -2,8 +2,8 @@
 
     L = mean over sampled pixels i of 1/|P_i| Σ_{j∈P_i} softplus(Z_i - s_ij),   Z_i = log Σ_{j∈N_i} exp(s_ij)
 
-s_ij = v_i · v_j / τ; P_i are the other sampled pixels of i's class in all images, N_i those of other classes. With a
-bank both are its entries.
+s_ij = v_i · v_j / τ. P_i are the other sampled pixels of i's class in all images, N_i those of other classes. With a
+bank both sets consist of its entries instead.
 """
 
 import math
@@ -41,41 +41,41 @@ class PixelContrastLoss(SampledLoss):
 
     Where the official code (tfzhou/ContrastiveSeg) and the paper differ:
 
-    * Factor: the code multiplies by τ / 0.07, the paper does not. We do not; ``parity=True`` does.
-    * Mining: the paper draws semi-hard pairs, the code takes all columns. ``mining="semi-hard"`` is the paper's; the
-      default is all columns, on which the code's published numbers stand.
+    * Factor: the code multiplies by τ / 0.07; the paper and we do not. ``parity=True`` does.
+    * Mining: the paper draws semi-hard pairs; the code takes all columns. Our default is all columns, which gave the
+      code's published numbers; ``mining="semi-hard"`` is that of the paper.
     * Bank: the code's pixel queue advances by one place for ten written, takes pixels of other classes, overwrites its
       newest entries at the end, leaves class 0 out, starts with random vectors, drops the diagonal of anchors x bank
-      and loses all ranks' entries but the first's. ``MemoryBank`` does none of these. The paper's region memory has one
-      place for each training image; ours, as the code's, is a queue.
-    * No class with more than ``max_views`` pixels, or more pairs than ``max_samples``: the code raises. Here the loss
-      is 0 with a live graph, and every pair gives one pixel.
-    * A row without a positive: NaN in the code, 0 here; it counts in the mean.
+      and loses the entries of all ranks but the first. ``MemoryBank`` does none of these. The paper's region memory has
+      one place for each training image; ours, as the code's, is a queue.
+    * No class with more than ``max_views`` pixels, or more pairs (image, class) than ``max_samples``: the code raises.
+      Here the loss is 0 with a live graph in the first case, and each pair has one pixel in the second.
+    * A row without a positive: NaN in the code. Here it is 0 and counts in the mean.
 
     Args:
         num_classes: N.
-        ignore_index: the label of pixels that take no part.
+        ignore_index: the label of ignored pixels.
         temperature: τ.
         sampler: "hard-easy" (the published quota), "bane", "common-count" or "uniform" (see ``Sampler``), or any
-            callable of the same signature; where it chooses more pixels than "hard-easy" could, as many are drawn.
-        max_samples, max_views, min_pixels: the sampler's. As published, a class with at most ``max_views`` pixels in an
-            image takes no part; for small images set ``min_pixels``.
-        bank: a MemoryBank. Its entries take the place of the batch's pixels as columns; after each training forward
-            the batch's region centres and pixels are written into it. Until the first write the loss is 0.
-        bank_pixels: pixels of each (image, class) that are written.
+            callable with the same signature. If it chooses more pixels than "hard-easy" can, that number is drawn.
+        max_samples, max_views, min_pixels: as in ``Sampler``. As published, a class with at most ``max_views`` pixels
+            in an image is left out there; for small images set ``min_pixels``.
+        bank: a MemoryBank. Its entries replace the batch's pixels as columns, and each training forward writes the
+            batch's region centres and pixels into it. Until the first write the loss is 0.
+        bank_pixels: the number of pixels of each (image, class) that are written.
         mining: "none": all columns; "semi-hard": of each row's columns the ``hardest`` share (negatives most similar,
             positives least similar), of which ``mined_negatives`` and ``mined_positives`` are drawn. Stores rows x
             columns numbers.
         hardest, mined_positives, mined_negatives: the paper's 10 %, 1024 and 2048.
         normalize: embeddings are x / ‖x‖₂ over D.
-        layer: which one, where the features are a list: 0 is the highest resolution, on which the paper works.
-        parity: multiply by τ / 0.07, as the official code: its value for the same pixels.
-        seed: the first seed; advances by one each training forward, as in ``ContextrastLoss``.
+        layer: the index of the layer, if the features are a list; 0 is the highest resolution, as in the paper.
+        parity: multiply by τ / 0.07, which gives the official code's value for the same pixels.
+        seed: the first seed, which advances by one in each training forward, as in ``ContextrastLoss``.
 
     After a forward ``last`` holds detached scalars: "loss" and "samples", the number of rows.
 
     Raises:
-        TypeError, ValueError: an option or a batch that cannot be used; the sentence names the argument.
+        TypeError, ValueError: an option or a batch cannot be used; the error names the argument.
     """
 
     def __init__(
@@ -119,8 +119,8 @@ class PixelContrastLoss(SampledLoss):
         """The loss of one batch.
 
         Args:
-            features: projected features (B, D, h, w), or a list of them, of which ``layer`` is taken.
-            labels: (B, H, W) or (B, 1, H, W) integers. Of volumes, features, labels and predictions have an axis more.
+            features: projected features (B, D, h, w), or a list of them.
+            labels: (B, H, W) or (B, 1, H, W) integers. For volumes all three arguments have one axis more.
             predictions: logits (B, N, H', W') or a class map (B, H', W'). No gradient.
 
         Returns:
@@ -159,7 +159,7 @@ class PixelContrastLoss(SampledLoss):
 
 
 def region_centres(x: Tensor, targets: Tensor, num_classes: int, normalize: bool) -> tuple[Tensor, Tensor]:
-    """The mean embedding of every class of every image, at unit length: (B · N, D), and its class, -1 = no pixel."""
+    """The mean embedding of every class of every image at unit length, (B · N, D), and its class, -1 without pixels."""
     B, N = x.shape[0], num_classes
     image = images_of(targets)
     pair = torch.where(targets >= 0, image * N + targets, -1)
@@ -182,9 +182,9 @@ def semi_hard_nce(
 ) -> Tensor:
     """``info_nce`` over mined columns: semi-hard mining as the ContrastiveSeg paper describes it.
 
-    Of every row's negatives the ``hardest`` share with the largest similarity is set aside, and ``negatives`` of these
-    are drawn at random; of its positives the share with the smallest similarity, and ``positives`` of these. Shares
-    are rounded up. Holds three matrices of rows x columns numbers at once, or more where ``hardest`` is more than the
+    For every row ``negatives`` columns are drawn at random from the ``hardest`` share of its negatives, those with the
+    largest similarity, and ``positives`` from the share of its positives with the smallest similarity. Shares are
+    rounded up. It holds three matrices of rows x columns numbers at once, and more for larger ``hardest`` than the
     default. columns None: the rows themselves.
     """
     itself = columns is None
@@ -211,15 +211,14 @@ def semi_hard_nce(
     lse = torch.where(has_negative, lse, 0.0).logsumexp(1, keepdim=True)
     term = torch.where(is_positive & has_negative, -F.logsigmoid(s_positive - lse), 0.0)
     of_row = term.sum(1) / is_positive.sum(1).clamp(min=1)
-    # 0 · x carries a NaN or inf of a row that is in no term, and the graph.
+    # 0 · x propagates a NaN or inf of a row that is in no term, and keeps the graph.
     return of_row.sum() / valid.sum().clamp(min=1) + (0.0 * rows).sum()
 
 
 def _mined(
     similarity: Tensor, among: Tensor, hardest: float, draw: int, seed: int | Tensor, stream: int, *, largest: bool
 ) -> tuple[Tensor, Tensor]:
-    """The columns of ``draw`` random pairs of each row's hardest share, and which of them there are: (R, draw) or
-    fewer."""
+    """The columns of ``draw`` random pairs of each row's hardest share, and which of them exist: (R, draw) or fewer."""
     R, C = similarity.shape
     most = math.ceil(hardest * C)
     outside = -torch.inf if largest else torch.inf

@@ -1,15 +1,14 @@
-"""PNE: mispredicted pixels against the right pixels of their class and of the class they were taken for (Wang et al.,
-Neurocomputing 2023, arXiv 2207.01417).
+"""PNE (Wang et al., Neurocomputing 2023, arXiv 2207.01417): mispredicted pixels against the right pixels of their class
+and of the class they were mistaken for.
 
-For image b, and classes j ≠ k that its labels both hold:
+For image b and classes j ≠ k that are both in its labels:
 
-    H = {p : predicted j, label k}    P = {right pixels of k}    N = {right pixels of j}, or H where there is none
+    H = {p : predicted j, label k}    P = {right pixels of k}    N = {right pixels of j}, or H if there is none
     l_i = log(1 + Σ_{n∈N} e^{cos(x_i, x_n) / τ} / Σ_{m∈P} c_m e^{cos(x_i, x_m) / τ}),   i ∈ H
     L   = mean over pairs (b, j, k) and their i of l_i, times the mean of |H| over the pairs / S
 
-c is the probability of the predicted class. Every set stands with S of its pixels: with fewer, as many times each as
-goes into S, and once more for some. Pairs with an empty P or more than ``max_hard`` pixels in H are left out. No
-gradient passes to P and N.
+c is the probability of the predicted class. Every set contributes S pixels; a smaller set repeats its pixels until it
+has S. Pairs with an empty P or more than ``max_hard`` pixels in H are left out. P and N get no gradient.
 """
 
 import math
@@ -37,34 +36,35 @@ from contextrast_kernels.relatives.samplers import (
 class PNELoss(SampledLoss):
     """The positive-negative equal contrast of PNE. Add 1.3 of it to the cross-entropy.
 
-    The paper's equations were not at hand: this follows the formula that the official code (jingw193/PNE_Loss)
-    computes, but for these points:
+    We had no access to the paper's equations. This follows the formula of the official code (jingw193/PNE_Loss), except
+    for these points:
 
-    * Sets larger than S: the code takes their first S pixels in raster order, the top of the image; here S random ones.
-      ``parity=True`` takes the first.
-    * Gradient: the code holds a hard pixel's norm constant, so that a part of the gradient changes nothing but the
-      norm; here the cosine is differentiated. ``parity=True`` holds it constant.
-    * A feature of zero length: NaN in the code, cosine 0 here. Label 254 is a class like any other.
-    * No pair: the code returns 1e-16 times sums of logits and features, which hands on inf and NaN of any pixel.
-    * The code's default arguments fail (a comparison function that does not exist); only its configuration runs, with
-      the settings that are the defaults here.
+    * Sets larger than S: the code takes their first S pixels in raster order, at the top of the image; we take S random
+      ones. ``parity=True`` takes the first.
+    * Gradient: the code treats a hard pixel's norm as a constant, so that a part of the gradient only changes the norm;
+      we differentiate the cosine. ``parity=True`` treats it as a constant.
+    * A feature of length zero: NaN in the code, cosine 0 here. Label 254 is an ordinary class.
+    * No pair: the code returns 1e-16 times sums of logits and features, which propagates any pixel's inf or NaN.
+    * The code's default arguments fail (a comparison function does not exist); only its configuration runs, whose
+      settings are the defaults here.
 
     Args:
         num_classes: N.
-        ignore_index: the label of pixels that take no part.
+        ignore_index: the label of ignored pixels.
         temperature: τ.
         set_size: S.
-        max_hard: the largest |H| that takes part.
-        max_samples: rows that are computed at most, over the whole batch. Of more hard pixels as many are drawn, and
-            the mean is taken over these.
-        layer: which one, where the features are a list: 0 is the highest resolution.
-        parity: the official code's value and gradient (times 1.3 its ``loss_weight``); ``max_samples`` must not bind.
-        seed: the first seed; advances by one each training forward, as in ``ContextrastLoss``.
+        max_hard: pairs with a larger |H| are left out.
+        max_samples: the most rows of a batch. If there are more hard pixels, that number is drawn, and the mean is
+            taken over these.
+        layer: the index of the layer, if the features are a list; 0 is the highest resolution.
+        parity: give the official code's value and gradient (its ``loss_weight`` is 1.3 times that), as long as there
+            are at most ``max_samples`` hard pixels.
+        seed: the first seed, which advances by one in each training forward, as in ``ContextrastLoss``.
 
     After a forward ``last`` holds detached scalars: "loss", "samples" (rows) and "pairs".
 
     Raises:
-        TypeError, ValueError: an option or a batch that cannot be used; the sentence names the argument.
+        TypeError, ValueError: an option or a batch cannot be used; the error names the argument.
     """
 
     def __init__(
@@ -94,9 +94,9 @@ class PNELoss(SampledLoss):
         """The loss of one batch.
 
         Args:
-            features: projected features (B, D, h, w), or a list of them, of which ``layer`` is taken.
-            labels: (B, H, W) or (B, 1, H, W) integers. Of volumes, features, labels and predictions have an axis more.
-            predictions: logits (B, N, H', W'); of a class map (B, H', W') every c is 1. No gradient.
+            features: projected features (B, D, h, w), or a list of them.
+            labels: (B, H, W) or (B, 1, H, W) integers. For volumes all three arguments have one axis more.
+            predictions: logits (B, N, H', W'), or a class map (B, H', W'), for which every c is 1. No gradient.
 
         Returns:
             A scalar, float32, or float64 for float64 features.
@@ -107,7 +107,7 @@ class PNELoss(SampledLoss):
         label, predicted = self._at_layer(x, labels, predictions)
         B, N, S, size = x.shape[0], self.num_classes, self.set_size, x.shape[2:]
 
-        # The sets: right pixels of (b, class), and hard ones of (b, j, k); each pixel is in one of them at most.
+        # The sets: right pixels of (b, class), and hard pixels of (b, j, k). Each pixel is in at most one of them.
         image = images_of(label)
         is_class = (predicted >= 0) & (predicted < N)
         own = image * N + label
@@ -140,7 +140,7 @@ class PNELoss(SampledLoss):
             return torch.where(filled, values.flatten()[index], -1)
 
         # A right pixel is a positive and a negative with different weights, so it is two columns. Hard pixels are
-        # columns too, for their own pair, where N is empty. No row has the label `nobody`.
+        # columns of their own pair too, if N is empty. No row has the label `nobody`.
         nobody = B * N
         of_row, pair, against = at(own, row, is_row), at(hard, row, is_row), at(taken_for, row, is_row)
         of_column = at(own, column, is_column)
@@ -169,7 +169,7 @@ class PNELoss(SampledLoss):
         return loss
 
     def _times(self, segment: Tensor, counts: Tensor, order: Tensor) -> Tensor:
-        """How often each pixel stands for its set, so that every set has S: S // n, and once more for the first."""
+        """How often each pixel counts, so that every set counts S pixels: S // n, and once more for the first ones."""
         count = F.pad(counts, (0, 1))[segment].clamp(min=1)
         rank = rank_in_segment(segment, counts.shape[0], order)
         times = self.set_size // count + (rank < self.set_size % count)

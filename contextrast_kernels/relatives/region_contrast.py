@@ -3,7 +3,7 @@
     q_b^n = unit( mean of x over the pixels of class n in image b )
     L = mean over (b, n) of 1/|P| Σ_{j∈P} softplus(Z - q · k_j / τ),   Z = log Σ_{j∉P} exp(q · k_j / τ)
 
-k_j are earlier centres, P those of class n.
+k_j are earlier centres, and P those of class n.
 """
 
 from collections.abc import Sequence
@@ -21,34 +21,34 @@ REGIONS = ("labels", "predictions")
 
 
 class RegionContrastLoss(RelativeLoss):
-    """The published intent of RegionContrast. Add 0.1 of it to the cross-entropy.
+    """The region contrast that RegionContrast describes. Add 0.1 of it to the cross-entropy.
 
-    Where the official code (hzhupku/RegionContrast) and the paper differ, we follow the paper, as far as it is known:
+    Where the official code (hzhupku/RegionContrast) and the paper's stated intent differ, we follow the intent:
 
     * The code multiplies a centre with the bank channel by channel and takes a softmax over the bank for each of 256
-      channels, whose target is queue place 0. Its value hardly leaves classes x log(2 x places). Here similarities are
-      inner products and all centres of a class are positives. There is no parity mode.
-    * A centre is that of one image; the code pools the batch.
-    * The code's queue starts with random vectors, skips places when an image batch is larger than 1, is written in
-      evaluation too, keeps a growing autograd history and loses all ranks' entries but the first's.
-    * Regions: the code takes them from the predictions and never sees the labels. "labels" is our default, as the
-      method is a supervised one; ``regions="predictions"`` is the code's, less the ignored pixels.
-    * The code sums over classes, we take the mean over centres.
+      channels, with queue place 0 as the target. Its value stays near classes x log(2 x places). Here similarities are
+      inner products, and all centres of a class are positives. There is no parity mode.
+    * Our centres are those of one image; the code pools the batch.
+    * The code's queue starts with random vectors, skips places for batches of more than one image, is written in
+      evaluation too, keeps a growing autograd history and loses the entries of all ranks but the first.
+    * The code takes regions from the predictions and does not use the labels. Our default is "labels", because the
+      method is supervised; ``regions="predictions"`` is that of the code, without the ignored pixels.
+    * The code sums over classes; we take the mean over centres.
 
     Args:
         num_classes: N.
-        bank: a MemoryBank with a queue of regions; the paper's has 2975 places, one for each training image of
+        bank: a MemoryBank with a queue of regions. The paper's has 2975 places, one for each training image of
             Cityscapes. Until the first write the loss is 0.
-        ignore_index: the label of pixels that take no part.
+        ignore_index: the label of ignored pixels.
         temperature: τ.
         regions: "labels" or "predictions".
         normalize: average x / ‖x‖₂ instead of x, as the paper does. A centre has unit length in both cases.
-        layer: which one, where the features are a list: 0 is the highest resolution.
+        layer: the index of the layer, if the features are a list; 0 is the highest resolution.
 
     After a forward ``last`` holds detached scalars: "loss" and "samples", the number of centres.
 
     Raises:
-        TypeError, ValueError: an option or a batch that cannot be used; the sentence names the argument.
+        TypeError, ValueError: an option or a batch cannot be used; the error names the argument.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class RegionContrastLoss(RelativeLoss):
         super().__init__(num_classes, ignore_index, temperature, normalize)
         check_bank(bank, num_classes)
         if bank.lengths[1] == 0:
-            raise ValueError("bank: expected a MemoryBank with a queue of regions, got regions=0")
+            raise ValueError("bank: expected a MemoryBank with a queue of regions, got regions=0; set regions above 0")
         checks.choice("regions", regions, REGIONS)
         checks.integer("layer", layer)
         self.bank, self.regions, self.layer = bank, regions, layer
@@ -75,9 +75,9 @@ class RegionContrastLoss(RelativeLoss):
         """The loss of one batch.
 
         Args:
-            features: features (B, D, h, w), or a list of them, of which ``layer`` is taken. The paper takes the
-                decoder's last features, without a projection head.
-            labels: (B, H, W) or (B, 1, H, W) integers. Of volumes, features, labels and predictions have an axis more.
+            features: features (B, D, h, w), or a list of them. The paper takes the decoder's last features, without
+                a projection head.
+            labels: (B, H, W) or (B, 1, H, W) integers. For volumes all three arguments have one axis more.
             predictions: logits (B, N, H', W') or a class map (B, H', W'). No gradient.
 
         Returns:

@@ -1,12 +1,13 @@
-"""Which pixels a loss contrasts: fixed shapes, no synchronisation, every draw a function of (seed, stream, pixel).
+"""Samplers: they choose the pixels that a loss contrasts, with static shapes and without synchronisation.
 
-A sampler is anything that is called as ``sampler(labels, predictions, num_classes, seed, stream)`` with a layer's label
-map and predicted class map, int64 (B, h, w) or (B, z, h, w) of a volume, label -1 = no part, and returns a bool map of
-the chosen pixels.
-``PixelContrastLoss`` and ``MultiScaleContrastLoss`` take one, and ``contextrast_loss`` for its base pixels.
+A sampler is a callable ``sampler(labels, predictions, num_classes, seed, stream)``. It gets a layer's label map and
+predicted class map, int64 (B, h, w), or (B, z, h, w) of a volume, with label -1 for ignored pixels, and returns a bool
+map of the chosen pixels. ``PixelContrastLoss`` and ``MultiScaleContrastLoss`` take one, and ``contextrast_loss`` for
+its base pixels.
 
-The pixels of a pair (image, class) are drawn in the order of their hash, so a draw is uniform and without
-replacement. A pixel's hash depends on its place inside its image alone (``hashing.py``): not on batch, rank or device.
+The pixels of a pair (image, class) are drawn in the order of a hash of (seed, stream, pixel), so a draw is uniform and
+without replacement. The hash depends on the pixel's place inside its image (``hashing.py``), not on batch, rank or
+device.
 """
 
 from dataclasses import dataclass
@@ -23,9 +24,9 @@ from contextrast_kernels.embedding import compute_dtype, unit
 from contextrast_kernels.hashing import image_hash
 
 STREAM_ROWS = 1000
-"""Rows of scale i are drawn from stream STREAM_ROWS + i."""
+"""The rows of scale i are drawn from stream STREAM_ROWS + i."""
 STREAM_BANK, STREAM_MINED_POSITIVES, STREAM_MINED_NEGATIVES, STREAM_SETS = 2000, 2001, 2002, 2003
-"""Pixels for the memory bank; semi-hard mining; PNE's three sets."""
+"""The streams of the memory bank's pixels, of semi-hard mining, and of PNE's three sets."""
 
 SAMPLERS = ("hard-easy", "bane", "common-count", "uniform")
 
@@ -34,7 +35,8 @@ SAMPLERS = ("hard-easy", "bane", "common-count", "uniform")
 class Sampler:
     """A rule that chooses pixels of a layer.
 
-    T pairs (image, class) have at least ``min_pixels`` pixels; each gives V of them (all, if it has fewer).
+    It chooses V pixels of each pair (image, class) that has at least ``min_pixels`` pixels, or all of them if there are
+    fewer than V. T is the number of these pairs.
 
     Args:
         kind: "hard-easy", ContrastiveSeg's quota: V = min(max_samples // T, max_views), half of them wrongly predicted
@@ -43,12 +45,12 @@ class Sampler:
             instead of random ones.
             "common-count", of MS/CS: V = min(pixels of the rarest pair, max_views, max_samples // T).
             "uniform": max_samples // B of each image's valid pixels, whatever their class.
-        max_samples: most pixels of a batch. Every pair gives at least one, so T pairs above it choose T pixels.
-        max_views: most pixels of a pair.
-        min_pixels: pairs with fewer take no part. None: 5 for "common-count", else max_views + 1, as published.
+        max_samples: the most pixels of a batch. Every pair gives at least one pixel, so more pairs than this choose T.
+        max_views: the most pixels of a pair.
+        min_pixels: pairs with fewer pixels are left out. None: 5 for "common-count", else max_views + 1, as published.
 
     Raises:
-        TypeError, ValueError: an option of the wrong type or range; the sentence names it.
+        TypeError, ValueError: an option has the wrong type or range; the error names it.
     """
 
     kind: str
@@ -64,7 +66,7 @@ class Sampler:
             checks.integer("min_pixels", self.min_pixels, low=1)
 
     def most(self, batch: int, num_classes: int, pixels: int) -> int:
-        """The most pixels that can be chosen of ``batch`` images of ``pixels``: a number, whatever the labels."""
+        """The most pixels that can be chosen in ``batch`` images of ``pixels`` pixels, for any labels."""
         if self.kind == "uniform":
             chosen = max(self.max_samples, batch)
         else:
@@ -76,16 +78,16 @@ class Sampler:
     def __call__(
         self, labels: Tensor, predictions: Tensor, num_classes: int, seed: int | Tensor, stream: int = STREAM_ROWS
     ) -> Tensor:
-        """The chosen pixels: bool, of the labels' shape.
+        """Choose pixels; return a bool map of the labels' shape.
 
         Args:
-            labels: (B, h, w) or (B, z, h, w) integers; outside 0..N-1 a pixel takes no part.
+            labels: (B, h, w) or (B, z, h, w) integers; pixels outside 0..N-1 are ignored.
             predictions: integers of the same shape, the predicted classes.
             num_classes: N.
             seed, stream: of the draw (``hashing.py``).
 
         Raises:
-            TypeError, ValueError: maps of the wrong type or size; the sentence names the argument.
+            TypeError, ValueError: maps of the wrong type or size; the error names the argument.
         """
         dims = 3 if isinstance(labels, Tensor) and labels.ndim > 3 else 2
         labels = checks.class_map("labels", labels, dims=dims)
@@ -116,7 +118,7 @@ class Sampler:
             segment = segment // 2
             return rank_in_segment(segment, pairs, order) < F.pad(views * kept, (0, 1))[segment]
 
-        # ContrastiveSeg's four cases in two lines: half and half, the other kind filling up where one is short.
+        # ContrastiveSeg's four cases in two lines: half and half; if one kind is short, the other fills up.
         hard = torch.minimum(wrong_count, torch.maximum(views // 2, views - right_count))
         easy = torch.minimum(right_count, views - hard)
         quota = torch.stack([easy * kept, hard * kept], 1).flatten()
@@ -124,26 +126,26 @@ class Sampler:
             is_class = (predictions >= 0) & (predictions < num_classes)
             errors = torch.where(wrong & is_class & (labels >= 0), predictions, -1)
             distance = edge_distance(errors, squared=True).long()
-            # Ties by hash, as in BANE; right pixels, and predictions that are no class, by hash alone.
+            # Ties by hash, as in BANE. Right pixels, and predictions outside 0..N-1, are ordered by the hash alone.
             order = (torch.where(distance >= 0, distance, NO_EDGE) << 32) + order
         return rank_in_segment(segment, 2 * pairs, order) < F.pad(quota, (0, 1))[segment]
 
 
 def images_of(maps: Tensor) -> Tensor:
-    """The number of each image of maps (B, ...), int64, to be broadcast over its pixels."""
+    """The index of each image of maps (B, ...), int64, in a shape that broadcasts over its pixels."""
     return torch.arange(maps.shape[0], device=maps.device).view(-1, *(1,) * (maps.ndim - 1))
 
 
 def segment_counts(segment: Tensor, segments: int) -> Tensor:
-    """How many elements each of the segments 0..segments-1 has: int64 (segments,). Others count nowhere."""
+    """The number of elements of each segment 0..segments-1: int64 (segments,). Other elements are not counted."""
     flat = segment.flatten()
     return flat.new_zeros(segments + 1).index_add(0, flat, torch.ones_like(flat))[:-1]
 
 
 def rank_in_segment(segment: Tensor, segments: int, order: Tensor) -> Tensor:
-    """The place of every element among those of its segment, in ascending ``order`` (equal ones: as they stand).
+    """The rank of every element within its segment, in ascending ``order``; equal elements keep their order.
 
-    ``segment`` int64 in 0..segments, the last for elements that are in none, whose rank means nothing.
+    ``segment`` is int64 in 0..segments. The last value is for elements in no segment, whose rank is meaningless.
     """
     flat = segment.flatten()
     by_order = order.flatten().argsort(stable=True)
@@ -157,10 +159,10 @@ def rank_in_segment(segment: Tensor, segments: int, order: Tensor) -> Tensor:
 def indices_of(chosen: Tensor, most: int) -> tuple[Tensor, Tensor]:
     """The flat indices of the chosen elements, int64 (R,), and which of them are filled, bool (R,).
 
-    R is ``most``, or the number of chosen elements where that is smaller and may be read (eager, on a CPU). The indices
-    are in ascending order, the filled ones first. The i-th of the others is i: the gradients of rows that read one
-    element are added one after another, so no element stands in for all of them. More than ``most``, which is at most
-    the number of elements, are cut off.
+    R is ``most``, or the number of chosen elements if that is smaller and may be read (eager, on a CPU). The filled
+    indices come first, in ascending order. Unfilled place i has index i: if all of them had one index, the gradients of
+    their rows would be added to one element, one after another. Chosen elements beyond ``most`` are dropped; ``most``
+    is at most the number of elements.
     """
     flat = chosen.flatten()
     if may_read_values(flat):
@@ -193,7 +195,7 @@ def take_rows(features: Tensor, index: Tensor, filled: Tensor, normalize: bool) 
 def sampled_rows(
     features: Tensor, targets: Tensor, chosen: Tensor, most: int, normalize: bool
 ) -> tuple[Tensor, Tensor]:
-    """The chosen pixels' embeddings (most, D) and labels (most,); the rows that are left over have label -1."""
+    """The chosen pixels' embeddings (most, D) and labels (most,); unused rows have label -1."""
     index, filled = indices_of(chosen & (targets >= 0), most)
     labels = torch.where(filled, targets.flatten()[index], -1) if most else index
     return take_rows(features, index, filled, normalize), labels

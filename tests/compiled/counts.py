@@ -37,7 +37,7 @@ from .engine import Schedule
 
 WRITTEN = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "counted.md"
 L1_BYTES = 256 * 1024
-"""Of a multiprocessor, shared memory included."""
+"""The L1 cache of a multiprocessor, including shared memory."""
 SECTOR = 32
 
 
@@ -173,7 +173,7 @@ def counted(case: cases.Case, arch: int, options: dict) -> Counted:
     twin = replace(case, batch=1, height=case.height // 2, width=case.width // 2)
     inputs = twin.inputs()
     leaves = [x.requires_grad_() for x in inputs.features]
-    with emulated(arch, Schedule(seed=1), l1_share=l1_share) as gpu:
+    with emulated(arch, Schedule(seed=1), l1_share=l1_share, machine_code=True) as gpu:
         loss = ck.contextrast_loss(leaves, inputs.labels, inputs.predictions, **twin.loss_options, **options)
         torch.autograd.grad(loss, leaves)
     kernels: dict[str, Counts] = {}

@@ -5,9 +5,9 @@
     assert not gpu.faults()
 
 Everything before the launch is Triton's own: binding and specialisation of arguments, the kernel cache, the compiler
-and ptxas. Parameters are packed here by the rules of triton/backends/nvidia/driver.c and compared with the parameters
-that the PTX declares. A device's number is its architecture, so that each architecture has its own kernel cache, which
-lives as long as the process, as in a training.
+down to PTX. Parameters are packed here by the rules of triton/backends/nvidia/driver.c and compared with the parameters
+that the PTX declares. A device's number follows from its architecture, so that each architecture has its own kernel
+cache, which lives as long as the process, as in a training.
 """
 
 import contextlib
@@ -60,6 +60,8 @@ class Poison:
         self.known: dict[int, tuple[Tensor, np.ndarray, int]] = {}
 
     def __call__(self, tensor: Tensor) -> Tensor:
+        if type(tensor) is not Tensor:  # a fake tensor holds no memory
+            return tensor
         size = tensor.untyped_storage().nbytes()
         if tensor.device.type == "cpu" and size:
             byte = 0xFF if tensor.is_floating_point() else 0xA5
@@ -176,6 +178,7 @@ class GPU:
     """From a launch to the bytes of L1 cache that a block has. Where it is given, memory requests are counted."""
     mutate: Callable[[str, str], str] | None = None
     """From a kernel's name and its PTX to the PTX that runs: a planted fault."""
+    machine_code: bool = False
     launches: list[Launched] = field(default_factory=list)
     poison: Poison = field(default_factory=Poison)
     compile_seconds: float = 0.0
@@ -232,7 +235,7 @@ class GPU:
         return Launcher
 
     def get_current_device(self) -> int:
-        return self.arch
+        return self.arch + 1000 * self.machine_code
 
     def get_current_stream(self, device: int) -> int:
         return 0
@@ -295,16 +298,20 @@ def emulated(
     *,
     l1_share: Callable[[Launcher], int] | None = None,
     mutate: Callable[[str, str], str] | None = None,
+    machine_code: bool = False,
 ) -> Iterator[GPU]:
     """Inside the block the package's Triton kernels run on CPU tensors, from their PTX, and ``torch.empty`` gives
-    memory whose undefined bytes are known."""
+    memory whose undefined bytes are known. machine_code: ptxas compiles the PTX, too."""
     from triton import knobs
+    from triton.backends import backends
     from triton.compiler.compiler import CompiledKernel
     from triton.runtime.driver import driver
 
     from contextrast_kernels.kernels import _sums, anchors, contextrast, pixel_anchor
 
-    gpu = GPU(arch, schedule, l1_share, mutate)
+    gpu = GPU(arch, schedule, l1_share, mutate, machine_code)
+    compiler = backends["nvidia"].compiler
+    compiler_hash = compiler.hash
     patches = [
         mock.patch.object(driver, "_active", gpu),
         mock.patch.object(knobs.compilation, "listener", gpu.compiled),
@@ -314,6 +321,12 @@ def emulated(
     ]
     for place, names in ((torch, ("empty", "empty_like", "empty_strided")), (Tensor, ("new_empty",))):
         patches += [mock.patch.object(place, name, gpu.poison.wrap(getattr(place, name))) for name in names]
+    if not machine_code:
+        # In Triton's cache such kernels have keys of their own.
+        patches += [
+            mock.patch.object(compiler, "make_cubin", lambda self, ptx, *_: b""),
+            mock.patch.object(compiler, "hash", lambda self: f"{compiler_hash(self)}-ptx"),
+        ]
     zeros = separated(_sums.zeros)
     patches += [mock.patch.object(module, "zeros", zeros) for module in (anchors, contextrast, pixel_anchor)]
     with contextlib.ExitStack() as stack:

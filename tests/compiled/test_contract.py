@@ -1,7 +1,11 @@
-"""Every case of option_cases.py on the code that Triton compiles, held to the contract (SPEC 5): values and gradients
-against the reference in float64, no fault in any access, and the same bits whatever the order of blocks and warps."""
+"""Every case of option_cases.py on the code that Triton compiles, with the limits of docs/numerics.md.
+
+Values and gradients are compared with the reference in float64, no access may be a fault, and every order of blocks and
+warps must give the same bits.
+"""
 
 import random
+from unittest import mock
 
 import pytest
 import torch
@@ -17,21 +21,25 @@ ORDERS = Schedule(seed=1), Schedule(seed=2, quantum=60)
 """Blocks and warps in one order; and in another, with warps preempted after 60 instructions at most."""
 
 
+ON_AMPERE = {("class_anchors", "bfloat16"), ("pixel_anchor_loss", "float16"), ("info_nce", "float16")}
+
+
+def architecture(case: Case) -> int:
+    """Of a quick case: sm_90 for most, sm_80 for the others."""
+    return 80 if (case.op, case.dtype) in ON_AMPERE else 90
+
+
 def architectures() -> list:
-    """sm_90 for most quick cases and sm_80 for the others; the sweep takes turns."""
+    """The sweep takes turns."""
     chosen = []
     for k, (case, slow) in enumerate(quick_and_sweep()):
-        quick_arch = 80 if (case.op, case.dtype) in ON_AMPERE else 90
-        arch = (80, 90, 100)[k % 3] if slow else quick_arch
+        arch = (80, 90, 100)[k % 3] if slow else architecture(case)
         chosen.append(pytest.param(case, arch, id=f"{case} sm_{arch}", marks=[pytest.mark.slow] if slow else []))
     return chosen
 
 
-ON_AMPERE = {("class_anchors", "bfloat16"), ("pixel_anchor_loss", "float16"), ("info_nce", "float16")}
-
-
-def hold(case: Case, arch: int, record_property, orders=ORDERS) -> None:
-    """Runs a case once in each order and asserts everything that SPEC 5 asks for."""
+def hold(case: Case, arch: int, record_property, orders=ORDERS, machine_code: bool = False) -> None:
+    """Run a case once in each order and assert the contract of docs/numerics.md."""
     built = build(case)
     before = [x.clone() for x in built.leaves]
     with ck.backend("reference"):
@@ -39,7 +47,7 @@ def hold(case: Case, arch: int, record_property, orders=ORDERS) -> None:
         own_value, own_gradient = run(built.definition, built.leaves)
     results, faults = [], []
     for order in orders:
-        with emulated(arch, order) as gpu:
+        with emulated(arch, order, machine_code=machine_code) as gpu:
             results.append(run(built.loss, built.leaves))
         record_property("compiled", (gpu.compiled_kernels, gpu.compile_seconds))
         assert gpu.launches
@@ -76,31 +84,52 @@ def test_case(case, arch, one_rank, record_property):
 @pytest.mark.slow
 @pytest.mark.parametrize("case", QUICK, ids=str)
 def test_contract_holds_where_ptx_leaves_rounding_open(case, one_rank, record_property):
-    """Approximate instructions as far off as PTX allows, and tensor cores that round their sums once."""
+    """Approximate instructions as far off as PTX allows, and tensor cores that round their sums once. ptxas, too,
+    compiles every case."""
     orders = (Schedule(seed=3, noise=True, exact_sums=True),)
-    hold(case, 90, record_property, orders)
+    hold(case, 90, record_property, orders, machine_code=True)
 
 
-@pytest.mark.parametrize("axis", ["images", pytest.param("rows", marks=pytest.mark.slow)])
-def test_offsets_past_two_billion(axis, tmp_path):
-    """Features whose images, or whose rows, lie so far apart that an offset in elements passes 2³¹."""
-    case = next(case for case in QUICK if (case.op, case.dtype, case.D) == ("contextrast_loss", "bfloat16", 64))
-    built = build(case)
-    x, *others = built.leaves
-    h, w = x.shape[2:]
-    far = 2**31 + 64 if axis == "images" else 2**29 + 64
-    strides = (far, h * w, w, 1) if axis == "images" else (h * far, w, far, 1)
+def far_apart(x, axis, folder):
+    """The same features, with images, channels or rows so far from each other that an offset in elements passes 2³¹."""
+    _, D, h, w = x.shape
+    far = {"images": 2**31, "channels": 2**31 // D * 2, "rows": 2**29}[axis] + 64
+    strides = {"images": (far, h * w, w, 1), "channels": (D * far, far, w, 1), "rows": (h * far, w, far, 1)}[axis]
     size = 1 + sum((n - 1) * step for n, step in zip(x.shape, strides))
-    sparse = torch.from_file(str(tmp_path / "sparse"), shared=True, size=size, dtype=x.dtype)
-    apart = sparse.as_strided(x.shape, strides)
+    sparse = torch.from_file(str(folder / "sparse"), shared=True, size=size, dtype=x.dtype)
+    return sparse.as_strided(x.shape, strides).copy_(x)
+
+
+LARGE = next(case for case in QUICK if (case.op, case.dtype, case.D) == ("contextrast_loss", "bfloat16", 64))
+
+
+@pytest.mark.parametrize("axis", ["images", *(pytest.param(a, marks=pytest.mark.slow) for a in ("channels", "rows"))])
+def test_offsets_past_two_billion(axis, tmp_path):
+    built = build(LARGE)
+    x, *others = built.leaves
     expected = []
-    for y in (x, apart.copy_(x)):
+    for y in (x, far_apart(x, axis, tmp_path)):
         with emulated(90, ORDERS[0]) as gpu:
             expected.append(run(built.loss, [y, *others]))
         assert not gpu.faults(), "\n".join(map(str, gpu.faults()))
     (loss, gradient), (far_loss, far_gradient) = expected
     torch.testing.assert_close(far_loss, loss, rtol=1e-6, atol=0)
     assert relative(far_gradient, gradient) < 2**-9
+
+
+@pytest.mark.slow
+def test_offsets_cut_to_32_bits_are_seen(tmp_path):
+    """A planted fault: kernels for images of any extent compute offsets inside an image in 32 bits."""
+    from contextrast_kernels.kernels import _launch
+
+    built, layout = build(LARGE), _launch.layout
+    leaves = [far_apart(built.leaves[0], "channels", tmp_path), *built.leaves[1:]]
+    _launch.parts_of.cache_clear()  # it remembers layouts
+    with emulated(90, ORDERS[0]) as gpu, mock.patch.object(_launch, "layout", lambda x: layout(x)._replace(wide=False)):
+        run(built.loss, leaves)
+    _launch.parts_of.cache_clear()
+    found = {fault.kernel for fault in gpu.faults() if fault.kind.startswith("outside of every tensor")}
+    assert found >= {"_class_anchors_fwd", "_hard_similarities", "_pixel_anchor_fwd", "_features_bwd"}
 
 
 @pytest.mark.slow

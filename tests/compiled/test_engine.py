@@ -262,7 +262,7 @@ def test_every_kind_of_finding_has_a_program():
     ],
     ids=["barrier", "warp barrier", "atomics", "guard", "proxy fence", "tensor memory"],
 )
-def test_what_is_in_order_gives_no_finding(body):
+def test_correct_programs_give_no_finding(body):
     for quantum in (0, 3):
         _, findings = execute(body, quantum=quantum, seed=5)
         assert not findings, findings

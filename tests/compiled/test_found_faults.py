@@ -13,7 +13,7 @@ from .engine import Schedule
 
 
 def assert_contract(loss, leaves, arch):
-    """SPEC 5: the value and the gradient of every leaf against the reference in float64, and no fault in any access."""
+    """Check the value and every gradient against the reference in float64, and that no access is a fault."""
     with ck.backend("reference"):
         value, gradient = run(loss, leaves, torch.float64)
         own_value, own_gradient = run(loss, leaves)

@@ -1,4 +1,4 @@
-"""Inputs and an oracle for the distance transform of lines, maps and volumes: every pair of pixels is looked at."""
+"""Inputs and an oracle for the distance transform of lines, maps and volumes: it compares every pair of pixels."""
 
 import itertools
 
@@ -16,7 +16,7 @@ def every_map(shape, symbols):
 
 
 def costs(shape, sampling):
-    """Squared distance of every two pixels, (pixels, pixels): int64, or float64 in the order that SPEC gives."""
+    """Squared distance of every two pixels, (pixels, pixels): int64, or float64 in the order of docs/distance.md."""
     place = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), -1).reshape(-1, len(shape))
     apart = place[:, None] - place[None]
     if sampling is None:

@@ -1,4 +1,4 @@
-"""What the two functions take and refuse: dtypes, strides, batches, empty axes, compilation, one sentence each."""
+"""Inputs of the two functions: dtypes, strides, batches, empty axes, compilation, and errors."""
 
 import math
 
@@ -83,7 +83,7 @@ def test_a_volume_of_depth_one_is_a_map_and_a_map_of_one_row_is_a_line(backend, 
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 4, 5), (2, 0, 4, 5), (2, 3, 0, 5), (2, 3, 4, 0), (0,) * 4])
-def test_nothing_in_nothing_out(backend, shape):
+def test_empty_input_gives_empty_output(backend, shape):
     empty = torch.zeros(shape, dtype=torch.int64)
     for sampling in (None, 2.0):
         distance, indices = ck.distance_transform(empty, spatial_dims=3, sampling=sampling, return_indices=True)
@@ -128,7 +128,7 @@ def test_scratch_is_at_most_five_quarters_of_the_output():
                 assert size <= 1.25 * out.nbytes, (shape, sampling, squared, edges)
 
 
-def test_compiles_whole(backend, mask):
+def test_compiles_with_fullgraph(backend, mask):
     def both(mask, classes):
         distance, indices = ck.distance_transform(mask, spatial_dims=3, sampling=(2.5, 1.0, 1.0), return_indices=True)
         return distance, indices, ck.edge_distance(classes, squared=True), ck.distance_transform(mask)
@@ -174,7 +174,7 @@ REFUSALS = {
 
 
 @pytest.mark.parametrize("name", REFUSALS)
-def test_a_wrong_argument_is_refused_in_one_sentence(backend, name):
+def test_invalid_arguments_raise_clear_errors(backend, name):
     call, exception, sentence = REFUSALS[name]
     with pytest.raises(exception, match=f"^{sentence}") as caught:
         call(torch.zeros(SHAPE, dtype=torch.int64))
