@@ -377,7 +377,7 @@ def test_contextrast_loss_gradcheck(rng, options):
         assert gradcheck(total(labels, predictions, 3, 2, **CONTEXTRAST_CASES[options]), xs, fast_mode=True)
 
 
-@pytest.mark.parametrize("dense", [False, True], ids=["hard", "dense"])
+@pytest.mark.parametrize("dense", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["hard", "dense"])
 def test_the_fused_loss_is_the_sum_of_its_parts(rng, dense):
     """One op for all layers against class_anchors, fuse_anchors and pixel_anchor_loss layer by layer, all on
     Triton."""
