@@ -377,7 +377,7 @@ def test_contextrast_loss_gradcheck(rng, options):
         assert gradcheck(total(labels, predictions, 3, 2, **CONTEXTRAST_CASES[options]), xs, fast_mode=True)
 
 
-@pytest.mark.parametrize("dense", [False, True], ids=["hard", "dense"])
+@pytest.mark.parametrize("dense", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["hard", "dense"])
 def test_the_fused_loss_is_the_sum_of_its_parts(rng, dense):
     """One op for all layers against class_anchors, fuse_anchors and pixel_anchor_loss layer by layer, all on
     Triton."""
@@ -627,7 +627,9 @@ def test_double_backward_raises_a_clear_error(rng, op):
     with ck.backend("triton"):
         (gradient,) = torch.autograd.grad(function(*xs).sum(), xs[:1], create_graph=True)
     name = op.removesuffix(", dense")
-    with pytest.raises(RuntimeError, match=rf"^{name}: the fused kernels do not support double backward.*backend\('reference'\)"):
+    with pytest.raises(
+        RuntimeError, match=rf"^{name}: the fused kernels do not support double backward.*backend\('reference'\)"
+    ):
         gradient.sum().backward()
 
 
