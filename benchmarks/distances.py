@@ -234,10 +234,12 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=2.0, help="to time each case for")
     parser.add_argument("--threads", type=int, nargs="*", default=(1, 2))
     parser.add_argument("--slow", action="store_true", help="also what takes seconds a call: SciPy, MONAI, kornia")
+    parser.add_argument("--no-indices", action="store_true", help="leave out cases with indices")
     parser.add_argument("--record", action="store_true", help="write the rows to the device's results file")
     options = parser.parse_args()
     for case in cases():
-        if not all(word in str(case).replace(",", "").split() for word in options.only):
+        words = str(case).replace(",", "").split()
+        if not all(word in words for word in options.only) or (options.no_indices and case.indices):
             continue
         for threads in options.threads:
             torch.set_num_threads(threads)

@@ -8,7 +8,7 @@ theirs is in this tree:
     PNE_Loss          jingw193/PNE_Loss          ReverseContrastiveLoss, one layer (stride 8)
     RegionContrast    hzhupku/RegionContrast     the contrast of dec_deeplabv3_contrast, one layer (stride 8)
 
-    python -m benchmarks.peers --peers DIR       runs each once on a small case and says how it went
+    python -m benchmarks.run --parts peers --peers DIR --out FOLDER     times them beside this package's
 
 Their files run as they are, with their published settings. Three things are done around them: modules that they
 import and the losses never use (loggers, registries, debuggers) are stood in for; where there is no CUDA device,
@@ -17,7 +17,6 @@ given the features and logits instead of computing them. What a network does bef
 logits) is not timed; what a loss does itself (arg-max, normalisation of embeddings, sampling) is.
 """
 
-import argparse
 import contextlib
 import importlib
 import importlib.util
@@ -34,7 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from contextrast_kernels import measure
+import contextrast_kernels as ck
 from contextrast_kernels.hashing import STREAM_TIES, image_hash
 
 
@@ -202,31 +201,41 @@ RELATIVES = {
 }
 
 
-def losses(
+def official(
+    name: str,
     folder: pathlib.Path | None,
     features: Sequence[Tensor],
     labels: Tensor,
     logits: Tensor,
-    num_classes: int,
     ignore_index: int = 255,
-) -> list[Peer]:
-    """The relatives' losses on one batch: features of the layers from high to low resolution, labels (B, H, W), logits
-    (B, N, H', W'). They sample with torch's CPU generator: seed it before a call to repeat one. A call raises what the
-    code raises."""
-    peers = []
-    for name, adapter in RELATIVES.items():
-        root = folder / name if folder else None
-        if root is None or not root.is_dir():
-            peers.append(Peer(name, None, f"no checkout {name} in a folder given with --peers or CONTEXTRAST_PEERS"))
-            continue
-        try:
-            with quiet():
-                call, note = adapter(root.resolve(), list(features), labels, logits, num_classes, ignore_index)
-        except Exception as error:
-            peers.append(Peer(name, failing(error), "does not load"))
-            continue
-        peers.append(Peer(name, here(call, features[0].device), note))
-    return peers
+) -> Peer:
+    """A relative's published loss on one batch: features of the layers from high to low resolution, labels (B, H, W),
+    logits (B, N, H', W'). It samples with torch's CPU generator: seed that before a call to repeat one. A call raises
+    what the code raises."""
+    root = folder / name if folder else None
+    if root is None or not root.is_dir():
+        return Peer(name, None, f"no checkout {name} in a folder given with --peers or CONTEXTRAST_PEERS")
+    given = (list(features), labels, logits, logits.shape[1], ignore_index)
+    try:
+        with quiet():
+            call, note = RELATIVES[name](root.resolve(), *given)
+    except Exception as error:
+        return Peer(name, failing(error), "does not load")
+    return Peer(name, here(call, features[0].device), note)
+
+
+def ours(name: str, features: Sequence[Tensor], labels: Tensor, logits: Tensor) -> Peer:
+    """The same relative by this package, with the settings of the official row."""
+    N, D = logits.shape[1], features[0].shape[1]
+    layer = min(1, len(features) - 1)
+    loss = {
+        "ContrastiveSeg": lambda: ck.PixelContrastLoss(N),
+        "MS_CS_ContrSeg": lambda: ck.MultiScaleContrastLoss(N),
+        "PNE_Loss": lambda: ck.PNELoss(N, layer=layer),
+        "RegionContrast": lambda: ck.RegionContrastLoss(N, ck.MemoryBank(N, D, pixels=0, regions=2975), layer=layer),
+    }[name]()
+    loss.to(features[0].device)
+    return Peer(name, lambda: loss(features, labels, logits), "")
 
 
 def here(call: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
@@ -468,56 +477,3 @@ def sort_of_keys(classes, distance_sq, hashed, ratio, num_classes):
     selected = torch.zeros_like(chosen)
     selected[image, order] = chosen
     return selected.view(classes.shape)
-
-
-# ----------------------------------------------------------------------------------------------------------- by itself
-
-
-def small_case(device: torch.device) -> tuple[list[Tensor], Tensor, Tensor]:
-    """Features of four layers, labels and logits: 19 classes in large squares, since the relatives fail where an image
-    has no class of a few pixels."""
-    generator = torch.Generator().manual_seed(0)
-    coarse = torch.randint(0, 19, (2, 1, 2, 3), generator=generator)
-    labels = F.interpolate(coarse.float(), (256, 384)).long()[:, 0]
-    labels[:, -8:] = 255
-    logits = torch.randn(2, 19, 64, 96, generator=generator)
-    logits += 3 * F.one_hot(labels[:, ::4, ::4].clamp(max=18), 19).movedim(3, 1)
-    sizes = [(64 >> i, 96 >> i) for i in range(4)]
-    features = [torch.randn(2, 256, *size, generator=generator).to(device).requires_grad_() for size in sizes]
-    return features, labels.to(device), logits.to(device)
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--peers", type=pathlib.Path, metavar="DIR", help="folder that holds the checkouts")
-    options = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    features, labels, logits = small_case(device)
-    for peer in losses(options.peers, features, labels, logits, 19):
-        if peer.call is None:
-            print(f"{peer.name:26s} {peer.note}")
-            continue
-        try:
-            loss = peer.call()
-            loss.backward()
-            with quiet():
-                syncs = measure.syncs(peer.call, device)
-        except Exception as error:
-            print(f"{peer.name:26s} {failure(error)}")
-        else:
-            print(f"{peer.name:26s} loss {loss.item():.4f}, the host waits {syncs} times; {peer.note}")
-    predictions = F.interpolate(logits, labels.shape[1:]).argmax(1)
-    classes = torch.where((labels != 255) & (predictions != labels), predictions, -1)
-    for peer in edge_distances(classes):
-        if peer.call is None:
-            print(f"{peer.name:26s} {peer.note}")
-            continue
-        distances = squared(peer.call(), classes)
-        print(
-            f"{peer.name:26s} {'exact' if peer.exact else 'not exact'}; {peer.note}; largest square {distances.max()}"
-        )
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -313,133 +313,10 @@ def plot_edge_distance(axes_of, rows: Sequence[Row]):
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
 
 
-def plain(*axes_of_one) -> None:
-    """Logarithmic axes with numbers that are read at a glance."""
-    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
-
-    for axis in axes_of_one:
-        axis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0)))
-        axis.set_major_formatter(StrMethodFormatter("{x:g}"))
-        axis.set_minor_formatter(NullFormatter())
-
-
-def plot_roofline(axes_of, rows: Sequence[Row]):
-    [axes] = axes_of(1, (7.5, 5))
-    for j, (form, of_one) in enumerate(grouped(rows, lambda row: (row.device, row.layout, row.dtype)).items()):
-        marker = "o" if form[1] == "nchw" else "D"
-        axes.plot(
-            [r.plan_mb for r in of_one], [r.median_ms for r in of_one], marker, color=f"C{j}", label=", ".join(form)
-        )
-        for k, row in enumerate(of_one):
-            if form[1] == "nchw":
-                offset = (6, -3 - 7 * (k % 2))
-                axes.annotate(row.case, (row.plan_mb, row.median_ms), offset, textcoords="offset points", fontsize=7)
-    most = [min(r.plan_mb for r in rows) / 1.2, max(r.plan_mb for r in rows) * 1.4]
-    speed = max(row.copy_gb_s for row in rows)
-    axes.plot(most, [mb / speed for mb in most], "k-", linewidth=1, label=f"a copy: {speed:.0f} GB/s")
-    axes.plot(most, [2 * mb / speed for mb in most], "k:", linewidth=1, label="half of that")
-    axes.set(xscale="log", yscale="log", xlabel="MB that move, by plan", ylabel="ms, forward + backward, CUDA graph")
-    plain(axes.xaxis, axes.yaxis)
-    axes.grid(alpha=0.3, which="both")
-    axes.legend(frameon=False, fontsize=8)
-
-
-def plot_memory(axes_of, rows: Sequence[Row]):
-    cases = list(dict.fromkeys(row.case for row in rows))
-    names = list(dict.fromkeys(row.by for row in rows))
-    [axes] = axes_of(1, (8, 4.2))
-    for j, name in enumerate(names):
-        peaks = [first(row for row in rows if row.by == name and row.case == case) for case in cases]
-        places = [i + 0.8 * (j + 0.5) / len(names) - 0.4 for i, _ in enumerate(cases)]
-        heights = [row.peak_mib if row else 0.0 for row in peaks]
-        bars = axes.bar(places, heights, 0.8 / len(names), label=name, color=f"C{j}")
-        axes.bar_label(bars, [f"{height:.3g}" if row else "" for height, row in zip(heights, peaks)], fontsize=7)
-    axes.set_xticks(range(len(cases)), cases)
-    axes.set_yscale("log")
-    plain(axes.yaxis)
-    axes.set_ylabel("MiB above inputs and results")
-    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(names), frameon=False, fontsize=8)
-
-
-CURVES = {
-    "megapixels": lambda row: row.batch * row.height * row.width / 1e6,
-    "classes": lambda row: row.classes,
-    "channels": lambda row: row.channels,
-    "layers": lambda row: len(row.strides.split("-")),
-    "% errors": lambda row: 10.0 if row.regime == "trained" else _percent(row.regime),
-}
-
-
-def _percent(regime: str) -> float | None:
-    return float(regime.removesuffix(" % errors")) if regime.endswith(" % errors") else None
-
-
-def base_of_curves(row: Row) -> bool:
-    return of_the_paper(row) and row.regime == "trained" and row.strides == "4-8-16-32"
-
-
-def plot_scaling(axes_of, rows: Sequence[Row]):
-    """Curves through the case itself, each over the rows that differ from it in one thing."""
-    base = next(filter(base_of_curves, rows))
-    point = {name: value(base) for name, value in CURVES.items()}
-    limits = (min(row.median_ms for row in rows) / 1.5, max(row.median_ms for row in rows) * 1.5)
-    every = axes_of(len(CURVES), (3.2 * len(CURVES), 3.4))
-    for axes, (name, value) in zip(every, CURVES.items()):
-        shown = set()
-        for by, of_one in grouped(rows, lambda row: row.by).items():
-            line = [
-                (value(row), row.median_ms)
-                for row in of_one
-                if value(row) is not None
-                and all(of(row) == point[other] for other, of in CURVES.items() if other != name)
-            ]
-            axes.plot(*zip(*sorted(line)), "o-" if by in OURS else "s--", label=by)
-            shown |= {x for x, _ in line}
-        axes.set(xscale="log", yscale="log", xlabel=name, ylim=limits)
-        plain(axes.yaxis)
-        axes.set_xticks(sorted(shown), [f"{x:.3g}" for x in sorted(shown)], fontsize=7, minor=False)
-        axes.set_xticks([], minor=True)
-        axes.grid(alpha=0.3)
-    every[0].set_ylabel("ms, forward + backward")
-    every[0].legend(frameon=False, fontsize=8)
-
-
 def plots(rows: Sequence[Row]) -> dict[str, tuple[Callable, list[Row]]]:
     """Name → how it is drawn and from which rows; those without rows are left out."""
-    of_loss = [row for row in pick(rows, what=BOTH) if row.driver]
-    fused = [row for row in of_loss if row.by == "triton" and row.mode == "graph"]
-    of_one = of_one_device(of_loss)
-    paper = [row for row in of_one if row.regime == "trained" and row.dtype == "bfloat16" and row.layout == "nchw"]
-    curves = [
-        row
-        for row in of_one
-        if row.case == "cityscapes" and (row.dtype, row.layout) == ("bfloat16", "nchw")
-        and (row.by, row.mode) in (("triton", "graph"), ("reference", "eager"))
-        and (row.regime == "trained" or row.regime.endswith(" % errors")) and "4-8-16-32".startswith(row.strides)
-    ]  # fmt: skip
-    found = {
-        "roofline": (
-            plot_roofline,
-            [row for row in fused if row.plan_mb and row.copy_gb_s and row.regime == "trained" and not on_a_curve(row)],
-        ),
-        "scaling": (
-            plot_scaling,
-            curves if len({sizes(row) for row in curves}) > 3 and any(map(base_of_curves, curves)) else [],
-        ),
-        "memory": (
-            plot_memory,
-            [
-                row
-                for row in paper
-                if row.mode == "eager" and row.peak_mib and row.strides == "4-8-16-32" and of_the_paper(row)
-            ],
-        ),
-        "edge_distance": (
-            plot_edge_distance,
-            of_one_device([row for row in pick(rows, what="edge_distance", threads=1, batch=1) if not row.driver]),
-        ),
-    }  # fmt: skip
-    return {name: (draw, of_plot) for name, (draw, of_plot) in found.items() if of_plot}
+    of_one = of_one_device([row for row in pick(rows, what="edge_distance", threads=1, batch=1) if not row.driver])
+    return {"edge_distance": (plot_edge_distance, of_one)} if of_one else {}
 
 
 def digest(draw: Callable, rows: Sequence[Row]) -> str:
@@ -509,10 +386,6 @@ bytes of the fused loss."""
 
 def performance(rows: Sequence[Row], drawn: Iterable[str], counted: str = "") -> str:
     """docs/performance.md. counted: what ``python -m tests.compiled.counts --write`` wrote."""
-    drawn = set(drawn)
-
-    def picture(name: str, text: str) -> str:
-        return f"![{text}](performance/{name}.png)" if name in drawn else ""
 
     def gpu(*names: str) -> Callable[[Row], bool]:
         return lambda row: bool(row.driver) and row.what.startswith(names)
@@ -528,10 +401,7 @@ def performance(rows: Sequence[Row], drawn: Iterable[str], counted: str = "") ->
     relatives = [row for row in rows if gpu("relative's loss")(row) or (gpu(BOTH)(row) and beside_relatives(row))]
     on_gpu = [
         loss_on_gpu([row for row in rows if not on_a_curve(row)]),
-        picture("roofline", "Time of the fused loss over the bytes it has to move, beside a copy"),
-        picture("memory", "Memory of the fused loss and of the reference"),
         "### As the work grows",
-        picture("scaling", "Time over pixels, classes, channels, layers and errors"),
         loss_on_gpu([row for row in rows if on_a_curve(row)]),
         "### Forward and backward alone",
         everything(rows, lambda row: gpu(*alone)(row) and row.what in alone),
@@ -557,7 +427,7 @@ def performance(rows: Sequence[Row], drawn: Iterable[str], counted: str = "") ->
         "## On a CPU",
         ON_CPU,
         edge_distance_on_cpu(rows),
-        picture("edge_distance", "Time of the edge distance of one map, by regime"),
+        "![Time of the edge distance of one map, by regime](performance/edge_distance.png)" if drawn else "",
         "### All rows",
         everything(rows, cpu("edge_distance", "select_nearest", "contextrast_loss", "relative's loss")),
         "## The host's cost of a call",

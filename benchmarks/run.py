@@ -2,7 +2,9 @@
 
     python -m benchmarks.run --out FOLDER                      what is not yet in FOLDER/<device>.csv at this commit
     python -m benchmarks.run --out FOLDER --parts loss edt     some parts
-    python -m benchmarks.run --out FOLDER --tiny               every path, small, untimed: without a GPU the default
+    python -m benchmarks.run --out FOLDER --tiny               every path, small, untimed
+
+Without a GPU it times what a CPU is for: the loss in plain PyTorch and compiled, the relatives, distance transforms.
 
 Every row is compared with the definition in float64 (integers with ==) before it is timed; one that differs is written
 down as failed. Rows go to the file one by one. --minutes ends a run early: the next one goes on from there, looks again
@@ -60,6 +62,7 @@ class Machine:
     def __init__(self, device: str, *, tiny: bool, seconds: float, frames: pathlib.Path | None):
         self.device, self.tiny, self.seconds, self.frames = torch.device(device), tiny, seconds, frames
         self.on_gpu = self.device.type == "cuda"
+        self.time = measure.time_calls
         self.environment = results.environment(self.device)
         self.kept: dict[str, tuple[Any, Any]] = {}
 
@@ -72,7 +75,14 @@ class Machine:
         return rows[:1] if self.tiny else rows
 
     def sized(self, name: str) -> Case:
-        return CASES[name].tiny() if self.tiny else CASES[name]
+        """The case itself on a GPU; a smaller one, in float32, on a CPU."""
+        if self.tiny or self.on_gpu:
+            return CASES[name].tiny() if self.tiny else CASES[name]
+        return replace(CASES[name], batch=2, height=256, width=384, dtype=torch.float32)
+
+    def maps_of(self, name: str) -> Case:
+        """For class maps alone, of full size also on a CPU, which gets one at a time."""
+        return self.sized(name) if self.tiny or self.on_gpu else replace(CASES[name], batch=1)
 
     def keep(self, name: str, key: Any, make: Callable[[], Any]) -> Any:
         """The latest of its name is kept for the rows that follow; another key frees it first."""
@@ -95,7 +105,7 @@ class Machine:
 
     @functools.cached_property
     def bandwidth(self) -> float | None:
-        return None if self.tiny else measure.copy_gb_s(self.device)
+        return measure.copy_gb_s(self.device) if self.on_gpu and not self.tiny else None
 
     def copies(self, inputs: Inputs) -> list[Inputs]:
         """Inputs that the caches do not hold, each with leaves of its own."""
@@ -113,7 +123,7 @@ class Machine:
         if self.tiny:
             calls[0]()
             return {"status": "untimed"}
-        timing = measure.time_calls(calls, self.device, self.seconds)
+        timing = self.time(calls, self.device, self.seconds)
         outcome = {"median_ms": timing.median_ms, "iqr_ms": timing.iqr_ms, "copy_gb_s": self.bandwidth}
         if count:
             outcome |= {
@@ -188,8 +198,9 @@ def planned_mb(case: Case) -> float:
 
 
 def loss_jobs(machine: Machine, case: Case, passes: Sequence[str] = (BOTH,)) -> Iterator[Job]:
-    """Of the definition forward and backward alone tell nothing that both do not."""
-    for name, pass_ in [*(("triton", pass_) for pass_ in passes), ("reference", BOTH)]:
+    """The reference is timed forward and backward together only. A CPU interprets the kernels: no time is worth it."""
+    fused = passes if machine.on_gpu or machine.tiny else ()
+    for name, pass_ in [*(("triton", pass_) for pass_ in fused), ("reference", BOTH)]:
         for mode in machine.modes:
             row = machine.row(case, what=f"{LOSS} {pass_}", by=name, mode=mode)
             function = functools.partial(loss, case)
@@ -199,11 +210,11 @@ def loss_jobs(machine: Machine, case: Case, passes: Sequence[str] = (BOTH,)) -> 
 def loss_part(machine: Machine, names: Sequence[str]) -> Iterator[Job]:
     for name in names:
         base = machine.sized(name)
-        forms = [
-            {"dtype": dtype, "layout": layout} for dtype in (base.dtype, torch.float32) for layout in cases.LAYOUTS
-        ]
-        for form in machine.some(forms):
+        dtypes = dict.fromkeys((base.dtype, torch.float32))
+        for form in machine.some([{"dtype": dtype, "layout": layout} for dtype in dtypes for layout in cases.LAYOUTS]):
             yield from loss_jobs(machine, replace(base, **form), machine.some((BOTH, FORWARD, BACKWARD)))
+        if not machine.on_gpu and not machine.tiny:
+            continue
         others = [{"regime": regime} for regime in cases.REGIMES if regime != base.regime]
         others += [{"strides": strides} for strides in cases.LAYER_SETS.values() if strides != base.strides]
         for other in machine.some(others if name == "cityscapes" else [{"regime": "collapsed"}]):
@@ -215,7 +226,7 @@ def compiled_part(machine: Machine, names: Sequence[str]) -> Iterator[Job]:
     settings = {"torch.compile": {"backend": "inductor"}, "torch.compile max-autotune": {"mode": "max-autotune"}}
     for name in names:
         case = machine.sized(name)
-        for by in machine.some(tuple(settings)):
+        for by in tuple(settings) if machine.on_gpu else ("torch.compile",):
             options = settings[by]
 
             def run(case=case, by=by, options=options):
@@ -336,41 +347,52 @@ def run_negatives(machine: Machine, case: Case, distance_at: str, mode: str) -> 
 
 
 def peers_part(machine: Machine, names: Sequence[str], folder: pathlib.Path | None) -> Iterator[Job]:
-    """The relatives' published code on the same maps. Another loss each: there is nothing to compare its value with."""
+    """The relatives, by their published code and by this package, on the same maps. Each is another loss: there is
+    nothing to compare its value with."""
     for name in names:
         case = replace(machine.sized(name), dtype=torch.float32)
         if machine.tiny:
             case = replace(case, height=64, width=64)  # their samplers fail on less
         for peer in peers.RELATIVES:
+            for ours in (False, True):
+                row = machine.row(case, what=f"relative's loss {BOTH}", by=f"{peer}, this package" if ours else peer)
+                yield Job(row, functools.partial(run_relative, machine, case, peer, folder, ours), ours)
 
-            def run(case=case, peer=peer):
-                inputs = machine.inputs(case)
-                features = [x.detach().requires_grad_() for x in inputs.features]
-                rows = peers.losses(folder, features, inputs.labels, inputs.logits, case.num_classes)
-                [found] = [row for row in rows if row.name == peer]
-                if found.call is None:
-                    raise Absent(found.note)
 
-                def both():
-                    return torch.autograd.grad(found.call(), features, allow_unused=True)
+def run_relative(machine: Machine, case: Case, name: str, folder: pathlib.Path | None, ours: bool) -> dict:
+    inputs = machine.inputs(case)
+    features = [x.detach().requires_grad_() for x in inputs.features]
+    batch = (features, inputs.labels, inputs.logits)
+    found = peers.ours(name, *batch) if ours else peers.official(name, folder, *batch)
+    if found.call is None:
+        raise Absent(found.note)
 
-                with peers.quiet():
-                    value = found.call()
-                    if not bool(value.isfinite()):
-                        raise measure.Differs(f"its loss is {value.item()}")
-                    outcome = machine.outcome([both])
-                return outcome | {"exact": "another loss", "note": found.note}
+    def both():
+        return torch.autograd.grad(found.call(), features, allow_unused=True)
 
-            yield Job(machine.row(case, what=f"relative's loss {BOTH}", by=peer), run, ours=False)
+    with peers.quiet():
+        value = found.call()
+        if not bool(value.isfinite()):
+            raise measure.Differs(f"its loss is {value.item()}")
+        outcome = machine.outcome([both])
+    return outcome | {"exact": "another loss", "note": found.note}
 
 
 def edt_part(machine: Machine, names: Sequence[str]) -> Iterator[Job]:
-    """Edge distances and selections of label maps of full size, in every regime."""
+    """Edge distances and selections of label maps of full size, in every regime; benchmarks.distances has volumes."""
     for name in names[:1]:
         for regime in machine.some(cases.REGIMES):
-            case = replace(machine.sized(name), regime=regime)
-            yield from edge_distance_jobs(machine, case)
-            yield from selection_jobs(machine, case)
+            case = replace(machine.maps_of(name), regime=regime)
+            for threads in (None,) if machine.on_gpu or machine.tiny else (1, 2):
+                for job in (*edge_distance_jobs(machine, case), *selection_jobs(machine, case)):
+                    if threads is None:
+                        yield job
+                    elif threads == 1 or not job.row.by.startswith(ONE_THREAD):
+                        yield replace(job, row=replace(job.row, threads=threads))
+
+
+ONE_THREAD = ("SciPy", "MONAI", "kornia")
+"""Peers that more threads do not help."""
 
 
 def errors_of(machine: Machine, case: Case) -> Tensor:
@@ -539,6 +561,8 @@ PARTS = {
     "step": step_part,
     "scaling": scaling_part,
 }
+ON_CPU = ("loss", "compiled", "peers", "edt")
+"""Parts that are timed without a GPU."""
 
 
 @contextlib.contextmanager
@@ -558,9 +582,31 @@ def at_most(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
+@contextlib.contextmanager
+def threads_of(count: int | None) -> Iterator[None]:
+    """Inside the block torch and OpenCV use so many threads; None leaves them alone."""
+    before, (cv2, _) = torch.get_num_threads(), peers.module("cv2") if count else (None, "")
+    if count:
+        torch.set_num_threads(count)
+    if cv2:
+        cv2.setNumThreads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+        if cv2:
+            cv2.setNumThreads(-1)
+
+
+def jobs_of(machine: Machine, parts: Sequence[str], names: Sequence[str], folder: pathlib.Path | None) -> Iterator[Job]:
+    """The rows of these parts and cases; ``folder`` has the checkouts of the relatives."""
+    for part in parts:
+        yield from PARTS[part](machine, names, **({"folder": folder} if part == "peers" else {}))
+
+
 def measured(job: Job, machine: Machine, seconds: float) -> Row:
     try:
-        with at_most(seconds):
+        with at_most(seconds), threads_of(job.row.threads):
             return replace(job.row, **job.run())
     except Absent as error:
         status = f"absent: {error}"
@@ -598,11 +644,11 @@ def check(options: argparse.Namespace) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=pathlib.Path, required=True, metavar="FOLDER", help="where <device>.csv is kept")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="default: all")
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), help="default: all")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, help=f"default: all; on a CPU {', '.join(ON_CPU)}")
+    parser.add_argument("--cases", nargs="+", choices=CASES, help="default: all; on a CPU cityscapes")
     parser.add_argument("--peers", type=pathlib.Path, metavar="DIR", help="checkouts of the relatives: see peers.py")
     parser.add_argument("--frames", type=pathlib.Path, metavar="DIR", help="CamVid in SegNet's layout, for the labels")
-    parser.add_argument("--tiny", action="store_true", help="tiny twins of the cases, untimed; without a GPU always")
+    parser.add_argument("--tiny", action="store_true", help="tiny twins of the cases, untimed, on any device")
     parser.add_argument("--again", action="store_true", help="also what the file already has")
     parser.add_argument("--minutes", type=float, default=9.0, help="start no row later than this (default: 9)")
     parser.add_argument("--row-seconds", type=float, default=180.0, help="give a row up after this (default: 180)")
@@ -613,7 +659,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, DataError) as error:
         parser.error(str(error))
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    machine = Machine(device, tiny=options.tiny or device == "cpu", seconds=options.seconds, frames=options.frames)
+    machine = Machine(device, tiny=options.tiny, seconds=options.seconds, frames=options.frames)
+    everywhere = machine.on_gpu or machine.tiny
+    parts = options.parts or list(PARTS if everywhere else ON_CPU)
+    if not everywhere and not set(parts) <= set(ON_CPU):
+        parser.error(f"--parts: torch sees no GPU, and without one {', '.join(ON_CPU)} are timed. Add --tiny.")
+    names = options.cases or (list(CASES) if everywhere else ["cityscapes"])
     path = results.path_of(machine.environment["device"], options.out)
     try:
         known = {} if options.again else {row.measured: row for row in results.read(path)}
@@ -621,10 +672,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--out: {error}")
 
     ends = time.monotonic() + 60 * options.minutes
-    more = {"peers": {"folder": options.peers}}
-    jobs = to_do(
-        (job for part in options.parts for job in PARTS[part](machine, options.cases, **more.get(part, {}))), known
-    )
+    jobs = to_do(jobs_of(machine, parts, names, options.peers), known)
     failures = 0
     while jobs and time.monotonic() <= ends:
         job = jobs.pop(0)

@@ -51,15 +51,13 @@ def class_anchors(
     checks.together("features", features, "labels", labels)
     size = features.shape[2:]
     checks.samples_from("labels", labels, *size)
-    backend = choose_kernels([features], num_classes)
-    if backend == "triton":
+    if choose_kernels([features], num_classes) == "triton":
         anchors, counts, _ = _class_anchors(
             maps.plane_stack(features),
             labels,
             num_classes,
             ignore_index,
             normalize,
-            backend,
             maps.volume_sides([features]),
         )
         return anchors, counts
@@ -149,7 +147,6 @@ def _class_anchors(
     num_classes: int,
     ignore_index: int,
     normalize: bool,
-    backend: str,
     volume: list[int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Anchors (N, D), counts (N,), and the label codes that the backward pass reads.
@@ -163,14 +160,14 @@ def _class_anchors(
 
 
 @_class_anchors.register_fake
-def _(features, labels, num_classes, ignore_index, normalize, backend, volume=None):
+def _(features, labels, num_classes, ignore_index, normalize, volume=None):
     anchors = features.new_empty(num_classes, features.shape[1], dtype=compute_dtype(features.dtype))
     return anchors, features.new_empty(num_classes, dtype=torch.int64), empty_codes([features], num_classes)
 
 
 @torch.library.custom_op("contextrast::class_anchors_backward", mutates_args=())
 def _class_anchors_backward(
-    gradient: Tensor, features: Tensor, counts: Tensor, codes: Tensor, normalize: bool, backend: str
+    gradient: Tensor, features: Tensor, counts: Tensor, codes: Tensor, normalize: bool
 ) -> Tensor:
     from contextrast_kernels.kernels import anchors
 
@@ -179,7 +176,7 @@ def _class_anchors_backward(
 
 
 @_class_anchors_backward.register_fake
-def _(gradient, features, counts, codes, normalize, backend):
+def _(gradient, features, counts, codes, normalize):
     return torch.empty_like(features)
 
 
@@ -188,7 +185,7 @@ differentiable_once("class_anchors", _class_anchors_backward)
 
 def _save_for_backward(ctx, inputs, output):
     ctx.set_materialize_grads(False)  # otherwise torch allocates zero gradients for all outputs
-    features, _, _, _, ctx.normalize, ctx.backend, _ = inputs
+    features, _labels, _num_classes, _ignore_index, ctx.normalize, _volume = inputs
     _, counts, codes = output
     ctx.save_for_backward(features, counts, codes)
     ctx.mark_non_differentiable(counts, codes)
@@ -196,9 +193,9 @@ def _save_for_backward(ctx, inputs, output):
 
 def _backward(ctx, gradient, *_):
     if gradient is None:
-        return (None,) * 7
-    dx = _class_anchors_backward(gradient, *ctx.saved_tensors, ctx.normalize, ctx.backend)
-    return dx, *(None,) * 6
+        return (None,) * 6
+    features, counts, codes = ctx.saved_tensors
+    return _class_anchors_backward(gradient, features, counts, codes, ctx.normalize), *(None,) * 5
 
 
 _class_anchors.register_autograd(_backward, setup_context=_save_for_backward)

@@ -22,6 +22,7 @@ from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from contextrast_kernels import maps, native
 
@@ -222,13 +223,17 @@ def may_read_values(tensor: Tensor) -> bool:
     """
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return False  # ranks exchange rows, whose number must be the same in all of them
+    return tensor.device.type == "cpu" and is_eager([tensor])
+
+
+def is_eager(tensors: Sequence[Tensor]) -> bool:
+    """Whether plain PyTorch runs the ops on these tensors: nothing traces, transforms or watches them."""
     return (
         not torch.compiler.is_compiling()
-        and tensor.device.type == "cpu"
-        and type(tensor) is Tensor  # a fake tensor holds no values
         and torch._C._len_torch_dispatch_stack() == 0  # a dispatch mode traces or counts the ops
+        and not torch._C._are_functorch_transforms_active()
         and not torch.jit.is_tracing()
-        and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+        and all(type(x) is Tensor or type(x) is Parameter for x in tensors)  # a fake tensor holds no values
     )
 
 

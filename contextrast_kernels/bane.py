@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from contextrast_kernels import checks, maps, native
-from contextrast_kernels.backend import choose
+from contextrast_kernels.backend import choose, is_eager
 from contextrast_kernels.distance import NO_EDGE, check_sampling, edge_distance
 from contextrast_kernels.hashing import STREAM_TIES, image_hash, seed_tensor
 
@@ -212,7 +212,9 @@ def negative_codes(
     (``native.code_dtype``). The largest number means none."""
     selection = (predictions, labels, sizes, num_classes, ratio, negatives, distance_at, ignore_index, seed)
     if _one_native_call(labels, sampling):
-        return native.bane_codes(*_native_arguments(*selection))
+        arguments = _native_arguments(*selection)
+        tensors = [x for x in arguments if isinstance(x, Tensor)]
+        return (native.chosen_codes if is_eager(tensors) else native.bane_codes)(*arguments)
     layers, errors = layer_negatives(*selection, sampling)
     dtype = native.code_dtype(num_classes)
     chosen = torch.cat([layer.flatten() for layer in layers])

@@ -5,6 +5,7 @@
 i counts the layers from high to low resolution.
 """
 
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from contextrast_kernels import bane, checks, maps, ranks
 from contextrast_kernels.anchors import class_anchors, class_sums, fuse_anchors, mean_embeddings, means
-from contextrast_kernels.backend import choose_kernels, differentiable_once, empty_codes, on_device
+from contextrast_kernels.backend import choose_kernels, differentiable_once, empty_codes, is_eager, on_device
 from contextrast_kernels.distance import check_sampling
 from contextrast_kernels.embedding import compute_dtype, pixel_embeddings, unit
 from contextrast_kernels.hashing import STREAM_BASE, image_hash, seed_tensor
@@ -243,7 +244,7 @@ def total_loss(
     if options.group is not None:
         _agree(options.group, features, options, backend)
     if backend == "triton" and options.base_sampler is None:
-        return _fused_loss(features, labels, *bane.negative_codes(*selection), options, seed, backend)
+        return _fused_loss(features, labels, *bane.negative_codes(*selection), options, seed)
     hard, errors = bane.layer_negatives(*selection)
     if options.group is not None:
         return _global_loss(options.group, features, labels, hard, errors, options, seed)
@@ -428,7 +429,6 @@ def _fused_loss(
     errors: Tensor,
     options: Options,
     seed: Tensor,
-    backend: str,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss by the fused kernels, for given codes of the hard negatives."""
     for i, x in enumerate(features if options.group is not None else ()):
@@ -437,9 +437,9 @@ def _fused_loss(
                 f"features[{i}]: expected at most {ranks.MOST_PIXELS} pixels on each rank of a group, "
                 f"got {checks.describe(x)}; use backend('reference') on all ranks, or a smaller batch"
             )
-    stacks = [maps.plane_stack(x) for x in features]
-    loss, losses, report, *_ = _contextrast_loss(
-        stacks,
+    planes = (maps.plane_stack(x) for x in features)
+    stacks = [x for x in planes if x is not None]  # choose_kernels took the reference where one is None
+    arguments = (
         labels,
         hard,
         seed,
@@ -452,11 +452,14 @@ def _fused_loss(
         options.normalize,
         options.normalize_anchors,
         options.detach_anchors,
-        backend,
         errors if options.group is not None else None,
         options.group,
         maps.volume_sides(features),
     )
+    if is_eager(features):
+        loss, losses, report = _Direct.apply(arguments, *stacks)
+    else:
+        loss, losses, report, *_ = _contextrast_loss(stacks, *arguments)
     if options.group is not None:
         errors = report[3]
     return loss, {
@@ -468,8 +471,7 @@ def _fused_loss(
     }
 
 
-@torch.library.custom_op("contextrast::contextrast_loss", mutates_args=())
-def _contextrast_loss(
+def _forward(
     features: list[Tensor],
     labels: Tensor,
     e: Tensor,
@@ -483,7 +485,6 @@ def _contextrast_loss(
     normalize: bool,
     normalize_anchors: bool,
     detach_anchors: bool,
-    backend: str,
     errors: Tensor | None,
     group: str | None,
     volumes: list[int] | None = None,
@@ -523,9 +524,13 @@ def _contextrast_loss(
     return outcome.loss, outcome.losses, outcome.report, *saved
 
 
+_contextrast_loss = torch.library.custom_op("contextrast::contextrast_loss", _forward, mutates_args=())
+
+
 @_contextrast_loss.register_fake
 def _(features, labels, e, seed, num_classes, *options):
-    base_rate, group = options[4], options[10]
+    given = _by_name((features, labels, e, seed, num_classes, *options))
+    base_rate, group = given["base_rate"], given["group"]
     first, L, N = features[0], len(features), num_classes
     D, dtype = first.shape[1], compute_dtype(first.dtype)
     row = D * torch.int64.itemsize // dtype.itemsize  # T lies where int64 sums were
@@ -534,8 +539,7 @@ def _(features, labels, e, seed, num_classes, *options):
     return *floats[:2], first.new_empty((3 if group is None else 4, L), dtype=torch.int64), *codes, *floats[2:]
 
 
-@torch.library.custom_op("contextrast::contextrast_loss_backward", mutates_args=())
-def _contextrast_loss_backward(
+def _feature_gradients(
     gradient: Tensor,
     features: list[Tensor],
     e: Tensor,
@@ -548,8 +552,8 @@ def _contextrast_loss_backward(
     temperature: float,
     normalize: bool,
     detach_anchors: bool,
-    backend: str,
 ) -> list[Tensor]:
+    """dL/dx of every layer, from what ``_forward`` returns to be saved."""
     from contextrast_kernels.kernels import contextrast
 
     base, similarity = (per_pixel, None) if per_pixel.dtype == torch.uint8 else (None, per_pixel)
@@ -560,6 +564,11 @@ def _contextrast_loss_backward(
         )
 
 
+_contextrast_loss_backward = torch.library.custom_op(
+    "contextrast::contextrast_loss_backward", _feature_gradients, mutates_args=()
+)
+
+
 @_contextrast_loss_backward.register_fake
 def _(gradient, features, *_):
     return [torch.empty_like(x) for x in features]
@@ -568,27 +577,52 @@ def _(gradient, features, *_):
 differentiable_once("contextrast_loss", _contextrast_loss_backward)
 
 
+def _by_name(inputs: Sequence) -> dict:
+    """Inputs of the op by the names of its parameters."""
+    return dict(zip(_PARAMETERS, inputs))
+
+
+_PARAMETERS = tuple(inspect.signature(_forward).parameters)
+
+
 def _save_for_backward(ctx, inputs, output):
     ctx.set_materialize_grads(False)  # otherwise torch allocates zero gradients for all outputs
-    features = inputs[0]
-    ctx.temperature, ctx.normalize, ctx.detach_anchors, ctx.backend = inputs[7], inputs[10], inputs[12], inputs[13]
-    ctx.group, ctx.layers = inputs[15], len(features)
-    ctx.save_for_backward(*features, inputs[2], *output[3:])
-    ctx.mark_non_differentiable(*output[1:])
+    given = _by_name(inputs)
+    ctx.options = [given[name] for name in ("temperature", "normalize", "detach_anchors")]
+    ctx.group, ctx.layers = given["group"], len(given["features"])
+    _loss, *others = output
+    _losses, _report, *saved = others
+    ctx.save_for_backward(*given["features"], given["e"], *saved)
+    ctx.mark_non_differentiable(*others)
 
 
 def _backward(ctx, gradient, *_):
     if gradient is None:
-        return [None] * ctx.layers, *(None,) * 16
+        return [None] * ctx.layers, *(None,) * (len(_PARAMETERS) - 1)
     if ctx.group is not None:
         gradient = gradient * ranks.size(ctx.group)  # DDP divides by the number of ranks
-    features, saved = ctx.saved_tensors[: ctx.layers], ctx.saved_tensors[ctx.layers :]
-    dx = _contextrast_loss_backward(
-        gradient, list(features), *saved, ctx.temperature, ctx.normalize, ctx.detach_anchors, ctx.backend
-    )
-    return dx, *(None,) * 16
+    features, saved = list(ctx.saved_tensors[: ctx.layers]), ctx.saved_tensors[ctx.layers :]
+    # The op refuses a second derivative, which is only asked for where gradients are recorded.
+    direct = not torch.is_grad_enabled() and is_eager([gradient, *features])
+    gradients = _feature_gradients if direct else _contextrast_loss_backward
+    return gradients(gradient, features, *saved, *ctx.options), *(None,) * (len(_PARAMETERS) - 1)
 
 
 _contextrast_loss.register_autograd(_backward, setup_context=_save_for_backward)
 one_call_per_sample(_contextrast_loss)
 one_call_per_sample(_contextrast_loss_backward)
+
+
+class _Direct(torch.autograd.Function):
+    """The op without PyTorch's dispatcher, whose Python takes the host longer than all launches of a step."""
+
+    @staticmethod
+    def forward(ctx, arguments, *features):
+        output = _forward(features, *arguments)
+        _save_for_backward(ctx, (features, *arguments), output)
+        return output[:3]
+
+    @staticmethod
+    def backward(ctx, gradient, *_):
+        of_features, *_ = _backward(ctx, gradient)
+        return None, *of_features

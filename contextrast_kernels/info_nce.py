@@ -41,16 +41,14 @@ def info_nce(
     positives: str = "each",
     row_negatives: Tensor | None = None,
     column_negatives: Tensor | None = None,
-    base: Tensor | None = None,
     column_weights: Tensor | None = None,
     reduction: str = "mean",
 ) -> Tensor:
     """Supervised InfoNCE of rows against columns (Eq. 2), differentiable in both.
 
     A column is a positive of the rows with its label. By default it is a negative of the rows with a different label.
-    If ``row_negatives``, ``column_negatives`` or ``base`` is given, column j is a negative of row i only if
-    ``column_negatives[j] == row_negatives[i]``, or if ``base[j]`` is True and the labels differ. If only one of
-    ``row_negatives`` and ``column_negatives`` is given, the labels replace the other one.
+    If ``row_negatives`` or ``column_negatives`` is given, column j is a negative of row i only if
+    ``column_negatives[j] == row_negatives[i]``. If only one of the two is given, the labels replace the other one.
 
     Args:
         rows: (R, D) floating point. They are not normalised here: for cosine similarities pass unit vectors.
@@ -63,7 +61,6 @@ def info_nce(
         positives: the form of the loss, "each", "supcon" or "pooled". The module's docstring has the equations.
         row_negatives, column_negatives: (R,) and (C,) integers. Contextrast's strict BANE is ``column_negatives`` = the
             class that each pixel is a hard negative of.
-        base: (C,) bool.
         column_weights: (C,) floating point of at least 0, the number of times that column j counts. They get no
             gradient. None: 1 for all.
         reduction: "mean", or "none" for the vector of l_i.
@@ -102,8 +99,6 @@ def info_nce(
         row_negatives = _check_integers("row_negatives", row_negatives, "rows", rows)
     if column_negatives is not None:
         column_negatives = _check_integers("column_negatives", column_negatives, *against)
-    if base is not None:
-        _check_vector("base", base, "bool flags", lambda dtype: dtype == torch.bool, *against)
     if column_weights is not None:
         _check_vector("column_weights", column_weights, "floating-point weights", checks.is_floating, *against)
         column_weights = column_weights.detach()
@@ -111,18 +106,18 @@ def info_nce(
         row_negatives = row_labels if row_negatives is None else row_negatives
         if column_negatives is None:
             column_negatives = row_labels if itself else column_labels
-    sets = (row_negatives, column_negatives, base, column_weights)
-    options = (float(temperature), ignore_index, positives, reduction)
+    sets = (row_negatives, column_negatives, column_weights)
+    tau = float(temperature)
     unfit = ""
     if rows.shape[1] > MOST_CHANNELS:
         unfit = f"its kernels take at most {MOST_CHANNELS} channels, got {rows.shape[1]}"
     backend = choose(rows, ("triton",), unfit)
     # Without a pair there is nothing to launch.
     if backend == "triton" and rows.numel() > 0 and against[1].numel() > 0:
-        return _info_nce(rows, row_labels, columns, column_labels, *sets, *options, backend)[0]
+        return _info_nce(rows, row_labels, columns, column_labels, *sets, tau, ignore_index, positives, reduction)[0]
     if columns is None or column_labels is None:
         columns, column_labels = rows, row_labels
-    return _reference(rows, row_labels, columns, column_labels, *sets, itself, *options)
+    return _reference(rows, row_labels, columns, column_labels, *sets, itself, tau, ignore_index, positives, reduction)
 
 
 @unchanged_by_autocast
@@ -133,7 +128,6 @@ def _reference(
     column_labels: Tensor,
     row_negatives: Tensor | None,
     column_negatives: Tensor | None,
-    base: Tensor | None,
     column_weights: Tensor | None,
     itself: bool,
     temperature: float,
@@ -157,15 +151,10 @@ def _reference(
     pair = valid_row.unsqueeze(1) & valid_column & (w != 0)
     if itself:
         pair = pair & ~torch.eye(rows.shape[0], dtype=torch.bool, device=rows.device)
-    if row_negatives is None and base is None:
-        against = ~same
-    else:
-        against = torch.zeros_like(same)
-        if row_negatives is not None and column_negatives is not None:
-            code, named = row_negatives.long().unsqueeze(1), column_negatives.long()
-            against = (code == named) & (named != ignore_index)
-        if base is not None:
-            against = against | (base & ~same)
+    against = ~same
+    if row_negatives is not None and column_negatives is not None:
+        code, named = row_negatives.long().unsqueeze(1), column_negatives.long()
+        against = (code == named) & (named != ignore_index)
     is_positive, is_negative = pair & same, pair & against
     has_positive, has_negative = is_positive.any(1), is_negative.any(1)
 
@@ -224,27 +213,26 @@ def _info_nce(
     column_labels: Tensor | None,
     row_negatives: Tensor | None,
     column_negatives: Tensor | None,
-    base: Tensor | None,
     column_weights: Tensor | None,
     temperature: float,
     ignore_index: int,
     positives: str,
     reduction: str,
-    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the loss, the number of valid rows (empty without a mean) and (4, R) numbers for the backward pass."""
-    from contextrast_kernels.kernels import _pairs, info_nce
+    from contextrast_kernels.kernels import info_nce
 
-    sets = (row_labels, column_labels, row_negatives, column_negatives, base, column_weights)
-    pairs = _pairs.pairs(*sets, temperature, ignore_index, positives)
+    sets = (row_labels, column_labels, row_negatives, column_negatives, column_weights)
+    pairs = info_nce.pairs_of(*sets, temperature, ignore_index, positives)
     with on_device(rows):
         return info_nce.forward(rows, rows if columns is None else columns, pairs, reduction == "mean")
 
 
 @_info_nce.register_fake
-def _(rows, row_labels, columns, *options):
+def _(rows, row_labels, columns, *others):
+    *_, reduction = others
     R, dtype = rows.shape[0], compute_dtype(rows.dtype)
-    loss, count = ((), ()) if options[-2] == "mean" else ((R,), (0,))
+    loss, count = ((), ()) if reduction == "mean" else ((R,), (0,))
     return tuple(rows.new_empty(shape, dtype=dtype) for shape in (loss, count, (4, R)))
 
 
@@ -257,7 +245,6 @@ def _info_nce_backward(
     column_labels: Tensor | None,
     row_negatives: Tensor | None,
     column_negatives: Tensor | None,
-    base: Tensor | None,
     column_weights: Tensor | None,
     count: Tensor,
     kept: Tensor,
@@ -265,29 +252,30 @@ def _info_nce_backward(
     ignore_index: int,
     positives: str,
     toward: str,
-    backend: str,
 ) -> Tensor:
     """The gradient of the rows or columns: ``toward`` is "rows", "columns", or "both" if the rows are the columns."""
-    from contextrast_kernels.kernels import _pairs, info_nce
+    from contextrast_kernels.kernels import info_nce
 
-    sets = (row_labels, column_labels, row_negatives, column_negatives, base, column_weights)
-    pairs = _pairs.pairs(*sets, temperature, ignore_index, positives)
+    sets = (row_labels, column_labels, row_negatives, column_negatives, column_weights)
+    pairs = info_nce.pairs_of(*sets, temperature, ignore_index, positives)
     with on_device(rows):
         return info_nce.backward(gradient, rows, rows if columns is None else columns, pairs, count, kept, toward)
 
 
 @_info_nce_backward.register_fake
-def _(gradient, rows, row_labels, columns, *options):
-    return torch.empty_like(columns if options[-2] == "columns" else rows)
+def _(gradient, rows, row_labels, columns, *others):
+    *_, toward = others
+    return torch.empty_like(columns if toward == "columns" else rows)
 
 
 differentiable_once("info_nce", _info_nce_backward)
 
 
 def _save_for_backward(ctx, inputs, output):
-    *tensors, ctx.temperature, ctx.ignore_index, ctx.positives, _, ctx.backend = inputs
-    ctx.save_for_backward(*tensors, *output[1:])
-    ctx.mark_non_differentiable(*output[1:])
+    *tensors, ctx.temperature, ctx.ignore_index, ctx.positives, _reduction = inputs
+    _loss, count, kept = output
+    ctx.save_for_backward(*tensors, count, kept)
+    ctx.mark_non_differentiable(count, kept)
 
 
 def _backward(ctx, gradient, *_):
@@ -295,14 +283,15 @@ def _backward(ctx, gradient, *_):
     options = (ctx.temperature, ctx.ignore_index, ctx.positives)
 
     def toward(target: str) -> Tensor:
-        return _info_nce_backward(gradient, rows, row_labels, columns, *others, *options, target, ctx.backend)
+        return _info_nce_backward(gradient, rows, row_labels, columns, *others, *options, target)
 
     drows = dcolumns = None
-    if ctx.needs_input_grad[0]:
+    of_rows, _, of_columns, *rest = ctx.needs_input_grad
+    if of_rows:
         drows = toward("both" if columns is None else "rows")
-    if ctx.needs_input_grad[2]:
+    if of_columns:
         dcolumns = toward("columns")
-    return drows, None, dcolumns, *([None] * 10)
+    return drows, None, dcolumns, *(None for _ in rest)
 
 
 _info_nce.register_autograd(_backward, setup_context=_save_for_backward)

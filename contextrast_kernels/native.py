@@ -391,8 +391,7 @@ def _(predictions, labels, num_classes, sizes, *_):
     return _empty_layers(labels, sizes), _empty_errors(labels, sizes)
 
 
-@torch.library.custom_op("contextrast::bane_codes", mutates_args=())
-def bane_codes(
+def chosen_codes(
     predictions: Tensor,
     labels: Tensor,
     num_classes: int,
@@ -404,13 +403,16 @@ def bane_codes(
     seed: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """``bane_negatives`` as the fused loss reads it: label codes (``code_dtype``) of all layers end to end.
-    num_classes is N."""
+    num_classes is N. This is what the op ``bane_codes`` runs."""
     codes, errors = _empty_codes(labels, num_classes, sizes), _empty_errors(labels, sizes)
     shapes = [(labels.shape[0], h, w) for h, w in _pairs(sizes)]
     pieces = codes.split([math.prod(shape) for shape in shapes])
     layers = [piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)]
     _bane_negatives(predictions, labels, num_classes, layers, errors, ratio, negatives, distance_at, ignore_index, seed)
     return codes, errors
+
+
+bane_codes = torch.library.custom_op("contextrast::bane_codes", chosen_codes, mutates_args=())
 
 
 def bane_scratch(labels: Tensor, num_classes: int, sizes: Sequence[tuple[int, int]]) -> int | None:

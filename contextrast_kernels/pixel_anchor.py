@@ -92,8 +92,7 @@ def pixel_anchor_loss(
         if tuple(base.shape) != layer:
             raise ValueError(f"base: expected shape {layer}, that of the features, got {checks.describe(base)}")
         checks.together("features", features, "base", base)
-    backend = choose_kernels([features], anchors.shape[0])
-    if backend == "triton":
+    if choose_kernels([features], anchors.shape[0]) == "triton":
         return _pixel_anchor_loss(
             maps.plane_stack(features),
             labels,
@@ -103,7 +102,6 @@ def pixel_anchor_loss(
             float(temperature),
             ignore_index,
             normalize,
-            backend,
             maps.volume_sides([features]),
         )[0]
     if negatives is None and base is None:
@@ -213,7 +211,6 @@ def _pixel_anchor_loss(
     temperature: float,
     ignore_index: int,
     normalize: bool,
-    backend: str,
     volume: list[int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the loss, dL/danchors, and what the backward pass reads: codes y and e, base pixels or the similarity of
@@ -229,7 +226,7 @@ def _pixel_anchor_loss(
 
 
 @_pixel_anchor_loss.register_fake
-def _(features, labels, anchors, negatives, base, temperature, ignore_index, normalize, backend, volume=None):
+def _(features, labels, anchors, negatives, base, temperature, ignore_index, normalize, volume=None):
     (N, D), dtype = anchors.shape, compute_dtype(features.dtype)
     dense = base is not None or negatives is None
     rows = [features.new_empty(shape, dtype=dtype) for shape in ((1, N, D), (1, N), (1, 2, N))]
@@ -249,7 +246,6 @@ def _pixel_anchor_loss_backward(
     coefficients: Tensor,
     temperature: float,
     normalize: bool,
-    backend: str,
 ) -> Tensor:
     from contextrast_kernels.kernels import pixel_anchor
 
@@ -269,7 +265,7 @@ differentiable_once("pixel_anchor_loss", _pixel_anchor_loss_backward)
 
 def _save_for_backward(ctx, inputs, output):
     ctx.set_materialize_grads(False)  # otherwise torch allocates zero gradients for all outputs
-    features, _, anchors, _, _, ctx.temperature, _, ctx.normalize, ctx.backend, _ = inputs
+    features, _labels, anchors, _negatives, _base, ctx.temperature, _ignore_index, ctx.normalize, _volume = inputs
     ctx.save_for_backward(features, *output[1:])
     ctx.mark_non_differentiable(*output[1:])
     ctx.anchors_dtype = anchors.dtype
@@ -277,14 +273,14 @@ def _save_for_backward(ctx, inputs, output):
 
 def _backward(ctx, gradient, *_):
     if gradient is None:
-        return (None,) * 10
+        return (None,) * 9
     features, pull, *saved = ctx.saved_tensors
     dx = danchors = None
     if ctx.needs_input_grad[0]:
-        dx = _pixel_anchor_loss_backward(gradient, features, *saved, ctx.temperature, ctx.normalize, ctx.backend)
+        dx = _pixel_anchor_loss_backward(gradient, features, *saved, ctx.temperature, ctx.normalize)
     if ctx.needs_input_grad[2]:
         danchors = (gradient * pull).to(ctx.anchors_dtype)
-    return dx, None, danchors, *(None,) * 7
+    return dx, None, danchors, *(None,) * 6
 
 
 _pixel_anchor_loss.register_autograd(_backward, setup_context=_save_for_backward)

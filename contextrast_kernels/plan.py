@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from contextrast_kernels import native
-from contextrast_kernels.kernels import _launch, _pairs, contextrast, info_nce
+from contextrast_kernels.kernels import _launch, contextrast, info_nce
 
 QUIET = frozenset({"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided"})
 """Ops that launch nothing on the device, besides views."""
@@ -187,11 +187,11 @@ def info_nce_launches(
     columns = rows if C is None else empty(C, D)
     row_labels = empty(R, dtype=torch.int64)
     column_labels = None if C is None else empty(C, dtype=torch.int64)
-    of = _pairs.pairs(row_labels, column_labels, None, None, None, None, 0.1, -1, positives)
+    pairs = info_nce.pairs_of(row_labels, column_labels, None, None, None, 0.1, -1, positives)
     with _launch.recording() as launches:
-        loss, count, kept = info_nce.forward(rows, columns, of, True)
+        loss, count, kept = info_nce.forward(rows, columns, pairs, True)
         for toward in ("both",) if C is None else ("rows", "columns"):
-            info_nce.backward(loss, rows, columns, of, count, kept, toward)
+            info_nce.backward(loss, rows, columns, pairs, count, kept, toward)
     return launches
 
 

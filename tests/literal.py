@@ -399,7 +399,6 @@ def info_nce(
     positives="each",
     row_negatives=None,
     column_negatives=None,
-    base=None,
     column_weights=None,
     reduction="mean",
 ):
@@ -431,12 +430,9 @@ def info_nce(
                 continue
             s = dot(rows[i], columns[j]) / temperature
             same = int(column_labels[j]) == int(row_labels[i])
+            against = not same
             if named:
                 against = int(column_negatives[j]) == int(row_negatives[i]) != ignore_index
-            else:
-                against = base is None and not same
-            if base is not None:
-                against = against or (bool(base[j]) and not same)
             item = (math.log(w) + s, s, w)
             positive += [item] * same
             negative += [item] * against

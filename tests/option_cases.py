@@ -65,7 +65,6 @@ OPTIONS: dict[str, dict[str, tuple]] = {
         "positives": ("each", "supcon", "pooled"),
         "row_negatives": (None, "given"),
         "column_negatives": (None, "given"),
-        "base": (None, "given"),
         "column_weights": (None, "given"),
         "reduction": ("mean", "none"),
     },
@@ -146,7 +145,7 @@ QUICK = [
     _case("info_nce", "bfloat16", positives="each", D=64),
     _case("info_nce", "float32", columns=None, positives="pooled", column_weights="given", ignore_index=2),
     _case("info_nce", "float16", positives="supcon", row_negatives="given", reduction="none", layout="channels_last"),
-    _case("info_nce", "float32", base="given", column_negatives="given", temperature=0.5, sizes="long row",
+    _case("info_nce", "float32", column_negatives="given", temperature=0.5, sizes="long row",
           layout="slices", values="inf"),
 ]  # fmt: skip
 """Cases in which each value of each option occurs."""
@@ -364,7 +363,6 @@ def _info_nce(case, rng, device):
     made = {
         "row_negatives": lambda: codes(R).long(),
         "column_negatives": lambda: codes(C).long(),
-        "base": lambda: torch.from_numpy(rng.random(C) < 0.5).to(device),
         "column_weights": lambda: torch.from_numpy(rng.choice([0.0, 0.5, 1.0, 3.0], C)).float().to(device),
     }
     for name, make in made.items():

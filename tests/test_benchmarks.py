@@ -9,7 +9,6 @@ import time
 from dataclasses import replace
 from types import SimpleNamespace
 
-import nets
 import pytest
 import torch
 
@@ -163,7 +162,7 @@ def test_peak_memory_is_above_what_the_call_returns():
 
 
 def runs(folder, *arguments, cases=("camvid",)):
-    return run.main(["--out", str(folder), "--cases", *cases, *arguments])
+    return run.main(["--out", str(folder), "--tiny", "--cases", *cases, *arguments])
 
 
 def rows_in(folder):
@@ -180,9 +179,10 @@ def small(monkeypatch):
     """A network of four convolutions among those that are timed."""
 
     def build(num_classes):
-        network = nets.Net()
-        network.classifier = torch.nn.Conv2d(nets.WIDTHS[0], num_classes, 1)
-        network.layers = [f"stages.{i}" for i in range(4)]
+        convolutions = [torch.nn.Conv2d(3, 8, 3, 4, 1), *(torch.nn.Conv2d(8, 8, 3, 2, 1) for _ in range(3))]
+        up = torch.nn.Upsample(scale_factor=32, mode="bilinear")
+        network = torch.nn.Sequential(*convolutions, torch.nn.Conv2d(8, num_classes, 1), up)
+        network.layers = [str(i) for i in range(4)]
         return network
 
     monkeypatch.setitem(run.NETWORKS, "small", build)
@@ -205,6 +205,33 @@ def test_the_runner_measures_maps_and_peers_once(tmp_path, capsys):
     assert {("edge_distance", "contextrast"), ("select_nearest", "sort of 64-bit keys")} <= ran
     runs(tmp_path, *parts)
     assert capsys.readouterr().out == "0 rows failed; complete\n"
+
+
+@cpu_only
+def test_a_cpu_times_the_reference_in_each_layout_with_the_threads_of_the_row(tmp_path, monkeypatch):
+    seen = set()
+    peer = run.peers.Peer("a peer", lambda: seen.add(torch.get_num_threads()), "")
+    monkeypatch.setattr(run.Machine, "sized", lambda self, name: replace(cases.CASES[name].tiny(), dtype=torch.float32))
+    monkeypatch.setattr(run.Machine, "maps_of", run.Machine.sized)
+    monkeypatch.setattr(run.peers, "edge_distances", lambda classes: [peer])
+    monkeypatch.setattr(cases, "REGIMES", ("trained",))
+    for counted in ("peak_mib", "launches", "syncs"):  # a profiler's start takes seconds
+        monkeypatch.setattr(measure, counted, lambda *_: 0)
+    before = torch.get_num_threads()
+    assert run.main(["--out", str(tmp_path), "--parts", "loss", "edt", "--seconds", "0.001"]) == 0
+    rows = rows_in(tmp_path)
+    assert {row.status for row in rows} == {"ok"}
+    of_loss = [row for row in rows if row.what == f"{run.LOSS} {run.BOTH}"]
+    assert {(row.by, row.layout) for row in of_loss} == {("reference", layout) for layout in cases.LAYOUTS}
+    assert {row.threads for row in rows if row.by == "contextrast"} == seen == {1, 2}
+    assert torch.get_num_threads() == before
+
+
+@cpu_only
+def test_a_part_that_needs_a_gpu_is_refused_on_a_cpu(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        run.main(["--out", str(tmp_path), "--parts", "scaling"])
+    assert "--parts: torch sees no GPU" in capsys.readouterr().err
 
 
 @cpu_only
@@ -327,7 +354,10 @@ def test_rows_after_a_device_failure_run_first_in_the_next_call(tmp_path, monkey
 @cpu_only
 def test_absent_rows_are_retried(tmp_path, capsys):
     assert runs(tmp_path, "--parts", "peers") == 0
-    assert all("no checkout" in row.status for row in rows_in(tmp_path))
+    assert {row.by for row in rows_in(tmp_path) if "no checkout" in row.status} == set(run.peers.RELATIVES)
+    assert {row.by for row in rows_in(tmp_path) if row.status == "untimed"} == {
+        f"{name}, this package" for name in run.peers.RELATIVES
+    }
     capsys.readouterr()
     assert runs(tmp_path, "--parts", "peers") == 0
     assert capsys.readouterr().out == "0 rows failed; complete\n"
@@ -365,38 +395,25 @@ def test_row_timeout_is_signalled_repeatedly():
 def made_up_rows():
     """Of a GPU that does not exist: every kind of row that the report knows, from the runner's own list."""
     machine = run.Machine("cpu", tiny=False, seconds=1.0, frames=None)
-    gpu = {
-        "device": "A GPU",
-        "driver": "580.1",
-        "torch": "2.11.0",
-        "triton": "3.6.0",
-        "commit": "0123456",
-        "threads": None,
-    }
+    machine.on_gpu = True
+    gpu = {"device": "A GPU", "driver": "580.1", "torch": "2.11.0", "triton": "3.6.0", "commit": "0123456"}
     rows = []
-    for part, jobs in run.PARTS.items():
-        more = {"folder": None} if part == "peers" else {}
-        for job in jobs(machine, list(cases.CASES), **more):
-            for mode in (
-                ("eager", "graph")
-                if job.row.mode == "eager" and job.row.by in ("triton", "contextrast")
-                else (job.row.mode,)
-            ):
-                row = replace(job.row, mode=mode, **gpu)
-                work = (row.batch or 1) * (row.height or 1) * (row.width or 1) * (row.channels or 1) / 1e9
-                slow = {"triton": 1.0, "contextrast": 1.0, "reference": 20.0}.get(row.by, 7.0)
-                outcome = {
-                    "median_ms": work * slow,
-                    "iqr_ms": work / 50,
-                    "launches": 14,
-                    "syncs": 0,
-                    "peak_mib": 3.0 * slow,
-                }
-                if row.by == "kornia on edges":
-                    rows.append(replace(row, status="failed: RuntimeError: too slow"))
-                    continue
-                plan = {"plan_mb": 900 * work, "copy_gb_s": 4300.0} if row.by == "triton" else {}
-                rows.append(replace(row, **outcome, **plan))
+    for job in run.jobs_of(machine, run.PARTS, list(cases.CASES), None):
+        row = replace(job.row, **gpu)
+        work = (row.batch or 1) * (row.height or 1) * (row.width or 1) * (row.channels or 1) / 1e9
+        slow = {"triton": 1.0, "contextrast": 1.0, "reference": 20.0}.get(row.by, 7.0)
+        outcome = {
+            "median_ms": work * slow,
+            "iqr_ms": work / 50,
+            "launches": 14,
+            "syncs": 0,
+            "peak_mib": 3.0 * slow,
+        }
+        if row.by == "kornia on edges":
+            rows.append(replace(row, status="failed: RuntimeError: too slow"))
+            continue
+        plan = {"plan_mb": 900 * work, "copy_gb_s": 4300.0} if row.by == "triton" else {}
+        rows.append(replace(row, **outcome, **plan))
     rows.append(replace(rows[0], what="probe: reads", value=1.5, unit="x", expected="1.0", median_ms=None, iqr_ms=None))
     return rows
 
@@ -462,9 +479,8 @@ def test_a_report_of_every_kind_of_row(tmp_path):
     assert report.main(where) == 0
     page, readme = (tmp_path / "docs" / "performance.md").read_text(), (tmp_path / "README.md").read_text()
     assert page.count(report.NOT_YET) == 1 and "nan" not in page  # the host's cost is another program's
-    for picture in ("roofline", "scaling", "memory", "edge_distance"):
-        assert f"performance/{picture}.png" in page
-        assert report.drawn_from(tmp_path / "docs" / "performance" / f"{picture}.png")
+    assert "performance/edge_distance.png" in page
+    assert report.drawn_from(tmp_path / "docs" / "performance" / "edge_distance.png")
     [line] = [line for line in readme.splitlines() if line.startswith("| cityscapes, trained | bfloat16, nchw")]
     fused, definition = (
         next(row for row in rows if (row.what, row.by) == (report.BOTH, by) and row.mode == "eager")
@@ -506,7 +522,7 @@ def test_relative_times_are_ratios_to_ours(tmp_path):
     assert report.main(where) == 0
     page = (tmp_path / "docs" / "performance.md").read_text()
     relatives = columns_of(page, f"relative's loss {run.BOTH}", "PNE_Loss")
-    assert len(relatives) == len(cases.CASES) and {cells[4] for cells in relatives} == {"7"}
+    assert len(relatives) == 2 * len(cases.CASES) and {cells[4] for cells in relatives} == {"7"}
     results.write(
         results.path_of(rows[0].device, tmp_path / "results"), [row for row in rows if row.what.startswith("relative")]
     )
@@ -520,17 +536,6 @@ def test_a_later_trial_without_times_hides_no_measurement():
     again = replace(ROW, commit="7654321", median_ms=3.0)
     assert report.latest([ROW, later]) == [ROW]
     assert report.latest([ROW, again]) == [again]
-
-
-def test_the_curves_go_through_their_case_alone():
-    rows = made_up_rows()
-    _, curves = report.plots(rows)["scaling"]
-    assert {row.strides for row in curves} == {"4", "4-8", "4-8-16", "4-8-16-32"}
-    for name, value in report.CURVES.items():
-        at_base = [row for row in curves if row.by == "triton" and report.base_of_curves(row)]
-        assert len(at_base) == 1 and value(at_base[0]) is not None, name
-    without = [row for row in rows if not report.base_of_curves(row)]
-    assert "scaling" not in report.plots(without)
 
 
 def test_figures_appear_only_in_generated_parts():

@@ -344,7 +344,7 @@ def deletions(gpu):
                 yield kernel, number
 
 
-def sees(gpu, case, kernel, number):
+def sees(gpu, case, kernel, number, schedule):
     """Whether a run without one line of a kernel differs, or has a fault; None if the call does not run it."""
 
     def mutate(name, text):
@@ -358,7 +358,7 @@ def sees(gpu, case, kernel, number):
     gpu.findings.clear(), gpu.launches.clear()
     gpu.mutate = mutate
     try:
-        with gpu.on(tensors_of(arguments), SCHEDULES[1]):
+        with gpu.on(tensors_of(arguments), schedule):
             actual = cases.call(op, arguments)
     finally:
         gpu.mutate = None
@@ -386,10 +386,10 @@ def calls(rng):
 
 @SLOW
 def test_each_barrier_and_fence_is_missed(gpu, rng):
-    """Each is deleted alone, from the kernels as they are compiled."""
+    """Each is deleted alone, from the kernels as they are compiled. One order of warps may hide it, not both."""
     given, unseen = list(calls(rng)), []
     for kernel, number in deletions(gpu):
-        if not any(sees(gpu, case, kernel, number) for case in given):
+        if not any(sees(gpu, case, kernel, number, order) for case in given for order in SCHEDULES[::-1]):
             unseen.append((kernel, number))
     assert len(list(deletions(gpu))) > 40 and not unseen, unseen
 

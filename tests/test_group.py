@@ -590,7 +590,7 @@ def test_sums_over_ranks_do_not_modify_their_inputs(one_rank, monkeypatch):
     features, labels, _ = batch("two ranks")
     errors = torch.tensor([7, 3])
     e = torch.full((3 * sum(h * w for h, w in SIZES),), 255, dtype=torch.uint8)
-    options = (N, 255, list(WEIGHTS), 0.2, 0.7, 0.0, True, False, False, "triton", errors)
+    options = (N, 255, list(WEIGHTS), 0.2, 0.7, 0.0, True, False, False, errors)
     seed, name = torch.zeros((), dtype=torch.int64), ranks.name_of(dist.group.WORLD)
     _, _, report, *_ = contextrast._contextrast_loss(features, labels, e, seed, *options, name)
     assert report[3].tolist() == [14, 6]

@@ -33,7 +33,7 @@ def literal_loss(rows, row_labels, columns=None, column_labels=None, **options):
     return literal.info_nce(*map(plain, tensors), **{key: plain(value) for key, value in options.items()})
 
 
-SETS = ["labels", "named by columns", "named by rows", "named by both", "base", "base and named", "weights"]
+SETS = ["labels", "named by columns", "named by rows", "named by both", "names and weights", "weights"]
 
 
 def chosen(rng, kind, R, C, N=3):
@@ -43,7 +43,6 @@ def chosen(rng, kind, R, C, N=3):
     every = {
         "row_negatives": codes[R],
         "column_negatives": codes[C],
-        "base": torch.from_numpy(rng.random(C) < 0.5),
         "column_weights": torch.from_numpy(weights),
     }
     names = {
@@ -51,8 +50,7 @@ def chosen(rng, kind, R, C, N=3):
         "named by columns": ("column_negatives",),
         "named by rows": ("row_negatives",),
         "named by both": ("row_negatives", "column_negatives"),
-        "base": ("base",),
-        "base and named": ("base", "column_negatives", "column_weights"),
+        "names and weights": ("column_negatives", "column_weights"),
         "weights": ("column_weights",),
     }
     return {name: every[name] for name in names[kind]}

@@ -88,7 +88,7 @@ def test_every_set_of_negatives_and_weights(rng, case, own):
 def test_gradcheck(rng, own, positives):
     R, C = 5, 5 if own else 6
     x = [vectors(rng, n, 4).requires_grad_() for n in ((R,) if own else (R, C))]
-    options = {} if own else {**on_device(chosen(rng, "base and named", R, C)), "reduction": "none"}
+    options = {} if own else {**on_device(chosen(rng, "names and weights", R, C)), "reduction": "none"}
     loss = loss_of(labels(rng, R, 2), labels(rng, C, 2), positives=positives, **options)
     with ck.backend("triton"):
         assert gradcheck(loss, x, fast_mode=True)
@@ -283,12 +283,12 @@ def test_a_share_is_at_most_one_however_s_is_rounded(positives):
     """Backward forms s anew. Where it comes out above Z, as with huge similarities another order of summation may make
     it, a single exponential stays all of its sum: as if Z and Y had been 3 smaller."""
     x, z = torch.tensor([[1.0]], device=DEVICE), torch.tensor([[0.0], [1.0]], device=DEVICE)
-    tensors = (x, torch.tensor([0], device=DEVICE), z, torch.tensor([0, 1], device=DEVICE), None, None, None, None)
-    loss, count, kept = _info_nce(*tensors, 0.01, -1, positives, "mean", "triton")
+    tensors = (x, torch.tensor([0], device=DEVICE), z, torch.tensor([0, 1], device=DEVICE), None, None, None)
+    loss, count, kept = _info_nce(*tensors, 0.01, -1, positives, "mean")
     lower = kept.clone()
     lower[:2] -= 3
     for toward in ("rows", "columns"):
-        options = (0.01, -1, positives, toward, "triton")
+        options = (0.01, -1, positives, toward)
         expected, gradient = (_info_nce_backward(loss, *tensors, count, of_row, *options) for of_row in (kept, lower))
         assert expected.any()
         assert torch.equal(gradient, expected)
@@ -340,14 +340,14 @@ def test_sums_of_many_splits(rng, positives):
     """More than are added at a time, some of them empty: largest and sum relative to it give the sum of all."""
     from triton import language as tl
 
-    from contextrast_kernels.kernels import _launch, _pairs
+    from contextrast_kernels.kernels import _launch
     from contextrast_kernels.kernels import info_nce as kernels
 
     splits, R = 40, 5
     sums = torch.from_numpy(rng.uniform(1, 9, (splits, 4, R)) * [[[5], [1], [5], [1]]]).to(DEVICE)
     sums[:17:4, 0], sums[:17:4, 1] = -torch.inf, 0
     losses, kept = sums.new_empty(R), sums.new_empty(4, R)
-    rows = _pairs.Rows(torch.zeros(R, dtype=torch.int64, device=DEVICE), None, *_launch.encode_ints([1, 0]))
+    rows = kernels.Rows(torch.zeros(R, dtype=torch.int64, device=DEVICE), None, *_launch.encode_ints([1, 0]))
     given = {"log_sums": sums, "terms": None, "rows": rows, "losses": losses, "kept": kept}
     form = {"HELD": 16, "POSITIVES": positives, "NUMBERS": 4, "LABEL": tl.int64}
     _launch.launch(kernels._info_nce_rows, (1,), {**given, "ignore_index": -1, "R": R, "splits": splits}, form)
@@ -382,13 +382,13 @@ def test_columns_in_the_order_of_their_classes(rng):
 def test_opcheck(rng, own, reduction):
     x, z, y, c = vectors(rng, 4, 8), vectors(rng, 5, 8), labels(rng, 4, ignored=0), labels(rng, 5, ignored=0)
     tensors = (x, y, None, None) if own else (x, y, z, c)
-    sets = on_device(chosen(rng, "base and named", 4, 4 if own else 5))
-    sets = (y, sets["column_negatives"], sets["base"], sets["column_weights"])
+    sets = on_device(chosen(rng, "names and weights", 4, 4 if own else 5))
+    sets = (y, sets["column_negatives"], sets["column_weights"])
     with_graph = tuple(t.clone().requires_grad_() if t is not None and t.is_floating_point() else t for t in tensors)
-    opcheck(_info_nce, (*with_graph, *sets, 0.2, -1, "each", reduction, "triton"))
-    loss, count, kept = _info_nce(*tensors, *sets, 0.2, -1, "each", reduction, "triton")
+    opcheck(_info_nce, (*with_graph, *sets, 0.2, -1, "each", reduction))
+    loss, count, kept = _info_nce(*tensors, *sets, 0.2, -1, "each", reduction)
     for toward in ("both",) if own else ("rows", "columns"):
-        arguments = (*tensors, *sets, count, kept, 0.2, -1, "each", toward, "triton")
+        arguments = (*tensors, *sets, count, kept, 0.2, -1, "each", toward)
         opcheck(_info_nce_backward, (torch.ones_like(loss), *arguments))
 
 
@@ -450,7 +450,7 @@ def test_double_backward_raises_a_clear_error(rng):
     x, y = vectors(rng, 3, 8).requires_grad_(), labels(rng, 3, ignored=0)
     with ck.backend("triton"):
         (gradient,) = torch.autograd.grad(loss_of(y)(x), x, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"^info_nce: expected to be differentiated once.*backend\('reference'\)"):
+    with pytest.raises(RuntimeError, match=r"^info_nce: the fused kernels do not support double backward.*backend\('reference'\)"):
         gradient.sum().backward()
 
 

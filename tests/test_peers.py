@@ -14,6 +14,21 @@ from benchmarks import peers
 from contextrast_kernels import measure
 
 CPU = torch.device("cpu")
+
+
+def small_case():
+    """Features of four layers, labels and logits: 19 classes in large squares, since the relatives fail where an image
+    has no class of a few pixels."""
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.randint(0, 19, (2, 1, 2, 3), generator=generator)
+    labels = torch.nn.functional.interpolate(coarse.float(), (256, 384)).long()[:, 0]
+    labels[:, -8:] = 255
+    logits = torch.randn(2, 19, 64, 96, generator=generator)
+    logits += 3 * torch.nn.functional.one_hot(labels[:, ::4, ::4].clamp(max=18), 19).movedim(3, 1)
+    features = [torch.randn(2, 256, 64 >> i, 96 >> i, generator=generator).requires_grad_() for i in range(4)]
+    return features, labels, logits
+
+
 FILES = {
     "ContrastiveSeg/lib/loss/loss_contrast.py": """
         import lib.helper
@@ -78,8 +93,9 @@ def checkouts(tmp_path):
 
 
 def assert_every_loss_runs(folder):
-    features, labels, logits = peers.small_case(CPU)
-    for peer in peers.losses(folder, features, labels, logits, 19):
+    features, labels, logits = small_case()
+    for name in peers.RELATIVES:
+        peer = peers.official(name, folder, features, labels, logits)
         for _ in range(2):
             peer.call().backward()
         assert any(x.grad is not None and bool(x.grad.isfinite().all()) for x in features), peer.name
@@ -104,26 +120,25 @@ def test_the_real_checkouts_run():
 
 def test_an_absent_checkout_is_a_note_and_a_broken_one_a_failure(tmp_path):
     (tmp_path / "PNE_Loss").mkdir()
-    found = {peer.name: peer for peer in peers.losses(tmp_path, *peers.small_case(CPU), 19)}
-    assert list(found) == list(peers.RELATIVES)
+    found = {name: peers.official(name, tmp_path, *small_case()) for name in peers.RELATIVES}
     assert found["ContrastiveSeg"].call is None and "no checkout ContrastiveSeg" in found["ContrastiveSeg"].note
     with pytest.raises(ModuleNotFoundError) as error:
         found["PNE_Loss"].call()
     assert peers.failure(error.value).startswith("failed: ModuleNotFoundError: No module named")
-    assert all(peer.call is None for peer in peers.losses(None, *peers.small_case(CPU), 19))
+    assert all(peers.official(name, None, *small_case()).call is None for name in peers.RELATIVES)
 
 
 def test_views_are_the_published_ones_wherever_the_code_could_use_them(checkouts):
-    features, labels, logits = peers.small_case(CPU)
+    features, labels, logits = small_case()
     notes = [
-        peers.losses(checkouts, features, y, logits, 19)[0].note
+        peers.official("ContrastiveSeg", checkouts, features, y, logits).note
         for y in (labels, torch.arange(256 * 384).view(1, 256, 384).expand(2, -1, -1) // 4 % 400 // 4 % 100)
     ]
     assert notes[0].endswith("at most 100 views") and not notes[1].endswith("at most 100 views")
 
 
 def classes_of_the_small_case():
-    _, labels, logits = peers.small_case(CPU)
+    _, labels, logits = small_case()
     wrong = logits.argmax(1)
     return torch.where(wrong == labels[:, ::4, ::4], -1, wrong)
 

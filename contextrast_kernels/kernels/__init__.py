@@ -2,6 +2,5 @@
 
 To read them: ``contextrast`` is the whole loss in three phases; ``anchors``, ``_log_sums`` and ``pixel_anchor`` have
 their kernels, ``_gradient`` those of the backward pass, ``_tiles`` the pieces that they share, ``_codes`` and ``_sums``
-what goes between them. ``_launch`` and ``_tile_table`` decide how they are launched. ``info_nce`` stands alone, on
-``_pairs``.
+what goes between them. ``_launch`` and ``_tile_table`` decide how they are launched. ``info_nce`` stands alone.
 """

@@ -9,19 +9,25 @@ strides.
 import contextlib
 import functools
 import itertools
+import operator
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from triton import language as tl
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
 
 from contextrast_kernels.kernels._tile_table import NARROW, next_power_of_2
 
 UNFUSED = {"enable_fp_fusion": False}
 """For kernels whose threads all store one number that they reduced. Fused into the first step of a reduction, a product
 is rounded in one of two lanes only, and their sums differ in the last bit."""
+
+COMPILED_WITH = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
+"""Defaults of all kernels. Triton 3.10 changes that of enable_fp_fusion; numbers should not move with it."""
 
 CACHED = 256
 """Different sets of feature maps whose places are remembered."""
@@ -47,6 +53,9 @@ class Strides(NamedTuple):
     w: Any
 
 
+INTEGERS_ALONE = (Geometry, Strides)
+
+
 class Launch(NamedTuple):
     kernel: Any
     grid: tuple[int, ...]
@@ -69,14 +78,56 @@ def recording() -> Iterator[list[Launch]]:
 
 
 def launch(kernel, grid: tuple[int, ...], arguments: dict, constants: dict) -> None:
+    """Launches a kernel, or lists it inside of ``recording``; an empty grid is no launch."""
     if 0 in grid:
         return
-    # Triton 3.10 changes the default of enable_fp_fusion; numbers should not move with it.
-    constants = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True, **constants}
+    constants = {**COMPILED_WITH, **constants}
     if _recorded is not None:
         _recorded.append(Launch(kernel, grid, arguments, constants))
         return
-    kernel[grid](**arguments, **constants)
+    if not isinstance(kernel, JITFunction):  # interpreted
+        kernel[grid](**arguments, **constants)
+        return
+    # Triton finds the compiled kernel by a key that it writes anew for each call, from every argument: most of the
+    # host's time. This key is shorter and says as much.
+    unspecialized, in_order = _signature(kernel)
+    key = (*_what_compiling_depends_on(arguments, unspecialized), *constants.items())
+    found = kernel.device_caches[driver.active.get_current_device()][0]
+    compiled = found.get(key)
+    if compiled is None:
+        found[key] = kernel[grid](**arguments, **constants)
+    else:
+        compiled[(*grid, 1, 1)[:3]](*in_order(arguments | constants))
+
+
+def _signature(kernel: JITFunction) -> tuple[frozenset[str], Callable[[dict], tuple]]:
+    """The integers that a kernel is not compiled anew for, and a function that puts all arguments in order."""
+    signature = _signatures.get(kernel.fn)
+    if signature is None:
+        unspecialized = frozenset(parameter.name for parameter in kernel.params if parameter.do_not_specialize)
+        in_order = operator.itemgetter(*(parameter.name for parameter in kernel.params))
+        signature = _signatures[kernel.fn] = unspecialized, in_order
+    return signature
+
+
+_signatures: dict[Callable, tuple[frozenset[str], Callable[[dict], tuple]]] = {}
+
+
+def _what_compiling_depends_on(arguments: dict, unspecialized: frozenset[str]) -> list:
+    """The dtype of each tensor and whether 16 divides its address, the width of each integer that is not specialised,
+    and other values as they are."""
+    known = []
+    for name, value in arguments.items():
+        kind = type(value)
+        if isinstance(value, Tensor):
+            known += value.dtype, value.data_ptr() % 16 == 0
+        elif kind is int and name in unspecialized:
+            known.append(-(2**31) <= value < 2**31)
+        elif isinstance(value, tuple) and kind not in INTEGERS_ALONE:
+            known.append(tuple((x.dtype, x.data_ptr() % 16 == 0) if isinstance(x, Tensor) else x for x in value))
+        else:
+            known.append(value)
+    return known
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -94,6 +145,7 @@ def decode_int(number: int) -> int:
     return (number - 3) >> 1
 
 
+@functools.lru_cache(CACHED)
 def float64_bits(value: float) -> int:
     """A Python float reaches a kernel as float32. Its 64 bits, as an integer, reach it whole: see ``_tiles.real``."""
     return struct.unpack("<q", struct.pack("<d", value))[0]

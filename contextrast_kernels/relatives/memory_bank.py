@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from contextrast_kernels import checks, ranks
+from contextrast_kernels.backend import may_read_values
 from contextrast_kernels.info_nce import check_rows
 from contextrast_kernels.relatives.samplers import rank_in_segment, segment_counts
 from contextrast_kernels.state import lasting
@@ -69,10 +70,13 @@ class MemoryBank(nn.Module):
         return self.storage[:-1], torch.where(torch.cat(filled, 1), classes, -1).flatten()
 
     def copied_columns(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """A copy of ``columns`` on the rows' device and in their dtype. It is a copy because the bank is written before
-        the backward pass reads it."""
+        """A copy of ``columns`` on the rows' device and in their dtype, without empty places where values may be read.
+        It is a copy because the bank is written before the backward pass reads it."""
         self.follow(rows.device)
         entries, classes = self.columns()
+        if may_read_values(rows) and may_read_values(classes):
+            written = classes >= 0
+            return entries[written].to(rows.dtype), classes[written]
         return entries.to(rows.dtype, copy=True), classes
 
     @checks.takes_subclasses

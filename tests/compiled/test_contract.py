@@ -91,10 +91,10 @@ def test_contract_holds_where_ptx_leaves_rounding_open(case, one_rank, record_pr
 
 
 def far_apart(x, axis, folder):
-    """The same features, with images or rows so far from each other that an offset in elements passes 2³¹."""
-    h, w = x.shape[2:]
-    far = 2**31 + 64 if axis == "images" else 2**29 + 64
-    strides = (far, h * w, w, 1) if axis == "images" else (h * far, w, far, 1)
+    """The same features, with images, channels or rows so far from each other that an offset in elements passes 2³¹."""
+    _, D, h, w = x.shape
+    far = {"images": 2**31, "channels": 2**31 // D * 2, "rows": 2**29}[axis] + 64
+    strides = {"images": (far, h * w, w, 1), "channels": (D * far, far, w, 1), "rows": (h * far, w, far, 1)}[axis]
     size = 1 + sum((n - 1) * step for n, step in zip(x.shape, strides))
     sparse = torch.from_file(str(folder / "sparse"), shared=True, size=size, dtype=x.dtype)
     return sparse.as_strided(x.shape, strides).copy_(x)
@@ -103,7 +103,7 @@ def far_apart(x, axis, folder):
 LARGE = next(case for case in QUICK if (case.op, case.dtype, case.D) == ("contextrast_loss", "bfloat16", 64))
 
 
-@pytest.mark.parametrize("axis", ["images", pytest.param("rows", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("axis", ["images", *(pytest.param(a, marks=pytest.mark.slow) for a in ("channels", "rows"))])
 def test_offsets_past_two_billion(axis, tmp_path):
     built = build(LARGE)
     x, *others = built.leaves
@@ -123,9 +123,11 @@ def test_offsets_cut_to_32_bits_are_seen(tmp_path):
     from contextrast_kernels.kernels import _launch
 
     built, layout = build(LARGE), _launch.layout
-    leaves = [far_apart(built.leaves[0], "rows", tmp_path), *built.leaves[1:]]
+    leaves = [far_apart(built.leaves[0], "channels", tmp_path), *built.leaves[1:]]
+    _launch.parts_of.cache_clear()  # it remembers layouts
     with emulated(90, ORDERS[0]) as gpu, mock.patch.object(_launch, "layout", lambda x: layout(x)._replace(wide=False)):
         run(built.loss, leaves)
+    _launch.parts_of.cache_clear()
     found = {fault.kernel for fault in gpu.faults() if fault.kind.startswith("outside of every tensor")}
     assert found >= {"_class_anchors_fwd", "_hard_similarities", "_pixel_anchor_fwd", "_features_bwd"}
 

@@ -192,31 +192,51 @@ def test_every_family_equals_scipy(backend, rng, sampling):
             check_against_scipy(mask, sampling)
 
 
-def real_volume():
-    """The largest volume that SciPy ships: none is real, so a torus and a helix in noise stand for one where
-    scikit-image's is not at hand."""
+def ring_and_helix():
+    """(40, 60, 70): 1 in a torus, 2 in a helix through it, else 0."""
     z, y, x = np.mgrid[:40, :60, :70]
     ring = (np.hypot(y - 30, x - 35) - 20) ** 2 + (z - 20) ** 2 < 64
     helix = (y - 30 - 20 * np.cos(z / 5)) ** 2 + (x - 35 - 20 * np.sin(z / 5)) ** 2 < 30
     return np.where(helix, 2, np.where(ring, 1, 0))
 
 
+def check_against_edt_and_monai(mask, sampling):
+    ours = ck.distance_transform(torch.from_numpy(mask), spatial_dims=3, sampling=sampling).numpy()
+    edt = pytest.importorskip("edt")
+    theirs = edt.edt(mask, anisotropy=sampling or (1.0, 1.0, 1.0), black_border=False)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-6)
+    monai = pytest.importorskip("monai.transforms.utils")
+    theirs = monai.distance_transform_edt(torch.from_numpy(mask)[None], sampling=sampling)
+    np.testing.assert_allclose(ours, np.asarray(theirs)[0], rtol=1e-6)
+
+
 @pytest.mark.parametrize("sampling", [None, (2.5, 1.0, 1.0)])
-def test_a_real_volume_equals_scipy_edt_and_monai(sampling):
-    image = real_volume()
+def test_a_ring_and_a_helix_equal_scipy_edt_and_monai(sampling):
+    image = ring_and_helix()
     for mask in (image > 0, image != 2):
         check_against_scipy(mask, sampling)
-        ours = ck.distance_transform(torch.from_numpy(mask), spatial_dims=3, sampling=sampling).numpy()
-        edt = pytest.importorskip("edt")
-        theirs = edt.edt(mask, anisotropy=sampling or (1.0, 1.0, 1.0), black_border=False)
-        np.testing.assert_allclose(ours, theirs, rtol=1e-6)
-        monai = pytest.importorskip("monai.transforms.utils")
-        theirs = monai.distance_transform_edt(torch.from_numpy(mask)[None], sampling=sampling)
-        np.testing.assert_allclose(ours, np.asarray(theirs)[0], rtol=1e-6)
+        check_against_edt_and_monai(mask, sampling)
+
+
+@pytest.mark.parametrize("name", ["anatomical.nii", "example4d.nii.gz"])
+def test_real_heads_equal_scipy_edt_and_monai(name):
+    """Magnetic resonance images of heads that nibabel ships, cut at three intensities, in voxels and in millimetres."""
+    nibabel = pytest.importorskip("nibabel")
+    scan = nibabel.load(pathlib.Path(nibabel.__file__).parent / "tests/data" / name)
+    image = np.asarray(scan.dataobj)
+    if image.ndim == 4:
+        image = image[..., 0]
+    millimetres = tuple(float(side) for side in scan.header.get_zooms()[:3])
+    for share in (0.5, 0.75, 0.95):
+        mask = np.ascontiguousarray(image > np.quantile(image, share))
+        assert 0 < mask.mean() < 1
+        for sampling in (None, millimetres):
+            check_against_scipy(mask, sampling)
+            check_against_edt_and_monai(mask, sampling)
 
 
 def test_edge_distance_of_a_volume_is_a_transform_for_each_class(backend):
-    classes = torch.from_numpy(real_volume()[None]) - 1
+    classes = torch.from_numpy(ring_and_helix()[None]) - 1
     squared = ck.edge_distance(classes, squared=True)[0].numpy()
     of_edge = volumes.edges(classes.numpy()[:, 5:15, 5:25, 5:30])[0]  # the oracle is slow: a part is enough
     part = squared[5:15, 5:25, 5:30]
