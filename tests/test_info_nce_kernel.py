@@ -450,7 +450,9 @@ def test_double_backward_raises_a_clear_error(rng):
     x, y = vectors(rng, 3, 8).requires_grad_(), labels(rng, 3, ignored=0)
     with ck.backend("triton"):
         (gradient,) = torch.autograd.grad(loss_of(y)(x), x, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"^info_nce: the fused kernels do not support double backward.*backend\('reference'\)"):
+    with pytest.raises(
+        RuntimeError, match=r"^info_nce: the fused kernels do not support double backward.*backend\('reference'\)"
+    ):
         gradient.sum().backward()
 
 

@@ -627,7 +627,9 @@ def test_double_backward_raises_a_clear_error(rng, op):
     with ck.backend("triton"):
         (gradient,) = torch.autograd.grad(function(*xs).sum(), xs[:1], create_graph=True)
     name = op.removesuffix(", dense")
-    with pytest.raises(RuntimeError, match=rf"^{name}: the fused kernels do not support double backward.*backend\('reference'\)"):
+    with pytest.raises(
+        RuntimeError, match=rf"^{name}: the fused kernels do not support double backward.*backend\('reference'\)"
+    ):
         gradient.sum().backward()
 
 
