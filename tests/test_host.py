@@ -53,7 +53,7 @@ variants = [
     {"num_classes": 9}, {"labels": torch.uint8}, {"dtype": torch.float16}, {"dtype": torch.float64}, {"offset": 1},
     {"offset": 4}, {"D": 32}, {"form": torch.channels_last}, {"sizes": ((4, 48), (3, 16))},
     {"sizes": ((4, 63), (2, 31))}, {"base_rate": 0.5}, {"base_rate": 1.0}, {"normalize": False},
-    {"layer_weights": (1.0, 0.5)}, {"normalize_anchors": True}, {"seed": 5}, {},
+    {"layer_weights": (1.0, 0.5)}, {"normalize_anchors": True}, {"seed": 5}, {"layer_weights": (0.3, 0.7)}, {},
 ]
 
 def compiled_by_variant():

@@ -85,7 +85,8 @@ def launch(kernel, grid: tuple[int, ...], arguments: dict, constants: dict) -> N
     if _recorded is not None:
         _recorded.append(Launch(kernel, grid, arguments, constants))
         return
-    if not isinstance(kernel, JITFunction):  # interpreted
+    # Interpreted, or on AMD, where kernels are also specialised for the size of a tensor.
+    if not isinstance(kernel, JITFunction) or torch.version.hip:
         kernel[grid](**arguments, **constants)
         return
     # Triton finds the compiled kernel by a key that it writes anew for each call, from every argument: most of the
@@ -114,8 +115,7 @@ _signatures: dict[Callable, tuple[frozenset[str], Callable[[dict], tuple]]] = {}
 
 
 def _what_compiling_depends_on(arguments: dict, unspecialized: frozenset[str]) -> list:
-    """The dtype of each tensor and whether 16 divides its address, the width of each integer that is not specialised,
-    and other values as they are."""
+    """For each argument what Triton specialises a kernel for, in a form that can be hashed."""
     known = []
     for name, value in arguments.items():
         kind = type(value)
@@ -123,11 +123,25 @@ def _what_compiling_depends_on(arguments: dict, unspecialized: frozenset[str]) -
             known += value.dtype, value.data_ptr() % 16 == 0
         elif kind is int and name in unspecialized:
             known.append(-(2**31) <= value < 2**31)
-        elif isinstance(value, tuple) and kind not in INTEGERS_ALONE:
-            known.append(tuple((x.dtype, x.data_ptr() % 16 == 0) if isinstance(x, Tensor) else x for x in value))
+        elif kind in INTEGERS_ALONE:
+            known.append(_specialized(value))
+        elif isinstance(value, tuple):
+            known.append(
+                tuple((x.dtype, x.data_ptr() % 16 == 0) if isinstance(x, Tensor) else _specialized(x) for x in value)
+            )
         else:
-            known.append(value)
+            known.append(_specialized(value))
     return known
+
+
+@functools.lru_cache(16 * CACHED, typed=True)
+def _specialized(value):
+    """The width of each integer, whether it is 1, and whether 16 divides it; other values as they are."""
+    if isinstance(value, tuple):
+        return tuple(map(_specialized, value))
+    if type(value) is not int or value == 1:
+        return value
+    return value % 16 == 0, -(2**31) <= value < 2**31
 
 
 def ceil_div(a: int, b: int) -> int:
