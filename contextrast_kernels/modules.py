@@ -61,7 +61,7 @@ class ContextrastLoss(nn.Module):
     Raises:
         TypeError, ValueError: an option or a batch cannot be used; the error names the argument.
 
-    Example:
+    Examples:
         >>> criterion = ContextrastLoss(num_classes=19)
         >>> loss = cross_entropy(logits, labels, ignore_index=255) + 0.1 * criterion(features, labels, logits)
     """
@@ -172,7 +172,7 @@ class ContextrastCriterion(nn.Module):
     Raises:
         TypeError, ValueError: an option or a batch cannot be used; the error names the argument.
 
-    Example:
+    Examples:
         >>> criterion = ContextrastCriterion(num_classes=19)
         >>> loss = criterion(tap.features(), labels, logits)
     """

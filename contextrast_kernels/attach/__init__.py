@@ -56,7 +56,7 @@ def attach(
             ``"auto"`` cannot tell an encoder from the rest (the candidates and the call to make are listed).
         RuntimeError: the model is already attached, wrapped or compiled, or cannot run on the example.
 
-    Example:
+    Examples:
         >>> tap = ck.attach(model)
         >>> criterion = ck.ContextrastCriterion(num_classes=19)
         >>> logits = model(images)

@@ -234,7 +234,7 @@ def split_heads(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], di
     Raises:
         TypeError: state_dict is not a mapping.
 
-    Example:
+    Examples:
         >>> state, heads = ck.split_heads(torch.load("checkpoint.pt"))
         >>> model.load_state_dict(state)
     """

@@ -49,7 +49,7 @@ class AlignmentUniformity(Metric):
     Raises:
         TypeError, ValueError: an option or a batch cannot be used; the error names the argument.
 
-    Example:
+    Examples:
         >>> quality = AlignmentUniformity(19)
         >>> quality.update(features, labels)  # the layer before the segmentation head, as in the paper
     """

@@ -27,7 +27,7 @@ class ConfusionMatrix(Metric):
     Raises:
         TypeError, ValueError: an option or a batch cannot be used; the error names the argument.
 
-    Example:
+    Examples:
         >>> scores = ConfusionMatrix(19)
         >>> for images, labels in loader:
         ...     scores.update(model(images), labels)
@@ -139,7 +139,7 @@ class InstanceIoU(Metric):
     Raises:
         TypeError, ValueError: an option or a batch cannot be used; the error names the argument.
 
-    Example:
+    Examples:
         >>> scores = InstanceIoU(19, CITYSCAPES_INSTANCE_SIZES, categories=CITYSCAPES_CATEGORIES, first_instance=1000)
         >>> scores.update(logits, labels, instances)
     """

@@ -34,7 +34,7 @@ class MemoryBank(nn.Module):
         TypeError, ValueError: an argument has the wrong type, range or size; the error names it.
         RuntimeError: torch.distributed does not know the group.
 
-    Example:
+    Examples:
         >>> bank = MemoryBank(num_classes=19, dim=256)
         >>> criterion = PixelContrastLoss(num_classes=19, bank=bank)
     """
