@@ -145,9 +145,7 @@ def test_fuzzed_masks_equal_brute_force(mask, sides):
             check(mask, sampling, first_in_memory=False)
 
 
-@settings(max_examples=60, deadline=None)
-@given(st.data())
-def test_fuzzed_volumes_equal_the_reference(data):
+def assert_volume_equals_the_reference(data):
     """Larger than brute force can do: word borders, blocks, strips, long thin ones; values and indices."""
     size = data.draw(st.sampled_from([(70, 40, 3), (3, 90, 35), (34, 33, 17), (2, 3, 300), (300, 1, 5), (40, 70, 9)]))
     zeros = data.draw(st.sampled_from([1, 3, 40, 2000]))
@@ -166,6 +164,19 @@ def test_fuzzed_volumes_equal_the_reference(data):
     with ck.backend("reference"):
         labels.append(ck.edge_distance(classes, sampling=sampling, squared=True))
     assert torch.equal(*labels)
+
+
+@settings(max_examples=12, deadline=None)
+@given(st.data())
+def test_fuzzed_volumes_equal_the_reference(data):
+    assert_volume_equals_the_reference(data)
+
+
+@pytest.mark.slow
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_more_fuzzed_volumes_equal_the_reference(data):
+    assert_volume_equals_the_reference(data)
 
 
 # ---------------------------------------------------------------------------------------------------------------- peers
