@@ -1,6 +1,7 @@
 """Distances of maps and volumes on a CPU, side by side with the transforms that people use today.
 
     python -m benchmarks.distances [--only WORDS] [--seconds S] [--threads 1 2] [--record]
+    python -m benchmarks.distances --page       writes the table of docs/distance.md from results/distances.csv
 
 ``cases()`` lists the inputs, ``rows(case)`` lists what is timed on one of them: this library first, then its peers. All
 of them get the same voxels in the layout and type that serves them best. A peer that computes the same function is
@@ -9,6 +10,8 @@ compared with our result before it is timed. Rows of one case are timed in turn,
 
 import argparse
 import functools
+import pathlib
+import re
 import statistics
 import sys
 import time
@@ -228,6 +231,46 @@ def measure(case: DistanceCase, threads: int, seconds: float, with_slow: bool) -
         )
 
 
+# ----------------------------------------------------------------------------------------------------------------- page
+
+PAGE = pathlib.Path(__file__).parents[1] / "docs/distance.md"
+BLOCK = re.compile(r"(<!-- measured: distances -->\n).*?(<!-- end -->)", re.DOTALL)
+SPOKEN = {"distance_transform": "mask", "edge_distance": "32 labels"}
+
+
+def with_table(text: str) -> str:
+    """The page's text with the table that the results file gives."""
+    found = results.read(results.DISTANCES)
+    return BLOCK.sub(lambda match: f"{match[1]}{table(found)}\n{match[2]}", text)
+
+
+def table(found: list[Row]) -> str:
+    """A line for each input and question: our time with one and two threads, and the fastest peer's with as many."""
+    cells: dict[tuple, dict[int, list[Row]]] = {}
+    for row in found:
+        size = "512 × 1024 labels" if row.case == "cityscapes" else f"256³ {SPOKEN[row.what]}"
+        key = (f"{size}, {row.regime}", row.mode)
+        cells.setdefault(key, {}).setdefault(row.threads, []).append(row)
+    lines = ["| input | sampling | 1 thread | fastest peer | ratio | 2 threads | fastest peer | ratio |"]
+    lines.append("|---|---|--:|--:|--:|--:|--:|--:|")
+    for (name, mode), by_threads in sorted(cells.items()):
+        values = []
+        for threads in (1, 2):
+            of_threads = by_threads.get(threads, [])
+            ours = next((row for row in of_threads if row.by == OURS), None)
+            others = sorted((row for row in of_threads if row.by != OURS), key=lambda row: row.median_ms)
+            values += [_ms(ours)] if ours else ["–"]
+            values += [f"{_ms(others[0])}, {others[0].by}"] if others else ["–"]
+            values += [f"{others[0].median_ms / ours.median_ms:.1f}"] if ours and others else ["–"]
+        lines.append(f"| {name} | {mode.replace(' x ', ' × ')} | {' | '.join(values)} |")
+    of = sorted({f"{row.device}, PyTorch {row.torch}, commit {row.commit}" for row in found})
+    return "\n".join([*lines, "", f"Measured on {'; '.join(of)}."])
+
+
+def _ms(row: Row) -> str:
+    return f"{row.median_ms:.3g} ms" if row.median_ms < 100 else f"{row.median_ms:.0f} ms"
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="*", default=(), metavar="WORD", help="cases whose name has all of these words")
@@ -235,8 +278,12 @@ def main() -> int:
     parser.add_argument("--threads", type=int, nargs="*", default=(1, 2))
     parser.add_argument("--slow", action="store_true", help="also what takes seconds a call: SciPy, MONAI, kornia")
     parser.add_argument("--no-indices", action="store_true", help="leave out cases with indices")
-    parser.add_argument("--record", action="store_true", help="write the rows to the device's results file")
+    parser.add_argument("--record", action="store_true", help="write the rows to results/distances.csv")
+    parser.add_argument("--page", action="store_true", help="write the table of docs/distance.md, and time nothing")
     options = parser.parse_args()
+    if options.page:
+        PAGE.write_text(with_table(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+        return 0
     for case in cases():
         words = str(case).replace(",", "").split()
         if not all(word in words for word in options.only) or (options.no_indices and case.indices):
@@ -252,7 +299,7 @@ def main() -> int:
             print(f"{case}, {threads} thread(s): {ours:.4g} ms; {others}", flush=True)
             if options.record:
                 for row in measured:
-                    results.record(results.path_of(row.device), row)
+                    results.record(results.DISTANCES, row)
     return 0
 
 

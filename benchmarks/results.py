@@ -20,6 +20,8 @@ from contextrast_kernels.cases import Case
 
 FOLDER = pathlib.Path(__file__).parent / "results"
 OTHER_SCHEMA = ("demo.csv", "camvid.csv")
+DISTANCES = FOLDER / "distances.csv"
+"""The rows of ``distances.py``, which make a table of their own."""
 
 
 class Absent(Exception):
@@ -222,7 +224,12 @@ def read(path: pathlib.Path, kind: type = Row) -> list:
 
 
 def read_all(folder: pathlib.Path = FOLDER) -> list[Row]:
-    return [row for path in sorted(folder.glob("*.csv")) if path.name not in OTHER_SCHEMA for row in read(path)]
+    return [
+        row
+        for path in sorted(folder.glob("*.csv"))
+        if path.name not in (*OTHER_SCHEMA, DISTANCES.name)
+        for row in read(path)
+    ]
 
 
 def record(path: pathlib.Path, row) -> None:

@@ -438,9 +438,9 @@ CONTEXTRAST_HD bool window(const Cost *costs, const int32_t *keys, int64_t step,
   return !is_open;
 }
 
-// Every lane gets the least place of those lanes whose cost is the least.
+// Every lane gets the least place among the lanes of least cost.
 template <int S = 0, class V, class Places>
-CONTEXTRAST_HD Places chunk_of_least(V low, Places place) {
+CONTEXTRAST_HD Places place_of_least(V low, Places place) {
   constexpr int COUNT = sizeof(V) / sizeof(V{}[0]);
   constexpr int STEP = S ? S : COUNT / 2;
   Places turned;
@@ -452,7 +452,7 @@ CONTEXTRAST_HD Places chunk_of_least(V low, Places place) {
   if constexpr (STEP == 1)
     return place;
   else
-    return chunk_of_least<STEP / 2>(least(low, other), place);
+    return place_of_least<STEP / 2>(least(low, other), place);
 }
 
 // The first pixel of first..last that is best for pixel x. What it looks at beyond `last` cannot be better.
@@ -474,7 +474,7 @@ CONTEXTRAST_HD int first_best(const Cost *costs, const Cost *apart, int x, int f
   const auto is_b = (low_b < low) | ((low_b == low) & (chunk_b < chunk));
   low = is_b ? low_b : low;
   chunk = (is_b ? chunk_b : chunk) + Vectors<Cost>::ramp();
-  const Places place = chunk_of_least(low, chunk);
+  const Places place = place_of_least(low, chunk);
   return static_cast<int>(place[0]);
 }
 
@@ -669,8 +669,7 @@ struct Work {
   static bool has_rows(const Volume &volume) { return volume.size[1] > 1; }
 };
 
-// Rows of LANES elements, `pitch` apart, as columns that lie `size` apart: LANES / 2 rows from `from` on. `put` may look
-// at what it replaces.
+// Reads a square of elements, whose rows lie `pitch` apart, and calls put(i, column i).
 template <class V, class T, class Put>
 CONTEXTRAST_HD void turn(const T *from, int64_t pitch, const Put &put) {
   constexpr int COUNT = sizeof(V) / sizeof(T);
