@@ -83,6 +83,18 @@ def test_what_has_not_been_written_is_no_column():
     assert bank.columns()[1].tolist() == [-1, -1, -1, 0, -1] + [-1] * 5 + [-1, -1, -1, 2, -1]
 
 
+def test_a_cpu_copies_the_written_places_alone():
+    bank = ck.MemoryBank(N, D, pixels=3, regions=2)
+    rows = torch.zeros(1, D, dtype=torch.float64)
+    assert bank.copied_columns(rows)[0].shape == (0, D)
+    bank.push("regions", numbered(1, 2), torch.tensor([2, 0]))
+    entries, classes = bank.copied_columns(rows)
+    assert classes.tolist() == [0, 2] and entries.dtype == torch.float64
+    assert entries[1].tolist() == numbered(1, 2)[0].tolist()
+    bank.storage.zero_()
+    assert bool(entries.any())
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_entries_that_are_not_finite_are_left_out(bad):
     bank = ck.MemoryBank(N, D, pixels=3, regions=0)
