@@ -16,7 +16,8 @@ if ck.available()["triton"] == "ok":
     from contextrast_kernels.kernels.step import GRAIN, Watch, training_step
 
 PAPER = ["cityscapes", "ade20k", "camvid"]
-MOST_LAUNCHES, MOST_MEMORY = 24, 0.03
+MOST_LAUNCHES = 24
+MOST_MEMORY = {"cityscapes": 0.025, "ade20k": 0.05, "camvid": 0.05}
 
 
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])
@@ -31,7 +32,7 @@ def test_a_step_keeps_to_its_launches_and_its_memory(name, layout):
     assert len(step.rows) == 19 + 4 * grouped
     if step.peak is None:
         pytest.skip(f"peak memory: the selection's scratch is unknown; {native.status('cuda')}")
-    assert step.peak <= MOST_MEMORY * case.batch * case.channels * sum(h * w for h, w in case.sizes) * 2
+    assert step.peak <= MOST_MEMORY[name] * case.batch * case.channels * sum(h * w for h, w in case.sizes) * 2
 
 
 def test_every_block_of_the_dense_sweep_has_a_place_to_write(monkeypatch):

@@ -13,10 +13,12 @@ from contextrast_kernels.kernels import _launch
 class Sums(NamedTuple):
     """int64 each, but for ``reach``; vectors and terms in fixed point."""
 
-    vectors: Tensor
-    """(layers, N, D): Σ v of every class. ``anchor_tables`` reads and clears it, then it takes A⁺."""
+    vectors: Tensor | None
+    """(layers, N, D): Σ v of every class."""
+    pulled: Tensor | None
+    """(layers, N, D): A⁺ of ``pixel_anchor``."""
     pushed: Tensor | None
-    """(layers, N, D): A⁻; None where it shares the words of A⁺ (``_tiles.PUSHED_BITS``) or nothing asks for it."""
+    """(layers, N, D): A⁻."""
     counts: Tensor
     """(layers, N): valid pixels of every class."""
     drawn: Tensor
@@ -33,12 +35,13 @@ class Sums(NamedTuple):
     """(layers,) floats: the largest |x| of a valid pixel; None when normalised."""
 
 
-def zeros(features: Sequence[Tensor], num_classes: int, normalize: bool, *, pushed: bool) -> Sums:
-    """pushed: whether A⁻ gets words of its own."""
+def zeros(features: Sequence[Tensor], num_classes: int, normalize: bool, *, anchors: bool, loss: bool) -> Sums:
+    """anchors, loss: whether Σ v, and A⁺ and A⁻, will be summed; else these are None."""
     L, N, D = len(features), num_classes, features[0].shape[1]
     shapes = Sums(
-        vectors=(L, N, D),
-        pushed=(L, N, D) if pushed else (0,),
+        vectors=(L, N, D) if anchors else (0,),
+        pulled=(L, N, D) if loss else (0,),
+        pushed=(L, N, D) if loss else (0,),
         counts=(L, N),
         drawn=(L,),
         broken=(L, N),
@@ -54,7 +57,10 @@ def zeros(features: Sequence[Tensor], num_classes: int, normalize: bool, *, push
     sums = Sums(*(words.as_strided(shape, dense(shape), start) for shape, start in zip(shapes, starts)))
     dtype = _launch.accumulator(features[0].dtype)
     return sums._replace(
-        pushed=sums.pushed if pushed else None, reach=None if normalize else sums.reach.view(dtype)[:L]
+        vectors=sums.vectors if anchors else None,
+        pulled=sums.pulled if loss else None,
+        pushed=sums.pushed if loss else None,
+        reach=None if normalize else sums.reach.view(dtype)[:L],
     )
 
 

@@ -13,8 +13,6 @@ ZERO_NORM_SQUARED = tl.constexpr(1e-24)
 """The square of ``embedding.ZERO_NORM``."""
 LARGEST_REACH = tl.constexpr(2.0**100)
 """Unnormalised features beyond this have no fixed-point scale: their sums become NaN."""
-PUSHED_BITS = tl.constexpr(26)
-"""Where A⁺ and A⁻ share a word, A⁻ has its low bits."""
 FLOAT64_DOT = tl.constexpr(tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9))
 """Whether tl.dot takes float64. Triton 3.6 cannot compile it for Ampere and Hopper, nor always for Blackwell; 3.9 can;
 the versions between were not tried."""
@@ -310,18 +308,15 @@ def vector_scale(reach, layer, headroom, NORMALIZE: tl.constexpr):
 
 
 @triton.jit
-def pulled_scale(reach, layer, count, SHARED: tl.constexpr, NORMALIZE: tl.constexpr):
-    """The scale of A⁺, a sum of ``count`` embeddings with weights of at most 1: it fits its word, or its bits of a
-    word shared with A⁻, with room for as many roundings."""
-    bits = 36 if SHARED else 60
-    return vector_scale(reach, layer, bits - exponent_above(tl.maximum(count, 1)), NORMALIZE)
+def pulled_scale(reach, layer, count, NORMALIZE: tl.constexpr):
+    """The scale of A⁺, a sum of ``count`` embeddings with weights of at most 1, with room for as many roundings."""
+    return vector_scale(reach, layer, 60 - exponent_above(tl.maximum(count, 1)), NORMALIZE)
 
 
 @triton.jit
-def pushed_scale(reach, layer, SHARED: tl.constexpr, NORMALIZE: tl.constexpr):
+def pushed_scale(reach, layer, NORMALIZE: tl.constexpr):
     """The scale of A⁻, a sum of embeddings with weights that add up to 1."""
-    bits = tl.full((), PUSHED_BITS - 2 if SHARED else 60, tl.int32)
-    return vector_scale(reach, layer, bits, NORMALIZE)
+    return vector_scale(reach, layer, tl.full((), 60, tl.int32), NORMALIZE)
 
 
 @triton.jit
@@ -348,16 +343,9 @@ def nearest(x):
 
 
 @triton.jit
-def add_fixed(pointer, tile, scale, mask, SHIFT: tl.constexpr = 0):
-    """Adds a tile to int64 sums in fixed point, SHIFT bits up."""
-    tl.atomic_add(pointer, nearest(tile * scale) << SHIFT, mask=mask, sem="relaxed")
-
-
-@triton.jit
-def parted(word):
-    """The two sums of a shared word: what is PUSHED_BITS up, and below it a signed number."""
-    low = (word << (64 - PUSHED_BITS)) >> (64 - PUSHED_BITS)
-    return (word - low) >> PUSHED_BITS, low
+def add_fixed(pointer, tile, scale, mask):
+    """Adds a tile to int64 sums in fixed point."""
+    tl.atomic_add(pointer, nearest(tile * scale), mask=mask, sem="relaxed")
 
 
 @triton.jit

@@ -48,7 +48,7 @@ def forward(
     volume: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Anchors (N, D), counts (N,), and the label codes that ``backward`` needs."""
-    sums = zeros([features], num_classes, normalize, pushed=False)
+    sums = zeros([features], num_classes, normalize, anchors=True, loss=False)
     code = codes([features], labels, num_classes, ignore_index, sums, volumes=volume)
     if not normalize:
         largest_features([features], code, sums)
@@ -109,7 +109,7 @@ def anchor_tables(
 ) -> tuple[Tensor, Tensor]:
     """â (layers, N, D) from the sums of all ranks: means, mixed with the last layer's, normalised if asked. A class
     without pixels has a zero row, one with a broken pixel a row of NaN. And ‖â‖ (layers, N) as it was before it was
-    normalised. Leaves ``sums.vectors`` zero, ready for the next sums."""
+    normalised."""
     L, N, D = sums.vectors.shape
     table = torch.empty(L, N, D, dtype=dtype, device=sums.vectors.device)
     lengths = torch.empty(L, N, dtype=dtype, device=sums.vectors.device)
@@ -136,7 +136,7 @@ def anchor_tables(
             **_launch.UNFUSED,
         },
         reads=_launch.nbytes(sums.vectors),
-        writes=_launch.nbytes(sums.vectors, table),
+        writes=_launch.nbytes(table),
     )
     return table, lengths
 
@@ -286,7 +286,7 @@ def _anchor_tables(
     NORMALIZE_ANCHORS: tl.constexpr,
 ):
     """One program, one class: â_i = (1 - w_h) a_i + w_h a_I where the class is in both layers, else a_i; 0 where
-    layer i lacks it. The class's sums are cleared."""
+    layer i lacks it."""
     n = tl.program_id(0)
     d = tl.arange(0, BLOCK)
     w_h = real(fusion_weight)
@@ -301,6 +301,3 @@ def _anchor_tables(
         if NORMALIZE_ANCHORS:
             anchor = anchor * inverse_norm(size, True)
         tl.store(table + (i * N + n) * D + d, anchor.to(table.dtype.element_ty), mask=d < D)
-    tl.debug_barrier()  # all threads have read their sums
-    for i in tl.static_range(L):
-        tl.store(sums + (i * N + n) * D + d, tl.zeros((BLOCK,), tl.int64), mask=d < D)

@@ -53,8 +53,7 @@ def forward(
     if group is not None:
         headroom = _launch.headroom(ranks.size(group) * ranks.MOST_PIXELS)  # the same on every rank
         errors = errors.clone()
-    # 16 bits of a gradient are worth no more than the shared words hold, where no vector is longer than 1.
-    sums = zeros(features, num_classes, normalize, pushed=features[0].element_size() > 2 or not normalize)
+    sums = zeros(features, num_classes, normalize, anchors=True, loss=True)
     code = codes(
         features, labels, num_classes, ignore_index, sums, hard=e, base_rate=base_rate, seed=seed, volumes=volumes
     )
@@ -72,13 +71,11 @@ def forward(
         Z = ranks.log_sum_exp(Z, group, 1 / temperature if normalize else None)  # ‖â‖ ≤ 1 and ‖v‖ ≤ 1
 
     scales = Scales(lengths, sums.reach, temperature, headroom)
-    moments(features, code, sums, table, Z, similarity, scales)
+    moments(features, code, sums, table, Z, similarity, scales, chained=features[0].element_size() == 2 and normalize)
     if group is not None:
-        ranks.add_up([sums.vectors, sums.terms, *([] if sums.pushed is None else [sums.pushed])], group)
-    # T takes the place of A⁺, 4 bytes of a word of 8.
-    pull = sums.vectors.view(dtype)
+        ranks.add_up([sums.pulled, sums.pushed, sums.terms], group)
     outcome = finish(
-        sums, table, Z, scales, layer_weights, pull, fusion_weight=fusion_weight, normalize_anchors=normalize_anchors
+        sums, table, Z, scales, layer_weights, fusion_weight=fusion_weight, normalize_anchors=normalize_anchors
     )
     if group is not None:
         outcome = outcome._replace(report=torch.cat([outcome.report, errors.unsqueeze(0)]))

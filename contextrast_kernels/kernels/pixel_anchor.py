@@ -28,7 +28,6 @@ from contextrast_kernels.kernels._log_sums import log_sums
 from contextrast_kernels.kernels._sums import Sums, zeros
 from contextrast_kernels.kernels._tile_table import next_power_of_2, tiles
 from contextrast_kernels.kernels._tiles import (
-    PUSHED_BITS,
     add_fixed,
     anchor_products,
     block_classes,
@@ -42,7 +41,6 @@ from contextrast_kernels.kernels._tiles import (
     is_finite,
     is_negative,
     layer_of,
-    parted,
     pick,
     plain,
     power_of_two,
@@ -68,7 +66,7 @@ class Outcome(NamedTuple):
     coefficients: Tensor
     """(layers, 2, N): k⁺ and k⁻ of ``_gradient``."""
     pull: Tensor
-    """(layers, N, D or 2 D): T of ``_gradient`` in the first D columns, or dL/dâ of given anchors."""
+    """(layers, N, D): T of ``_gradient``, or dL/dâ of given anchors."""
 
 
 class Scales(NamedTuple):
@@ -97,7 +95,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Terms]:
     """The loss, dL/danchors, the label codes, and what ``backward`` needs besides. Without negatives and base every
     other-class pixel is one."""
-    sums = zeros([features], anchors.shape[0], normalize, pushed=True)
+    sums = zeros([features], anchors.shape[0], normalize, anchors=False, loss=True)
     code = codes(
         [features],
         labels,
@@ -115,8 +113,7 @@ def forward(
     Z, similarity = log_sums([features], code, sums, table, temperature, normalize)
     scales = Scales(lengths, sums.reach, temperature, _launch.headroom(_launch.pixels((features.shape,))))
     moments([features], code, sums, table, Z, similarity, scales)
-    pull = torch.empty_like(table)
-    outcome = finish(sums, table, Z, scales, (1.0,), pull)
+    outcome = finish(sums, table, Z, scales, (1.0,))
     terms = Terms(code.e, code.base, similarity, table, Z, outcome.coefficients)
     return outcome.loss, outcome.pull[0], code.y, terms
 
@@ -162,23 +159,27 @@ def moments(
     Z: Tensor,
     similarity: Tensor | None,
     scales: Scales,
+    chained: bool = False,
 ) -> None:
-    """``sums.vectors``, ``pushed`` and ``terms``: what the loss and dL/dâ are made of. One read of the features."""
+    """``sums.pulled``, ``pushed`` and ``terms``: what the loss and dL/dâ are made of. One read of the features.
+
+    chained: A⁺ and A⁻ to 16 bits are enough (``_tiles.dot_features``)."""
     N, D = table.shape[1:]
     taken = tiles("_pixel_anchor_fwd", features[0].dtype, D, "K", "COLUMNS", "CLASSES")
     _launch.sweep(
         _pixel_anchor_fwd,
         features,
         {"y": code.y, "e": code.e, "base": code.base, "similarity": similarity, "table": table, "Z": Z}
-        | {"vectors": sums.vectors, "pushed_vectors": sums.pushed, "counts": sums.counts, "terms": sums.terms}
+        | {"pulled_sums": sums.pulled, "pushed_sums": sums.pushed, "counts": sums.counts, "terms": sums.terms}
         | {**scales.arguments(), "N": N},
         {
             **taken,
             "BINS": next_power_of_2(N),
             "NORMALIZE": scales.reach is None,
             "ACC": _launch.triton_type(table.dtype),
+            "CHAINED": chained,
         },
-        results=("vectors", "pushed_vectors", "terms"),
+        results=("pulled_sums", "pushed_sums", "terms"),
         splits=_launch.ceil_div(D, taken["COLUMNS"]),
     )
 
@@ -189,24 +190,23 @@ def finish(
     Z: Tensor,
     scales: Scales,
     layer_weights: Sequence[float],
-    pull: Tensor,
     *,
     fusion_weight: float | None = None,
     normalize_anchors: bool = False,
 ) -> Outcome:
     """Loss and dL/dâ from the sums of all ranks' pixels; with ``fusion_weight`` on to T, the pull on each class's
-    pixels. pull: where it goes, (layers, N, D), or rows twice as long whose second half becomes zero; it may be the
-    memory of ``sums.vectors``."""
+    pixels."""
     L, N, D = table.shape
     device = table.device
     losses = torch.empty(L, dtype=table.dtype, device=device)
     loss = torch.empty((), dtype=table.dtype, device=device)
     report = torch.empty(3, L, dtype=torch.int64, device=device)
     coefficients = torch.empty(L, 2, N, dtype=table.dtype, device=device)
+    pull = torch.empty_like(table)
     _launch.launch(
         _finish,
         (N,),
-        {"vectors": sums.vectors, "pushed_vectors": sums.pushed, "terms": sums.terms, "counts": sums.counts}
+        {"pulled_sums": sums.pulled, "pushed_sums": sums.pushed, "terms": sums.terms, "counts": sums.counts}
         | {"drawn": sums.drawn, "table": table, "Z": Z, **scales.arguments()}
         | {"loss": loss, "losses": losses, "report": report, "coefficients": coefficients, "pull": pull}
         | {
@@ -219,13 +219,12 @@ def finish(
             "D": D,
             "BLOCK": next_power_of_2(D),
             "BINS": next_power_of_2(N),
-            "PULL_PITCH": pull.shape[2] // D,
             "NORMALIZE": scales.reach is None,
             "NORMALIZE_ANCHORS": normalize_anchors,
             "GIVEN": fusion_weight is None,
             **_launch.UNFUSED,
         },
-        reads=_launch.nbytes(*(words for words in (sums.vectors, sums.pushed) if words is not None)),
+        reads=_launch.nbytes(sums.pulled, sums.pushed),
         writes=_launch.nbytes(pull),
     )
     return Outcome(loss, losses, report, coefficients, pull)
@@ -270,8 +269,8 @@ def _pixel_anchor_fwd(
     similarity,
     table,
     Z,
-    vectors,
-    pushed_vectors,
+    pulled_sums,
+    pushed_sums,
     counts,
     terms,
     lengths,
@@ -292,6 +291,7 @@ def _pixel_anchor_fwd(
     ALIGN: tl.constexpr,
     WIDE: tl.constexpr,
     ACC: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):
     """Over one block: A⁺, A⁻ (COLUMNS of the channels), Σ softplus(Z - s) and Σ σ of the classes found there, CLASSES
     at a time; with ``base`` of all classes.
@@ -312,7 +312,6 @@ def _pixel_anchor_fwd(
     Z += number * N
     terms += 3 * number * N
     inverse_temperature = (1.0 / real(temperature)).to(ACC)
-    SHARED: tl.constexpr = pushed_vectors is None
     c = c0 + tl.arange(0, P)
     live = c < w
 
@@ -377,21 +376,21 @@ def _pixel_anchor_fwd(
                 tile = channels(row, c * sW, live, d0 + k * K, sD, D, K, D % COLUMNS == 0)
                 if some_broken:
                     tile = tl.where(sound[None, :], tile, 0.0)
-                more_pulled = more_pulled + (dot_features(pull, tl.trans(tile), pulled[k], CHAINED=SHARED),)  # noqa: RUF005
-                more_pushed = more_pushed + (dot_features(push, tl.trans(tile), pushed[k], CHAINED=SHARED),)  # noqa: RUF005
+                more_pulled = more_pulled + (dot_features(pull, tl.trans(tile), pulled[k], CHAINED=CHAINED),)  # noqa: RUF005
+                more_pushed = more_pushed + (dot_features(push, tl.trans(tile), pushed[k], CHAINED=CHAINED),)  # noqa: RUF005
             pulled = more_pulled
             pushed = more_pushed
 
         count = tl.load(counts + number * N + labels, mask=labels >= 0, other=1)
-        scale = pulled_scale(reach, number, count, SHARED, NORMALIZE)[:, None]
+        scale = pulled_scale(reach, number, count, NORMALIZE)[:, None]
         for k in tl.static_range(COLUMNS // K):
             d = d0 + k * K + tl.arange(0, K)
-            here = vectors + (number * N + labels[:, None]) * D + d[None, :]
-            add_fixed(here, pulled[k], scale, (labels >= 0)[:, None] & (d < D)[None, :], PUSHED_BITS if SHARED else 0)
-        scale = pushed_scale(reach, number, SHARED, NORMALIZE)
+            here = pulled_sums + (number * N + labels[:, None]) * D + d[None, :]
+            add_fixed(here, pulled[k], scale, (labels >= 0)[:, None] & (d < D)[None, :])
+        scale = pushed_scale(reach, number, NORMALIZE)
         for k in tl.static_range(COLUMNS // K):
             d = d0 + k * K + tl.arange(0, K)
-            here = (vectors if SHARED else pushed_vectors) + (number * N + others[:, None]) * D + d[None, :]
+            here = pushed_sums + (number * N + others[:, None]) * D + d[None, :]
             add_fixed(here, pushed[k], scale, (others >= 0)[:, None] & (d < D)[None, :])
         if part == 0:
             used = labels >= 0
@@ -410,8 +409,8 @@ def _pixel_anchor_fwd(
 
 @triton.jit
 def _dL_dfused(
-    vectors,
-    pushed_vectors,
+    pulled_sums,
+    pushed_sums,
     terms,
     counts,
     reach,
@@ -433,14 +432,10 @@ def _dL_dfused(
     count = tl.load(counts + layer * N + n)
     pixels = tl.maximum(count, 1).to(tl.float64)
     share = tl.load(terms + (3 * layer + 1) * N + n).to(tl.float64) / power_of_two(headroom) / pixels  # G
-    SHARED: tl.constexpr = pushed_vectors is None
-    pulled = tl.load(vectors + (layer * N + n) * D + d, mask=d < D, other=0)
-    if SHARED:
-        pulled, pushed = parted(pulled)
-    else:
-        pushed = tl.load(pushed_vectors + (layer * N + n) * D + d, mask=d < D, other=0)
-    pulled = pulled.to(tl.float64) / pulled_scale(reach, layer, count, SHARED, NORMALIZE)
-    pushed = pushed.to(tl.float64) / pushed_scale(reach, layer, SHARED, NORMALIZE)
+    pulled = tl.load(pulled_sums + (layer * N + n) * D + d, mask=d < D, other=0)
+    pushed = tl.load(pushed_sums + (layer * N + n) * D + d, mask=d < D, other=0)
+    pulled = pulled.to(tl.float64) / pulled_scale(reach, layer, count, NORMALIZE)
+    pushed = pushed.to(tl.float64) / pushed_scale(reach, layer, NORMALIZE)
     strength = tl.where(count > 0, real(layer_weight) / (present * real(temperature)), 0.0)
     slope = strength * (share * pushed - pulled / pixels)
     slope = tl.where(tl.load(terms + (3 * layer + 2) * N + n) > 0, float("nan"), slope)
@@ -449,8 +444,8 @@ def _dL_dfused(
 
 @triton.jit(do_not_specialize=["temperature", "headroom", "layer_weights", "fusion_weight", "N"])
 def _finish(
-    vectors,
-    pushed_vectors,
+    pulled_sums,
+    pushed_sums,
     terms,
     counts,
     drawn,
@@ -472,7 +467,6 @@ def _finish(
     D: tl.constexpr,
     BLOCK: tl.constexpr,
     BINS: tl.constexpr,
-    PULL_PITCH: tl.constexpr,
     NORMALIZE: tl.constexpr,
     NORMALIZE_ANCHORS: tl.constexpr,
     GIVEN: tl.constexpr,
@@ -486,8 +480,8 @@ def _finish(
     from_below = tl.zeros((BLOCK,), tl.float64)
     for i in tl.static_range(L):
         slope, toward, away, count = _dL_dfused(
-            vectors,
-            pushed_vectors,
+            pulled_sums,
+            pushed_sums,
             terms,
             counts,
             reach,
@@ -516,11 +510,7 @@ def _finish(
             else:
                 slope += from_below
             slope = slope / tl.maximum(count, 1).to(tl.float64)
-        tl.debug_barrier()  # all threads have read the sums that may lie here
-        row = pull + (i * N + n) * (D * PULL_PITCH)
-        tl.store(row + d, slope.to(pull.dtype.element_ty), mask=d < D)
-        if PULL_PITCH > 1:
-            tl.store(row + D + d, tl.zeros((BLOCK,), pull.dtype.element_ty), mask=d < D)
+        tl.store(pull + (i * N + n) * D + d, slope.to(pull.dtype.element_ty), mask=d < D)
     if n == 0:
         every = tl.arange(0, BINS)
         exists = every < N
