@@ -38,30 +38,33 @@ class Sums(NamedTuple):
 def zeros(features: Sequence[Tensor], num_classes: int, normalize: bool, *, anchors: bool, loss: bool) -> Sums:
     """anchors, loss: whether Σ v, and A⁺ and A⁻, will be summed; else these are None."""
     L, N, D = len(features), num_classes, features[0].shape[1]
+    table = (L, N, D)
     shapes = Sums(
-        vectors=(L, N, D) if anchors else (0,),
-        pulled=(L, N, D) if loss else (0,),
-        pushed=(L, N, D) if loss else (0,),
+        vectors=table if anchors else None,
+        pulled=table if loss else None,
+        pushed=table if loss else None,
         counts=(L, N),
         drawn=(L,),
         broken=(L, N),
         largest=(L, N),
         total=(L, N),
         terms=(L, 3, N),
-        reach=(0,) if normalize else (L,),
+        reach=None if normalize else (L,),
     )
     starts = [0]
     for shape in shapes:
-        starts.append(starts[-1] + math.prod(shape) + math.prod(shape) % 2)  # so that 16 divides every address
+        size = 0 if shape is None else math.prod(shape)
+        starts.append(starts[-1] + size + size % 2)  # so that 16 divides every address
     words = torch.zeros(starts[-1], dtype=torch.int64, device=features[0].device)
-    sums = Sums(*(words.as_strided(shape, dense(shape), start) for shape, start in zip(shapes, starts)))
-    dtype = _launch.accumulator(features[0].dtype)
-    return sums._replace(
-        vectors=sums.vectors if anchors else None,
-        pulled=sums.pulled if loss else None,
-        pushed=sums.pushed if loss else None,
-        reach=None if normalize else sums.reach.view(dtype)[:L],
+    sums = Sums(
+        *(
+            None if shape is None else words.as_strided(shape, dense(shape), start)
+            for shape, start in zip(shapes, starts)
+        )
     )
+    if normalize:
+        return sums
+    return sums._replace(reach=sums.reach.view(_launch.accumulator(features[0].dtype))[:L])
 
 
 def dense(shape: tuple[int, ...]) -> tuple[int, ...]:

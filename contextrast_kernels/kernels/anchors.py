@@ -75,10 +75,11 @@ def largest_features(features: Sequence[Tensor], code: Codes, sums: Sums) -> Non
     _launch.sweep(_largest_features, features, arguments, taken, results=("reach",))
 
 
-def class_sums(features: Sequence[Tensor], code: Codes, sums: Sums, headroom: int) -> None:
+def class_sums(features: Sequence[Tensor], code: Codes, sums: Sums, headroom: int, norms: Tensor | None = None) -> None:
     """``sums.vectors``: Σ v over the pixels of every class. One read of the features.
 
-    headroom: ``_launch.headroom`` of all the pixels (of all ranks) that the sums will hold."""
+    headroom: ``_launch.headroom`` of all the pixels (of all ranks) that the sums will hold. norms: where 1/‖x‖ of
+    every pixel is kept for later sweeps, NaN where x is not finite."""
     x = features[0]
     D = x.shape[1]
     taken = tiles("_class_anchors_fwd", x.dtype, D, "K", "COLUMNS", "CLASSES")
@@ -89,6 +90,7 @@ def class_sums(features: Sequence[Tensor], code: Codes, sums: Sums, headroom: in
             "codes": code.y,
             "sums": sums.vectors,
             "broken": sums.broken,
+            "norms": norms,
             "reach": sums.reach,
             "headroom": headroom,
             "N": sums.counts.shape[1],
@@ -99,7 +101,7 @@ def class_sums(features: Sequence[Tensor], code: Codes, sums: Sums, headroom: in
             "NORMALIZE": sums.reach is None,
             "ACC": _launch.triton_type(_launch.accumulator(x.dtype)),
         },
-        results=("sums", "broken"),
+        results=("sums", "broken", "norms"),
         splits=_launch.ceil_div(D, taken["COLUMNS"]),
     )
 
@@ -149,6 +151,7 @@ def _class_anchors_fwd(
     codes,
     sums,
     broken,
+    norms,
     reach,
     headroom,
     N,
@@ -178,7 +181,8 @@ def _class_anchors_fwd(
     number = pick(geometry.number, layer)
     b, r0, c0, h, w = block_of(program, geometry, layer, ROWS, P, UNIT, ALIGN)
     image, sH, sW, sD = image_features(x, strides, layer, b, UNIT, ALIGN, WIDE)
-    codes += image_codes(geometry, layer, b, h, w)
+    pixels = image_codes(geometry, layer, b, h, w)
+    codes += pixels
     c = c0 + tl.arange(0, P)
     live = c < w
     scale = vector_scale(reach, number, headroom, NORMALIZE)
@@ -186,7 +190,7 @@ def _class_anchors_fwd(
     rank0 = 0
     classes = 1
     while rank0 < classes:
-        slots, classes = block_classes(codes, r0, h, c, w, rank0, N, ROWS, P, BINS, CLASSES)
+        slots, classes = block_classes(codes, None, r0, h, c, w, rank0, N, ROWS, P, BINS, CLASSES)
         totals = zero_tiles(COLUMNS // K, CLASSES, K, ACC)
         for r in range(r0, tl.minimum(r0 + ROWS, h)):
             row = image + tl.cast(r, tl.int64) * sH
@@ -205,9 +209,10 @@ def _class_anchors_fwd(
                     mask=live & (y < N) & (sound == 0),
                     sem="relaxed",
                 )
-            weight = tl.where(
-                (slots[:, None] == y[None, :]) & sound[None, :], inverse_norm(size, NORMALIZE)[None, :], 0.0
-            )
+            norm = inverse_norm(size, NORMALIZE)
+            if norms is not None:
+                tl.store(norms + pixels + (r * w + c), tl.where(sound, norm, float("nan")), mask=live)
+            weight = tl.where((slots[:, None] == y[None, :]) & sound[None, :], norm[None, :], 0.0)
             grown = ()
             for k in tl.static_range(COLUMNS // K):
                 tile = channels(row, c * sW, live, d0 + k * K, sD, D, K, D % COLUMNS == 0)
