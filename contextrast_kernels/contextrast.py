@@ -533,8 +533,7 @@ def _(features, labels, e, seed, num_classes, *options):
     base_rate, group = given["base_rate"], given["group"]
     first, L, N = features[0], len(features), num_classes
     D, dtype = first.shape[1], compute_dtype(first.dtype)
-    row = D * torch.int64.itemsize // dtype.itemsize  # T lies where int64 sums were
-    floats = [first.new_empty(shape, dtype=dtype) for shape in ((), (L,), (L, N, D), (L, N), (L, 2, N), (L, N, row))]
+    floats = [first.new_empty(shape, dtype=dtype) for shape in ((), (L,), (L, N, D), (L, N), (L, 2, N), (L, N, D))]
     codes = [empty_codes(features, N, kind) for kind in (None, torch.uint8 if base_rate > 0 else dtype)]
     return *floats[:2], first.new_empty((3 if group is None else 4, L), dtype=torch.int64), *codes, *floats[2:]
 

@@ -26,15 +26,16 @@ SECTOR = 32
 WRITTEN = {
     "_label_codes": ("y", "e", "base", "counts", "drawn"),
     "_largest_features": ("reach",),
-    "_class_anchors_fwd": ("sums", "broken"),
-    "_anchor_tables": ("sums", "table", "lengths"),
+    "_class_anchors_fwd": ("sums", "broken", "norms"),
+    "_anchor_tables": ("table", "lengths"),
     "_given_table": ("table", "lengths"),
     "_hard_similarities": ("similarity", "largest"),
     "_exponentials": ("total",),
     "_hard_log_sums": ("Z",),
     "_dense_similarities": ("partial",),
     "_dense_log_sums": ("Z",),
-    "_pixel_anchor_fwd": ("vectors", "pushed_vectors", "terms"),
+    "_pixel_anchor_fwd": ("pulled_sums", "pushed_sums", "terms"),
+    "_pixel_anchor_copied_fwd": ("pulled_sums", "pushed_sums", "terms"),
     "_finish": ("loss", "losses", "report", "coefficients", "pull"),
     "_features_bwd": ("out",),
     "_features_bwd_dense": ("out",),
@@ -47,7 +48,7 @@ WRITTEN = {
 }
 """The arguments that each kernel writes or adds to. It reads the others."""
 
-PIXEL_MAPS = frozenset({"codes", "y", "e", "base", "similarity"})
+PIXEL_MAPS = frozenset({"codes", "y", "e", "base", "similarity", "norms"})
 """Arguments with one number for each pixel of all layers, of which a sweep takes the pixels of its own layers."""
 
 

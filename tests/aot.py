@@ -20,7 +20,9 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
+from unittest import mock
 
 os.environ.pop("TRITON_INTERPRET", None)
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -159,7 +161,14 @@ def feature_map(case: Case, i: int, batch: int, h: int, w: int) -> torch.Tensor:
 
 def launches(case: Case) -> list[_launch.Launch]:
     """What an op launches, forward and backward, as far as the case asks for it."""
-    return [launch for launch in all_launches(case) if case.only in ("", launch.kernel.fn.__name__)]
+    with compiling_for(GPUTarget("cuda", case.arch, 32)):
+        recorded = all_launches(case)
+    return [launch for launch in recorded if case.only in ("", launch.kernel.fn.__name__)]
+
+
+def compiling_for(target: GPUTarget):
+    """Kernels and their tiles ask the driver which architecture they are for."""
+    return mock.patch.object(triton.runtime.driver, "_active", SimpleNamespace(get_current_target=lambda: target))
 
 
 def all_launches(case: Case) -> list[_launch.Launch]:
@@ -256,9 +265,9 @@ def blocks_of_a_multiprocessor(registers: int, shared: int, warps: int, arch: in
 def resources(launch: _launch.Launch, arch: int) -> dict:
     start = time.perf_counter()
     source, options = source_of(launch)
-    compiled = triton.compile(
-        ASTSource(fn=launch.kernel, **source), target=GPUTarget("cuda", arch, 32), options=options
-    )
+    target = GPUTarget("cuda", arch, 32)
+    with compiling_for(target):
+        compiled = triton.compile(ASTSource(fn=launch.kernel, **source), target=target, options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()

@@ -29,7 +29,8 @@ def resources(launch, arch: str) -> dict:
     start = time.perf_counter()
     source, options = aot.source_of(launch)
     target = GPUTarget("hip", arch, LANES[arch])
-    compiled = triton.compile(ASTSource(fn=launch.kernel, **source), target=target, options=options)
+    with aot.compiling_for(target):
+        compiled = triton.compile(ASTSource(fn=launch.kernel, **source), target=target, options=options)
     code = compiled.asm["amdgcn"]
 
     def number(field: str) -> int:
@@ -54,7 +55,9 @@ def rows(options):
         for dtype in options.dtype:
             for negatives in options.negatives:
                 case = aot.Case("contextrast_loss", dtype, options.channels, layout=options.layout, negatives=negatives)
-                for launch in aot.launches(case):
+                with aot.compiling_for(GPUTarget("hip", arch, LANES[arch])):
+                    launches = aot.all_launches(case)
+                for launch in launches:
                     source = (launch.kernel.fn.__name__, *map(str, aot.source_of(launch)))
                     if source in known or (options.kernel and source[0] not in options.kernel):
                         continue

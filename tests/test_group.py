@@ -470,8 +470,7 @@ def test_a_step_reduces_three_times_forward_and_at_most_once_backward(request, b
     if backend == "reference":
         first, third, backward = N * (D + 1) + 2, N + 1, [N * (D + 1) + 2]
     else:
-        # Normalised features of 16 bits share their words among A⁺ and A⁻.
-        first, third, backward = N * (D + 2) + 2, N * (D + 3 if name == "float16" else 2 * D + 3), []
+        first, third, backward = N * (D + 2) + 2, N * (2 * D + 3), []
     forward = [first, N, third]
     if name in ("features as they are", "a cold temperature"):
         forward.insert(1, N)

@@ -28,6 +28,9 @@ MOST_STACK = {"bfloat16": 1024, "float16": 1024, "float32": 1024, "float64": 307
 """Bytes a thread in any case. Below Triton 3.9 float64 is multiplied without tensor cores, in registers."""
 MOST_STACK_OF_PATHS = 32
 """On the paths of cityscapes and ade20k, in bfloat16."""
+MOST_STACK_OF_COPIES = 256
+"""Of ``_pixel_anchor_copied_fwd``, whose loop over rows has six loads and stores of the stack on sm_90. The others are
+outside of it, or in the branch for blocks with many classes or vectors that are not finite."""
 SWEEPS = {
     "_class_anchors_fwd", "_hard_similarities", "_dense_similarities", "_pixel_anchor_fwd", "_features_bwd",
     "_features_bwd_dense",
@@ -36,6 +39,7 @@ PRODUCTS = {
     "_class_anchors_fwd": {"bfloat16": "BF16", "float16": "TF32", "float32": "TF32", "float64": "DMMA"},
     "_dense_similarities": {"bfloat16": "BF16", "float16": "TF32", "float32": "TF32", "float64": "DMMA"},
     "_pixel_anchor_fwd": {"bfloat16": "BF16", "float16": "TF32", "float32": "TF32", "float64": "DMMA"},
+    "_pixel_anchor_copied_fwd": {"bfloat16": "BF16"},
     "_features_bwd_dense": {"bfloat16": "TF32", "float16": "TF32", "float32": "TF32", "float64": "DMMA"},
 }
 """What an instruction of the tensor cores says where a kernel multiplies: see ``_tiles.dot_features``."""
@@ -86,9 +90,12 @@ def assert_lean(rows: list[dict]) -> None:
 
 
 def assert_hardly_spilled(rows: list[dict]) -> None:
-    assert {row["kernel"] for row in rows} >= {"_class_anchors_fwd", "_hard_similarities", "_pixel_anchor_fwd"}
-    over = [f"{name_of(row)}: stack {row['stack']}" for row in rows if row["stack"] > MOST_STACK_OF_PATHS]
-    assert not over, "\n".join(over)
+    kernels = {row["kernel"] for row in rows}
+    assert kernels >= {"_class_anchors_fwd", "_hard_similarities"}
+    assert kernels & {"_pixel_anchor_fwd", "_pixel_anchor_copied_fwd"}
+    for row in rows:
+        most = MOST_STACK_OF_COPIES if row["kernel"] == "_pixel_anchor_copied_fwd" else MOST_STACK_OF_PATHS
+        assert row["stack"] <= most, name_of(row)
 
 
 def test_the_matrix_has_both_values_of_every_switch():

@@ -1,4 +1,4 @@
-"""Sums in fixed point: rounding, words that two sums share, maxima that begin at zero."""
+"""Sums in fixed point: rounding, and maxima that begin at zero."""
 
 import numpy as np
 import pytest
@@ -20,17 +20,6 @@ if ck.available()["triton"] == "ok":
         _tiles.add_fixed(sums + i, tl.load(values + i), scale, i < SIZE)
 
     @triton.jit
-    def _share(high, low, sums, found, SIZE: tl.constexpr, TERMS: tl.constexpr):
-        i = tl.arange(0, SIZE)
-        for term in range(TERMS):
-            at = term * SIZE + i
-            _tiles.add_fixed(sums + i, tl.load(high + at), 1.0, i < SIZE, _tiles.PUSHED_BITS)
-            _tiles.add_fixed(sums + i, tl.load(low + at), 1.0, i < SIZE)
-        upper, lower = _tiles.parted(tl.load(sums + i))
-        tl.store(found + i, upper)
-        tl.store(found + SIZE + i, lower)
-
-    @triton.jit
     def _order(values, keys, back, SIZE: tl.constexpr):
         i = tl.arange(0, SIZE)
         x = tl.load(values + i)
@@ -48,17 +37,6 @@ def test_sums_in_fixed_point_are_rounded_to_nearest_and_not_toward_zero(dtype):
     sums = torch.full((8,), 100, dtype=torch.int64, device=DEVICE)
     _add[(1,)](values, sums, 2.0, SIZE=8)
     assert sums.tolist() == [100, 101, 100, 99, 102, 98, 100, 2_000_101]
-
-
-def test_two_sums_in_one_word_do_not_touch(rng):
-    """Both of either sign, each up to the last number that its bits hold."""
-    high = torch.from_numpy(rng.integers(-(2**23), 2**23, (9, 16))).to(DEVICE).float()
-    low = torch.from_numpy(rng.integers(-(2**21), 2**21, (9, 16))).to(DEVICE).float()
-    low[:, 0], low[:, 1], high[:, 2] = 2.0**21, -(2.0**21), -1.0
-    sums = torch.zeros(16, dtype=torch.int64, device=DEVICE)
-    found = torch.empty(2, 16, dtype=torch.int64, device=DEVICE)
-    _share[(1,)](high, low, sums, found, SIZE=16, TERMS=9)
-    assert found.tolist() == [high.double().sum(0).long().tolist(), low.double().sum(0).long().tolist()]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -70,8 +70,7 @@ def feature_gradients(
     temperature: float = 1.0,
     gradient: Tensor | None = None,
 ) -> list[Tensor]:
-    """dL/dx of every layer. ``pull``: T (layers, N, D), or in the first halves of rows of 2 D; ``terms``: the loss's
-    own; ``gradient``: g, a scalar."""
+    """dL/dx of every layer. ``pull``: T (layers, N, D); ``terms``: the loss's own; ``gradient``: g, a scalar."""
     out = [torch.empty_like(x) for x in features]
     D = features[0].shape[1]
     acc = _launch.accumulator(features[0].dtype)
@@ -83,7 +82,6 @@ def feature_gradients(
         "N": num_classes,
     }
     constants = {"NORMALIZE": normalize, "ACC": _launch.triton_type(acc)}
-    constants["PULL_PITCH"] = 1 if pull is None else pull.shape[2] // D
     if terms is None or terms.base is None:
         arguments |= terms._asdict() if terms is not None else dict.fromkeys(Terms._fields)
         arguments.pop("base")
@@ -118,7 +116,6 @@ def _features_bwd(
     ROWS: tl.constexpr,
     P: tl.constexpr,
     CHUNK: tl.constexpr,
-    PULL_PITCH: tl.constexpr,
     NORMALIZE: tl.constexpr,
     UNIT: tl.constexpr,
     ALIGN: tl.constexpr,
@@ -145,7 +142,7 @@ def _features_bwd(
     if gradient is not None:
         g = tl.load(gradient).to(ACC)
     if pull is not None:
-        pull += number * N * D * PULL_PITCH
+        pull += number * N * D
     if table is not None:
         table += number * N * D
         inverse_temperature = (1.0 / real(temperature)).to(ACC)
@@ -168,7 +165,7 @@ def _features_bwd(
             if table is not None:
                 to_anchor += tile * table_rows(table, label, valid, k, D, CHUNK)
             if pull is not None and NORMALIZE:
-                to_pull += tile * table_rows(pull, label * PULL_PITCH, valid, k, D, CHUNK)
+                to_pull += tile * table_rows(pull, label, valid, k, D, CHUNK)
         size = tl.sum(sizes, 0)
         norm = inverse_norm(size, NORMALIZE)
         along = tl.sum(to_pull, 0)  # ⟨x, u⟩
@@ -205,7 +202,7 @@ def _features_bwd(
             tile = channels(row, c * sW, live, k, sD, D, CHUNK)
             u = tl.zeros((CHUNK, P), ACC)
             if pull is not None:
-                u += table_rows(pull, label * PULL_PITCH, valid, k, D, CHUNK)
+                u += table_rows(pull, label, valid, k, D, CHUNK)
             if table is not None:
                 u += own[None, :] * table_rows(table, label, valid, k, D, CHUNK)
                 if some_hard:
@@ -247,7 +244,6 @@ def _features_bwd_dense(
     K: tl.constexpr,
     COLUMNS: tl.constexpr,
     CLASSES: tl.constexpr,
-    PULL_PITCH: tl.constexpr,
     NORMALIZE: tl.constexpr,
     UNIT: tl.constexpr,
     ALIGN: tl.constexpr,
@@ -274,7 +270,7 @@ def _features_bwd_dense(
     g = tl.load(gradient).to(ACC)
     table += number * N * D
     if pull is not None:
-        pull += number * N * D * PULL_PITCH
+        pull += number * N * D
     inverse_temperature = (1.0 / real(temperature)).to(ACC)
     toward = coefficients + 2 * number * N
     away = toward + N
@@ -292,7 +288,7 @@ def _features_bwd_dense(
             tile = channels(row, c * sW, live, k, sD, D, CHUNK).to(ACC)
             sizes += size_term(tile, NORMALIZE)
             if pull is not None and NORMALIZE:
-                to_pull += tile * table_rows(pull, label * PULL_PITCH, valid, k, D, CHUNK)
+                to_pull += tile * table_rows(pull, label, valid, k, D, CHUNK)
         norm = inverse_norm(tl.sum(sizes, 0), NORMALIZE)
         along = tl.sum(to_pull, 0)
         gradients = zero_tiles((D + COLUMNS - 1) // COLUMNS, COLUMNS, P, ACC)
@@ -323,7 +319,7 @@ def _features_bwd_dense(
             tile = channels(row, c * sW, live, i * COLUMNS, sD, D, COLUMNS)
             u = gradients[i]
             if pull is not None:
-                u += table_rows(pull, label * PULL_PITCH, valid, i * COLUMNS, D, COLUMNS)
+                u += table_rows(pull, label, valid, i * COLUMNS, D, COLUMNS)
             if NORMALIZE:
                 u -= inner[None, :] * tile.to(ACC)
             u = tl.where(valid[None, :], u * outer[None, :], 0.0)

@@ -308,19 +308,32 @@ class Part(NamedTuple):
     """Of each of these layers."""
     arguments: dict
     constants: dict
+    copied: bool
+    """Rows are copied 16 bytes at a time."""
 
 
 @functools.lru_cache(CACHED)
-def parts_of(x: tuple[Place, ...], out: tuple[Place, ...] | None, rows: int, longest: int) -> list[Part]:
-    """A launch for each group of layers whose memory lies alike, in blocks of ``rows`` x at most ``longest`` pixels."""
+def parts_of(
+    x: tuple[Place, ...], out: tuple[Place, ...] | None, rows: int, longest: int, copied: tuple[int, int] | None = None
+) -> list[Part]:
+    """A launch for each group of layers whose memory lies alike, in blocks of ``rows`` x at most ``longest`` pixels.
+    copied: ROWS and P of the blocks where rows can be copied."""
     features, parts = tuple(place.shape for place in x), []
     starts = pixel_starts(features)
     for group in groups(x) if out is None else groups(x, out):
         picked = [x[i] for i in group.layers]
         lies = group.layouts[0]
         readable = lies.align * picked[0].itemsize == 16
+        wide = any(of_map.wide for of_map in group.layouts)
+        copies = copied is not None and readable and all(of_map.aligned for of_map in group.layouts) and not wide
         P = segment(features, longest if readable else min(longest, NARROW))
-        blocks = tuple(B * ceil_div(h, rows) * ceil_div(w, P) for B, _, h, w in (place.shape for place in picked))
+        if copies:
+            rows_of_block, P = copied
+        else:
+            rows_of_block = rows
+        blocks = tuple(
+            B * ceil_div(h, rows_of_block) * ceil_div(w, P) for B, _, h, w in (place.shape for place in picked)
+        )
         first = list(itertools.accumulate(blocks, initial=0))[:-1]
         width_unit = lies.align if lies.unit == "w" else 1
         heights, widths = [place.shape[2] for place in picked], [place.shape[3] // width_unit for place in picked]
@@ -332,7 +345,7 @@ def parts_of(x: tuple[Place, ...], out: tuple[Place, ...] | None, rows: int, lon
             lies = group.layouts[1]
             arguments["out_strides"] = strides([out[i] for i in group.layers], lies.align)
             constants |= {"OUT_UNIT": lies.unit, "OUT_ALIGN": lies.align}
-        parts.append(Part(group.layers, blocks, arguments, constants))
+        parts.append(Part(group.layers, blocks, arguments, constants, copies))
     return parts
 
 
@@ -353,6 +366,7 @@ def sweep(
     *,
     out: Sequence[Tensor] | None = None,
     splits: int = 1,
+    copied: tuple[Any, dict, dict] | None = None,
 ) -> None:
     """Launches a kernel over all blocks of all layers, once for each group of layers whose memory lies alike.
 
@@ -361,8 +375,14 @@ def sweep(
             the ROWS and P of a block; P shrinks to what the rows need.
         out: feature maps that are written.
         splits: programs of a block, side by side: ``_tiles.program_and_part``.
+        copied: the kernel, arguments and tiles for layers whose rows can be copied.
     """
-    for part in parts_of(places(features), None if out is None else places(out), tiles["ROWS"], tiles["P"]):
+    blocks_of_copies = None if copied is None else (copied[2]["ROWS"], copied[2]["P"])
+    general = kernel, arguments, tiles
+    for part in parts_of(
+        places(features), None if out is None else places(out), tiles["ROWS"], tiles["P"], blocks_of_copies
+    ):
+        kernel, arguments, tiles = copied if part.copied else general
         picked = tuple(features[i] for i in part.layers)
         written = () if out is None else tuple(out[i] for i in part.layers)
         given = {"x": picked, **part.arguments, **arguments}
@@ -372,7 +392,7 @@ def sweep(
         several = part.constants["D"] < 32 or features[0].dtype == torch.float64
         launch(
             kernel,
-            (sum(part.blocks) * splits,),
+            (sum(part.blocks) * (1 if part.copied else splits),),
             given,
             {**tiles, **part.constants, **(UNFUSED if several else {})},
         )

@@ -13,10 +13,12 @@ from contextrast_kernels.kernels import _launch
 class Sums(NamedTuple):
     """int64 each, but for ``reach``; vectors and terms in fixed point."""
 
-    vectors: Tensor
-    """(layers, N, D): Σ v of every class. ``anchor_tables`` reads and clears it, then it takes A⁺."""
+    vectors: Tensor | None
+    """(layers, N, D): Σ v of every class."""
+    pulled: Tensor | None
+    """(layers, N, D): A⁺ of ``pixel_anchor``."""
     pushed: Tensor | None
-    """(layers, N, D): A⁻; None where it shares the words of A⁺ (``_tiles.PUSHED_BITS``) or nothing asks for it."""
+    """(layers, N, D): A⁻."""
     counts: Tensor
     """(layers, N): valid pixels of every class."""
     drawn: Tensor
@@ -33,29 +35,36 @@ class Sums(NamedTuple):
     """(layers,) floats: the largest |x| of a valid pixel; None when normalised."""
 
 
-def zeros(features: Sequence[Tensor], num_classes: int, normalize: bool, *, pushed: bool) -> Sums:
-    """pushed: whether A⁻ gets words of its own."""
+def zeros(features: Sequence[Tensor], num_classes: int, normalize: bool, *, anchors: bool, loss: bool) -> Sums:
+    """anchors, loss: whether Σ v, and A⁺ and A⁻, will be summed; else these are None."""
     L, N, D = len(features), num_classes, features[0].shape[1]
+    table = (L, N, D)
     shapes = Sums(
-        vectors=(L, N, D),
-        pushed=(L, N, D) if pushed else (0,),
+        vectors=table if anchors else None,
+        pulled=table if loss else None,
+        pushed=table if loss else None,
         counts=(L, N),
         drawn=(L,),
         broken=(L, N),
         largest=(L, N),
         total=(L, N),
         terms=(L, 3, N),
-        reach=(0,) if normalize else (L,),
+        reach=None if normalize else (L,),
     )
     starts = [0]
     for shape in shapes:
-        starts.append(starts[-1] + math.prod(shape) + math.prod(shape) % 2)  # so that 16 divides every address
+        size = 0 if shape is None else math.prod(shape)
+        starts.append(starts[-1] + size + size % 2)  # so that 16 divides every address
     words = torch.zeros(starts[-1], dtype=torch.int64, device=features[0].device)
-    sums = Sums(*(words.as_strided(shape, dense(shape), start) for shape, start in zip(shapes, starts)))
-    dtype = _launch.accumulator(features[0].dtype)
-    return sums._replace(
-        pushed=sums.pushed if pushed else None, reach=None if normalize else sums.reach.view(dtype)[:L]
+    sums = Sums(
+        *(
+            None if shape is None else words.as_strided(shape, dense(shape), start)
+            for shape, start in zip(shapes, starts)
+        )
     )
+    if normalize:
+        return sums
+    return sums._replace(reach=sums.reach.view(_launch.accumulator(features[0].dtype))[:L])
 
 
 def dense(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -12,6 +12,7 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
+import triton
 
 PIXELS = 1024
 """Pixels of a program that reads label codes alone: 8 a thread."""
@@ -112,6 +113,26 @@ TABLE = {
 DENSE = ("_dense_similarities", "_pixel_anchor_fwd", "_features_bwd_dense")
 """These take K alike, and fewer classes than the 64 at which Hopper multiplies by other instructions, so that each
 adds up the same s to the last bit: exp(s - Z) is exactly 1 where one negative is all of Z, however large s is."""
+
+
+def copies_rows(dtype: torch.dtype, D: int, num_classes: int) -> bool:
+    """Whether kernels that copy rows serve these features, where they lie so that rows can be copied. On Hopper:
+    for Ampere it spills 400 B, and for Blackwell it was not tried. A plan without a device is for Hopper.
+    Beside the sums of many classes, the norms that these kernels need would take more memory than the loss may."""
+    return dtype == torch.bfloat16 and D in (64, 128, 256) and num_classes <= 64 and architecture() in (None, 90)
+
+
+def architecture() -> int | str | None:
+    """What the active driver compiles for; None where there is none."""
+    try:
+        return triton.runtime.driver.active.get_current_target().arch
+    except RuntimeError:
+        return None
+
+
+def copied_tiles() -> dict[str, int]:
+    """P: the least with which wgmma takes pixels as well as channels on the left."""
+    return {"ROWS": 8, "P": 64, "num_warps": 4}
 
 
 def next_power_of_2(n: int) -> int:

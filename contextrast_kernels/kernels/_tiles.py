@@ -8,13 +8,12 @@ cache, for what is done with it. Letters as everywhere: B images, N classes, D c
 import torch
 import triton
 from triton import language as tl
+from triton.language.target_info import cuda_capability_geq, is_cuda
 
 ZERO_NORM_SQUARED = tl.constexpr(1e-24)
 """The square of ``embedding.ZERO_NORM``."""
 LARGEST_REACH = tl.constexpr(2.0**100)
 """Unnormalised features beyond this have no fixed-point scale: their sums become NaN."""
-PUSHED_BITS = tl.constexpr(26)
-"""Where A⁺ and A⁻ share a word, A⁻ has its low bits."""
 FLOAT64_DOT = tl.constexpr(tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9))
 """Whether tl.dot takes float64. Triton 3.6 cannot compile it for Ampere and Hopper, nor always for Blackwell; 3.9 can;
 the versions between were not tried."""
@@ -242,11 +241,13 @@ def summed_size(
 def anchor_products(
     row, pixel, live, sD, table, classes, D: tl.constexpr, P: tl.constexpr, K: tl.constexpr, ACC: tl.constexpr
 ):
-    """⟨x, â⟩ of a row of pixels and some classes (classes, P); the row comes from cache. s = ⟨x, â⟩ r / τ."""
+    """⟨x, â⟩ of a row of pixels and some classes (classes, P); the row comes from cache. s = ⟨x, â⟩ r / τ. Ampere's
+    tensor cores cut sums after every 8 products, Hopper's after 16: there a third piece is needed to stay exact."""
+    PIECES: tl.constexpr = 2 if cuda_capability_geq(9) else 3
     products = tl.zeros((classes.shape[0], P), ACC)
     for k in range(0, D, K):
         tile = channels(row, pixel, live, k, sD, D, K)
-        products = dot_features(class_rows(table, classes, k, D, K), tile, products, PIECES=2)
+        products = dot_features(class_rows(table, classes, k, D, K), tile, products, PIECES)
     return products
 
 
@@ -263,24 +264,111 @@ def is_negative(classes, label, negative, is_base):
 
 @triton.jit
 def block_classes(
-    codes, r0, h, c, w, rank0, N, ROWS: tl.constexpr, P: tl.constexpr, BINS: tl.constexpr, CLASSES: tl.constexpr
+    codes, more, r0, h, c, w, rank0, N, ROWS: tl.constexpr, P: tl.constexpr, BINS: tl.constexpr, CLASSES: tl.constexpr
 ):
-    """Of the classes in a block, ascending, those of rank rank0 .. rank0+CLASSES-1 (-1: no more), and how many there
-    are in all.
+    """Of the classes in a block of a code map, or of two, ascending, those of rank rank0 .. rank0+CLASSES-1 (-1: no
+    more), and how many there are in all.
 
     A block of a real label map holds a handful of classes: sums over them need CLASSES rows, not N. One with more takes
     further rounds.
     """
     r = r0 + tl.arange(0, ROWS)
     inside = (r < h)[:, None] & (c < w)[None, :]
-    code = tl.load(codes + (r[:, None] * w + c[None, :]), mask=inside, other=BINS).to(tl.int32)
+    here = r[:, None] * w + c[None, :]
+    code = tl.load(codes + here, mask=inside, other=BINS).to(tl.int32)
     code = tl.reshape(tl.where(inside, code, BINS), (ROWS * P,))
     n = tl.arange(0, BINS)
-    present = (tl.histogram(code, BINS, mask=code < N) > 0).to(tl.int32)
+    found = tl.histogram(code, BINS, mask=code < N)
+    if more is not None:
+        code = tl.load(more + here, mask=inside, other=BINS).to(tl.int32)
+        code = tl.reshape(tl.where(inside, code, BINS), (ROWS * P,))
+        found += tl.histogram(code, BINS, mask=code < N)
+    present = (found > 0).to(tl.int32)
     rank = tl.cumsum(present, 0) - 1 - rank0
     slot = tl.arange(0, CLASSES)
     of_slot = (present > 0)[None, :] & (rank[None, :] == slot[:, None])
     return tl.max(tl.where(of_slot, n[None, :], -1), 1), tl.sum(present, 0)
+
+
+# ------------------------------------------------------------------------------------------------------- copied rows
+# Rows of 64 pixels of bfloat16 lie in shared memory, copied there beside the program, one row ahead on Hopper. Tensor
+# cores read them there in both orientations; no element of x goes through a thread. See ``_tile_table.copied_tiles``.
+
+
+@triton.jit
+def block_norms(norms, r0, h, c, w, ROWS: tl.constexpr):
+    """Whether all vectors of a block are finite, by their kept norms."""
+    r = r0 + tl.arange(0, ROWS)
+    inside = (r < h)[:, None] & (c < w)[None, :]
+    norm = tl.load(norms + (r[:, None] * w + c[None, :]), mask=inside, other=0.0)
+    return tl.max(tl.max((norm != norm).to(tl.int32), 0), 0) == 0
+
+
+@triton.jit
+def again(number, r):
+    """The number, hidden from the compiler behind a loop's r: what is computed from it stays in the loop, where it
+    takes a few instructions, and does not fill registers across it."""
+    if is_cuda():
+        number = tl.inline_asm_elementwise(
+            "mov.b32 $0, $1; // $2", "=r,r,r", [number, r], tl.int32, is_pure=True, pack=1
+        )
+    return number
+
+
+@triton.jit
+def steps_again(sW, sD, r, UNIT: tl.constexpr, ALIGN: tl.constexpr):
+    """The strides of w and d, hidden by ``again``."""
+    if UNIT == "w":
+        return sW, again(sD // ALIGN, r) * ALIGN
+    else:
+        return again(sW // ALIGN, r) * ALIGN, sD
+
+
+@triton.jit
+def side_by_side(a, b):
+    """(M, 2 n) of two (M, n)."""
+    return tl.reshape(tl.permute(tl.join(a, b), (0, 2, 1)), (a.shape[0], 2 * a.shape[1]))
+
+
+@triton.jit
+def two_pieces(a):
+    """a as the sum of two bfloat16, to 16 bits."""
+    high = a.to(tl.bfloat16)
+    return high, (a - high.to(tl.float32)).to(tl.bfloat16)
+
+
+@triton.jit
+def class_pieces(table, classes, d0, D: tl.constexpr, C: tl.constexpr):
+    """C channels of the rows of 16 classes as the right side of products, in three pieces of bfloat16, in which float32
+    is whole: the first two side by side (C, 32), and the third (C, 16)."""
+    rows = tl.trans(class_rows(table, classes, d0, D, C))
+    high, middle = two_pieces(rows)
+    return side_by_side(high, middle), (rows - high.to(tl.float32) - middle.to(tl.float32)).to(tl.bfloat16)
+
+
+@triton.jit
+def row_pieces(table, classes, D: tl.constexpr, C: tl.constexpr):
+    """``class_pieces`` of all channels."""
+    tiles = ()
+    for i in tl.static_range(D // C):
+        tiles = tiles + (class_pieces(table, classes, i * C, D, C),)  # noqa: RUF005
+    return tiles
+
+
+@triton.jit
+def piece_products(tile, pieces, products):
+    """products (P, 16) + ⟨x, â⟩ of some channels. The large one starts at zero and is added in float32: tensor cores
+    cut a sum toward zero after every few products, and a long one would shrink. Its pieces are added first, or Triton
+    would make one long product of it again."""
+    large = tl.dot(tl.trans(tile), pieces[0])
+    products = tl.dot(tl.trans(tile), pieces[1], products)
+    return products + tl.sum(tl.reshape(large, (large.shape[0], 2, 16)), 1)
+
+
+@triton.jit
+def chosen(mask, values):
+    """(P, classes): a pixel's value where the mask is set."""
+    return tl.where(mask, values[:, None], tl.zeros(mask.shape, values.dtype))
 
 
 # ---------------------------------------------------------------------------------------------------- order-free sums
@@ -310,18 +398,15 @@ def vector_scale(reach, layer, headroom, NORMALIZE: tl.constexpr):
 
 
 @triton.jit
-def pulled_scale(reach, layer, count, SHARED: tl.constexpr, NORMALIZE: tl.constexpr):
-    """The scale of A⁺, a sum of ``count`` embeddings with weights of at most 1: it fits its word, or its bits of a
-    word shared with A⁻, with room for as many roundings."""
-    bits = 36 if SHARED else 60
-    return vector_scale(reach, layer, bits - exponent_above(tl.maximum(count, 1)), NORMALIZE)
+def pulled_scale(reach, layer, count, NORMALIZE: tl.constexpr):
+    """The scale of A⁺, a sum of ``count`` embeddings with weights of at most 1, with room for as many roundings."""
+    return vector_scale(reach, layer, 60 - exponent_above(tl.maximum(count, 1)), NORMALIZE)
 
 
 @triton.jit
-def pushed_scale(reach, layer, SHARED: tl.constexpr, NORMALIZE: tl.constexpr):
+def pushed_scale(reach, layer, NORMALIZE: tl.constexpr):
     """The scale of A⁻, a sum of embeddings with weights that add up to 1."""
-    bits = tl.full((), PUSHED_BITS - 2 if SHARED else 60, tl.int32)
-    return vector_scale(reach, layer, bits, NORMALIZE)
+    return vector_scale(reach, layer, tl.full((), 60, tl.int32), NORMALIZE)
 
 
 @triton.jit
@@ -348,16 +433,9 @@ def nearest(x):
 
 
 @triton.jit
-def add_fixed(pointer, tile, scale, mask, SHIFT: tl.constexpr = 0):
-    """Adds a tile to int64 sums in fixed point, SHIFT bits up."""
-    tl.atomic_add(pointer, nearest(tile * scale) << SHIFT, mask=mask, sem="relaxed")
-
-
-@triton.jit
-def parted(word):
-    """The two sums of a shared word: what is PUSHED_BITS up, and below it a signed number."""
-    low = (word << (64 - PUSHED_BITS)) >> (64 - PUSHED_BITS)
-    return (word - low) >> PUSHED_BITS, low
+def add_fixed(pointer, tile, scale, mask):
+    """Adds a tile to int64 sums in fixed point."""
+    tl.atomic_add(pointer, nearest(tile * scale), mask=mask, sem="relaxed")
 
 
 @triton.jit

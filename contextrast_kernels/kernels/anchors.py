@@ -48,7 +48,7 @@ def forward(
     volume: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Anchors (N, D), counts (N,), and the label codes that ``backward`` needs."""
-    sums = zeros([features], num_classes, normalize, pushed=False)
+    sums = zeros([features], num_classes, normalize, anchors=True, loss=False)
     code = codes([features], labels, num_classes, ignore_index, sums, volumes=volume)
     if not normalize:
         largest_features([features], code, sums)
@@ -75,10 +75,11 @@ def largest_features(features: Sequence[Tensor], code: Codes, sums: Sums) -> Non
     _launch.sweep(_largest_features, features, arguments, taken)
 
 
-def class_sums(features: Sequence[Tensor], code: Codes, sums: Sums, headroom: int) -> None:
+def class_sums(features: Sequence[Tensor], code: Codes, sums: Sums, headroom: int, norms: Tensor | None = None) -> None:
     """``sums.vectors``: Σ v over the pixels of every class. One read of the features.
 
-    headroom: ``_launch.headroom`` of all the pixels (of all ranks) that the sums will hold."""
+    headroom: ``_launch.headroom`` of all the pixels (of all ranks) that the sums will hold. norms: where 1/‖x‖ of
+    every pixel is kept for later sweeps, NaN where x is not finite."""
     x = features[0]
     D = x.shape[1]
     taken = tiles("_class_anchors_fwd", x.dtype, D, "K", "COLUMNS", "CLASSES")
@@ -89,6 +90,7 @@ def class_sums(features: Sequence[Tensor], code: Codes, sums: Sums, headroom: in
             "codes": code.y,
             "sums": sums.vectors,
             "broken": sums.broken,
+            "norms": norms,
             "reach": sums.reach,
             "headroom": headroom,
             "N": sums.counts.shape[1],
@@ -108,7 +110,7 @@ def anchor_tables(
 ) -> tuple[Tensor, Tensor]:
     """â (layers, N, D) from the sums of all ranks: means, mixed with the last layer's, normalised if asked. A class
     without pixels has a zero row, one with a broken pixel a row of NaN. And ‖â‖ (layers, N) as it was before it was
-    normalised. Leaves ``sums.vectors`` zero, ready for the next sums."""
+    normalised."""
     L, N, D = sums.vectors.shape
     table = torch.empty(L, N, D, dtype=dtype, device=sums.vectors.device)
     lengths = torch.empty(L, N, dtype=dtype, device=sums.vectors.device)
@@ -146,6 +148,7 @@ def _class_anchors_fwd(
     codes,
     sums,
     broken,
+    norms,
     reach,
     headroom,
     N,
@@ -175,7 +178,8 @@ def _class_anchors_fwd(
     number = pick(geometry.number, layer)
     b, r0, c0, h, w = block_of(program, geometry, layer, ROWS, P, UNIT, ALIGN)
     image, sH, sW, sD = image_features(x, strides, layer, b, UNIT, ALIGN, WIDE)
-    codes += image_codes(geometry, layer, b, h, w)
+    pixels = image_codes(geometry, layer, b, h, w)
+    codes += pixels
     c = c0 + tl.arange(0, P)
     live = c < w
     scale = vector_scale(reach, number, headroom, NORMALIZE)
@@ -183,7 +187,7 @@ def _class_anchors_fwd(
     rank0 = 0
     classes = 1
     while rank0 < classes:
-        slots, classes = block_classes(codes, r0, h, c, w, rank0, N, ROWS, P, BINS, CLASSES)
+        slots, classes = block_classes(codes, None, r0, h, c, w, rank0, N, ROWS, P, BINS, CLASSES)
         totals = zero_tiles(COLUMNS // K, CLASSES, K, ACC)
         for r in range(r0, tl.minimum(r0 + ROWS, h)):
             row = image + tl.cast(r, tl.int64) * sH
@@ -202,9 +206,10 @@ def _class_anchors_fwd(
                     mask=live & (y < N) & (sound == 0),
                     sem="relaxed",
                 )
-            weight = tl.where(
-                (slots[:, None] == y[None, :]) & sound[None, :], inverse_norm(size, NORMALIZE)[None, :], 0.0
-            )
+            norm = inverse_norm(size, NORMALIZE)
+            if norms is not None:
+                tl.store(norms + pixels + (r * w + c), tl.where(sound, norm, float("nan")), mask=live)
+            weight = tl.where((slots[:, None] == y[None, :]) & sound[None, :], norm[None, :], 0.0)
             grown = ()
             for k in tl.static_range(COLUMNS // K):
                 tile = channels(row, c * sW, live, d0 + k * K, sD, D, K, D % COLUMNS == 0)
@@ -283,7 +288,7 @@ def _anchor_tables(
     NORMALIZE_ANCHORS: tl.constexpr,
 ):
     """One program, one class: â_i = (1 - w_h) a_i + w_h a_I where the class is in both layers, else a_i; 0 where
-    layer i lacks it. The class's sums are cleared."""
+    layer i lacks it."""
     n = tl.program_id(0)
     d = tl.arange(0, BLOCK)
     w_h = real(fusion_weight)
@@ -298,6 +303,3 @@ def _anchor_tables(
         if NORMALIZE_ANCHORS:
             anchor = anchor * inverse_norm(size, True)
         tl.store(table + (i * N + n) * D + d, anchor.to(table.dtype.element_ty), mask=d < D)
-    tl.debug_barrier()  # all threads have read their sums
-    for i in tl.static_range(L):
-        tl.store(sums + (i * N + n) * D + d, tl.zeros((BLOCK,), tl.int64), mask=d < D)

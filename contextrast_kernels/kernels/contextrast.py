@@ -22,6 +22,7 @@ from contextrast_kernels.kernels._codes import codes
 from contextrast_kernels.kernels._gradient import Terms, feature_gradients
 from contextrast_kernels.kernels._log_sums import log_sums
 from contextrast_kernels.kernels._sums import zeros
+from contextrast_kernels.kernels._tile_table import copies_rows
 from contextrast_kernels.kernels.anchors import anchor_tables, class_sums, largest_features
 from contextrast_kernels.kernels.pixel_anchor import Outcome, Scales, finish, moments
 
@@ -53,8 +54,7 @@ def forward(
     if group is not None:
         headroom = _launch.headroom(ranks.size(group) * ranks.MOST_PIXELS)  # the same on every rank
         errors = errors.clone()
-    # 16 bits of a gradient are worth no more than the shared words hold, where no vector is longer than 1.
-    sums = zeros(features, num_classes, normalize, pushed=features[0].element_size() > 2 or not normalize)
+    sums = zeros(features, num_classes, normalize, anchors=True, loss=True)
     code = codes(
         features, labels, num_classes, ignore_index, sums, hard=e, base_rate=base_rate, seed=seed, volumes=volumes
     )
@@ -62,7 +62,10 @@ def forward(
         largest_features(features, code, sums)
         if group is not None:
             sums.reach.copy_(ranks.reduced(sums.reach, group, "max"))
-    class_sums(features, code, sums, headroom)
+    norms = None
+    if base_rate == 0 and normalize and copies_rows(features[0].dtype, features[0].shape[1], num_classes):
+        norms = torch.empty(code.y.shape, dtype=torch.float32, device=code.y.device)
+    class_sums(features, code, sums, headroom, norms)
     if group is not None:
         ranks.add_up([sums.vectors, sums.counts, sums.broken, sums.drawn, errors], group)
     table, lengths = anchor_tables(sums, dtype, headroom, fusion_weight, normalize_anchors)
@@ -72,13 +75,13 @@ def forward(
         Z = ranks.log_sum_exp(Z, group, 1 / temperature if normalize else None)  # ‖â‖ ≤ 1 and ‖v‖ ≤ 1
 
     scales = Scales(lengths, sums.reach, temperature, headroom)
-    moments(features, code, sums, table, Z, similarity, scales)
+    # 16 bits of a gradient ask for no more of its sums.
+    chained = features[0].element_size() == 2 and normalize
+    moments(features, code, sums, table, Z, similarity, scales, chained, norms)
     if group is not None:
-        ranks.add_up([sums.vectors, sums.terms, *([] if sums.pushed is None else [sums.pushed])], group)
-    # T takes the place of A⁺, 4 bytes of a word of 8.
-    pull = sums.vectors.view(dtype)
+        ranks.add_up([sums.pulled, sums.pushed, sums.terms], group)
     outcome = finish(
-        sums, table, Z, scales, layer_weights, pull, fusion_weight=fusion_weight, normalize_anchors=normalize_anchors
+        sums, table, Z, scales, layer_weights, fusion_weight=fusion_weight, normalize_anchors=normalize_anchors
     )
     if group is not None:
         outcome = outcome._replace(report=torch.cat([outcome.report, errors.unsqueeze(0)]))

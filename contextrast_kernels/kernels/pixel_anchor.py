@@ -26,14 +26,16 @@ from contextrast_kernels.kernels._codes import Codes, codes
 from contextrast_kernels.kernels._gradient import Terms, feature_gradients
 from contextrast_kernels.kernels._log_sums import log_sums
 from contextrast_kernels.kernels._sums import Sums, zeros
-from contextrast_kernels.kernels._tile_table import next_power_of_2, tiles
+from contextrast_kernels.kernels._tile_table import copied_tiles, next_power_of_2, tiles
 from contextrast_kernels.kernels._tiles import (
-    PUSHED_BITS,
     add_fixed,
     anchor_products,
     block_classes,
+    block_norms,
     block_of,
     channels,
+    chosen,
+    class_pieces,
     dot_features,
     exponent_above,
     image_codes,
@@ -42,17 +44,21 @@ from contextrast_kernels.kernels._tiles import (
     is_finite,
     is_negative,
     layer_of,
-    parted,
     pick,
+    piece_products,
     plain,
     power_of_two,
     program_and_part,
     pulled_scale,
     pushed_scale,
     real,
+    row_pieces,
+    side_by_side,
     sigmoid,
     softplus,
+    steps_again,
     summed_size,
+    two_pieces,
     zero_tiles,
 )
 from contextrast_kernels.kernels.anchors import largest_features
@@ -68,7 +74,7 @@ class Outcome(NamedTuple):
     coefficients: Tensor
     """(layers, 2, N): k⁺ and k⁻ of ``_gradient``."""
     pull: Tensor
-    """(layers, N, D or 2 D): T of ``_gradient`` in the first D columns, or dL/dâ of given anchors."""
+    """(layers, N, D): T of ``_gradient``, or dL/dâ of given anchors."""
 
 
 class Scales(NamedTuple):
@@ -97,7 +103,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Terms]:
     """The loss, dL/danchors, the label codes, and what ``backward`` needs besides. Without negatives and base every
     other-class pixel is one."""
-    sums = zeros([features], anchors.shape[0], normalize, pushed=True)
+    sums = zeros([features], anchors.shape[0], normalize, anchors=False, loss=True)
     code = codes(
         [features],
         labels,
@@ -115,8 +121,7 @@ def forward(
     Z, similarity = log_sums([features], code, sums, table, temperature, normalize)
     scales = Scales(lengths, sums.reach, temperature, _launch.headroom(_launch.pixels((features.shape,))))
     moments([features], code, sums, table, Z, similarity, scales)
-    pull = torch.empty_like(table)
-    outcome = finish(sums, table, Z, scales, (1.0,), pull)
+    outcome = finish(sums, table, Z, scales, (1.0,))
     terms = Terms(code.e, code.base, similarity, table, Z, outcome.coefficients)
     return outcome.loss, outcome.pull[0], code.y, terms
 
@@ -160,23 +165,38 @@ def moments(
     Z: Tensor,
     similarity: Tensor | None,
     scales: Scales,
+    chained: bool = False,
+    norms: Tensor | None = None,
 ) -> None:
-    """``sums.vectors``, ``pushed`` and ``terms``: what the loss and dL/dâ are made of. One read of the features."""
+    """``sums.pulled``, ``pushed`` and ``terms``: what the loss and dL/dâ are made of. One read of the features.
+
+    chained: A⁺ and A⁻ to 16 bits are enough (``_tiles.dot_features``). norms: 1/‖x‖ as ``class_sums`` kept it, for
+    layers whose rows can be copied."""
     N, D = table.shape[1:]
+    shared = (
+        {"y": code.y, "e": code.e, "similarity": similarity, "table": table, "Z": Z}
+        | {"pulled_sums": sums.pulled, "pushed_sums": sums.pushed, "counts": sums.counts, "terms": sums.terms}
+        | {**scales.arguments(), "N": N}
+    )
+    copied = None
+    if norms is not None:
+        arguments = {**shared, "norms": norms}
+        del arguments["reach"]
+        copied = _pixel_anchor_copied_fwd, arguments, {**copied_tiles(), "BINS": next_power_of_2(N)}
     taken = tiles("_pixel_anchor_fwd", features[0].dtype, D, "K", "COLUMNS", "CLASSES")
     _launch.sweep(
         _pixel_anchor_fwd,
         features,
-        {"y": code.y, "e": code.e, "base": code.base, "similarity": similarity, "table": table, "Z": Z}
-        | {"vectors": sums.vectors, "pushed_vectors": sums.pushed, "counts": sums.counts, "terms": sums.terms}
-        | {**scales.arguments(), "N": N},
+        {**shared, "base": code.base},
         {
             **taken,
             "BINS": next_power_of_2(N),
             "NORMALIZE": scales.reach is None,
             "ACC": _launch.triton_type(table.dtype),
+            "CHAINED": chained,
         },
         splits=_launch.ceil_div(D, taken["COLUMNS"]),
+        copied=copied,
     )
 
 
@@ -186,24 +206,23 @@ def finish(
     Z: Tensor,
     scales: Scales,
     layer_weights: Sequence[float],
-    pull: Tensor,
     *,
     fusion_weight: float | None = None,
     normalize_anchors: bool = False,
 ) -> Outcome:
     """Loss and dL/dâ from the sums of all ranks' pixels; with ``fusion_weight`` on to T, the pull on each class's
-    pixels. pull: where it goes, (layers, N, D), or rows twice as long whose second half becomes zero; it may be the
-    memory of ``sums.vectors``."""
+    pixels."""
     L, N, D = table.shape
     device = table.device
     losses = torch.empty(L, dtype=table.dtype, device=device)
     loss = torch.empty((), dtype=table.dtype, device=device)
     report = torch.empty(3, L, dtype=torch.int64, device=device)
     coefficients = torch.empty(L, 2, N, dtype=table.dtype, device=device)
+    pull = torch.empty_like(table)
     _launch.launch(
         _finish,
         (N,),
-        {"vectors": sums.vectors, "pushed_vectors": sums.pushed, "terms": sums.terms, "counts": sums.counts}
+        {"pulled_sums": sums.pulled, "pushed_sums": sums.pushed, "terms": sums.terms, "counts": sums.counts}
         | {"drawn": sums.drawn, "table": table, "Z": Z, **scales.arguments()}
         | {"loss": loss, "losses": losses, "report": report, "coefficients": coefficients, "pull": pull}
         | {
@@ -216,7 +235,6 @@ def finish(
             "D": D,
             "BLOCK": next_power_of_2(D),
             "BINS": next_power_of_2(N),
-            "PULL_PITCH": pull.shape[2] // D,
             "NORMALIZE": scales.reach is None,
             "NORMALIZE_ANCHORS": normalize_anchors,
             "GIVEN": fusion_weight is None,
@@ -265,8 +283,8 @@ def _pixel_anchor_fwd(
     similarity,
     table,
     Z,
-    vectors,
-    pushed_vectors,
+    pulled_sums,
+    pushed_sums,
     counts,
     terms,
     lengths,
@@ -287,6 +305,7 @@ def _pixel_anchor_fwd(
     ALIGN: tl.constexpr,
     WIDE: tl.constexpr,
     ACC: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):
     """Over one block: A⁺, A⁻ (COLUMNS of the channels), Σ softplus(Z - s) and Σ σ of the classes found there, CLASSES
     at a time; with ``base`` of all classes.
@@ -307,7 +326,6 @@ def _pixel_anchor_fwd(
     Z += number * N
     terms += 3 * number * N
     inverse_temperature = (1.0 / real(temperature)).to(ACC)
-    SHARED: tl.constexpr = pushed_vectors is None
     c = c0 + tl.arange(0, P)
     live = c < w
 
@@ -315,8 +333,8 @@ def _pixel_anchor_fwd(
     rounds = 1
     while rank0 < rounds:
         if base is None:
-            labels, label_count = block_classes(y + codes, r0, h, c, w, rank0, N, ROWS, P, BINS, CLASSES)
-            others, other_count = block_classes(e + codes, r0, h, c, w, rank0, N, ROWS, P, BINS, CLASSES)
+            labels, label_count = block_classes(y + codes, None, r0, h, c, w, rank0, N, ROWS, P, BINS, CLASSES)
+            others, other_count = block_classes(e + codes, None, r0, h, c, w, rank0, N, ROWS, P, BINS, CLASSES)
             rounds = tl.maximum(label_count, other_count)
         else:
             labels = rank0 + tl.arange(0, CLASSES)
@@ -372,21 +390,21 @@ def _pixel_anchor_fwd(
                 tile = channels(row, c * sW, live, d0 + k * K, sD, D, K, D % COLUMNS == 0)
                 if some_broken:
                     tile = tl.where(sound[None, :], tile, 0.0)
-                more_pulled = more_pulled + (dot_features(pull, tl.trans(tile), pulled[k], CHAINED=SHARED),)  # noqa: RUF005
-                more_pushed = more_pushed + (dot_features(push, tl.trans(tile), pushed[k], CHAINED=SHARED),)  # noqa: RUF005
+                more_pulled = more_pulled + (dot_features(pull, tl.trans(tile), pulled[k], CHAINED=CHAINED),)  # noqa: RUF005
+                more_pushed = more_pushed + (dot_features(push, tl.trans(tile), pushed[k], CHAINED=CHAINED),)  # noqa: RUF005
             pulled = more_pulled
             pushed = more_pushed
 
         count = tl.load(counts + number * N + labels, mask=labels >= 0, other=1)
-        scale = pulled_scale(reach, number, count, SHARED, NORMALIZE)[:, None]
+        scale = pulled_scale(reach, number, count, NORMALIZE)[:, None]
         for k in tl.static_range(COLUMNS // K):
             d = d0 + k * K + tl.arange(0, K)
-            here = vectors + (number * N + labels[:, None]) * D + d[None, :]
-            add_fixed(here, pulled[k], scale, (labels >= 0)[:, None] & (d < D)[None, :], PUSHED_BITS if SHARED else 0)
-        scale = pushed_scale(reach, number, SHARED, NORMALIZE)
+            here = pulled_sums + (number * N + labels[:, None]) * D + d[None, :]
+            add_fixed(here, pulled[k], scale, (labels >= 0)[:, None] & (d < D)[None, :])
+        scale = pushed_scale(reach, number, NORMALIZE)
         for k in tl.static_range(COLUMNS // K):
             d = d0 + k * K + tl.arange(0, K)
-            here = (vectors if SHARED else pushed_vectors) + (number * N + others[:, None]) * D + d[None, :]
+            here = pushed_sums + (number * N + others[:, None]) * D + d[None, :]
             add_fixed(here, pushed[k], scale, (others >= 0)[:, None] & (d < D)[None, :])
         if part == 0:
             used = labels >= 0
@@ -404,9 +422,294 @@ def _pixel_anchor_fwd(
 
 
 @triton.jit
+def _sums_of_copied_rows(
+    image,
+    sH,
+    sW,
+    sD,
+    y,
+    e,
+    similarity,
+    norms,
+    broken,
+    table,
+    slots,
+    Z,
+    r0,
+    h,
+    c,
+    w,
+    N,
+    inverse_temperature,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    P: tl.constexpr,
+    C: tl.constexpr,
+    UNIT: tl.constexpr,
+    ALIGN: tl.constexpr,
+    AHEAD: tl.constexpr,
+):
+    """[A⁺ | A⁻] (D, 32) in tiles of C channels, and Σ softplus and Σ σ as (P, 16), of 16 classes of a block.
+
+    AHEAD: all vectors are finite, and rows are copied to shared memory, one ahead, where they stay for both products;
+    else they are read again, from cache, and the anchors' pieces are made again."""
+    live = c < w
+    if AHEAD:
+        anchors = row_pieces(table, slots, D, C)
+    sums = zero_tiles(D // C, C, 32, tl.float32)
+    losses = tl.zeros((P, 16), tl.float32)
+    shares = tl.zeros((P, 16), tl.float32)
+    for r in tl.range(r0, tl.minimum(r0 + ROWS, h), num_stages=3 if AHEAD else 1):
+        row = image + tl.cast(r, tl.int64) * sH
+        pixel = r * w + c
+        label = tl.load(y + pixel, mask=live, other=32767).to(tl.int32)
+        negative = tl.load(e + pixel, mask=live, other=32767).to(tl.int32)
+        norm = tl.load(norms + pixel, mask=live, other=0.0)
+        readable = live
+        if not AHEAD:
+            # 0 · NaN would reach every class of the block: such a vector is not read, and its class marked.
+            readable = live & (norm == norm)
+            lost = live & (label < N) & (norm != norm)
+            tl.atomic_max(broken + label, tl.full((P,), 1, tl.int64), mask=lost, sem="relaxed")
+            label = tl.where(readable, label, 32767)
+            negative = tl.where(readable, negative, 32767)
+            norm = tl.where(readable, norm, 0.0)
+        step_w, step_d = steps_again(sW, sD, r, UNIT, ALIGN)
+        products = tl.zeros((P, 16), tl.float32)
+        if AHEAD:
+            tiles = ()
+            for i in tl.static_range(D // C):
+                tiles = tiles + (channels(row, c * step_w, readable, i * C, step_d, D, C),)  # noqa: RUF005
+            for i in tl.static_range(D // C):
+                products = piece_products(tiles[i], anchors[i], products)
+        else:
+            for k in range(0, D, C):
+                tile = channels(row, c * step_w, readable, k, step_d, D, C)
+                products = piece_products(tile, class_pieces(table, slots, k, D, C), products)
+        own = slots[None, :] == label[:, None]
+        against = slots[None, :] == negative[:, None]
+
+        # Positives: each pixel has one class, so s, σ and the term are one number a pixel.
+        s = tl.sum(tl.where(own, products, 0.0), 1) * norm * inverse_temperature
+        apart = tl.load(Z + label, mask=label < N, other=0.0) - s
+        share = sigmoid(apart)
+        losses += chosen(own, softplus(apart))
+        shares += chosen(own, share)
+
+        # Negatives.
+        is_hard = negative < N
+        hard = tl.load(similarity + pixel, mask=is_hard, other=0.0)
+        hard = tl.exp(hard - tl.load(Z + negative, mask=is_hard, other=0.0)) * norm
+
+        # Weighted sums of the embeddings.
+        pull, pull_low = two_pieces(share * norm)
+        push, push_low = two_pieces(hard)
+        low = side_by_side(chosen(own, pull_low), chosen(against, push_low))
+        high = side_by_side(chosen(own, pull), chosen(against, push))
+        grown = ()
+        for i in tl.static_range(D // C):
+            tile = tiles[i] if AHEAD else channels(row, c * step_w, readable, i * C, step_d, D, C)
+            grown = grown + (tl.dot(tile, high, tl.dot(tile, low, sums[i])),)  # noqa: RUF005
+        sums = grown
+    return sums, losses, shares
+
+
+@triton.jit
+def _add_copied_sums(
+    sums,
+    losses,
+    shares,
+    slots,
+    pulled_sums,
+    pushed_sums,
+    counts,
+    terms,
+    lengths,
+    Z,
+    inverse_temperature,
+    headroom,
+    N,
+    D: tl.constexpr,
+    C: tl.constexpr,
+):
+    """Adds what ``_sums_of_copied_rows`` found; the pointers are those of the layer."""
+    used = slots >= 0
+    count = tl.load(counts + slots, mask=used, other=1)
+    pulled_by = pulled_scale(None, 0, count, True)
+    pushed_by = pushed_scale(None, 0, True)
+    for i in tl.static_range(D // C):
+        pulled, pushed = tl.split(tl.permute(tl.reshape(sums[i], (C, 2, 16)), (0, 2, 1)))
+        d = i * C + tl.arange(0, C)
+        here = slots[None, :] * D + d[:, None]
+        # A class may be here as a label or as a negative alone.
+        add_fixed(pulled_sums + here, pulled, pulled_by[None, :], used[None, :] & (pulled != 0.0))
+        add_fixed(pushed_sums + here, pushed, pushed_by, used[None, :] & (pushed != 0.0))
+    length = tl.load(lengths + slots, mask=used, other=0.0)
+    log_sum = tl.load(Z + slots, mask=used, other=0.0)
+    scale_of_terms, known = term_scale(log_sum, length, None, 0, inverse_temperature, headroom, D, True)
+    loss = tl.sum(losses, 0)
+    known = known & (tl.abs(loss) < float("inf"))
+    add_fixed(terms + slots, loss, scale_of_terms, used & known)
+    add_fixed(terms + N + slots, tl.sum(shares, 0), power_of_two(headroom), used & known)
+    mark = tl.full((16,), 1, tl.int64)
+    tl.atomic_max(terms + 2 * N + slots, mark, mask=used & (known == 0), sem="relaxed")
+
+
+@triton.jit(do_not_specialize=["temperature", "headroom", "N"])
+def _pixel_anchor_copied_fwd(
+    x,
+    strides,
+    geometry,
+    y,
+    e,
+    similarity,
+    norms,
+    table,
+    Z,
+    pulled_sums,
+    pushed_sums,
+    counts,
+    terms,
+    lengths,
+    temperature,
+    headroom,
+    N,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    P: tl.constexpr,
+    BINS: tl.constexpr,
+    UNIT: tl.constexpr,
+    ALIGN: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """``_pixel_anchor_fwd`` of bfloat16 that is normalised, with hard negatives alone, where rows can be copied.
+
+    A row of 64 pixels comes to shared memory once, for both products: xᵀ (P, D) · [three pieces of â] (D, 48) gives s,
+    x (D, P) · [pull | push] (P, 32) the sums, whose weights have two pieces. One list of classes serves labels and
+    negatives. A block with more classes than 16, or with a vector that is not finite, goes a slower way.
+    Moves: the features once, 10 bytes a pixel, 16 D bytes into the sums for each class of a block.
+    """
+    C: tl.constexpr = 64  # channels of a product: see ``piece_products``
+    program = tl.program_id(0)
+    layer = layer_of(program, geometry.block)
+    number = pick(geometry.number, layer)
+    b, r0, c0, h, w = block_of(program, geometry, layer, ROWS, P, UNIT, ALIGN)
+    image, sH, sW, sD = image_features(x, strides, layer, b, UNIT, ALIGN, WIDE)
+    codes = image_codes(geometry, layer, b, h, w)
+    y += codes
+    e += codes
+    similarity += codes
+    norms += codes
+    table += number * N * D
+    Z += number * N
+    pulled_sums += number * N * D
+    pushed_sums += number * N * D
+    counts += number * N
+    lengths += number * N
+    terms += 3 * number * N
+    broken = terms + 2 * N
+    inverse_temperature = (1.0 / real(temperature)).to(tl.float32)
+    c = c0 + tl.arange(0, P)
+
+    slots, classes = block_classes(y, e, r0, h, c, w, 0, N, ROWS, P, BINS, 16)
+    if (classes <= 16) & block_norms(norms, r0, h, c, w, ROWS):
+        sums, losses, shares = _sums_of_copied_rows(
+            image,
+            sH,
+            sW,
+            sD,
+            y,
+            e,
+            similarity,
+            norms,
+            broken,
+            table,
+            slots,
+            Z,
+            r0,
+            h,
+            c,
+            w,
+            N,
+            inverse_temperature,
+            D,
+            ROWS,
+            P,
+            C,
+            UNIT,
+            ALIGN,
+            AHEAD=True,
+        )
+        _add_copied_sums(
+            sums,
+            losses,
+            shares,
+            slots,
+            pulled_sums,
+            pushed_sums,
+            counts,
+            terms,
+            lengths,
+            Z,
+            inverse_temperature,
+            headroom,
+            N,
+            D,
+            C,
+        )
+    else:
+        for rank0 in range(0, classes, 16):
+            slots, _ = block_classes(y, e, r0, h, c, w, rank0, N, ROWS, P, BINS, 16)
+            sums, losses, shares = _sums_of_copied_rows(
+                image,
+                sH,
+                sW,
+                sD,
+                y,
+                e,
+                similarity,
+                norms,
+                broken,
+                table,
+                slots,
+                Z,
+                r0,
+                h,
+                c,
+                w,
+                N,
+                inverse_temperature,
+                D,
+                ROWS,
+                P,
+                C,
+                UNIT,
+                ALIGN,
+                AHEAD=False,
+            )
+            _add_copied_sums(
+                sums,
+                losses,
+                shares,
+                slots,
+                pulled_sums,
+                pushed_sums,
+                counts,
+                terms,
+                lengths,
+                Z,
+                inverse_temperature,
+                headroom,
+                N,
+                D,
+                C,
+            )
+
+
+@triton.jit
 def _dL_dfused(
-    vectors,
-    pushed_vectors,
+    pulled_sums,
+    pushed_sums,
     terms,
     counts,
     reach,
@@ -428,14 +731,10 @@ def _dL_dfused(
     count = tl.load(counts + layer * N + n)
     pixels = tl.maximum(count, 1).to(tl.float64)
     share = tl.load(terms + (3 * layer + 1) * N + n).to(tl.float64) / power_of_two(headroom) / pixels  # G
-    SHARED: tl.constexpr = pushed_vectors is None
-    pulled = tl.load(vectors + (layer * N + n) * D + d, mask=d < D, other=0)
-    if SHARED:
-        pulled, pushed = parted(pulled)
-    else:
-        pushed = tl.load(pushed_vectors + (layer * N + n) * D + d, mask=d < D, other=0)
-    pulled = pulled.to(tl.float64) / pulled_scale(reach, layer, count, SHARED, NORMALIZE)
-    pushed = pushed.to(tl.float64) / pushed_scale(reach, layer, SHARED, NORMALIZE)
+    pulled = tl.load(pulled_sums + (layer * N + n) * D + d, mask=d < D, other=0)
+    pushed = tl.load(pushed_sums + (layer * N + n) * D + d, mask=d < D, other=0)
+    pulled = pulled.to(tl.float64) / pulled_scale(reach, layer, count, NORMALIZE)
+    pushed = pushed.to(tl.float64) / pushed_scale(reach, layer, NORMALIZE)
     strength = tl.where(count > 0, real(layer_weight) / (present * real(temperature)), 0.0)
     slope = strength * (share * pushed - pulled / pixels)
     slope = tl.where(tl.load(terms + (3 * layer + 2) * N + n) > 0, float("nan"), slope)
@@ -444,8 +743,8 @@ def _dL_dfused(
 
 @triton.jit(do_not_specialize=["temperature", "headroom", "layer_weights", "fusion_weight", "N"])
 def _finish(
-    vectors,
-    pushed_vectors,
+    pulled_sums,
+    pushed_sums,
     terms,
     counts,
     drawn,
@@ -467,7 +766,6 @@ def _finish(
     D: tl.constexpr,
     BLOCK: tl.constexpr,
     BINS: tl.constexpr,
-    PULL_PITCH: tl.constexpr,
     NORMALIZE: tl.constexpr,
     NORMALIZE_ANCHORS: tl.constexpr,
     GIVEN: tl.constexpr,
@@ -481,8 +779,8 @@ def _finish(
     from_below = tl.zeros((BLOCK,), tl.float64)
     for i in tl.static_range(L):
         slope, toward, away, count = _dL_dfused(
-            vectors,
-            pushed_vectors,
+            pulled_sums,
+            pushed_sums,
             terms,
             counts,
             reach,
@@ -511,11 +809,7 @@ def _finish(
             else:
                 slope += from_below
             slope = slope / tl.maximum(count, 1).to(tl.float64)
-        tl.debug_barrier()  # all threads have read the sums that may lie here
-        row = pull + (i * N + n) * (D * PULL_PITCH)
-        tl.store(row + d, slope.to(pull.dtype.element_ty), mask=d < D)
-        if PULL_PITCH > 1:
-            tl.store(row + D + d, tl.zeros((BLOCK,), pull.dtype.element_ty), mask=d < D)
+        tl.store(pull + (i * N + n) * D + d, slope.to(pull.dtype.element_ty), mask=d < D)
     if n == 0:
         every = tl.arange(0, BINS)
         exists = every < N

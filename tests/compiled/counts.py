@@ -39,6 +39,7 @@ WRITTEN = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "coun
 L1_BYTES = 256 * 1024
 """The L1 cache of a multiprocessor, including shared memory."""
 SECTOR = 32
+SHARED = ("ld shared", "st shared", "atom shared", "ld global to shared")
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ if it never waits, and nothing says that a device comes near. F is the features'
 * *issue*: warp instructions / (multiprocessors × 4 schedulers × clock). They are PTX's, taken as one machine
   instruction each, while ptxas drops and adds some.
 * *L1*: (wavefronts of shared memory + sectors of global requests / 4) / (multiprocessors × clock). A wavefront is 128
-  bytes, and a conflict takes one more: "wavefronts an ideal one" is 1 without. What wgmma reads is not in it.
+  bytes, and a conflict takes one more: "wavefronts an ideal one" is 1 without. What wgmma reads is in it.
 * *L2*: sectors of 32 bytes that pass the L1 cache / 5.5 TB/s. A block has its share of the 256 KiB that shared memory
   leaves, empty at first; stores and atomics pass.
 * *memory*: sectors that pass an L2 cache which holds all of one launch and nothing of the one before / 85 % of the
@@ -113,6 +114,8 @@ class Counts:
     memory: dict[str, Counter] = field(default_factory=dict)
     operations: Counter = field(default_factory=Counter)
     """Of tensor cores, by type."""
+    wavefronts_of_operands: float = 0.0
+    """Of shared memory, by wgmma."""
 
     def add(self, launched: Launched) -> None:
         for instruction, count in zip(launched.program.kernel.instructions, launched.result.counts):
@@ -122,6 +125,7 @@ class Counts:
             if instruction.kind == "tensor core":
                 name, operations = operations_of(instruction)
                 self.operations[name] += operations * count["warps"]
+                self.wavefronts_of_operands += wavefronts_of_operands(instruction) * count["warps"]
 
     def total(self, what: str, *kinds: str) -> int:
         return sum(count[what] for kind, count in self.memory.items() if kind.startswith(kinds))
@@ -134,7 +138,7 @@ class Counts:
         """Seconds that each resource needs at least."""
         cycles = device.multiprocessors * device.clock
         sectors = self.total("sectors", "ld global", "st global", "atom global")
-        wavefronts = self.total("wavefronts", "ld shared", "st shared", "atom shared")
+        wavefronts = self.total("wavefronts", *SHARED) + self.wavefronts_of_operands
         return {
             "issue": self.instructions / (4 * cycles),
             "L1": (wavefronts + sectors / 4) / cycles,
@@ -150,6 +154,16 @@ def operations_of(instruction) -> tuple[str, int]:
     M, N, K = map(int, shape.groups())
     rows = 16 if M == 64 else M  # a warp of wgmma has a quarter of the rows
     return instruction.parts[-2], 2 * rows * N * K
+
+
+def wavefronts_of_operands(instruction) -> float:
+    """What one warp's part of a wgmma reads of shared memory: N columns of B are shared by four warps."""
+    if instruction.parts[0] != "wgmma":
+        return 0.0
+    type_bytes = 4 if instruction.parts[-1] == "tf32" else 2
+    N, K = map(int, re.search(r"n(\d+)k(\d+)", instruction.opcode).groups())
+    of_a = 0 if instruction.arguments[1].startswith("{") else 64
+    return (of_a + N) * K * type_bytes / 128 / 4
 
 
 @dataclass
@@ -232,8 +246,8 @@ def memory_table(found: dict[str, Counts], pixels: int, feature_bytes: int) -> s
                 f"`{kernel}`",
                 share("sectors", "warps", "ld global"),
                 share("sectors", "warps", "st global"),
-                f"{counts.total('wavefronts', 'ld shared', 'st shared', 'atom shared') / pixels:.2f}",
-                share("wavefronts", "ideal", "ld shared", "st shared", "atom shared"),
+                f"{(counts.total('wavefronts', *SHARED) + counts.wavefronts_of_operands) / pixels:.2f}",
+                share("wavefronts", "ideal", *SHARED),
                 f"{counts.total('lanes', 'atom global') / pixels:.2f}",
                 *(features(what, "ld global") for what in ("sectors", "beyond_l1", "beyond_l2")),
                 features("beyond_l2", "st global", "atom global"),

@@ -226,6 +226,22 @@ def _atomic(kernel, i):
     return Lowered("atom", taken, numbers, f"atom {spaces[0]}")
 
 
+@opcode("cp")
+def _copy_async(kernel, i):
+    parts = i.opcode.replace("shared::cta", "shared").split(".")
+    if parts[1:] == ["async", "commit_group"]:
+        return Lowered("cp.async.commit", kind="control")
+    if parts[1:] == ["async", "wait_group"]:
+        return Lowered("cp.async.wait", numbers=[int(i.arguments[0], 0)], kind="control")
+    if parts[1] != "async" or parts[3:] != ["shared", "global"]:
+        raise Unknown("a copy of another kind")
+    expect(i, "ca", "cg", of=parts[2:3])
+    to, source = address(kernel, i.arguments[0]), address(kernel, i.arguments[1])
+    size = operand(kernel, i.arguments[-1], 4)
+    numbers = [int(i.arguments[2], 0), 0, 0, 0, to.offset, to.width, source.offset, source.width]
+    return Lowered("cp.async", [to.base, source.base, size], numbers, "ld global to shared")
+
+
 @opcode("ldmatrix", "stmatrix")
 def _matrix(kernel, i):
     loads = i.parts[0] == "ldmatrix"

@@ -18,9 +18,9 @@ from . import driver
 from .driver import Mispacked, emulated
 from .engine import Schedule
 
-HARD, ROWS = (
+HARD, GIVEN, ROWS = (
     next(case for case in QUICK if (case.op, case.dtype, case.D) == (op, "bfloat16", 64))
-    for op in ("contextrast_loss", "info_nce")
+    for op in ("contextrast_loss", "pixel_anchor_loss", "info_nce")
 )
 ANCHORS = Case("class_anchors", dtype="float32", D=20, sizes="wide rows", layout="unaligned")
 CONTRACT = "a value or gradient outside of the contract"
@@ -72,23 +72,25 @@ MMA = r"(mma\.sync[^{]*\{[^}]*\}, )\{ *(%\w+), *(%\w+),([^}]*\}, \{[^}]*\}, )\{[
 
 FAULTS = [
     Fault("one barrier dropped", HARD, "race in shared memory", "_class_anchors_fwd", BARRIER, "", 3),
-    Fault("all barriers of a kernel dropped", HARD, "race in shared memory", "_pixel_anchor_fwd", BARRIER),
+    Fault("all barriers of a kernel dropped", GIVEN, "race in shared memory", "_pixel_anchor_fwd", BARRIER),
     Fault("a barrier in a divergent branch", HARD, "not all lanes", "_label_codes", BARRIER, DIVERGED, 1),
-    Fault("masks of loads lost", HARD, "outside of every tensor", "_pixel_anchor_fwd", r"@%p\d+ (ld\.global)", r"\1"),
+    Fault("masks of loads lost", GIVEN, "outside of every tensor", "_pixel_anchor_fwd", r"@%p\d+ (ld\.global)", r"\1"),
     Fault("masks of stores lost", HARD, "outside of every tensor", "_label_codes", r"@%p\d+ (st\.global)", r"\1"),
     Fault("a store to shared memory lost", HARD, "undefined", "_class_anchors_fwd", r"st\.shared::cta[^;]*;"),
-    Fault("loads two bytes further on", HARD, "address not aligned", "_pixel_anchor_fwd",
+    Fault("loads two bytes further on", GIVEN, "address not aligned", "_pixel_anchor_fwd",
           r"(ld\.global\.v4\.b32[^\[]*\[ %rd\d+ \+) 0", r"\1 2"),
     Fault("a pointer that is not aligned as promised", HARD, "address not aligned", patch=unaligned_pointer),
     Fault("sums without atomics", HARD, "race in global memory", "_class_anchors_fwd", FULL_SUM,
           r"st.global.b64 \1, \2;"),
     Fault("a maximum in place of a sum", HARD, CONTRACT, "_class_anchors_fwd", r"relaxed\.add\.u64", "relaxed.max.u64"),
     Fault("the block's index of another axis", HARD, CONTRACT, "_features_bwd", r"%ctaid\.x", "%ctaid.y"),
-    Fault("rows of the first operand swapped", HARD, CONTRACT, "_pixel_anchor_fwd", MMA,
+    Fault("rows of the first operand swapped", GIVEN, CONTRACT, "_pixel_anchor_fwd", MMA,
           r"\1{\3, \2,\4{0f00000000, 0f00000000, 0f00000000, 0f00000000}"),
     Fault("tensor cores without a proxy fence", ROWS, "tensor cores read shared", "_info_nce_log_sums",
           r"fence\.proxy\.async[^;]*;"),
     Fault("results of wgmma without wait_group", ROWS, "undefined", "_info_nce_log_sums", r"wgmma\.wait_group[^;]*;"),
+    Fault("copies that nobody waits for", HARD, "undefined", "_pixel_anchor_copied_fwd",
+          r"cp\.async\.wait_group[^;]*;", "cp.async.wait_group 15;"),
     Fault("a descriptor 16 bytes further on", ROWS, CONTRACT, "_info_nce_log_sums",
           r"(wgmma\.mma_async[^;]*?, )(%rd\d+), (%p\d+|\d+), 1, 1", r"add.s64 \2, \2, 1; \1\2, \3, 1, 1"),
     Fault("a stride twice as long", HARD, CONTRACT, "_hard_similarities", r"mad\.wide\.s32([^;]*), 2,",
@@ -142,7 +144,7 @@ def test_arguments_that_the_ptx_does_not_declare_are_refused():
 
 
 def test_the_cases_themselves_have_no_fault():
-    for case in (HARD, ROWS, ANCHORS):
+    for case in (HARD, GIVEN, ROWS, ANCHORS):
         built = build(case)
         with emulated(90, Schedule(seed=1)) as gpu:
             found = run(built.loss, built.leaves)

@@ -113,6 +113,13 @@ struct Sight {  // the first so many releases at an address
   size_t releases;
 };
 
+struct Copy {  // by cp.async, not yet waited for
+  u32 address, bytes;
+  u8 lane, undefined;
+  u32 fences;  // that the warp had made
+  u8 value[16];
+};
+
 struct Warp {
   int number;
   u8* registers;
@@ -131,6 +138,7 @@ struct Warp {
   // Results of wgmma that may not be read before wait_group, and the shared memory that is still being read.
   std::vector<std::pair<s32, u32>> pending;
   std::vector<std::pair<u32, u32>> async_reads;
+  std::vector<std::vector<Copy>> copies;  // by group; the last is not committed
 };
 
 // See caches.cpp.

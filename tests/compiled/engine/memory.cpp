@@ -233,6 +233,61 @@ void store_shared(Context& c) {
   }
 }
 
+// Copies from global to shared memory beside the program. Operands: address in shared memory, in global memory, bytes to
+// read (0: zeros are written). numbers: bytes, -, -, -, offset and bytes of the shared address, of the global address.
+// Until the warp has waited for their group the bytes are undefined; then they count as written there and then.
+void copy_async(Context& c) {
+  const u64 bytes = c.number(0);
+  u64 to[32], from[32];
+  addresses_of(c, 0, to);
+  u32 reading = 0;
+  for (int lane = 0; lane < 32; lane++) {
+    from[lane] = c.number(7) == 8 ? c.reg<u64>(1)[lane] + s64(c.number(6)) : u32(c.reg<u32>(1)[lane] + c.number(6));
+    if (c.active(lane) && c.reg<u32>(2)[lane]) reading |= 1u << lane;
+  }
+  if (const u32 bad = (c.undefined(1) | c.undefined(2)) & c.mask) c.report(UNDEFINED_ADDRESS, __builtin_ctz(bad), from[__builtin_ctz(bad)]);
+  Context reads{c.machine, c.warp, c.instruction, reading};
+  if (c.machine.launch.count_memory) {
+    count_banks(c, to, c.mask, bytes);
+    if (reading) count_sectors(reads, from, bytes, Access::read);
+  }
+  if (c.warp.copies.empty()) c.warp.copies.emplace_back();
+  for (int lane = 0; lane < 32; lane++) {
+    if (!c.active(lane)) continue;
+    Copy copy{u32(to[lane]), u32(bytes), u8(lane), 0, c.warp.fences, {0}};
+    if (reading >> lane & 1) {
+      const u64 size = c.reg<u32>(2)[lane];
+      const int which = global_at(c, lane, from[lane], size);
+      if (which < 0) continue;
+      memcpy(copy.value, reinterpret_cast<const void*>(from[lane]), size);
+      copy.undefined = undefined_global(c.machine.extents[which], from[lane], size);
+      watch_race(c, lane, which, from[lane], size, Access::read, nullptr);
+    }
+    if (!shared_at(c, lane, to[lane], bytes, bytes)) continue;
+    write_shared(c, lane, to[lane], bytes, nullptr, true);
+    c.warp.copies.back().push_back(copy);
+  }
+}
+
+void commit_copies(Context& c) {
+  if (c.warp.copies.empty()) c.warp.copies.emplace_back();
+  c.warp.copies.emplace_back();
+}
+
+// numbers[0]: groups that may still run.
+void wait_copies(Context& c) {
+  auto& groups = c.warp.copies;
+  const size_t committed = groups.empty() ? 0 : groups.size() - 1, running = c.number(0);
+  for (size_t k = 0; k + running < committed; k++)
+    for (const Copy& copy : groups[k]) {
+      write_shared(c, copy.lane, copy.address, copy.bytes, nullptr, copy.undefined);
+      const u64 at = copy.address - c.machine.launch.shared_base;
+      memcpy(c.machine.shared.data() + at, copy.value, copy.bytes);
+      for (u64 j = 0; j < copy.bytes; j++) c.machine.shared_bytes[at + j].fences = copy.fences;
+    }
+  if (committed > running) groups.erase(groups.begin(), groups.begin() + (committed - running));
+}
+
 void load_parameter(Context& c) {
   const Transfer t(c);
   u64 addresses[32];
@@ -330,4 +385,5 @@ void define_memory() {
   define("ld.shared", load_shared), define("st.shared", store_shared);
   define("ld.param", load_parameter);
   define("atom", atomic);
+  define("cp.async", copy_async, 3), define("cp.async.commit", commit_copies), define("cp.async.wait", wait_copies);
 }

@@ -135,7 +135,7 @@ static void start(Machine& machine, Warp& warp, int number, const std::vector<Co
   warp.number = number, warp.live = warp.mask = threads >= 32 ? ALL : (1u << threads) - 1;
   warp.pc = 0, warp.join = -1, warp.at_barrier = warp.done = false;
   warp.commits_seen = 0;
-  warp.paths.clear(), warp.pending.clear(), warp.async_reads.clear();
+  warp.paths.clear(), warp.pending.clear(), warp.async_reads.clear(), warp.copies.clear();
   std::fill(warp.fences_of_lane, warp.fences_of_lane + 32, 0);
   warp.fences_of_block.assign(machine.warps.size(), 0), warp.acquired.clear(), warp.seen.clear();
   memset(warp.registers, 0xff, launch.register_bytes);
