@@ -30,7 +30,8 @@ BLOCK = re.compile(r"(<!-- measured: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTAL
 BOTH = "contextrast_loss forward+backward"
 OURS = ("contextrast native", "contextrast", "triton")
 NOT_YET = "Not measured yet."
-COUNTED = "counted.md"
+COUNTED, TRIED = "counted.md", "tried.md"
+"""Written by ``python -m tests.compiled.counts --write``, and by hand: what was tried for the kernels."""
 STRIDES = {"-".join(map(str, strides)) for strides in LAYER_SETS.values()}
 PAPER = {(case.batch, case.height, case.width, case.num_classes, case.channels) for case in CASES.values()}
 
@@ -464,8 +465,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--root", type=pathlib.Path, default=ROOT, metavar="FOLDER", help="holds README.md and docs/")
     options = parser.parse_args(arguments)
     rows, trainings = latest(results.read_all(options.results)), results.read(options.results / FILE, Result)
-    counts = options.results / COUNTED
-    counted = counts.read_text() if counts.exists() else ""
+    written = [options.results / name for name in (COUNTED, TRIED)]
+    counted = "\n".join(path.read_text() for path in written if path.exists())
     docs = options.root / "docs"
     drawings = {"performance": plots(rows), "camvid": camvid.plots(trainings)}
     parts = blocks(rows) | {"camvid-evidence": camvid.evidence(trainings)}

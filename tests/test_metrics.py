@@ -79,6 +79,10 @@ def evaluated(name, *batches, **options):
     return metric.compute()
 
 
+EMBEDDED = ("AlignmentUniformity", "AnchorSimilarity")
+"""Metrics of anchors, which are matrix products in float32: their rounding depends on strides, threads and tracing."""
+
+
 def same(one, other, exact=True):
     assert one.keys() == other.keys()
     tolerance = {"rtol": 0, "atol": 0} if exact else {}
@@ -544,7 +548,7 @@ def test_label_types_and_strides(name, dtype):
 
     typed = (strided(t.to(dtype)) for t in (labels.unsqueeze(1), predictions, instances))
     x = [strided(layer).to(memory_format=torch.channels_last) for layer in x]
-    same(evaluated(name, METRICS[name][1](*typed, x)), expected, exact=name not in ("AnchorSimilarity",))
+    same(evaluated(name, METRICS[name][1](*typed, x)), expected, exact=name not in EMBEDDED)
 
 
 @pytest.mark.parametrize("name", ["AlignmentUniformity", "AnchorSimilarity"])
@@ -595,7 +599,7 @@ def test_an_update_compiles_into_one_graph(name):
     compiled = torch.compile(metric.update, fullgraph=True, backend="aot_eager")
     compiled(*batch)
     compiled(*batch)
-    same(metric.compute(), evaluated(name, batch, batch))
+    same(metric.compute(), evaluated(name, batch, batch), exact=name not in EMBEDDED)
 
 
 def test_results_are_float64_scalars_and_vectors_under_names_that_do_not_clash():
@@ -700,9 +704,9 @@ def test_two_ranks_see_what_one_process_sees(tmp_path):
                 batches = arguments(name, 2, B=1), arguments(name, 1), arguments(name, 3, B=2)
                 torch.testing.assert_close(first[name, "both"][key], evaluated(name, *batches)[key])
         else:
-            same(first[name, "one"], evaluated(name, arguments(name, 1)))
+            same(first[name, "one"], evaluated(name, arguments(name, 1)), exact=name not in EMBEDDED)
             batches = arguments(name, 2, B=1), arguments(name, 1), arguments(name, 3, B=2)
-            same(first[name, "both"], evaluated(name, *batches), exact=name != "BoundaryF1")
+            same(first[name, "both"], evaluated(name, *batches), exact=name not in (*EMBEDDED, "BoundaryF1"))
         same(first[name, "nothing"], evaluated(name))
     for what in ("classes", "radii", "kind", "nothing seen"):
         for said in (first["disagreement", what], second["disagreement", what]):
