@@ -587,8 +587,9 @@ struct Columns {
 
 CONTEXTRAST_HD void put_costs(Ints steps, Ints has_cost, Ints is_wanted, int32_t weight, int32_t *costs,
                               int32_t *best) {
-  steps = has_cost ? steps : Ints{};  // where nothing is near they say nothing, and their square may overflow
-  const Ints cost = has_cost ? steps * steps * weight : Ints{} + NO_COST;
+  // Unsigned: beyond the row's end and where nothing is near, steps are any number, and their square may wrap.
+  const Words8 length = reinterpret_cast<Words8>(steps);
+  const Ints cost = has_cost ? reinterpret_cast<Ints>(length * length * static_cast<uint32_t>(weight)) : Ints{} + NO_COST;
   store(is_wanted ? cost : Ints{} + NO_COST, costs);
   store(is_wanted ? cost : Ints{} + CONTEXTRAST_OUTSIDE, best);
 }
@@ -785,7 +786,8 @@ CONTEXTRAST_HD void write_nearest(const Volume &volume, const Cost *best, const 
   const double per_plane = 1.0 / plane, per_row = 1.0 / width;
   int32_t *const *nearest = volume.wanted.nearest;
   for (int x = 0; x < width; ++x) {
-    const int32_t key = keys[x], none = has_seed(best[x]) ? 0 : -1;
+    const bool is_known = has_seed(best[x]);  // without a seed the key may be any number
+    const int32_t key = is_known ? keys[x] : 0, none = is_known ? 0 : -1;
     const int32_t z = quotient(key, plane, per_plane), in_plane = key - z * plane;
     const int32_t y = quotient(in_plane, width, per_row);
     if (nearest[0]) nearest[0][at + x] = z | none;
