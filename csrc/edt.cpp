@@ -589,7 +589,8 @@ CONTEXTRAST_HD void put_costs(Ints steps, Ints has_cost, Ints is_wanted, int32_t
                               int32_t *best) {
   // Unsigned: beyond the row's end and where nothing is near, steps are any number, and their square may wrap.
   const Words8 length = reinterpret_cast<Words8>(steps);
-  const Ints cost = has_cost ? reinterpret_cast<Ints>(length * length * static_cast<uint32_t>(weight)) : Ints{} + NO_COST;
+  const Words8 squared = length * length * static_cast<uint32_t>(weight);
+  const Ints cost = has_cost ? reinterpret_cast<Ints>(squared) : Ints{} + NO_COST;
   store(is_wanted ? cost : Ints{} + NO_COST, costs);
   store(is_wanted ? cost : Ints{} + CONTEXTRAST_OUTSIDE, best);
 }
