@@ -51,11 +51,11 @@ plain.register_autograd(lambda ctx, gradient: plain_backward(gradient))
 
 
 @contextlib.contextmanager
-def launches_lead_nowhere() -> Iterator[list[str]]:
-    """Inside the block Triton's kernels take CPU tensors up to the launch, which only notes the kernel's name: Triton
-    believes in an H200, and every kernel counts as compiled. Results are whatever lay in memory.
+def launches_recorded() -> Iterator[list[str]]:
+    """Replace Triton's driver by one of an H200 that records each kernel's name and launches nothing.
 
-    RuntimeError in a process whose kernels are interpreted.
+    Kernels take CPU tensors and count as compiled. Their results are undefined. RuntimeError in a process whose kernels
+    are interpreted.
     """
     from triton.backends.compiler import GPUTarget
     from triton.compiler import compiler
@@ -87,14 +87,14 @@ def launches_lead_nowhere() -> Iterator[list[str]]:
         touched.append(kernel)
         return compiled
 
-    believed = types.SimpleNamespace(
+    recording_driver = types.SimpleNamespace(
         get_current_device=lambda: 0,
         get_current_stream=lambda device: 0,
         get_current_target=lambda: GPUTarget("cuda", 90, 32),
     )
     with (
         mock.patch.object(jit.JITFunction, "_do_compile", already_compiled),
-        mock.patch.object(driver, "_active", believed),
+        mock.patch.object(driver, "_active", recording_driver),
         mock.patch.dict(os.environ, {"TRITON_INTERPRET": "1"}),  # read by ours, which else refuses CPU tensors
         ck.backend("triton"),
     ):
@@ -107,7 +107,7 @@ def launches_lead_nowhere() -> Iterator[list[str]]:
 
 def launching(device: torch.device):
     """The context in which the fused loss can be called on a device."""
-    return contextlib.nullcontext([]) if device.type == "cuda" else launches_lead_nowhere()
+    return contextlib.nullcontext([]) if device.type == "cuda" else launches_recorded()
 
 
 # ----------------------------------------------------------------------------------------------------------- the calls
@@ -140,7 +140,7 @@ def step(call: Callable[[], Tensor]) -> None:
 
 
 class Counts(NamedTuple):
-    """Of one step, forward and backward."""
+    """What one step launches and allocates, forward and backward."""
 
     launches: list[str]
     """Triton kernels in order; empty on a GPU."""
@@ -163,12 +163,12 @@ def count(call: Callable[[], Tensor], launched: list[str]) -> Counts:
 
 
 class Cost(NamedTuple):
-    """Of one call and phase."""
+    """The cost of one call and phase."""
 
     name: str
     phase: str
     multiple: float
-    """Of the yardstick's same phase: the median over the rounds' ratios."""
+    """In multiples of the plain op's same phase: the median over the rounds' ratios."""
     median_ms: float
     iqr_ms: float
 

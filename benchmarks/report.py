@@ -40,7 +40,7 @@ PAPER = {(case.batch, case.height, case.width, case.num_classes, case.channels) 
 
 
 def latest(rows: Iterable[Row]) -> list[Row]:
-    """Of what was measured more than once, at other commits or versions, the last. Untimed rows are no measurements."""
+    """The last row of each measurement, whatever its commit or versions. Untimed rows are not measurements."""
     found: dict[tuple, Row] = {}
     for row in rows:
         if row.status != "untimed":
@@ -87,7 +87,7 @@ def setting(row: Row) -> tuple:
 
 
 def of_one_device(rows: Sequence[Row]) -> list[Row]:
-    """Of the device with most rows, which is what one picture shows."""
+    """The rows of the device that has most of them: a picture shows one device."""
     return max(grouped(rows, lambda row: row.device).values(), key=len, default=[])
 
 
@@ -138,7 +138,7 @@ def with_sources(text: str, rows: Sequence[Row]) -> str:
 
 
 def edge_distance_on_cpu(rows: Sequence[Row]) -> str:
-    """One map, one thread: ours, the fastest of the others whatever it computes, and the definition as it reads."""
+    """One map, one thread: ours, the fastest of the others whatever it computes, and the reference."""
     rows = [row for row in pick(rows, what="edge_distance", threads=1, batch=1) if not row.driver]
     devices = {row.device for row in rows}
     lines = []
@@ -179,7 +179,7 @@ def times_floor(row: Row) -> float | None:
 
 
 def loss_on_gpu(rows: Sequence[Row]) -> str:
-    """The fused loss beside its definition, plain and compiled: a line for each setting."""
+    """The fused loss beside the reference, plain and compiled: a line for each setting."""
     rows = [row for row in rows if row.what == BOTH and row.driver]
     lines = []
     for of_setting in grouped(rows, setting).values():
@@ -217,8 +217,8 @@ def loss_on_gpu(rows: Sequence[Row]) -> str:
 
 
 def everything(rows: Sequence[Row], chosen: Callable[[Row], bool]) -> str:
-    """A line for each row, within each setting the fastest first; failures and absences stay. A relative's loss stands
-    beside ours, which on a CPU is the definition."""
+    """A line for each row, within each setting the fastest first; failures and absences stay. A relative's loss is
+    listed beside ours, which on a CPU is the reference."""
     rows = [row for row in rows if chosen(row)]
     lines = []
 
@@ -454,7 +454,7 @@ def blocks(rows: Sequence[Row]) -> dict[str, str]:
 
 
 def filled(text: str, parts: dict[str, str]) -> str:
-    """A page with its blocks replaced. One that nobody generates is a KeyError."""
+    """A page with its blocks replaced. A block that is not generated is a KeyError."""
     return BLOCK.sub(lambda match: f"{match[1]}{parts[match[2]]}\n{match[3]}", text)
 
 

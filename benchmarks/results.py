@@ -47,9 +47,9 @@ class Row:
     classes: int | None = None
     channels: int | None = None
     strides: str = ""
-    """Of the layers, as "4-8-16-32"."""
+    """The strides of the layers, as "4-8-16-32"."""
     dtype: str = ""
-    """Of the features; of the labels where there are none."""
+    """The type of the features, or of the labels if there are no features."""
     layout: str = ""
     threads: int | None = None
     """On a CPU."""
@@ -58,7 +58,7 @@ class Row:
     """"ok": validated, then measured. "untimed": ran and was validated where times mean nothing. Else "failed: " or
     "absent: " and the reason."""
     exact: str = ""
-    """Of peers: "yes" if its result is the definition's, else "no", where the note says what it is, or what it computes
+    """For a peer: "yes" if its result equals the reference's, or "no" if the note says what it is, or what it computes
     instead."""
     median_ms: float | None = None
     iqr_ms: float | None = None
@@ -167,7 +167,7 @@ def cpu_name() -> str:
 
 
 def commit() -> str:
-    """Of this checkout; where there is no repository, what CONTEXTRAST_COMMIT says."""
+    """The commit of this checkout; without a repository, the value of CONTEXTRAST_COMMIT."""
     root = pathlib.Path(__file__).parents[1]
     head = _output("git", "-C", str(root), "rev-parse", "--short=7", "HEAD")
     changed = _output(
@@ -185,7 +185,7 @@ def _output(*command: str) -> str:
 
 
 def version(library: str) -> str:
-    """Of what is installed, "" if it is not. Nothing is imported: a library that does not fit torch raises anything."""
+    """The installed version, or "". Nothing is imported, as a library that does not fit torch may raise any error."""
     for name in (library, f"pytorch-{library}"):  # as torch's nightly builds call Triton
         try:
             return importlib.metadata.version(name)

@@ -1,4 +1,4 @@
-"""Measures everything: the fused loss, its parts, the definition, compilers, other people's code, a training step.
+"""Measure everything: the fused loss, its parts, the reference, compilers, other people's code, a training step.
 
     python -m benchmarks.run --out FOLDER                      what is not yet in FOLDER/<device>.csv at this commit
     python -m benchmarks.run --out FOLDER --parts loss edt     some parts
@@ -6,7 +6,7 @@
 
 Without a GPU it times what a CPU is for: the loss in plain PyTorch and compiled, the relatives, distance transforms.
 
-Every row is compared with the definition in float64 (integers with ==) before it is timed; one that differs is written
+Every row is compared with the reference in float64 (integers with ==) before it is timed; one that differs is written
 down as failed. Rows go to the file one by one. --minutes ends a run early: the next one goes on from there, looks again
 for what was absent and, last, tries again what failed. The exit status is 1 if a row failed.
 """
@@ -222,7 +222,7 @@ def loss_part(machine: Machine, names: Sequence[str]) -> Iterator[Job]:
 
 
 def compiled_part(machine: Machine, names: Sequence[str]) -> Iterator[Job]:
-    """What torch.compile makes of the definition."""
+    """Time the reference under torch.compile."""
     settings = {"torch.compile": {"backend": "inductor"}, "torch.compile max-autotune": {"mode": "max-autotune"}}
     for name in names:
         case = machine.sized(name)
@@ -406,7 +406,7 @@ def errors_of(machine: Machine, case: Case) -> Tensor:
 
 
 def distances_of(machine: Machine, case: Case) -> Tensor:
-    """Squared distances by the definition, on the CPU."""
+    """Squared distances by the reference, on the CPU."""
 
     def make():
         with ck.backend("reference"):

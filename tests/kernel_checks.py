@@ -79,7 +79,7 @@ def assert_like_the_definition(loss, leaves):
 
 @pytest.fixture(autouse=True)
 def poisoned_memory():
-    """``torch.empty`` gives NaN and the largest integers: whoever reads what nobody wrote is found out."""
+    """``torch.empty`` gives NaN and the largest integers: reading memory that was never written changes the result."""
     # Warnings alone: on a GPU some of what the references do has no deterministic form, and need not.
     torch.use_deterministic_algorithms(True, warn_only=True)
     filled = torch.utils.deterministic.fill_uninitialized_memory

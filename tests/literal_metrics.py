@@ -24,7 +24,7 @@ def pixels(labels, N):
 
 
 def iou(labels, predictions, N, counted=None):
-    """Of each class, over the data set; ``counted`` are sets of pixels to look at, one an image."""
+    """The IoU of each class over the data set. ``counted`` holds a set of pixels to look at for each image."""
     scores = []
     for n in range(N):
         both = either = 0
@@ -84,7 +84,7 @@ def band(mask, width):
 
 
 def boundary_iou(labels, predictions, N, width):
-    """Of each class, over the data set. An ignored pixel erodes no mask, and is then taken out of all."""
+    """The Boundary IoU of each class over the data set. An ignored pixel erodes no mask and is removed from all."""
     scores = []
     for n in range(N):
         both = either = 0
@@ -100,7 +100,7 @@ def boundary_iou(labels, predictions, N, width):
 
 
 def boundary_f1(labels, predictions, N, radius=None):
-    """Of each class, the mean over images with a contour of it in labels or prediction."""
+    """The F1 of each class: the mean over images with a contour of the class in labels or prediction."""
     scores = []
     for n in range(N):
         of_images = []
@@ -118,7 +118,7 @@ def boundary_f1(labels, predictions, N, radius=None):
 
 
 def instance_iou(labels, predictions, instances, sizes, first, categories=None):
-    """Of each class, or of each category."""
+    """The instance IoU of each class, or of each category."""
     N = len(sizes)
     groups = [[n] for n in range(N)]
     if categories is not None:
@@ -151,7 +151,7 @@ def at_unit_length(v):
 
 
 def alignment(vectors):
-    """Of one class: the mean distance over all pairs, those of a vector with itself included."""
+    """The alignment of one class: the mean distance over all pairs, including those of a vector with itself."""
     return sum(distance(v, w) for v in vectors for w in vectors) / len(vectors) ** 2
 
 

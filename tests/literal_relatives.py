@@ -94,7 +94,7 @@ def region_centres(features, labels, num_classes, normalize):
 
 
 def mined(similarities, hardest, draw, seed, stream, row, most):
-    """Of the hardest share (the list is sorted, hardest first), rounded up, the `draw` of smallest hash."""
+    """The `draw` entries of smallest hash among the hardest share, rounded up. The list is sorted, hardest first."""
     share = similarities[: math.ceil(len(similarities) * hardest)]
     keyed = sorted(range(len(share)), key=lambda j: hash32(seed, stream, row * most + j))
     return [share[j] for j in keyed[:draw]] if draw < most else share

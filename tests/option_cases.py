@@ -212,7 +212,7 @@ def _possible_so_far(op: str, table: dict[str, tuple], chosen: dict[str, int]) -
 @dataclass
 class Built:
     loss: Callable[..., Tensor]
-    """Of the leaves."""
+    """The loss as a function of the leaves."""
     definition: Callable[..., Tensor]
     """The same without the options that leave it unchanged: a group of one rank."""
     leaves: list[Tensor]

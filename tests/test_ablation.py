@@ -43,7 +43,7 @@ def test_base_sampler_draws_the_pixels_of_the_relatives_sampler(negatives):
 
 
 def test_a_sampler_of_every_pixel_is_a_base_rate_of_one():
-    """Of ignored pixels too, which take no part for all that: neither in the loss nor in what is reported."""
+    """A sampler may draw ignored pixels, which have no effect on the loss or the report."""
     layers, labels, logits = batch()
     for negatives in ("none", "bane"):
         by_rate, by_sampler = (

@@ -88,7 +88,7 @@ def compilations():
 
 
 def test_a_compiled_function_follows_the_backend_it_is_called_in(compilations):
-    """The second backend compiles anew, coming back to the first does not; also in another thread."""
+    """The second backend is compiled; returning to the first does not recompile. This holds in another thread too."""
     count, graphs = compilations
 
     @torch.compile(fullgraph=True, backend=count)

@@ -105,7 +105,7 @@ def test_a_file_of_a_different_schema_is_refused(tmp_path):
 
 @pytest.mark.parametrize("buffered", [True, False])
 def test_a_closed_pipe_is_not_an_error(buffered):
-    """Of a pipe: `bench --plan | head -1`."""
+    """The pipe is that of `bench --plan | head -1`."""
     command = [sys.executable, "-m", "contextrast_kernels", "bench", "--plan"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     environment = os.environ | {"PYTHONUNBUFFERED": "" if buffered else "1"}
@@ -143,7 +143,7 @@ def test_time_is_the_median_of_all_copies():
 
 @pytest.mark.parametrize(("mebibytes", "copies"), [(0, 16), (1, 16), (15, 11), (16, 11), (149, 3), (150, 2), (4000, 2)])
 def test_copies_of_the_inputs_exceed_the_cache_three_times_over(monkeypatch, mebibytes, copies):
-    """Of 50 MiB here. While one is read the others pass through it; sixteen are enough."""
+    """The cache has 50 MiB here. Reading the other copies evicts one from the cache; sixteen copies are enough."""
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(L2_cache_size=50 * 2**20))
     assert measure.copies(mebibytes * 2**20, torch.device("cuda")) == copies
     assert measure.copies(mebibytes * 2**20, torch.device("cpu")) == 1
@@ -393,7 +393,7 @@ def test_row_timeout_is_signalled_repeatedly():
 
 
 def made_up_rows():
-    """Of a GPU that does not exist: every kind of row that the report knows, from the runner's own list."""
+    """Rows of a made-up GPU: every kind of row that the report knows, from the runner's own list."""
     machine = run.Machine("cpu", tiny=False, seconds=1.0, frames=None)
     machine.on_gpu = True
     gpu = {"device": "A GPU", "driver": "580.1", "torch": "2.11.0", "triton": "3.6.0", "commit": "0123456"}
@@ -419,7 +419,7 @@ def made_up_rows():
 
 
 def made_up_cpu_rows():
-    """Of a CPU that does not exist: one map, one thread."""
+    """Rows of a made-up CPU: one map, one thread."""
     milliseconds = {
         "trained": {"contextrast native": 0.5, "edt multi-label": 6.0, "SciPy for each class": 500.0},
         "noise": {"contextrast native": 0.4, "OpenCV precise on edges": 5.0, "edt multi-label": 20.0},

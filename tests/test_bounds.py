@@ -83,7 +83,7 @@ def read_beyond() -> None:
 
 
 def exit_code(target, *arguments) -> int:
-    """Of a process of its own."""
+    """Run ``target`` in a new process and return its exit code."""
     process = multiprocessing.get_context("spawn").Process(target=target, args=arguments)
     process.start()
     process.join()

@@ -36,7 +36,7 @@ pytestmark = pytest.mark.skipif(
 @dataclass(frozen=True)
 class Case:
     images: tuple[int, ...] = (2, 1)
-    """Of each rank."""
+    """The number of images of each rank."""
     dtype: torch.dtype = torch.float64
     ignored_ranks: tuple[int, ...] = ()
     broken: bool = False
@@ -44,7 +44,7 @@ class Case:
     quiet: bool = False
     """No pixel is taken for class 3, which has no negative then."""
     scale: float = 1.0
-    """Of the features."""
+    """The factor that the features are multiplied with."""
     options: dict = field(default_factory=dict)
 
 
@@ -311,7 +311,7 @@ def disagreements(rank, groups):
 
 
 def alone(rank, group):
-    """What rank 1 hears when it comes alone to a group in use, with a kind of loss of its own; and then with rank 0."""
+    """The errors of rank 1 when it alone calls a different loss in a group in use, and then together with rank 0."""
     criterion, inputs = ck.ContextrastLoss(N + 1, layer_weights=WEIGHTS, group=group), share_of(rank)
     dist.barrier(group)
     store = group.get_group_store()

@@ -280,8 +280,8 @@ def test_large_similarities_neither_overflow_nor_vanish(rng, positives, dtype):
 
 @pytest.mark.parametrize("positives", POSITIVES)
 def test_a_share_is_at_most_one_however_s_is_rounded(positives):
-    """Backward forms s anew. Where it comes out above Z, as with huge similarities another order of summation may make
-    it, a single exponential stays all of its sum: as if Z and Y had been 3 smaller."""
+    """The backward pass recomputes s, and with huge similarities a different order of summation may put it above Z. A
+    single exponential is then still its whole sum. Here Z and Y are made 3 smaller."""
     x, z = torch.tensor([[1.0]], device=DEVICE), torch.tensor([[0.0], [1.0]], device=DEVICE)
     tensors = (x, torch.tensor([0], device=DEVICE), z, torch.tensor([0, 1], device=DEVICE), None, None, None)
     loss, count, kept = _info_nce(*tensors, 0.01, -1, positives, "mean")

@@ -166,7 +166,8 @@ def training_step(name: str, layout: str = "nchw", base_rate: float = 0.0, **cha
     criterion = ck.ContextrastLoss(**case.loss_options, base_rate=base_rate).to(DEVICE)
     labels = inputs.labels
     h, w = logits.shape[2:]
-    # Of means over pixels each pixel gets little: by their number, or a step is lost in bfloat16's rounding.
+    # The loss is a mean over pixels, so each gets a small gradient. Without the number of pixels in the learning rate
+    # a step would be lost in bfloat16's rounding.
     optimizer = torch.optim.SGD([*xs, logits], lr=0.3 * labels.shape[0] * h * w, momentum=0.9)
 
     def step():

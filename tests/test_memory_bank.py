@@ -50,7 +50,7 @@ def test_every_queue_is_first_in_first_out(rng, pixels, regions):
 
 
 def test_no_place_is_written_twice_by_one_push(monkeypatch):
-    """On a GPU either of the two could stay. But the last row of the storage, which nobody reads, takes all others."""
+    """On a GPU either of the two could stay. But all others go to the last row of the storage, which is never read."""
     places, index_copy = [], torch.Tensor.index_copy_
     monkeypatch.setattr(
         torch.Tensor,

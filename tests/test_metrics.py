@@ -46,7 +46,7 @@ def embeddings(seed=0, B=3, D=5, sizes=((7, 9), (4, 5), (2, 3)), dtype=torch.flo
     return pyramid(np.random.default_rng(seed), B=B, D=D, sizes=sizes, dtype=dtype)
 
 
-# Of each metric: how it is built, and the arguments of an update.
+# How each metric is built, and the arguments of an update.
 METRICS = {
     "ConfusionMatrix": (lambda **o: ConfusionMatrix(N, **o), lambda y, p, ids, x: (p, y)),
     "TrimapIoU": (lambda **o: TrimapIoU(N, (0, 1.5, 3), **o), lambda y, p, ids, x: (p, y)),
@@ -359,7 +359,7 @@ def test_similarity_to_anchors_against_literal_loops():
     labels, predictions, _ = maps(seed=4, H=28, W=36)
     predictions[:, 6:26, 8:34] = 2
     labels[1, 6:26, 8:34] = 0
-    labels[labels == 2] = 1  # nobody is labelled 2: those mistaken for it have no anchor to be compared with
+    labels[labels == 2] = 1  # no pixel is labelled 2: those mistaken for it have no anchor to be compared with
     x = embeddings(sizes=((14, 18), (7, 9)), dtype=torch.float64)
     similarity = AnchorSimilarity(N, 4, fusion_weight=0.6)
     similarity.update(x, labels, predictions)
@@ -452,7 +452,7 @@ def test_merged_reset_saved_and_copied(name):
     other.update(*second)
     saved = copy.deepcopy(one).state_dict()
     one.merge(other)
-    exact = name != "AlignmentUniformity"  # drawn anew
+    exact = name != "AlignmentUniformity"  # it draws again
     if exact:
         same(one.compute(), both, exact=name != "BoundaryF1")
     other.load_state_dict(saved)

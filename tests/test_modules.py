@@ -382,7 +382,8 @@ def test_ten_lines_in_a_training_loop_make_the_loss_fall():
 
 
 def test_gradients_reach_every_encoder_stage_and_projection_head():
-    """Of the contrast alone: cross-entropy would reach the first stage by itself. The classifier must get none."""
+    """The gradients are those of the contrast alone, since cross-entropy would reach the first stage by itself. The
+    classifier must get none."""
     network, images, labels = training_batch()
     features, logits = network(images)
     ck.ContextrastLoss(num_classes=4, base_rate=0.2)(features, labels, logits).backward()

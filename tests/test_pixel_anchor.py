@@ -158,7 +158,7 @@ def test_every_label_and_negatives_dtype(rng, dtype):
 
 
 def test_uint8_negatives_mean_classes_and_255_means_none(rng):
-    """uint8 holds no -1; a value that is no class (here 255) names nobody."""
+    """uint8 holds no -1; a value that is no class (here 255) names no class."""
     features, labels, anchors, negatives, _ = case(rng)
     expected = literal_loss(features, labels, anchors, negatives)
     loss = ck.pixel_anchor_loss(features, labels, anchors, negatives=negatives.to(torch.uint8))
@@ -232,7 +232,7 @@ def test_nothing_valid_gives_zero_and_a_live_graph(rng, shape):
 
 @pytest.mark.parametrize("shape", [(2, 3, 4, 5), (1, 3, 1, 1)])
 def test_no_negatives_gives_zero_and_zero_gradients(rng, shape):
-    """One class only, or maps that name nobody: every term is softplus(-inf) = 0."""
+    """One class only, or maps that name no class: every term is softplus(-inf) = 0."""
     features = torch.from_numpy(rng.standard_normal(shape)).requires_grad_()
     anchors = torch.ones(2, 3, dtype=torch.float64, requires_grad=True)
     B, _, h, w = shape

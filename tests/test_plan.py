@@ -75,7 +75,7 @@ def test_the_plan_knows_what_each_kernel_writes(rng, monkeypatch):
 
 
 def test_the_bytes_of_a_launch_are_those_of_its_tensors():
-    """Of a map with one number a pixel a sweep moves its own layers' share, and of the labels one sector a pixel."""
+    """A launch moves its layers' share of a map with one number a pixel, and one sector of the labels a pixel."""
     sizes = [(4, 8), (2, 3)]  # rows of 3 pixels cannot be read 16 bytes at a time: two launches a sweep
     launches = training_step(2, sizes, 16, 4).launches
     (codes,) = [moved(launch) for launch in launches if launch.kernel.__name__ == "_label_codes"]
@@ -138,8 +138,8 @@ class Ops(TorchDispatchMode):
 @pytest.mark.skipif(native.status("cpu") != "ok", reason=f"native library: {native.status('cpu')}")
 @pytest.mark.parametrize("base_rate", [0.0, 0.3])
 def test_step_calls_only_the_planned_aten_ops(rng, base_rate):
-    """Of torch's own ops a step calls the seed's copy and advance, the fill of the sums, and autograd's gradient of the
-    loss: those that ``training_step`` counts. Kernels are recorded and not run."""
+    """The only ops of torch in a step are the seed's copy and advance, the fill of the sums, and autograd's gradient of
+    the loss. ``training_step`` counts them. Kernels are recorded and not run."""
     labels, predictions = scene(rng, 2, 4, 16, 24)
     xs = [torch.randn(2, 8, h, w, dtype=torch.bfloat16, requires_grad=True) for h, w in ((4, 6), (2, 3))]
     criterion = ck.ContextrastLoss(4, layer_weights=(1.0, 0.5), base_rate=base_rate)

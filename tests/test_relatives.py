@@ -243,7 +243,7 @@ def test_pne_equals_the_loops(parity, set_size, max_hard):
 
 
 def test_pne_draws_among_too_many_rows():
-    """Beyond max_samples the loss is the mean over the drawn rows; with room for all it is the same as ever."""
+    """Beyond max_samples the loss is the mean over the drawn rows; if all fit, it is the mean over all."""
     (x, *_), labels, logits = batch(wrong=0.4)
     full = ck.PNELoss(N, set_size=7)
     expected = full(x, labels, logits).item()

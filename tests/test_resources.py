@@ -29,8 +29,8 @@ MOST_STACK = {"bfloat16": 1024, "float16": 1024, "float32": 1024, "float64": 307
 MOST_STACK_OF_PATHS = 32
 """On the paths of cityscapes and ade20k, in bfloat16."""
 MOST_STACK_OF_COPIES = 256
-"""Of ``_pixel_anchor_copied_fwd``, whose loop over rows has six loads and stores of the stack on sm_90. The others are
-outside of it, or in the branch for blocks with many classes or vectors that are not finite."""
+"""Bytes a thread of ``_pixel_anchor_copied_fwd``. On sm_90 its loop over rows loads and stores the stack six times. The
+other accesses are outside the loop, or in the branch for blocks with many classes or non-finite vectors."""
 SWEEPS = {
     "_class_anchors_fwd", "_hard_similarities", "_dense_similarities", "_pixel_anchor_fwd", "_features_bwd",
     "_features_bwd_dense",

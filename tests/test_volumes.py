@@ -256,7 +256,7 @@ def test_depth_one_gives_the_bits_of_the_map_in_every_function(rng, backend):
 )
 def test_a_relative_draws_from_the_rows_of_all_planes(rng, name, backend):
     """A pixel's number in memory order is the same in the volume and in the map of its planes' rows, so at the layers'
-    own size both draw the same pixels. One layer, as another would sample the labels anew."""
+    own size both draw the same pixels. There is one layer, since another would sample the labels again."""
     (x,), labels, predictions = case(rng, sizes=((5, 9, 11),), dtype=torch.float32)
     logits = logits_of(predictions, N, rng)
     with ck.backend(backend):

@@ -30,7 +30,7 @@ class Protocol:
     momentum: float = 0.9
     weight_decay: float = 5e-4
     power: float = 0.9
-    """Of the polynomial decay of the learning rate."""
+    """The exponent of the polynomial decay of the learning rate."""
     probes: int = 15
     """The gradients are compared every ``probes``-th iteration."""
 

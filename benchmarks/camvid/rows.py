@@ -33,14 +33,14 @@ class Result:
     step_ms: float | None = None
     """The median of a step with data and augmentation: in rows of the protocol ``timing`` alone."""
     cpu_seconds: float | None = None
-    """Of the whole training with its evaluation, all calls together. Other processes' load lengthens it."""
+    """CPU time of the whole training with its evaluation, over all calls. Load of other processes increases it."""
     log: str = ""
     """JSON, means over each fifth of the iterations: see ``training.Log``."""
     device: str = ""
     torch: str = ""
     libraries: str = ""
     commit: str = ""
-    """Of the checkout that trained, and so of the loss."""
+    """The commit of the checkout that trained, and so of the loss."""
 
     @property
     def measured(self) -> tuple:

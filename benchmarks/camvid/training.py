@@ -222,7 +222,7 @@ class Training:
         except Exception as error:  # whatever a damaged file makes torch.load raise
             reason = str(error).partition("\n")[0]
             raise CheckpointError(
-                f"{path}: cannot be resumed ({reason}). Delete it to begin this training anew."
+                f"{path}: cannot be resumed ({reason}). Delete it to restart this training."
             ) from error
         self.log = Log(*log)
 

@@ -50,7 +50,7 @@ class Terms(NamedTuple):
     e: Tensor
     base: Tensor | None
     similarity: Tensor | None
-    """Of each hard negative to its anchor, one number a pixel; None where base pixels ask for all classes anyway."""
+    """The similarity of each hard negative to its anchor, one number a pixel. None if base pixels need all classes."""
     table: Tensor
     """(layers, N, D) â."""
     Z: Tensor

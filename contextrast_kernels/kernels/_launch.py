@@ -89,7 +89,7 @@ def launch(kernel, grid: tuple[int, ...], arguments: dict, constants: dict) -> N
     if not isinstance(kernel, JITFunction) or torch.version.hip:
         kernel[grid](**arguments, **constants)
         return
-    # Triton finds the compiled kernel by a key that it writes anew for each call, from every argument: most of the
+    # Triton finds the compiled kernel by a key that it builds in each call from every argument: most of the
     # host's time. This key is shorter and says as much.
     unspecialized, in_order = _signature(kernel)
     key = (*_what_compiling_depends_on(arguments, unspecialized), *constants.items())
@@ -102,7 +102,7 @@ def launch(kernel, grid: tuple[int, ...], arguments: dict, constants: dict) -> N
 
 
 def _signature(kernel: JITFunction) -> tuple[frozenset[str], Callable[[dict], tuple]]:
-    """The integers that a kernel is not compiled anew for, and a function that puts all arguments in order."""
+    """The integers for which a kernel is not recompiled, and a function that puts all arguments in order."""
     signature = _signatures.get(kernel.fn)
     if signature is None:
         unspecialized = frozenset(parameter.name for parameter in kernel.params if parameter.do_not_specialize)
@@ -149,7 +149,7 @@ def ceil_div(a: int, b: int) -> int:
 
 
 def encode_ints(numbers: Sequence[int]) -> tuple[int, ...]:
-    """Encode integers for a tuple argument. Triton compiles a kernel anew when one of them becomes 1 or a multiple of
+    """Encode integers for a tuple argument. Triton recompiles a kernel when one of them becomes 1 or a multiple of
     16. The odd numbers above one that this makes of them never do, so a kernel once compiled serves every size.
     ``_tiles.plain`` decodes them in a kernel."""
     return tuple(2 * n + 3 for n in numbers)
@@ -305,7 +305,7 @@ class Part(NamedTuple):
 
     layers: tuple[int, ...]
     blocks: tuple[int, ...]
-    """Of each of these layers."""
+    """The number of blocks of each of these layers."""
     arguments: dict
     constants: dict
     copied: bool

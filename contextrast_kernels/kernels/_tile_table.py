@@ -51,7 +51,7 @@ class Tiles(NamedTuple):
 
 class Row(NamedTuple):
     bytes: tuple[int, ...]
-    """Of the element types that the row is for."""
+    """Element sizes in bytes that the row applies to."""
     D: int
     """The most channels that the row is for."""
     tiles: Tiles
@@ -153,9 +153,9 @@ def tiles(kernel: str, dtype: torch.dtype, D: int, *names: str) -> Mapping[str, 
 
 @functools.cache
 def info_nce_tiles(dtype: torch.dtype, D: int, held: int) -> Mapping[str, int]:
-    """Of the forward sweeps of ``info_nce``, whose programs hold HELD of ``held`` vectors and take the others STREAM at
-    a time, K channels of both for a product. HOLD: the held vectors stay at hand, and a tile of the streamed is read
-    once for all that is done with it."""
+    """Tiles of ``info_nce``'s forward kernels. A program holds HELD of ``held`` vectors and streams the others, STREAM
+    at a time. A product takes K channels of both. HOLD: the held vectors stay in registers or shared memory, and each
+    streamed tile is read once."""
     size = dtype.itemsize
     return MappingProxyType(
         {
@@ -173,7 +173,7 @@ def info_nce_gradient_tiles(dtype: torch.dtype, D: int, held: int, toward: str) 
     """A program sums CHANNELS channels of the gradient; more are shared out over programs, which form s again, and
     cannot then be held (HOLD). Two-byte ``_info_nce_bwd`` at D 256: 168-242 registers, no stack, 24-36 KiB, 2 blocks.
     64 held vectors spill 5 KB on sm_80, and with 128 channels a program take 44 % more instructions."""
-    # Of two-byte vectors, and where slopes of both sides lie in registers at once, these hold half as many.
+    # Two-byte vectors hold half as many, as do passes that keep the slopes of both sides in registers.
     halved = dtype.itemsize == 2 or toward == "both"
     shrunk = info_nce_tiles(dtype, D, min(held, 32) if halved else held)
     K, most = shrunk["K"], {2: 256, 4: 128, 8: 64}[dtype.itemsize]

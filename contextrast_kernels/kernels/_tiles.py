@@ -2,7 +2,7 @@
 
 A block is a few rows of P pixels of one image. A sweep takes one row of it at a time, a tile x (channels, P), in
 chunks of channels: once for what needs the whole vector (its norm, its products with anchors), and again, then from
-cache, for what is done with it. Letters as everywhere: B images, N classes, D channels, h w layer size, P pixels.
+cache, for what is done with it. Letters: B images, N classes, D channels, h w layer size, P pixels.
 """
 
 import torch
@@ -266,8 +266,8 @@ def is_negative(classes, label, negative, is_base):
 def block_classes(
     codes, more, r0, h, c, w, rank0, N, ROWS: tl.constexpr, P: tl.constexpr, BINS: tl.constexpr, CLASSES: tl.constexpr
 ):
-    """Of the classes in a block of a code map, or of two, ascending, those of rank rank0 .. rank0+CLASSES-1 (-1: no
-    more), and how many there are in all.
+    """The distinct classes in a block of one or two code maps, in ascending order: CLASSES of them from the rank0-th
+    on, padded with -1, and their total number.
 
     A block of a real label map holds a handful of classes: sums over them need CLASSES rows, not N. One with more takes
     further rounds.

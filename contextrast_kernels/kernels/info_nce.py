@@ -16,7 +16,7 @@ Forward, "each": one sweep for Z, a second for the terms of the positives, which
              G_i = sigmoid(Z_i - Y_i)                                        - G_i w_j e^{s_ij - Y_i}            j ∈ P_i
 
 Kept for the backward pass, for each row: Z (or A), Y, what pushes (G, or 1) and what pulls (1/w(P), or G). Backward
-forms s anew and with it W = ∂L/∂s: dL/dx = W z / τ and dL/dz = Wᵀ x / τ in one sweep each, and of rows against
+recomputes s and with it W = ∂L/∂s: dL/dx = W z / τ and dL/dz = Wᵀ x / τ in one sweep each, and of rows against
 themselves (W + Wᵀ) x / τ in one sweep for both.
 
 Floor, by arithmetic: 2 R C D operations for every product, of which "each" takes 6 with both gradients, the other
@@ -478,7 +478,7 @@ def _row_gradients(rows, kept, gradient, gradient_stride, i, R, ignore_index, LA
 @triton.jit
 def _slopes(s, positive, negative, log_sum, log_positives, push, pull, columns, weight, POSITIVES: tl.constexpr):
     """∂L/∂s, but for factors that all pairs share. A weighted exponential is a share of its sum, so at most 1, also
-    where s, formed anew, is rounded otherwise than in Z."""
+    where the recomputed s is rounded differently than in Z."""
     ratio = tl.exp(s - log_sum)
     share = tl.minimum(times_weight(columns, ratio, weight), 1.0)
     if POSITIVES == "pooled":

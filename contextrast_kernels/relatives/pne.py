@@ -140,12 +140,12 @@ class PNELoss(SampledLoss):
             return torch.where(filled, values.flatten()[index], -1)
 
         # A right pixel is a positive and a negative with different weights, so it is two columns. Hard pixels are
-        # columns of their own pair too, if N is empty. No row has the label `nobody`.
-        nobody = B * N
+        # columns of their own pair too, if N is empty. No row has the label `no_label`.
+        no_label = B * N
         of_row, pair, against = at(own, row, is_row), at(hard, row, is_row), at(taken_for, row, is_row)
         of_column = at(own, column, is_column)
         has_right = F.pad(right_count > 0, (0, 1))[against]
-        itself = torch.where(is_row, nobody + pair, -1)
+        itself = torch.where(is_row, no_label + pair, -1)
         times = torch.where(is_column, right_times.flatten()[column], 0).to(rows.dtype)
         row_times = torch.where(is_row, hard_times.flatten()[row], 0).to(rows.dtype)
         sure = torch.where(is_column, self._confidence(predictions, *size).flatten()[column], 0.0).to(rows.dtype)
@@ -153,7 +153,7 @@ class PNELoss(SampledLoss):
             rows,
             of_row,
             torch.cat([columns, columns, rows.detach()]),
-            torch.cat([of_column, torch.where(is_column, nobody, -1), torch.where(is_row, nobody, -1)]),
+            torch.cat([of_column, torch.where(is_column, no_label, -1), torch.where(is_row, no_label, -1)]),
             temperature=self.temperature,
             positives="pooled",
             row_negatives=torch.where(is_row & ~has_right, itself, against),

@@ -276,7 +276,7 @@ class Blocks(nn.Module):
 def test_of_a_list_of_more_than_four_the_last_of_each_stride_is_taken():
     plan = [(3, 6, 2), (6, 8, 2), (8, 8, 1), (8, 10, 2), (10, 12, 1), (12, 14, 2), (14, 16, 1), (16, 18, 2)]
     assert found(Blocks(*plan)) == {"[2]": (8, 4), "[4]": (12, 8), "[6]": (16, 16), "[7]": (18, 32)}
-    # Of fewer strides than a block has layers, the block's layers are still no stages.
+    # With fewer strides than a block has layers, the block's layers are still not stages.
     dilated = [(3, 6, 4), (6, 8, 2), (8, 8, 1), (8, 10, 1), (10, 12, 1)]
     assert found(Blocks(*dilated)) == {"[0]": (6, 4), "[4]": (12, 8)}
 
@@ -482,7 +482,7 @@ def test_attach_in_inference_mode_gives_a_model_that_trains():
 
 
 def test_a_layer_called_twice_is_noted_in_the_table():
-    """As the encoder of a siamese network: the last call is the one that is heard."""
+    """As the encoder of a siamese network: the last call is recorded."""
 
     class Siamese(Wrapped):
         def forward(self, x):

@@ -79,7 +79,7 @@ def test_a_forward_that_raises_leaves_nothing_behind():
     with pytest.raises(ValueError, match="out of patience"):
         model(IMAGES)
     assert tap._maps is None
-    model.stages[0](model.stem(IMAGES))  # by hand: nobody listens
+    model.stages[0](model.stem(IMAGES))  # called directly: no hook runs
     with pytest.raises(RuntimeError, match=r"nothing was recorded: the last forward raised an exception\.$"):
         tap.features()
     model.broken = False

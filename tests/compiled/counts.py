@@ -108,14 +108,14 @@ KINDS = ("integer", "float", "float64", "special function", "shuffle", "barrier"
 
 @dataclass
 class Counts:
-    """Of the launches of one kernel."""
+    """Counts summed over the launches of one kernel."""
 
     kinds: Counter = field(default_factory=Counter)
     memory: dict[str, Counter] = field(default_factory=dict)
     operations: Counter = field(default_factory=Counter)
-    """Of tensor cores, by type."""
+    """Operations of tensor cores, by type."""
     wavefronts_of_operands: float = 0.0
-    """Of shared memory, by wgmma."""
+    """Shared-memory wavefronts that wgmma reads."""
 
     def add(self, launched: Launched) -> None:
         for instruction, count in zip(launched.program.kernel.instructions, launched.result.counts):

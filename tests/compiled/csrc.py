@@ -129,7 +129,7 @@ class Memory:
 
 
 def inputs(tensors: Iterable[Tensor]) -> list[Memory]:
-    """Of tensors that share memory, one for all of them."""
+    """The memory of the tensors. Tensors that share memory have one entry."""
     merged: list[Memory] = []
     all_of_them = [Memory(t, f"input {tuple(t.shape)}", False) for t in tensors if t.numel()]
     for memory in sorted(all_of_them, key=lambda memory: memory.begin):

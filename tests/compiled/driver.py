@@ -54,7 +54,7 @@ def missing() -> str:
 
 class Poison:
     """Tensors from ``torch.empty`` and its like: filled with NaN or a number that codes and counts do not take, with a
-    mark for each byte that nobody has written."""
+    mark for each byte that was never written."""
 
     def __init__(self):
         self.known: dict[int, tuple[Tensor, np.ndarray, int]] = {}
@@ -256,7 +256,7 @@ class GPU:
 
 
 class Launcher:
-    """Of one compiled kernel; ``with_texts`` gives it the PTX."""
+    """Launch one compiled kernel; ``with_texts`` gives it the PTX."""
 
     def __init__(self, source, metadata):
         self.source, self.metadata = source, metadata

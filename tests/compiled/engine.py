@@ -116,7 +116,7 @@ class Extent:
     begin: int
     end: int
     undefined: np.ndarray | None = None
-    """A mark for each byte that nobody has written, uint8; None where all are defined."""
+    """A mark for each byte that was never written, uint8; None where all are defined."""
     grain: int = 1
     """Bytes of an element: what races are watched by."""
     name: str = ""
@@ -147,7 +147,7 @@ class Result:
     counts: list[dict[str, int]]
     """One for each instruction of the kernel."""
     share: float
-    """Of the blocks that ran."""
+    """The share of all blocks that ran."""
 
 
 class Program:

@@ -50,9 +50,9 @@ class Instruction:
     guard: str | None
     negated: bool
     line: int
-    """Of the PTX."""
+    """The line of the PTX."""
     source: str
-    """Of the kernel: the innermost inlined line, and where it was inlined."""
+    """The line of the kernel: the innermost inlined line, and where it was inlined."""
     text: str
     blocks: list[int]
     """Numbers of the blocks that it stands in, the kernel's own first."""
@@ -63,7 +63,7 @@ class Instruction:
     operands: list[Operand] = field(default_factory=list)
     numbers: list[int] = field(default_factory=list)
     kind: str = ""
-    """Of the tables of counts."""
+    """The column of the tables of counts."""
 
     @property
     def parts(self) -> list[str]:
@@ -159,7 +159,7 @@ class Kernel:
 
     def _read_body(self, entry: re.Match) -> None:
         number = self.text[: entry.end()].count("\n")
-        # Of each open block: its number, and its own registers with how they are called here.
+        # For each open block: its number, and its own registers with their names here.
         scopes: list[tuple[int, dict[str, str]]] = [(0, {})]
         pending, source, began, blocks = "", "", 0, 0
         for line in self.text[entry.end() :].split("\n"):

@@ -25,7 +25,7 @@ ON_AMPERE = {("class_anchors", "bfloat16"), ("pixel_anchor_loss", "float16"), ("
 
 
 def architecture(case: Case) -> int:
-    """Of a quick case: sm_90 for most, sm_80 for the others."""
+    """The architecture that a quick case is compiled for: sm_90 for most, sm_80 for the others."""
     return 80 if (case.op, case.dtype) in ON_AMPERE else 90
 
 

@@ -28,7 +28,7 @@ def costs(shape, sampling):
 
 
 def brute_force(seeds, sampling):
-    """Of a batch of bool (B, ...): squared distance to the nearest seed, and the number of the first such seed, -1."""
+    """Squared distances of bool (B, ...) to the nearest seed, and the number of the first such seed (-1 if none)."""
     between = costs(seeds.shape[1:], sampling)
     flat = seeds.reshape(len(seeds), -1)
     far = np.where(flat[:, None, :], between, NO_EDGE if sampling is None else np.inf)

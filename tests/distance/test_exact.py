@@ -101,7 +101,8 @@ def test_every_label_volume(backend, shape, symbols):
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 @pytest.mark.parametrize("shape", [(6, 7, 9), (1, 20, 17), (33, 2, 5), (2, 40, 3)])
 def test_every_family_equals_brute_force(backend, rng, shape, sampling):
-    """Of equally near zeros the first; with 0.7 and the like, sums that only rounding makes equal are not compared."""
+    """The index is the first of equally near zeros. With a sampling such as 0.7 sums may be equal by rounding alone;
+    these are not compared."""
     masks = np.stack(list(volumes.families(rng, shape).values()))
     check(masks, sampling, first_in_memory=sampling in SAMPLINGS[:2])
 
