@@ -58,7 +58,7 @@ def relative(a: Tensor, b: Tensor) -> float:
     return difference / size if size > 0 else difference
 
 
-def assert_like_the_definition(loss, leaves):
+def assert_like_the_reference(loss, leaves):
     """``loss`` under the Triton backend against the reference in float64, held to the reference in the leaves'
     dtype."""
     before = [x.clone() for x in leaves]

@@ -11,7 +11,7 @@ from kernel_checks import (
     DTYPES,
     NEEDS_TRITON,
     ON_COMPILED_CODE,
-    assert_like_the_definition,
+    assert_like_the_reference,
     poisoned_memory,  # noqa: F401 - a fixture for all tests here
     relative,
     run,
@@ -70,7 +70,7 @@ def test_every_shape(rng, shape, form):
     (R, C, D), (positives, dtype) = shape, form
     x = [vectors(rng, n, D, dtype, 2.0) for n in (R, C) if n is not None]
     row_labels, column_labels = (None if n is None else labels(rng, n) for n in (R, C))
-    assert_like_the_definition(loss_of(row_labels, column_labels, positives=positives), x)
+    assert_like_the_reference(loss_of(row_labels, column_labels, positives=positives), x)
 
 
 @ON_COMPILED_CODE
@@ -80,7 +80,7 @@ def test_every_set_of_negatives_and_weights(rng, case, own):
     R, C = 9, 9 if own else 14
     x = [vectors(rng, n, 8) for n in ((R,) if own else (R, C))]
     options = on_device(chosen(rng, kind, R, C)) | {"positives": positives, "reduction": "none"}
-    assert_like_the_definition(loss_of(labels(rng, R), labels(rng, C), **options), x)
+    assert_like_the_reference(loss_of(labels(rng, R), labels(rng, C), **options), x)
 
 
 @pytest.mark.slow  # in float64 gradients are the reference's, which are checked every day
@@ -133,7 +133,7 @@ def test_gradcheck_of_every_element(rng, kind, own, positives):
 def test_nothing_to_contrast(rng, row_labels, column_labels, positives):
     x = [vectors(rng, n, 8) for n in ((3,) if column_labels is None else (3, 4))]
     tensors = [None if y is None else torch.tensor(y, device=DEVICE) for y in (row_labels, column_labels)]
-    assert_like_the_definition(loss_of(*tensors, positives=positives), x)
+    assert_like_the_reference(loss_of(*tensors, positives=positives), x)
 
 
 @pytest.mark.parametrize(("R", "C", "D"), [(0, 4, 8), (3, 0, 8), (0, 0, 8), (0, None, 8), (3, 4, 0)])
@@ -207,7 +207,7 @@ def test_ignore_indices_that_no_label_can_have(rng):
     x = vectors(rng, 5, 8)
     y = torch.tensor([156, 156, 3, 0, 0], device=DEVICE)
     for dtype, ignore_index in ((torch.uint8, -100), (torch.int32, 2**40), (torch.uint8, 2**32), (torch.int16, -1)):
-        assert_like_the_definition(loss_of(y.to(dtype), ignore_index=ignore_index), [x])
+        assert_like_the_reference(loss_of(y.to(dtype), ignore_index=ignore_index), [x])
 
 
 @pytest.mark.parametrize(
@@ -275,7 +275,7 @@ def test_large_similarities_neither_overflow_nor_vanish(rng, positives, dtype):
     x, z = (vectors(rng, n, 16, dtype, 4e4) for n in (6, 40))
     y, c = labels(rng, 6, ignored=0), labels(rng, 40, ignored=0)
     loss = loss_of(y, c, positives=positives, temperature=0.01)
-    assert_like_the_definition(lambda x, z: loss(x, z) / 2**60, [x, z])
+    assert_like_the_reference(lambda x, z: loss(x, z) / 2**60, [x, z])
 
 
 @pytest.mark.parametrize("positives", POSITIVES)
@@ -300,7 +300,7 @@ def test_well_separated_classes_keep_their_small_losses(dtype):
     x = torch.zeros(8, 8, device=DEVICE, dtype=dtype)
     x[:, 0] = (1 - 2 * y).to(dtype)
     for positives in ("each", "pooled"):
-        assert_like_the_definition(loss_of(y, positives=positives, temperature=0.1), [x])
+        assert_like_the_reference(loss_of(y, positives=positives, temperature=0.1), [x])
 
 
 @ON_COMPILED_CODE
@@ -329,10 +329,10 @@ def test_blocks_of_padding(rng):
     """Blocks of ignored rows and of ignored columns, before, between and after valid ones."""
     x, y = vectors(rng, 100, 8), labels(rng, 100)
     y[:33], y[40:] = -1, -1
-    assert_like_the_definition(loss_of(y, positives="pooled", reduction="none"), [x])
+    assert_like_the_reference(loss_of(y, positives="pooled", reduction="none"), [x])
     z, c = vectors(rng, 40, 8), labels(rng, 40)
-    assert_like_the_definition(loss_of(y, c), [x, z])
-    assert_like_the_definition(loss_of(c, y), [z, x])
+    assert_like_the_reference(loss_of(y, c), [x, z])
+    assert_like_the_reference(loss_of(c, y), [z, x])
 
 
 @pytest.mark.parametrize("positives", ["supcon", "pooled"])
@@ -364,14 +364,14 @@ def test_sums_of_many_splits(rng, positives):
 def test_many_splits_of_the_columns(rng):
     """More than are added at a time."""
     x, z, y, c = vectors(rng, 2, 4), vectors(rng, 2300, 4), labels(rng, 2, ignored=0), labels(rng, 2300)
-    assert_like_the_definition(loss_of(y, c), [x, z])
+    assert_like_the_reference(loss_of(y, c), [x, z])
 
 
 def test_columns_in_the_order_of_their_classes(rng):
     """Most tiles have no positive then, and are passed over."""
     x, z, y = vectors(rng, 4, 8), vectors(rng, 260, 8), torch.tensor([2, 2, 2, -1], device=DEVICE)
     c = torch.arange(260, device=DEVICE) // 65
-    assert_like_the_definition(loss_of(y, c), [x, z])
+    assert_like_the_reference(loss_of(y, c), [x, z])
 
 
 # ------------------------------------------------------------------------------------------------------ as an op
@@ -493,8 +493,8 @@ def test_the_plan_counts_launches_and_bytes():
 def test_many_channels(rng, dtype, D, positives):
     """Held at hand, or read a few at a time and shared out over programs."""
     x, z, y, c = vectors(rng, 3, D, dtype, 2.0), vectors(rng, 40, D, dtype, 2.0), labels(rng, 3), labels(rng, 40)
-    assert_like_the_definition(loss_of(y, c, positives=positives), [x, z])
-    assert_like_the_definition(loss_of(y, positives=positives), [x])
+    assert_like_the_reference(loss_of(y, c, positives=positives), [x, z])
+    assert_like_the_reference(loss_of(y, positives=positives), [x])
 
 
 @pytest.mark.slow
@@ -507,8 +507,8 @@ def test_rows_and_columns_of_several_blocks(rng, dtype, positives):
         labels(rng, 150),
         labels(rng, 333),
     )
-    assert_like_the_definition(loss_of(y, c, positives=positives), [x, z])
-    assert_like_the_definition(loss_of(y, positives=positives), [x])
+    assert_like_the_reference(loss_of(y, c, positives=positives), [x, z])
+    assert_like_the_reference(loss_of(y, positives=positives), [x])
 
 
 # ------------------------------------------------------------------------------------------------------ on a GPU alone
@@ -525,8 +525,8 @@ def sampled(rng, R=1000, C=20_000, D=256, dtype=torch.bfloat16):
 def test_precision_at_full_size(rng, dtype, tf32, positives):
     """bfloat16 and TF32 as the device computes them; torch's own switch for TF32 changes nothing in the kernels."""
     x, z, y, c = sampled(rng, dtype=dtype)
-    assert_like_the_definition(loss_of(y, c, positives=positives), [x, z])
-    assert_like_the_definition(loss_of(y, positives=positives), [x])
+    assert_like_the_reference(loss_of(y, c, positives=positives), [x, z])
+    assert_like_the_reference(loss_of(y, positives=positives), [x])
     with ck.backend("triton"):
         plain = run(loss_of(y, c, positives=positives), [x, z])
         allowed, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, tf32
@@ -600,7 +600,7 @@ def test_a_million_columns(rng, positives):
     z = torch.randn(1_000_000, 64, generator=generator, device=DEVICE, dtype=torch.bfloat16) / 4
     y, c = labels(rng, 32, 19), labels(rng, 1_000_000, 19)
     loss = loss_of(y, c, positives=positives)
-    assert_like_the_definition(loss, [x, z])
+    assert_like_the_reference(loss, [x, z])
     inputs = leaves([x, z])
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()

@@ -9,7 +9,7 @@ from kernel_checks import (
     DTYPES,
     NEEDS_TRITON,
     ON_COMPILED_CODE,
-    assert_like_the_definition,
+    assert_like_the_reference,
     feature_map,
     labels_and_predictions,
     poisoned_memory,  # noqa: F401 - a fixture for all tests here
@@ -48,7 +48,7 @@ def test_class_anchors(rng, case, dtype):
     B, D, N, size, layout = case
     x = feature_map(rng, B, D, *size, dtype, layout)
     labels, _ = labels_and_predictions(rng, B, N, 11, 13)
-    assert_like_the_definition(lambda x: ck.class_anchors(x, labels, N)[0], [x])
+    assert_like_the_reference(lambda x: ck.class_anchors(x, labels, N)[0], [x])
     with ck.backend("triton"):
         _, counts = ck.class_anchors(x, labels, N)
     with ck.backend("reference"):
@@ -61,7 +61,7 @@ def test_class_anchors(rng, case, dtype):
 def test_class_anchors_without_normalisation_take_their_scale_from_the_data(rng, scale, dtype):
     labels, _ = labels_and_predictions(rng, 1, 3, 9, 11)
     x = feature_map(rng, 1, 12, 3, 5, dtype, scale=scale)
-    assert_like_the_definition(lambda x: ck.class_anchors(x, labels, 3, normalize=False)[0] / scale, [x])
+    assert_like_the_reference(lambda x: ck.class_anchors(x, labels, 3, normalize=False)[0] / scale, [x])
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,7 @@ def test_vectors_without_direction_pass_no_gradient(rng):
     x = torch.zeros(1, 8, 1, 4, dtype=torch.float64, device=DEVICE)
     x[0, 0, 0] = torch.tensor([0.0, 0.9e-12, 1.1e-12, 2.0])
     labels = torch.tensor([[[0, 0, 1, 2]]], device=DEVICE)
-    assert_like_the_definition(lambda x: ck.class_anchors(x, labels, 3)[0], [x])
+    assert_like_the_reference(lambda x: ck.class_anchors(x, labels, 3)[0], [x])
     with ck.backend("triton"):
         x.requires_grad_()
         anchors, _ = ck.class_anchors(x, labels, 3)
@@ -159,7 +159,7 @@ def test_pixel_anchor_loss(rng, kind, dtype):
     labels, _ = labels_and_predictions(rng, 2, 5, 11, 13)
     rows = feature_map(rng, 5, 20, 1, 1, torch.promote_types(dtype, torch.float32)).reshape(5, 20)
     maps = negative_maps(rng, kind, 2, 5, (3, 5))
-    assert_like_the_definition(lambda x, a: ck.pixel_anchor_loss(x, labels, a, **maps), [x, rows])
+    assert_like_the_reference(lambda x, a: ck.pixel_anchor_loss(x, labels, a, **maps), [x, rows])
 
 
 @ON_COMPILED_CODE
@@ -181,7 +181,7 @@ def test_pixel_anchor_loss_at_the_edges(rng, case, kind):
     labels, _ = labels_and_predictions(rng, B, N, 11, 13)
     rows = feature_map(rng, N, D, 1, 1).reshape(N, D)
     maps = negative_maps(rng, kind, B, N, size)
-    assert_like_the_definition(lambda x: ck.pixel_anchor_loss(x, labels, rows.to(x.dtype), **maps, **options), [x])
+    assert_like_the_reference(lambda x: ck.pixel_anchor_loss(x, labels, rows.to(x.dtype), **maps, **options), [x])
 
 
 @pytest.mark.slow  # in float64 gradients are the reference's, which are checked every day
@@ -208,7 +208,7 @@ def test_well_separated_classes_keep_their_small_losses(rng, dtype):
     x[0, 0] += (1 - 2 * labels[0]).to(dtype)
     rows = torch.zeros(2, 8, device=DEVICE)
     rows[0, 0], rows[1, 0] = 1, -1
-    assert_like_the_definition(lambda x: ck.pixel_anchor_loss(x, labels, rows.to(x.dtype)), [x])
+    assert_like_the_reference(lambda x: ck.pixel_anchor_loss(x, labels, rows.to(x.dtype)), [x])
 
 
 def test_anchors_of_absent_classes_are_in_no_term(rng):
@@ -273,14 +273,14 @@ CONTEXTRAST_CASES = {
 def test_contextrast_loss(rng, options):
     xs = pyramid(rng, 2, 12, [(3, 4), (2, 2)])
     labels, predictions = labels_and_predictions(rng, 2, 4, 11, 13)
-    assert_like_the_definition(total(labels, predictions, 4, 2, **options), xs)
+    assert_like_the_reference(total(labels, predictions, 4, 2, **options), xs)
 
 
 @pytest.mark.parametrize(("scale", "dtype"), crossed([1e-4, 1.0, 1e4], DTYPES[1:]))
 def test_contextrast_loss_in_every_dtype_and_scale(rng, dtype, scale):
     xs = pyramid(rng, 1, 24, [(4, 5), (2, 2)], dtype, scale=scale)
     labels, predictions = labels_and_predictions(rng, 1, 4, 10, 12)
-    assert_like_the_definition(total(labels, predictions, 4, 2), xs)
+    assert_like_the_reference(total(labels, predictions, 4, 2), xs)
 
 
 def test_tiny_float16_features(rng):
@@ -308,7 +308,7 @@ def test_normalised_anchors_that_were_short_keep_their_loss(rng):
     labels = torch.zeros(1, h, w, dtype=torch.int64, device=DEVICE)
     labels[0, -1, -1] = 1
     loss = total(labels, torch.zeros_like(labels), 2, 2, normalize_anchors=True, fusion_weight=1.0, temperature=0.02)
-    assert_like_the_definition(loss, [x.float().to(DEVICE) for x in (lower, top)])
+    assert_like_the_reference(loss, [x.float().to(DEVICE) for x in (lower, top)])
 
 
 @pytest.mark.parametrize("outlier", [1.0, 3e4])
@@ -319,7 +319,7 @@ def test_one_long_vector_leaves_the_gradients_of_other_classes_fine(rng, outlier
     predictions = torch.from_numpy(rng.integers(0, 3, (1, 12, 24))).to(DEVICE)
     x[0, 5, 3, 7], labels[0, 3, 7] = outlier, 0
     loss = total(labels, predictions, 3, 1, normalize=False, temperature=1.0)
-    assert_like_the_definition(lambda x: 1e3 * loss(x), [x])
+    assert_like_the_reference(lambda x: 1e3 * loss(x), [x])
 
 
 def test_the_pull_of_anchors_in_sixteen_bits(rng):
@@ -347,14 +347,14 @@ def test_layers_with_different_memory_layouts(rng):
         feature_map(rng, 1, 16, 1, 1, torch.float32, "nchw"),
     ]
     labels, predictions = labels_and_predictions(rng, 1, 4, 11, 13)
-    assert_like_the_definition(total(labels, predictions, 4, 4), xs)
+    assert_like_the_reference(total(labels, predictions, 4, 4), xs)
 
 
 def test_logits_as_predictions(rng):
     xs = pyramid(rng, 1, 16, [(4, 5), (2, 3)])
     labels, predictions = labels_and_predictions(rng, 1, 4, 11, 13)
     logits = torch.nn.functional.one_hot(predictions, 4).movedim(-1, 1).float()
-    assert_like_the_definition(total(labels, logits, 4, 2), xs)
+    assert_like_the_reference(total(labels, logits, 4, 2), xs)
 
 
 @ON_COMPILED_CODE
@@ -453,7 +453,7 @@ def test_codes_of_two_bytes(rng, options):
     xs = pyramid(rng, 1, 8, [(6, 7), (3, 3)])
     values = [0, 1, 253, 254, 255]
     labels, predictions = (torch.from_numpy(rng.choice(values, (1, 12, 14))).to(DEVICE) for _ in range(2))
-    assert_like_the_definition(total(labels, predictions, 256, 2, ignore_index=-1, **options), xs)
+    assert_like_the_reference(total(labels, predictions, 256, 2, ignore_index=-1, **options), xs)
 
 
 @pytest.mark.parametrize("layer", [pytest.param(0, marks=pytest.mark.slow), 1])
@@ -536,9 +536,9 @@ def test_float64_without_products_of_its_own(rng, monkeypatch, options):
     monkeypatch.setattr(tl, "dot", None)
     labels, predictions = labels_and_predictions(rng, 1, 3, 6, 7)
     xs = pyramid(rng, 1, 20, [(3, 5), (2, 2)], torch.float64)
-    assert_like_the_definition(total(labels, predictions, 3, 2, **options), xs)
+    assert_like_the_reference(total(labels, predictions, 3, 2, **options), xs)
     y = torch.arange(6, device=DEVICE) % 2
-    assert_like_the_definition(lambda rows: ck.info_nce(rows, y), [xs[0][0].flatten(1).T[:6]])
+    assert_like_the_reference(lambda rows: ck.info_nce(rows, y), [xs[0][0].flatten(1).T[:6]])
 
 
 def every_op(rng):
@@ -668,7 +668,7 @@ def test_four_layers(rng, dtype, layout):
     xs = pyramid(rng, 1, 64, [(9, 34), (5, 17), (3, 9), (2, 5)], dtype, layout)
     labels, predictions = labels_and_predictions(rng, 1, 19, 36, 136)
     for options in ({}, {"base_rate": 0.5}):
-        assert_like_the_definition(total(labels, predictions, 19, 4, **options), xs)
+        assert_like_the_reference(total(labels, predictions, 19, 4, **options), xs)
 
 
 @pytest.mark.slow
@@ -677,7 +677,7 @@ def test_many_channels(rng, D):
     xs = pyramid(rng, 1, D, [(4, 5), (2, 3)], torch.float32)
     labels, predictions = labels_and_predictions(rng, 1, 7, 8, 10)
     for options in ({}, {"base_rate": 0.5}):
-        assert_like_the_definition(total(labels, predictions, 7, 2, **options), xs)
+        assert_like_the_reference(total(labels, predictions, 7, 2, **options), xs)
 
 
 @pytest.mark.slow
@@ -686,5 +686,5 @@ def test_a_block_with_every_class_there_is(rng):
     labels = torch.from_numpy(rng.permutation(150 * 4).reshape(1, 20, 30) % 150).to(DEVICE)
     predictions = torch.from_numpy(rng.integers(0, 150, (1, 20, 30))).to(DEVICE)
     xs = pyramid(rng, 1, 16, [(20, 30), (10, 15)], torch.float32)
-    assert_like_the_definition(total(labels, predictions, 150, 2), xs)
+    assert_like_the_reference(total(labels, predictions, 150, 2), xs)
     assert np.unique(labels.cpu()).size == 150

@@ -8,7 +8,7 @@ import torch
 from kernel_checks import (
     DEVICE,
     NEEDS_TRITON,
-    assert_like_the_definition,
+    assert_like_the_reference,
     poisoned_memory,  # noqa: F401 - a fixture for all tests here
     relative,
     run,
@@ -46,7 +46,7 @@ AT_REAL_SIZE = pytest.mark.gpu if DEVICE == "cuda" else pytest.mark.slow
 def test_precision_in_every_regime(regime):
     """bfloat16 on the device, from trained errors to one wrong class without an edge."""
     xs, _, loss, _ = at_real_size("cityscapes", batch=2, regime=regime)
-    assert_like_the_definition(loss, xs)
+    assert_like_the_reference(loss, xs)
 
 
 @AT_REAL_SIZE
@@ -54,7 +54,7 @@ def test_precision_in_every_regime(regime):
 def test_precision_in_every_dtype(dtype):
     """TF32 as the device computes it stays within the contract of float32."""
     xs, _, loss, _ = at_real_size("cityscapes", dtype, batch=1)
-    assert_like_the_definition(loss, xs)
+    assert_like_the_reference(loss, xs)
 
 
 @AT_REAL_SIZE
@@ -63,14 +63,14 @@ def test_precision_in_every_dtype(dtype):
 def test_precision_of_other_cases_and_layouts(name, layout):
     """150 classes; and rows of 30 and 15 pixels, which no 16-byte load fits."""
     xs, _, loss, _ = at_real_size(name, batch=2, layout=layout)
-    assert_like_the_definition(loss, xs)
+    assert_like_the_reference(loss, xs)
 
 
 @AT_REAL_SIZE
 @pytest.mark.parametrize(("name", "rate"), [("cityscapes", 0.01), ("cityscapes", 1.0), ("ade20k", 1.0)])
 def test_precision_of_dense_negatives(name, rate):
     xs, _, loss, _ = at_real_size(name, batch=1)
-    assert_like_the_definition(lambda *xs: loss(*xs, base_rate=rate), xs)
+    assert_like_the_reference(lambda *xs: loss(*xs, base_rate=rate), xs)
 
 
 @AT_REAL_SIZE
@@ -80,7 +80,7 @@ def test_scaled_features_keep_the_precision(scale, dtype):
     if dtype == torch.float16 and scale > 1:
         scale = 1e3  # 1e4 leaves float16's range
     xs, _, loss, _ = at_real_size("cityscapes", dtype, batch=1)
-    assert_like_the_definition(loss, [(x.detach() * scale).requires_grad_() for x in xs])
+    assert_like_the_reference(loss, [(x.detach() * scale).requires_grad_() for x in xs])
 
 
 @AT_REAL_SIZE
@@ -90,7 +90,7 @@ def test_odd_sizes(size):
     xs, _, loss, case = at_real_size("camvid", batch=2, height=height, width=width)
     if DEVICE == "cuda":
         assert case.sizes[0] == {92: (23, 30), 388: (97, 97)}[height]
-    assert_like_the_definition(loss, xs)
+    assert_like_the_reference(loss, xs)
 
 
 @AT_REAL_SIZE

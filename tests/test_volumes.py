@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from inputs import leaves, logits_of, pyramid, scene, volume_scene
-from kernel_checks import DEVICE, NEEDS_TRITON, assert_like_the_definition
+from kernel_checks import DEVICE, NEEDS_TRITON, assert_like_the_reference
 from torch.autograd import gradcheck
 
 import contextrast_kernels as ck
@@ -296,7 +296,7 @@ def test_fused_loss_agrees_with_the_reference(rng, dtype, options):
     features, labels, predictions = case(rng, B=1, sizes=SIZES[1:3], dtype=dtype)
     options = {"layer_weights": (1, 0.5), **options}
     features, labels, predictions = [x.to(DEVICE) for x in features], labels.to(DEVICE), predictions.to(DEVICE)
-    assert_like_the_definition(
+    assert_like_the_reference(
         lambda *xs: ck.contextrast_loss(list(xs), labels, predictions, num_classes=N, **options), features
     )
 
