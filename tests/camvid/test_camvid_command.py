@@ -181,7 +181,7 @@ def damaged_checkpoint(root, out):
         (old_file, "camvid.csv: expected the columns protocol, arm, seed"),
         (other_commit, "Train in a checkout of that commit (git worktree add FOLDER fedcba9)"),
         (half_a_row, "camvid.csv, line 2: expected"),
-        (damaged_checkpoint, "Delete it to begin this training anew."),
+        (damaged_checkpoint, "Delete it to restart this training."),
     ],
 )
 def test_unusable_files_raise_a_clear_error_and_are_not_changed(root, tmp_path, tiny_protocols, capsys, harm, sentence):
