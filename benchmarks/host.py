@@ -1,6 +1,6 @@
 """What a call of the fused loss costs the host: Python, dispatch, and the preparation of launches.
 
-    python -m benchmarks.host [--out FOLDER]
+    python -m benchmarks.host
 
 Sizes are so small that arithmetic vanishes. Costs are multiples of a plain `torch.library.custom_op` with a gradient,
 called in turn with the loss in the same run, so that the machine's speed drops out. On a GPU the calls are the real
@@ -12,13 +12,12 @@ what other processes take.
 import argparse
 import contextlib
 import os
-import pathlib
 import statistics
 import sys
 import time
 import types
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 from unittest import mock
 
@@ -26,11 +25,8 @@ import torch
 from torch import Tensor
 
 import contextrast_kernels as ck
-from benchmarks import results
 from contextrast_kernels import bane
 
-AIM = 8
-"""Multiples of the plain op, forward and backward together."""
 PLAIN = "plain custom_op"
 
 
@@ -215,48 +211,26 @@ def _round(call: Callable[[], Tensor], device: torch.device, repeats: int) -> di
     return {phase: statistics.median(times) for phase, times in phases.items()}
 
 
-def rows(device: torch.device, rounds: int) -> Iterator[results.Row]:
-    environment = results.environment(device)
-    by = "launched" if device.type == "cuda" else "not launched"
-    with launching(device) as launched:
-        counts = {name: count(call, launched) for name, call in calls(device).items()}
-        for cost in measure(device, rounds):
-            of_step = counts[cost.name]
-            ops = f"a step: {sum(of_step.ops.values())} ATen ops, {of_step.allocations} allocations"
-            yield results.Row(
-                what=f"host cost of {cost.name}",
-                by=by,
-                mode=cost.phase,
-                median_ms=cost.median_ms,
-                iqr_ms=cost.iqr_ms,
-                launches=len(of_step.launches) or None,
-                value=cost.multiple,
-                unit=f"x {PLAIN}",
-                expected=f"<= {AIM}" if cost[:2] == ("contextrast_loss", "forward+backward") else "",
-                note=ops if cost.phase == "forward+backward" else "",
-                **environment,
-            )
-
-
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.host", description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=pathlib.Path, metavar="FOLDER", help="add rows to FOLDER/<device>.csv")
     parser.add_argument("--rounds", type=int, default=30, help="of 20 calls each (default: %(default)s)")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if options.rounds < 1:
         parser.error(f"--rounds: expected at least 1, got {options.rounds}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(1)
-    print(f"{'call':24}{'phase':18}{'x plain':>9}{'median us':>12}{'iqr us':>9}")
     try:
-        for row in rows(device, options.rounds):
-            name = row.what.removeprefix("host cost of ")
-            times = f"{1e3 * row.median_ms:12.1f}{1e3 * row.iqr_ms:9.1f}"
-            print(f"{name:24}{row.mode:18}{row.value:9.1f}{times}  {row.note}", flush=True)
-            if options.out:
-                results.record(results.path_of(row.device, options.out), row)
+        with launching(device) as launched:
+            counts = {name: count(call, launched) for name, call in calls(device).items()}
+            costs = measure(device, options.rounds)
     except (RuntimeError, ImportError) as error:
         sys.exit(f"host.py: {error}")
+    for name, of_step in counts.items():
+        launches = "" if device.type == "cuda" else f"{len(of_step.launches)} launches, "
+        print(f"{name:24}{launches}{sum(of_step.ops.values())} ATen ops, {of_step.allocations} allocations a step")
+    print(f"\n{'call':24}{'phase':18}{'x plain':>9}{'median us':>12}{'iqr us':>9}")
+    for cost in costs:
+        print(f"{cost.name:24}{cost.phase:18}{cost.multiple:9.1f}{1e3 * cost.median_ms:12.1f}{1e3 * cost.iqr_ms:9.1f}")
     return 0
 
 

@@ -20,8 +20,6 @@ from contextrast_kernels.cases import Case
 
 FOLDER = pathlib.Path(__file__).parent / "results"
 OTHER_SCHEMA = ("demo.csv", "camvid.csv")
-DISTANCES = FOLDER / "distances.csv"
-"""The rows of ``distances.py``, which make a table of their own."""
 
 
 class Absent(Exception):
@@ -37,7 +35,7 @@ class Row:
     by: str
     """Whose, or which implementation: "triton", "reference", "torch.compile", "edt multi-label"."""
     mode: str = "eager"
-    """"eager", "graph" (a replayed CUDA graph), or what else distinguishes the call, such as "full" or "1 thread"."""
+    """"eager", "graph" (a replayed CUDA graph), or what else distinguishes the call, such as the sampling."""
 
     case: str = ""
     regime: str = ""
@@ -72,11 +70,6 @@ class Row:
     """10⁶ bytes by the launches' plan: at most, since of the similarities of negatives not all are needed."""
     copy_gb_s: float | None = None
     """Read and written bytes a second of a large copy in the same run."""
-    value: float | None = None
-    """A measurement that is not a time; ``unit`` says what."""
-    unit: str = ""
-    expected: str = ""
-    """What was predicted or is aimed at."""
     note: str = ""
 
     device: str = ""
@@ -103,14 +96,10 @@ class Row:
             return "expected what, by, device and torch to be filled."
         if not STATUS.fullmatch(self.status):
             return f"status: expected ok, untimed, 'failed: why' or 'absent: why', got {self.status!r}."
-        if self.status == "ok" and self.median_ms is None and self.value is None:
-            return "expected a time or a value where the status is ok."
-        if self.status != "ok" and self.median_ms is not None:
-            return f"expected no time where the status is {self.status!r}."
+        if (self.status == "ok") == (self.median_ms is None):
+            return f"expected a time where the status is ok, none elsewhere, got {self.median_ms} and {self.status!r}."
         if (self.median_ms is None) != (self.iqr_ms is None):
             return "expected a median with its spread, or neither."
-        if self.value is not None and not self.unit:
-            return "expected the unit of the value."
         return None
 
 
@@ -224,12 +213,7 @@ def read(path: pathlib.Path, kind: type = Row) -> list:
 
 
 def read_all(folder: pathlib.Path = FOLDER) -> list[Row]:
-    return [
-        row
-        for path in sorted(folder.glob("*.csv"))
-        if path.name not in (*OTHER_SCHEMA, DISTANCES.name)
-        for row in read(path)
-    ]
+    return [row for path in sorted(folder.glob("*.csv")) if path.name not in OTHER_SCHEMA for row in read(path)]
 
 
 def record(path: pathlib.Path, row) -> None:
