@@ -188,7 +188,7 @@ def distances(name: str, value, shape: tuple) -> Tensor:
 def chosen(name: str, value, shape: tuple) -> Tensor:
     """Check the map that a sampler returned."""
     if not isinstance(value, Tensor) or value.dtype != torch.bool or value.shape != shape:
-        raise ValueError(f"{name}: expected to get a bool map of shape {tuple(shape)} from it, got {describe(value)}")
+        raise ValueError(f"{name}: expected it to return a bool map of shape {tuple(shape)}, got {describe(value)}")
     return value
 
 

@@ -346,7 +346,7 @@ def _agree(group: str, features: Sequence[Tensor], options: Options, backend: st
     numbers = ("ignore_index", "layer_weights", "temperature", "fusion_weight", "base_rate")
     selection = ("negatives", "ratio", "distance_at", "sampling")
     facts = "; ".join([kind, *(f"{name}={getattr(options, name)!r}" for name in numbers + selection)])
-    # A schedule may change the temperature in every step, but ranks take one reduction more beyond this limit.
+    # The temperature may follow a schedule, so the kind has not its value, only whether it takes one more reduction.
     ranks.agree(group, f"{kind}; {ranks.close_enough(1 / options.temperature)}", facts)
 
 
@@ -490,7 +490,7 @@ def _forward(
     volumes: list[int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the loss, L_i of every layer, the report (3, layers) of classes, positives and negatives, and what the
-    backward pass reads: codes y, base pixels or the similarity of hard negatives, â, Z, coefficients, T.
+    backward pass reads: label codes y, base pixels or the similarity of hard negatives, â, Z, coefficients, T.
 
     With a group the ranks reduce inside the op, between its phases, and a fourth row of the report has the errors of
     all ranks. One op with reductions inside is simpler than three ops with reductions between them: the phases add to

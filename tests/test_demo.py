@@ -431,8 +431,8 @@ def test_a_failure_keeps_the_old_results(tmp_path, monkeypatch):
         (["--device", "toaster"], "--device toaster cannot be used"),
         (["--device", "meta"], "--device meta cannot be used: expected auto, cpu, cuda"),
         (["--out", "/dev/null"], "is a file; give a folder"),
-        (["--out", "/no/such/place"], "is no folder that can be written to"),
-        (["--out", "/proc/place"], "is no folder that can be written to"),
+        (["--out", "/no/such/place"], "cannot be written to"),
+        (["--out", "/proc/place"], "cannot be written to"),
     ],
 )
 def test_a_bad_flag_is_a_clear_error(flags, words, capsys):

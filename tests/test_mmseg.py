@@ -143,7 +143,7 @@ def test_checkpoints_and_predictions_of_the_plain_head_stay_good(registry):
         ({"head": "FCNHead"}, TypeError, r"^head: expected the config of a decode head"),
         ({"head": {**PLAIN, "type": "MaskFormerHead"}}, TypeError, r"^head: .*got 'MaskFormerHead'"),
         ({"head": {**PLAIN, "type": "NoHead"}}, TypeError, r"^head: .*got 'NoHead'"),
-        ({"in_index": [0, 1]}, ValueError, r"^in_index: expected 4 places"),
+        ({"in_index": [0, 1]}, ValueError, r"^in_index: expected 4 indices"),
         ({"weight": -1}, ValueError, r"^weight: "),
         ({"dim": 0}, ValueError, r"^dim: "),
         ({"ratio": 2}, ValueError, r"^ratio: "),
