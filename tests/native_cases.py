@@ -17,7 +17,7 @@ def seed(value=0):
 
 
 def call(op, arguments):
-    """All tensors that an op of the native library gives."""
+    """All tensors that an op of the native library returns."""
     result = getattr(native, op)(*arguments)
     if op == "bane_negatives":
         layers, errors = result
@@ -28,7 +28,7 @@ def call(op, arguments):
 
 
 def stridden(tensor):
-    """The same values, every axis in steps and turned round, from an odd offset."""
+    """The same values at an odd offset, with the axes in reverse memory order and a step of 2."""
     flat = torch.zeros(2 * tensor.numel() + 3, dtype=tensor.dtype)
     view = flat[3::2][: tensor.numel()].reshape(tensor.shape[::-1]).permute(*reversed(range(tensor.ndim)))
     return view.copy_(tensor)

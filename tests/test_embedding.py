@@ -1,4 +1,4 @@
-"""Pixel embeddings of the reference: what it does where values may be read equals what it does where they may not."""
+"""The reference's pixel embeddings are the same whether or not values may be read."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Every error a user can provoke: its type, and one sentence that names the argument and says what came.
+"""Every error that an argument can cause: its type, and a sentence that names the argument and what was passed.
 
 Rows are (what the user did, the call, exception, the argument the sentence starts with, what it must quote).
 """
@@ -629,7 +629,7 @@ OPTIONS = [
 
 
 def assert_one_sentence(call, exception, argument, quoted):
-    """The sentence starts with the argument's name, quotes what came, and is one line that can be read at a glance."""
+    """The sentence starts with the argument's name, quotes what was passed, and is one short line."""
     with pytest.raises(exception, match=f"^{argument}.*{quoted}") as caught:
         call()
     sentence = str(caught.value)

@@ -1,7 +1,7 @@
 """The loss of the pixels of many ranks against the loss of the same pixels in one process.
 
-Four gloo processes run all cases once; pairs of them and single ones are groups of their own. What every rank saw is
-handed back and compared here.
+Four gloo processes run all cases once, in groups of one, two and four. The results of every rank are returned and
+compared here.
 """
 
 import copy
@@ -40,11 +40,11 @@ class Case:
     dtype: torch.dtype = torch.float64
     ignored_ranks: tuple[int, ...] = ()
     broken: bool = False
-    """The last rank has a NaN, at a pixel of class 3."""
+    """True if the last rank has a NaN, at a pixel of class 3."""
     quiet: bool = False
-    """No pixel is taken for class 3, which has no negative then."""
+    """True if no pixel is predicted as class 3, which then has no negative."""
     scale: float = 1.0
-    """The factor that the features are multiplied with."""
+    """The factor by which the features are multiplied."""
     options: dict = field(default_factory=dict)
 
 
@@ -78,7 +78,7 @@ QUICK = (
     "float16",
     "a NaN on one rank",
 )
-"""Cases of the fused kernels for every day: their interpreter is slow."""
+"""The cases that every run tests on the fused kernels. The others are slow tests, because the interpreter is slow."""
 RUNS = [
     pytest.param(name, backend, marks=[pytest.mark.slow] * (backend == "triton" and name not in QUICK))
     for backend in BACKENDS
@@ -113,7 +113,7 @@ def batch(name):
 
 
 def share_of(rank):
-    """What each of two ranks has of their batch."""
+    """A rank's part of the batch of two ranks."""
     mine = slice(0, 2) if rank == 0 else slice(2, 3)
     features, labels, predictions = batch("two ranks")
     return [x[mine] for x in features], labels[mine], predictions[mine]
@@ -125,7 +125,7 @@ def loss_of(name, **more):
 
 
 def one_step(criterion, features, labels, predictions):
-    """The loss, its gradients, and what the criterion says of it."""
+    """The loss, its gradients, and ``criterion.last``."""
     features = leaves(features)
     loss = criterion(features, labels, predictions)
     loss.backward()
@@ -139,7 +139,7 @@ def ranks_of(rank):
     """Groups of one, two and four ranks that this rank is in."""
     groups = {}
     for members in ((0,), (0, 1), (0, 1, 2, 3)):
-        group = dist.new_group(list(members))  # every rank takes part in making it
+        group = dist.new_group(list(members))  # every rank must call this
         if rank in members:
             groups[len(members)] = group
     return groups
@@ -171,11 +171,11 @@ COUNTED = {
 }
 """Kinds of losses whose reductions are counted."""
 QUICKLY_COUNTED = ("float16", "features as they are")
-"""With fused kernels every day: those with fewer numbers, and those with more reductions, than the others."""
+"""Of these, every run counts on the fused kernels the one with fewer numbers and the one with more reductions."""
 
 
 def counted(rank, group, dtype=torch.float64, **options):
-    """Element numbers of the collectives forward, and backward."""
+    """The numbers of elements that the collectives of the forward and of the backward pass reduce."""
     features, labels, predictions = share_of(rank)
     features = leaves([x.to(dtype) for x in features])
     counts, losses = [], []
@@ -233,7 +233,7 @@ def trained(rank, group, backend):
     images, labels = images_and_labels()
     mine = slice(0, 3) if rank == 0 else slice(3, 4)
     with ck.backend(backend):
-        # DDP hands rank 0's seed to all ranks.
+        # DDP copies rank 0's seed to all ranks.
         return training(
             lambda net: torch.nn.parallel.DistributedDataParallel(net, process_group=group),
             images[mine],
@@ -244,7 +244,7 @@ def trained(rank, group, backend):
 
 
 COMPILED = "random negatives at full size"
-"""Without distances, which have no part in a group and take long to trace."""
+"""The options do not need distances, which take long to trace and do not depend on the group."""
 
 
 def compiled(rank, group, backend):
@@ -285,7 +285,7 @@ def sentence(call):
 
 
 def disagreements(rank, groups):
-    """Each in a group that is used for the first time."""
+    """The errors when the two ranks differ, each in a group that is used for the first time."""
     groups = iter(groups)
     inputs = share_of(rank)
     wider = [torch.cat([x, x], 1) for x in inputs[0]]
@@ -303,7 +303,7 @@ def disagreements(rank, groups):
             lambda: loss(inputs[0][: 2 - rank], layer_weights=WEIGHTS[: 2 - rank], normalize_anchors=True)
         ),
         "backend": sentence(ck.backend(BACKENDS[rank])(lambda: loss())),
-        # Past this limit there is one reduction more.
+        # A small temperature takes one reduction more.
         "temperature": sentence(lambda: loss(temperature=(0.1, 0.001)[rank])),
         "weights": sentence(lambda: loss(layer_weights=(1.0, 0.6 + rank), base_rate=0.1 * rank)),
         "after all": sentence(loss),
@@ -311,20 +311,20 @@ def disagreements(rank, groups):
 
 
 def alone(rank, group):
-    """The errors of rank 1 when it alone calls a different loss in a group in use, and then together with rank 0."""
+    """The errors of rank 1 when it alone calls a different loss in a group in use, and of both ranks afterwards."""
     criterion, inputs = ck.ContextrastLoss(N + 1, layer_weights=WEIGHTS, group=group), share_of(rank)
     dist.barrier(group)
     store = group.get_group_store()
     usual = store.timeout
     store.set_timeout(datetime.timedelta(seconds=1))
-    said = sentence(lambda: criterion(*inputs)) if rank == 1 else None
+    alone_error = sentence(lambda: criterion(*inputs)) if rank == 1 else None
     for late in (1, 0):
         dist.barrier(group)
         if rank == late:
             one_by_one = sentence(lambda: ck.ranks.agree(group.group_name, "a kind of loss"))
     dist.barrier(group)
     store.set_timeout(usual)
-    return said, one_by_one, sentence(lambda: criterion(*inputs))
+    return alone_error, one_by_one, sentence(lambda: criterion(*inputs))
 
 
 def second_derivative(rank, group):
@@ -337,7 +337,7 @@ def second_derivative(rank, group):
 
 
 def left_in_store(group):
-    """Keys that are new in the group's store: after a loss, and while its numbers follow a schedule."""
+    """The number of new keys in the group's store: after a loss, and while its temperature follows a schedule."""
     store, inputs = group.get_group_store(), batch("two ranks")
     store.set("own", "")
     counts = []
@@ -361,7 +361,7 @@ def copies(group):
 
 
 def run_rank(rank, folder, runs, whole):
-    """whole: also what is no case."""
+    """whole: run everything, not only the cases."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=4)
     groups = ranks_of(rank)
@@ -402,7 +402,7 @@ def spawned(folder, runs, whole):
 
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory):
-    """What each rank saw."""
+    """The results of each rank."""
     runs = [(name, "reference") for name in CASES] + [(name, "triton") for name in QUICK]
     return spawned(tmp_path_factory.mktemp("ranks"), runs, True)
 
@@ -465,8 +465,8 @@ def test_ranks_get_the_loss_and_gradient_of_one_process(request, name, backend):
     ],
 )
 def test_a_step_reduces_three_times_forward_and_at_most_once_backward(request, backend, name, ranks):
-    """As many numbers a layer as docs/distributed.md says; one maximum more where exponents have no small bound, and in
-    the fused loss one where features have none."""
+    """They reduce as many numbers per layer as docs/distributed.md says. There is one maximum more if exponents have no
+    small bound, and in the fused loss another if features have none."""
     if backend == "reference":
         first, third, backward = N * (D + 1) + 2, N + 1, [N * (D + 1) + 2]
     else:
@@ -565,7 +565,7 @@ def test_base_sampler_with_a_group_is_refused(one_rank):
 
 @pytest.mark.parametrize("bound", [None, 1.0, 300.0, 301.0, 745.0, 5000.0])
 def test_log_sums_keep_their_range(one_rank, bound):
-    """Whether they are shifted by a bound, or by the largest where float64 cannot hold the exponentials."""
+    """They are shifted by the bound, or by the largest exponent if float64 cannot hold the exponentials."""
     size = 5000.0 if bound is None else bound
     log_sums = torch.tensor([-size, -0.5 * size, 0.0, size, -torch.inf], dtype=torch.float64)
     found = ranks.log_sum_exp(log_sums, ranks.name_of(dist.group.WORLD), bound)
@@ -621,7 +621,7 @@ ON_GPUS = ("two ranks", "some base pixels, features as they are", "normalised an
 
 
 def run_on_device(rank, folder, world, device, through):
-    """A share of every batch on a device of one's own: a step that may wait for the device, then one that may not."""
+    """Run a share of every batch on the rank's own device: one step that may synchronise, then one that may not."""
     device = torch.device(device, rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -631,7 +631,7 @@ def run_on_device(rank, folder, world, device, through):
         features, labels, predictions = batch(name)
         mine = np.array_split(np.arange(len(labels)), world)[rank]
         share = [x[mine].to(device) for x in features], labels[mine].to(device), predictions[mine].to(device)
-        # The same draws in both steps.
+        # In evaluation mode both steps make the same draws.
         criterion = loss_of(name, group=dist.group.WORLD).to(device).eval()
         first = one_step(criterion, *share)  # compiles kernels; ranks agree
         if device.type == "cuda":

@@ -111,7 +111,7 @@ def test_the_head_adds_the_contrast_of_the_stages(registry):
     assert all(p.grad is not None for p in head.parameters())
 
 
-def test_what_the_head_ignores_the_contrast_ignores(registry):
+def test_the_contrast_ignores_what_the_head_ignores(registry):
     options = {"in_channels": [4, 8], "dim": 8, "layer_weights": (1.0, 0.5)}
     head = registry.build({"type": "ContextrastHead", "head": PLAIN | {"ignore_index": 1}, **options})
     data = samples()

@@ -41,7 +41,7 @@ def filled_bank(seed=9, **options):
 
 
 def memory_of(options):
-    """The bank among the options, or one with something in it."""
+    """The bank among the options, or a filled one."""
     return options.pop("bank", None) or filled_bank()
 
 
@@ -69,13 +69,13 @@ SAMPLED = [name for name in LOSSES if "region" not in name and "parity" not in n
 
 
 def at_layer(labels, logits, size):
-    """Targets and predicted classes of a layer, as the loops want them."""
+    """Targets and predicted classes of a layer as NumPy arrays for the loops."""
     y = literal.resize(labels.numpy(), size)
     p = literal.predicted_classes(literal.resize(logits.numpy(), size))
     return np.where(y == 255, -1, y), p
 
 
-# --------------------------------------------------------------------------------------------------------- definitions
+# ------------------------------------------------------------------------------------------------- against the loops
 
 
 @pytest.mark.parametrize("kind", ["hard-easy", "bane", "common-count", "uniform"])
@@ -276,8 +276,8 @@ def test_pne_draws_from_all_images_alike():
 
 @pytest.mark.parametrize("name", [name for name in LOSSES if name != "pne, parity"])
 def test_gradient(name):
-    """But for PNE's parity mode, whose gradient is the official one: not that of its value. PNE passes none to right
-    pixels, so only the others move."""
+    """PNE's parity mode is left out, because its official gradient is not that of its value. PNE passes no gradient to
+    right pixels, so only the wrong ones move."""
     layers, labels, logits = batch(wrong=0.1)
     moves = 1.0
     if name == "pne":
@@ -483,7 +483,7 @@ def test_a_list_and_its_layer_are_the_same():
 
 
 def test_one_loop_over_all_of_them():
-    """What a paper's table becomes: the same three inputs for every loss."""
+    """Every loss takes the same three inputs, so a comparison is one loop."""
     layers, labels, logits = batch()
     criteria = [ck.ContextrastLoss(N), *(make() for make in LOSSES.values())]
     values = [criterion(layers, labels, logits) for criterion in criteria]
@@ -499,9 +499,9 @@ def test_no_synchronisation_and_a_constant_number_of_ops(name):
 
     def ops(**options):
         layers, labels, logits = batch(dtype=torch.float32, **options)
-        of, loss = leaves(layers), LOSSES[name]()
+        features, loss = leaves(layers), LOSSES[name]()
         with Dispatched() as mode:
-            loss(of, labels, logits).backward()
+            loss(features, labels, logits).backward()
         return mode.count
 
     assert ops() == ops(B=7) > 0
