@@ -198,7 +198,7 @@ def all_launches(case: Case) -> list[_launch.Launch]:
             rate = {"hard": 0.0, "base": 0.3, "all": 1.0}[case.negatives]
             seed, weights = empty(1, dtype=torch.int64), (1.0,) * len(sizes)
             outcome, y, terms = contextrast.forward(
-                *(features, labels, e, seed, case.N, 255, weights, 0.1, 0.7, rate),
+                *(features, labels, e, [], seed, case.N, 255, weights, 0.1, 0.7, rate),
                 *(case.normalize, case.normalize_anchors),
             )
             pull = None if case.detach_anchors else outcome.pull

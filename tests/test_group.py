@@ -33,6 +33,12 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+def every_third(labels, predictions, num_classes, seed, stream):
+    """A base sampler that chooses each pixel by its place in the image, so that ranks and one process agree."""
+    _, h, w = labels.shape
+    return ((torch.arange(h).unsqueeze(1) + torch.arange(w) + stream) % 3 == 0).expand(labels.shape)
+
+
 @dataclass(frozen=True)
 class Case:
     images: tuple[int, ...] = (2, 1)
@@ -60,6 +66,7 @@ CASES = {
         images=(1, 1), scale=30.0, options={"base_rate": 0.3, "normalize": False}
     ),
     "features as they are, a class that has no negative": Case(quiet=True, options={"normalize": False}),
+    "a sampler's base pixels": Case(options={"base_sampler": every_third, "negatives": "semi-hard"}),
     "all negatives": Case(images=(1, 1, 1, 1), options={"negatives": "none", "base_rate": 1.0}),
     "features as they are": Case(options={"normalize": False}),
     "dense, features as they are": Case(images=(1, 1, 1, 1), options={"normalize": False, "base_rate": 0.5}),
@@ -558,11 +565,6 @@ def test_a_destroyed_group_raises_a_clear_error(seen):
             assert sentence.startswith("RuntimeError: group: expected an existing process group"), sentence
 
 
-def test_base_sampler_with_a_group_is_refused(one_rank):
-    with pytest.raises(ValueError, match="base_sampler: expected None with a group"):
-        ck.ContextrastLoss(N, base_sampler=ck.Sampler("common-count", 10, 2), group=dist.group.WORLD)
-
-
 @pytest.mark.parametrize("bound", [None, 1.0, 300.0, 301.0, 745.0, 5000.0])
 def test_log_sums_keep_their_range(one_rank, bound):
     """Whether they are shifted by a bound, or by the largest where float64 cannot hold the exponentials."""
@@ -591,7 +593,7 @@ def test_sums_over_ranks_do_not_modify_their_inputs(one_rank, monkeypatch):
     e = torch.full((3 * sum(h * w for h, w in SIZES),), 255, dtype=torch.uint8)
     options = (N, 255, list(WEIGHTS), 0.2, 0.7, 0.0, True, False, False, errors)
     seed, name = torch.zeros((), dtype=torch.int64), ranks.name_of(dist.group.WORLD)
-    _, _, report, *_ = contextrast._contextrast_loss(features, labels, e, seed, *options, name)
+    _, _, report, *_ = contextrast._contextrast_loss(features, labels, e, [], seed, *options, name)
     assert report[3].tolist() == [14, 6]
     assert errors.tolist() == [7, 3]
 

@@ -55,7 +55,7 @@ def excludes(one, other) -> bool:
     """Whether a function refuses two values together."""
     names = {one[0]: one[1], other[0]: other[1]}
     if names.get("base_sampler"):
-        return names.get("group") is not None or names.get("base_rate", 0.0) > 0
+        return names.get("base_rate", 0.0) > 0
     return names == {"labels": "uint8", "N": 256}
 
 
