@@ -4,7 +4,7 @@ Runs in a process of its own, because Triton decides at import whether kernels a
 
     python tests/aot.py --dtype bfloat16 --arch 90 --channels 256 --classes 19      a table
     python tests/aot.py --matrix 0/12                                               a twelfth of every case there is
-    python tests/aot.py ... --json                                                  rows for tests/test_resources.py
+    python tests/aot.py ... --json                                                  rows for test_resources.py
 
 Blocks a multiprocessor holds follow from registers, shared memory and warps by arithmetic; nothing is run.
 """

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
+EXAMPLES = pathlib.Path(__file__).parents[2] / "examples"
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,7 @@ import torch
 import contextrast_kernels as ck
 from contextrast_kernels import native
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 
 pytestmark = pytest.mark.skipif(native.status("cpu") != "ok", reason=f"native, cpu: {native.status('cpu')}")
 
@@ -159,13 +159,13 @@ for rows, scratch_bytes in ((40, size), (39, size), (40, size - 16)):
 
 def test_fuzz_under_sanitizers(compiler, sanitized_library):
     """The same examples every day, so that a failure can be repeated; the slow test below draws new ones."""
-    tests = ["tests/test_native.py", "tests/distance", "-k", "fuzzed or nothing_in or extreme or longest"]
+    tests = ["tests/csrc/test_native.py", "tests/distance", "-k", "fuzzed or nothing_in or extreme or longest"]
     done = run_sanitized(compiler, sanitized_library, RUN_TESTS, *tests, "--hypothesis-seed=0")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[:3000]  # a finding begins with its line of code
 
 
 @pytest.mark.slow
 def test_everything_under_sanitizers(compiler, sanitized_library):
-    tests = ["tests/test_native.py", "tests/test_bane.py", "tests/distance", "-k", "not [reference and not real"]
-    done = run_sanitized(compiler, sanitized_library, RUN_TESTS, *tests)
+    tests = ["tests/csrc/test_native.py", "tests/loss/test_bane.py", "tests/distance"]
+    done = run_sanitized(compiler, sanitized_library, RUN_TESTS, *tests, "-k", "not [reference and not real")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[:3000]

@@ -9,7 +9,7 @@ from torch import nn
 
 import contextrast_kernels as ck
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 N, D = 19, 32
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from inputs import families, logits_of, scene
+from native_cases import scipy_edge_distance_sq
 from scipy import ndimage, stats
 
 import contextrast_kernels as ck
@@ -23,22 +24,6 @@ def edge_distance_sq(classes):
     squared = ck.edge_distance(torch.from_numpy(classes), squared=True)
     assert squared.dtype == torch.int32
     return squared.numpy()
-
-
-def scipy_edge_distance_sq(classes):
-    """One SciPy transform for each image and class, on the complement of that class's own edge pixels."""
-    squared = np.full(classes.shape, -1)
-    for image, out in zip(classes, squared, strict=True):
-        for n in np.unique(image[image >= 0]):
-            inside = image == n
-            # With border_value=1 the image border is no edge, as in the definition.
-            edge = inside & ~ndimage.binary_erosion(inside, border_value=1)
-            if not edge.any():
-                out[inside] = NO_EDGE
-                continue
-            nearest = ndimage.distance_transform_edt(~edge, return_distances=False, return_indices=True)
-            out[inside] = ((nearest - np.indices(image.shape)) ** 2).sum(0)[inside]
-    return squared
 
 
 # ----------------------------------------------------------------------------------------------------- error map, Eq. 6

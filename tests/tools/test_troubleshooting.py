@@ -10,7 +10,7 @@ from torch import nn
 
 import contextrast_kernels as ck
 
-PAGE = (pathlib.Path(__file__).parent.parent / "docs" / "troubleshooting.md").read_text()
+PAGE = (pathlib.Path(__file__).parents[2] / "docs" / "troubleshooting.md").read_text()
 N, LAYERS = 4, ((16, 16), (8, 8), (4, 4), (2, 2))
 
 

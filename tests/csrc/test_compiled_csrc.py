@@ -2,7 +2,7 @@
 
 nvcc compiles it; its host code runs as it is, with tests/compiled/runtime.cpp for CUDA's runtime, and its kernels run
 from their PTX. Every call runs twice, blocks and warps in two random orders. tests/compiled/README.md says what is
-checked; what this cannot show is in tests/test_native_gpu.py.
+checked; what this cannot show is in tests/csrc/test_native_gpu.py.
 """
 
 import re

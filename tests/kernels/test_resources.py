@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="Triton is not installed; pip install triton"
 )
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 MOST_STACK = {"bfloat16": 1024, "float16": 1024, "float32": 1024, "float64": 3072}
 """Bytes a thread in any case. Below Triton 3.9 float64 is multiplied without tensor cores, in registers."""
 MOST_STACK_OF_PATHS = 32

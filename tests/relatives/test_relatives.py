@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 import torch
 from inputs import crossed, leaves, logits_of, pyramid, scene
-from test_compile import Compilations, Dispatched
-from test_modules import _Crossings as Crossings
+from observers import Compilations, Crossings, Dispatched
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import gradcheck
 

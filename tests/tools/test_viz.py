@@ -266,7 +266,7 @@ def test_an_error_without_an_edge_is_black_and_in_the_legend():
 def test_colours_need_no_matplotlib_and_figures_no_pyplot():
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     program = (
-        "import sys; sys.path.insert(0, 'tests'); import test_viz; features, _, _ = test_viz.batch(); "
+        "import sys; sys.path[:0] = ['tests', 'tests/tools']; import test_viz; features, _, _ = test_viz.batch(); "
         "sys.modules['matplotlib'] = None; test_viz.viz.embedding_colours(features[0]); del sys.modules['matplotlib']; "
         "test_viz.figures(); assert 'matplotlib.pyplot' not in sys.modules and 'matplotlib.figure' in sys.modules"
     )

@@ -7,85 +7,37 @@ import math
 
 import pytest
 import torch
+from error_calls import (
+    ANCHORS,
+    CLASSES,
+    COUNTS,
+    DEEP_LABELS,
+    DEEP_LOGITS,
+    FEATURES,
+    LABELS,
+    LOGITS,
+    META,
+    PYRAMID,
+    ROW_LABELS,
+    ROWS,
+    SQUARED,
+    VOLUME,
+    anchors,
+    assert_one_sentence,
+    bane,
+    criterion,
+    errors,
+    fuse,
+    loss,
+    module,
+    nce,
+    pixel,
+    select,
+    swapped,
+)
+from metric_errors import METRIC_ERRORS
 
 import contextrast_kernels as ck
-
-FEATURES = torch.randn(2, 3, 8, 8)
-LABELS = torch.zeros(2, 16, 16, dtype=torch.int64)
-LOGITS = torch.randn(2, 4, 16, 16)
-CLASSES = torch.zeros(2, 8, 8, dtype=torch.int64)
-SQUARED = torch.zeros(2, 8, 8, dtype=torch.int32)
-ANCHORS = torch.randn(4, 3)
-COUNTS = torch.ones(4, dtype=torch.int64)
-PYRAMID = [torch.randn(2, 3, n, n) for n in (8, 4, 2, 1)]
-ROWS = torch.randn(5, 3)
-ROW_LABELS = torch.zeros(5, dtype=torch.int64)
-VOLUME = torch.randn(2, 3, 4, 8, 8)
-DEEP_LABELS = torch.zeros(2, 4, 16, 16, dtype=torch.int64)
-DEEP_LOGITS = torch.randn(2, 4, 4, 16, 16)
-META = "meta"
-
-
-def loss(features=PYRAMID, labels=LABELS, predictions=LOGITS, **options):
-    return ck.contextrast_loss(features, labels, predictions, **{"num_classes": 4, **options})
-
-
-def module(**options):
-    return ck.ContextrastLoss(**{"num_classes": 4, **options})
-
-
-def criterion(features=PYRAMID, labels=LABELS, logits=LOGITS, **options):
-    return ck.ContextrastCriterion(**{"num_classes": 4, **options})(features, labels, logits)
-
-
-def anchors(features=FEATURES, labels=LABELS, num_classes=4, **options):
-    return ck.class_anchors(features, labels, num_classes, **options)
-
-
-def fuse(a=ANCHORS, n=COUNTS, top=ANCHORS, top_n=COUNTS, **options):
-    return ck.fuse_anchors(a, n, top, top_n, **options)
-
-
-def pixel(features=FEATURES, labels=LABELS, a=ANCHORS, **options):
-    return ck.pixel_anchor_loss(features, labels, a, **options)
-
-
-def errors(predictions=LOGITS, labels=LABELS, **options):
-    return ck.error_map(predictions, labels, **options)
-
-
-def bane(predictions=LOGITS, labels=LABELS, **options):
-    return ck.bane_negatives(predictions, labels, **options)
-
-
-def select(classes=CLASSES, squared=SQUARED, ratio=0.5, **options):
-    return ck.select_nearest(classes, squared, ratio, **{"num_classes": 4, **options})
-
-
-def nce(rows=ROWS, labels=ROW_LABELS, *columns, **options):
-    return ck.info_nce(rows, labels, *columns, **options)
-
-
-def confusion(predictions=LOGITS, labels=LABELS, **options):
-    return ck.metrics.ConfusionMatrix(4).update(predictions, labels, **options)
-
-
-def instances(values=LABELS, sizes=(None, 1.0, 2.0, 3.0), **options):
-    return ck.metrics.InstanceIoU(4, sizes, **options).update(LOGITS, LABELS, values)
-
-
-def anchor_similarity(features=PYRAMID, labels=LABELS, predictions=LOGITS, **options):
-    return ck.metrics.AnchorSimilarity(4, **options).update(features, labels, predictions)
-
-
-def after(metric, *batches):
-    for batch in batches:
-        metric.update(*batch)
-
-
-def swapped(i, x):
-    return [*PYRAMID[:i], x, *PYRAMID[i + 1 :]]
-
 
 TABLE = [
     # class_anchors: the checks of feature maps, labels and classes
@@ -483,99 +435,6 @@ TABLE = [
         r"\(2, 4,",
     ),
     ("module: float labels", lambda: module()(PYRAMID, LABELS.float(), LOGITS), TypeError, "labels", "float32"),
-    # metrics
-    ("metric of no class", lambda: ck.metrics.ConfusionMatrix(0), ValueError, "num_classes", "0"),
-    ("metric: group as a rank", lambda: ck.metrics.ConfusionMatrix(4, group=0), TypeError, "group", "int 0"),
-    ("metric: group as another word", lambda: ck.metrics.TrimapIoU(4, group="all"), TypeError, "group", "all"),
-    (
-        "metric: logits of other classes",
-        lambda: confusion(LOGITS[:, :3]),
-        ValueError,
-        "predictions",
-        r"\(2, 3, 16, 16\)",
-    ),
-    ("metric: a map of one image", lambda: confusion(LABELS[0]), ValueError, "predictions", r"\(16, 16\)"),
-    ("metric: float labels", lambda: confusion(labels=LABELS.float()), TypeError, "labels", "float32"),
-    ("metric: another batch", lambda: confusion(labels=LABELS[:1]), ValueError, "labels", r"\(1, 16, 16\)"),
-    ("metric: labels elsewhere", lambda: confusion(labels=LABELS.to(META)), ValueError, "labels", "meta"),
-    ("metric: empty predictions", lambda: confusion(LOGITS[:, :, :0]), ValueError, "predictions", r"\(2, 4, 0, 16\)"),
-    ("metric: mask of integers", lambda: confusion(mask=LABELS), ValueError, "mask", "int64"),
-    ("metric: mask as a list", lambda: confusion(mask=[True]), TypeError, "mask", "list"),
-    ("metric: mask of other size", lambda: confusion(mask=CLASSES > 0), ValueError, "mask", r"\(2, 8, 8\)"),
-    ("trimap of one radius", lambda: ck.metrics.TrimapIoU(4, 5), TypeError, "radii", "int 5"),
-    ("trimap of no radius", lambda: ck.metrics.TrimapIoU(4, ()), TypeError, "radii", r"\(\)"),
-    ("trimap of a negative radius", lambda: ck.metrics.TrimapIoU(4, (5, -1)), ValueError, "radii", "-1"),
-    ("trimap mask of a negative radius", lambda: ck.metrics.boundary_mask(LABELS, -1), ValueError, "radius", "-1"),
-    ("boundary of a pixel and a half", lambda: ck.metrics.BoundaryIoU(4, (1.5,)), TypeError, "widths", "1.5"),
-    ("boundary of width 0", lambda: ck.metrics.BoundaryIoU(4, (0,)), ValueError, "widths", "0"),
-    ("boundary F1 of radius NaN", lambda: ck.metrics.BoundaryF1(4, math.nan), ValueError, "radius", "nan"),
-    ("instance sizes of three classes", lambda: instances(sizes=(1.0, 2.0, 3.0)), ValueError, "instance_sizes", "3"),
-    ("instance sizes as a number", lambda: instances(sizes=1.0), TypeError, "instance_sizes", "1.0"),
-    ("instance size 0", lambda: instances(sizes=(0, 1, 1, 1)), ValueError, "instance_sizes", "0"),
-    ("category -1", lambda: instances(categories=(0, 0, 1, -1)), ValueError, "categories", "-1"),
-    ("categories of three classes", lambda: instances(categories=(0, 0, 1)), ValueError, "categories", "3"),
-    ("first instance a float", lambda: instances(first_instance=1.5), TypeError, "first_instance", "1.5"),
-    ("float instances", lambda: instances(LABELS.float()), TypeError, "instances", "float32"),
-    ("instances of other size", lambda: instances(CLASSES), ValueError, "instances", r"\(2, 8, 8\)"),
-    ("alignment of one sample", lambda: ck.metrics.AlignmentUniformity(4, samples=1), ValueError, "samples", "1"),
-    ("U_k of one number", lambda: ck.metrics.AlignmentUniformity(4, 3), TypeError, "nearest", "int 3"),
-    ("U_0", lambda: ck.metrics.AlignmentUniformity(4, (0,)), ValueError, "nearest", "0"),
-    (
-        "alignment of a list",
-        lambda: ck.metrics.AlignmentUniformity(4).update(PYRAMID, LABELS),
-        TypeError,
-        "features",
-        "list",
-    ),
-    (
-        "alignment: channels change",
-        lambda: after(ck.metrics.AlignmentUniformity(4), (FEATURES, LABELS), (FEATURES[:, :2], LABELS)),
-        ValueError,
-        "AlignmentUniformity",
-        r"\(4, 2\) after \(4, 3\)",
-    ),
-    (
-        "similarity: layers change",
-        lambda: after(ck.metrics.AnchorSimilarity(4), (PYRAMID, LABELS, LOGITS), (PYRAMID[:2], LABELS, LOGITS)),
-        ValueError,
-        "AnchorSimilarity",
-        r"\(2, 2, 16\) after \(4, 2, 16\)",
-    ),
-    ("a tap in place of its features", lambda: loss(torch.nn.Identity()), TypeError, "features", r"tap\.features\(\)"),
-    ("a tap's method", lambda: loss(torch.nn.Identity().forward), TypeError, "features", r"tap\.features\(\)"),
-    ("similarity of one map", lambda: anchor_similarity(FEATURES), TypeError, "features", "float32"),
-    (
-        "similarity: a layer of other width",
-        lambda: anchor_similarity(swapped(1, PYRAMID[1][:, :2])),
-        ValueError,
-        r"features\[1\]",
-        r"\(2, 2, 4, 4\)",
-    ),
-    ("similarity: fusion_weight 2", lambda: anchor_similarity(fusion_weight=2), ValueError, "fusion_weight", "2"),
-    ("similarity in no bin", lambda: anchor_similarity(bins=0), ValueError, "bins", "0"),
-    (
-        "metrics of other classes merged",
-        lambda: ck.metrics.ConfusionMatrix(4).merge(ck.metrics.ConfusionMatrix(5)),
-        ValueError,
-        "other",
-        "'num_classes': 5",
-    ),
-    ("a metric merged with counts", lambda: ck.metrics.ConfusionMatrix(4).merge(COUNTS), ValueError, "other", "Tensor"),
-    (
-        "another metric's state",
-        lambda: ck.metrics.ConfusionMatrix(4).load_state_dict({"sums": COUNTS}),
-        ValueError,
-        "state",
-        "sums",
-    ),
-    ("no state", lambda: ck.metrics.ConfusionMatrix(4).load_state_dict(None), TypeError, "state", "None"),
-    (
-        "a state of other classes",
-        lambda: ck.metrics.ConfusionMatrix(4).load_state_dict({"counts": torch.zeros(5, 6).long()}),
-        ValueError,
-        "state",
-        r"\(5, 6\)",
-    ),
     # ContextrastCriterion
     ("criterion: weight negative", lambda: criterion(weight=-0.1), ValueError, "weight", "-0.1"),
     ("criterion: weight NaN", lambda: criterion(weight=math.nan), ValueError, "weight", "nan"),
@@ -594,7 +453,9 @@ TABLE = [
     # backend
     ("unknown backend", lambda: ck.backend("cuda").__enter__(), ValueError, "backend", "cuda"),
     ("backend None", lambda: ck.backend(None).__enter__(), (TypeError, ValueError), "backend", "None"),
+    *METRIC_ERRORS,
 ]
+
 
 # Options that contextrast_loss checks at the call and ContextrastLoss already when it is built.
 OPTIONS = [
@@ -626,16 +487,6 @@ OPTIONS = [
     ({"negatives": "semi-hard", "ratio": 0.0}, ValueError, "(negatives|ratio)", "0"),
     ({"layer_weights": (1, 1, 1, math.inf)}, ValueError, "layer_weights", "inf"),
 ]
-
-
-def assert_one_sentence(call, exception, argument, quoted):
-    """The sentence starts with the argument's name, quotes what came, and is one line that can be read at a glance."""
-    with pytest.raises(exception, match=f"^{argument}.*{quoted}") as caught:
-        call()
-    sentence = str(caught.value)
-    assert "\n" not in sentence
-    assert "expected" in sentence
-    assert len(sentence) < 300
 
 
 @pytest.mark.parametrize(

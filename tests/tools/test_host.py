@@ -15,7 +15,7 @@ from benchmarks import results
 
 pytest.importorskip("triton")
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 PROGRAM = """
 import json, sys, torch
 from benchmarks import host

@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 import torch
 from inputs import leaves, logits_of, pyramid, scene
+from observers import Crossings
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import contextrast_kernels as ck
 
@@ -423,21 +422,6 @@ def test_channels_last_training_step():
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
-class _Crossings(TorchDispatchMode):
-    """Ops whose tensors, in and out, live on more than one kind of device."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        tensors = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, torch.Tensor)]
-        if len({t.device.type for t in tensors}) > 1:
-            self.seen.append(str(function))
-        return out
-
-
 @pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="this torch knows no CUDA, not even for fake tensors")
 def test_no_tensor_crosses_from_host_to_device():
     """On fake CUDA tensors: the loss built on the host follows its labels once, and from then on copies nothing."""
@@ -448,10 +432,10 @@ def test_no_tensor_crosses_from_host_to_device():
         logits = torch.empty(2, 4, 64, 64, device="cuda")
         counted = []
         for _ in range(3):
-            with _Crossings() as crossings:
+            with Crossings() as crossings:
                 criterion(features, labels, logits)
             counted.append(crossings.seen)
-        with _Crossings() as crossings:
+        with Crossings() as crossings:
             ck.contextrast_loss(features, labels, logits, num_classes=4, base_rate=0.3, seed=7)
     assert counted == [["aten._to_copy.default"], [], []]
     assert crossings.seen == []

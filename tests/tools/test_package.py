@@ -10,7 +10,7 @@ import pytest
 import contextrast_kernels as ck
 from contextrast_kernels.__main__ import main
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 PACKAGE = ROOT / "contextrast_kernels"
 
 # A module imports only from layers above its own in this list, or from modules before it in its layer.

@@ -15,13 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from inputs import families, scene
-from native_cases import call
-from test_bane import scipy_edge_distance_sq
+from native_cases import call, scipy_edge_distance_sq
 
 import contextrast_kernels as ck
 from contextrast_kernels import native
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 NO_EDGE = 2**31 - 1
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

@@ -13,7 +13,7 @@ import contextrast_kernels as ck
 
 pytest.importorskip("mkdocs", reason="mkdocs is not installed; pip install -e '.[docs]'")
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
