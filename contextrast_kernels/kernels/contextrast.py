@@ -22,7 +22,7 @@ from contextrast_kernels.kernels._codes import codes
 from contextrast_kernels.kernels._gradient import Terms, feature_gradients
 from contextrast_kernels.kernels._log_sums import log_sums
 from contextrast_kernels.kernels._sums import zeros
-from contextrast_kernels.kernels._tile_table import copies_rows
+from contextrast_kernels.kernels._tile_table import keeps_norms
 from contextrast_kernels.kernels.anchors import anchor_tables, class_sums, largest_features
 from contextrast_kernels.kernels.pixel_anchor import Outcome, Scales, finish, moments
 
@@ -74,7 +74,7 @@ def forward(
         if group is not None:
             sums.reach.copy_(ranks.reduced(sums.reach, group, "max"))
     norms = None
-    if code.base is None and normalize and copies_rows(features[0].dtype, features[0].shape[1], num_classes):
+    if code.base is None and normalize and keeps_norms(features[0].dtype, features[0].shape[1], num_classes):
         norms = torch.empty(code.y.shape, dtype=torch.float32, device=code.y.device)
     class_sums(features, code, sums, headroom, norms)
     if group is not None:
