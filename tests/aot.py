@@ -4,7 +4,7 @@ Runs in a process of its own, because Triton decides at import whether kernels a
 
     python tests/aot.py --dtype bfloat16 --arch 90 --channels 256 --classes 19      a table
     python tests/aot.py --matrix 0/12                                               a twelfth of every case there is
-    python tests/aot.py ... --json                                                  rows for tests/test_resources.py
+    python tests/aot.py ... --json                                                  rows for test_resources.py
 
 The number of blocks per multiprocessor is calculated from registers, shared memory and warps. Nothing is run.
 """
@@ -199,7 +199,7 @@ def all_launches(case: Case) -> list[_launch.Launch]:
             rate = {"hard": 0.0, "base": 0.3, "all": 1.0}[case.negatives]
             seed, weights = empty(1, dtype=torch.int64), (1.0,) * len(sizes)
             outcome, y, terms = contextrast.forward(
-                *(features, labels, e, seed, case.N, 255, weights, 0.1, 0.7, rate),
+                *(features, labels, e, [], seed, case.N, 255, weights, 0.1, 0.7, rate),
                 *(case.normalize, case.normalize_anchors),
             )
             pull = None if case.detach_anchors else outcome.pull

@@ -27,7 +27,8 @@ torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 LONGEST = (
     *("test_group", "test_kernels", "test_bane", "test_demo", "test_cuda_budgets", "test_compiled_csrc"),
-    *("test_examples", "test_info_nce_kernel", "test_exact", "test_compile", "test_resources", "test_contextrast"),
+    *("test_examples", "test_info_nce_kernel", "test_exact", "test_compile", "test_resources"),
+    *("test_contextrast_inputs", "test_contextrast"),
 )
 """The files that take longest. They run first, so that all processes of the suite end at about the same time."""
 

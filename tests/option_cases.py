@@ -114,7 +114,7 @@ class Case:
         if self.op != "contextrast_loss":
             return True
         sampled, rate = self.option("base_sampler") is not None, self.option("base_rate")
-        if sampled and (rate > 0 or self.option("group") is not None):
+        if sampled and rate > 0:
             return False
         return self.option("negatives") != "none" or rate > 0 or sampled
 

@@ -277,7 +277,7 @@ def test_layers_by_name_in_popular_models(build, names, maps):
 
 
 def test_the_page_lists_what_auto_chooses():
-    page = (pathlib.Path(__file__).parent.parent.parent / "docs" / "attach.md").read_text()
+    page = (pathlib.Path(__file__).parents[2] / "docs" / "attach.md").read_text()
     for name, _, names, channels, strides in MODELS:
         row = f"| {name} | `{names[0]}` … `{names[-1]}` | {', '.join(f'{c}@{s}' for c, s in zip(channels, strides))} |"
         assert row in page, row
