@@ -23,7 +23,7 @@ def scipy_edge_distance_sq(classes):
     for image, out in zip(classes, squared, strict=True):
         for n in np.unique(image[image >= 0]):
             inside = image == n
-            # With border_value=1 the image border is no edge, as in the definition.
+            # With border_value=1 the image border is not an edge, as in Eq. 7.
             edge = inside & ~ndimage.binary_erosion(inside, border_value=1)
             if not edge.any():
                 out[inside] = NO_EDGE
