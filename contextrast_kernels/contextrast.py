@@ -273,7 +273,7 @@ def _drawn_pixels(targets: Sequence[Tensor], options: Options, seed: Tensor) -> 
     """The base pixels of every layer that ``base_rate`` draws; an empty list for a rate of 0."""
     if options.base_rate == 0:
         return []
-    # For an integer, hash < rate · 2³² is hash < ⌈rate · 2³²⌉: compared as integers, where float32 would round.
+    # For an integer, hash < rate · 2³² is the same as hash < ⌈rate · 2³²⌉, and comparing integers does not round.
     limit = math.ceil(options.base_rate * 2.0**32)
     return [
         (image_hash(seed, STREAM_BASE + i, target.shape[1:], target.device) < limit) & (target >= 0)
@@ -292,7 +292,7 @@ def _agree(group: str, features: Sequence[Tensor], options: Options, backend: st
     selection = ("negatives", "ratio", "distance_at", "sampling")
     kind += f"; base_sampler={'None' if options.base_sampler is None else 'given'}"
     facts = "; ".join([kind, *(f"{name}={getattr(options, name)!r}" for name in numbers + selection)])
-    # The temperature may follow a schedule, so the kind has not its value, only whether it takes one more reduction.
+    # The temperature may follow a schedule, so the kind holds only whether it takes one more reduction.
     ranks.agree(group, f"{kind}; {ranks.close_enough(1 / options.temperature)}", facts)
 
 
@@ -307,12 +307,12 @@ def _reference_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The reference, for given hard negatives (B, *size) of every layer.
 
-    With a group it is the loss over the pixels of all ranks: three reductions forward, one backward. With l_i a rank's
-    share of L_i, so that L_i = Σ_ranks l_i, its gradient by one of the rank's own similarities is
+    With a group it is the loss over the pixels of all ranks, with three reductions forward and one backward. Let l_i be
+    a rank's share of L_i, so that L_i = Σ_ranks l_i. The gradient of L_i with respect to a similarity of this rank is
 
         dL/ds = ∂l/∂s + Σ_n G_n ∂Z_n/∂s,    G_n = ∂L/∂Z_n = -Σ_ranks Σ_{p∈P^n} ∂l/∂s_np,    ∂Z_n/∂s = ∂E_n/∂s
 
-    with E_n the rank's Σ exp(s - Z_n) over its negatives, in which Z_n is a constant. G is reduced together with the
+    where E_n is the rank's Σ exp(s - Z_n) over its negatives, with Z_n as a constant. G is reduced together with the
     loss, so the gradient through Z needs no reduction backward; the gradient through the anchors needs one.
     """
     N, group, weights = options.num_classes, options.group, options.layer_weights
@@ -449,6 +449,8 @@ def _forward(
     """Return the loss, L_i of every layer, the report (3, layers) of classes, positives and negatives, and what the
     backward pass reads: label codes y, base pixels or the similarity of hard negatives, â, Z, coefficients, T.
 
+    e: the codes of the hard negatives of all layers, end to end.
+
     base: bool maps of the base pixels of every layer. If the list is empty, base_rate draws them.
 
     With a group the ranks reduce inside the op, between its phases, and a fourth row of the report has the errors of
@@ -549,7 +551,7 @@ def _save_for_backward(ctx, inputs, output):
     given = _by_name(inputs)
     ctx.options = [given[name] for name in ("temperature", "normalize", "detach_anchors")]
     ctx.group, ctx.layers = given["group"], len(given["features"])
-    # What autograd expects for the inputs behind the features, of which none has a gradient.
+    # The gradients of all inputs after the features, in the form that autograd expects. None of them has one.
     ctx.others = [[None] * len(x) if name == "base" else None for name, x in given.items() if name != "features"]
     _loss, *others = output
     _losses, _report, *saved = others
@@ -563,7 +565,7 @@ def _backward(ctx, gradient, *_):
     if ctx.group is not None:
         gradient = gradient * ranks.size(ctx.group)  # DDP divides by the number of ranks
     features, saved = list(ctx.saved_tensors[: ctx.layers]), ctx.saved_tensors[ctx.layers :]
-    # The op refuses a second derivative, which is only asked for where gradients are recorded.
+    # If gradients are recorded here, a second derivative may follow, and only the op raises a clear error for it.
     direct = not torch.is_grad_enabled() and is_eager([gradient, *features])
     gradients = _feature_gradients if direct else _contextrast_loss_backward
     return gradients(gradient, features, *saved, *ctx.options), *ctx.others
@@ -575,7 +577,7 @@ one_call_per_sample(_contextrast_loss_backward)
 
 
 class _Direct(torch.autograd.Function):
-    """The op without PyTorch's dispatcher, whose Python takes the host longer than all launches of a step."""
+    """The op without PyTorch's dispatcher, which takes the host longer than all launches of a step."""
 
     @staticmethod
     def forward(ctx, arguments, *features):

@@ -212,7 +212,8 @@ class _Finder:
         return dominator, depth
 
     def _logits(self) -> set[int]:
-        """The nodes from a bare product with weights to the model's output, without other parameters in between."""
+        """The nodes between a product with weights and the model's output, with no parameters in between, if no
+        normalisation or activation reads the product."""
         graph, free, todo = self.graph, set(), list(self.graph.outputs)
         while todo:
             n = todo.pop()

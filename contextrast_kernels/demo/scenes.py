@@ -91,7 +91,7 @@ def procedural() -> dict[str, Tensor]:
 
 
 class Textures:
-    """One half of every image of a dict such as `photographs()` gives: "train" the left half, "val" the right one.
+    """One half of every image of a dict as `photographs()` returns it: "train" the left half, "val" the right one.
 
     A half smaller than a scene of size x size pixels is continued by its mirror image.
     """

@@ -307,7 +307,7 @@ def test_a_row_that_differs_or_crashes_is_written_down_as_failed(tmp_path, monke
         row.dtype: row.status for row in rows_in(tmp_path) if row.by == "contextrast" and row.what == "edge_distance"
     }
     assert found["int64"] == "untimed"
-    assert found["int32"].startswith("failed: differs from the definition: ")
+    assert found["int32"].startswith("failed: differs from the reference: ")
     assert found["int8"] == "failed: RuntimeError: no"
     monkeypatch.undo()
     assert runs(tmp_path, "--parts", "edt") == 0  # what failed is tried again, and takes its row
@@ -329,7 +329,7 @@ def test_a_loss_that_differs_from_the_reference_is_not_timed(tmp_path, monkeypat
     assert runs(tmp_path, "--parts", part) == 1
     rows = [row for row in rows_in(tmp_path) if not row.status.startswith("absent")]
     differs = [
-        row for row in rows if row.status.startswith("failed: differs from the definition: relative error of the")
+        row for row in rows if row.status.startswith("failed: differs from the reference: relative error of the")
     ]
     assert differs == [row for row in rows if broken in (row.by, row.mode)] != []
 
@@ -482,11 +482,11 @@ def test_a_report_of_every_kind_of_row(tmp_path):
     assert "performance/edge_distance.png" in page
     assert report.drawn_from(tmp_path / "docs" / "performance" / "edge_distance.png")
     [line] = [line for line in readme.splitlines() if line.startswith("| cityscapes, trained | bfloat16, nchw")]
-    fused, definition = (
+    fused, reference = (
         next(row for row in rows if (row.what, row.by) == (report.BOTH, by) and row.mode == "eager")
         for by in ("triton", "reference")
     )
-    assert f"{fused.median_ms:.3g} ms" in line and f"| {definition.median_ms / fused.median_ms:.3g} |" in line
+    assert f"{fused.median_ms:.3g} ms" in line and f"| {reference.median_ms / fused.median_ms:.3g} |" in line
     assert f"{fused.plan_mb / fused.median_ms / 43:.3g} %" in line
     assert line.endswith(f"| {fused.median_ms / (4 * 348160 * 256 * 2 / 4300e6):.3g} |")
     assert "failed: RuntimeError: too slow" in page
