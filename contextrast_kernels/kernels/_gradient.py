@@ -90,11 +90,11 @@ def feature_gradients(
     if terms is None or terms.base is None:
         arguments |= terms._asdict() if terms is not None else dict.fromkeys(Terms._fields)
         arguments.pop("base")
-        taken = constants | tiles("_features_bwd", features[0].dtype, D)
+        constants |= {**tiles("_features_bwd", features[0].dtype, D), "BINS": next_power_of_2(num_classes)}
         copied = None
         if normalize and copies_rows(features[0].dtype, D):
-            copied = _features_bwd, arguments, {**taken, **copied_tiles(), "BINS": next_power_of_2(num_classes)}
-        _launch.sweep(_features_bwd, features, arguments, {**taken, "BINS": 0}, out=out, copied=copied)
+            copied = _features_bwd, arguments, {**constants, **copied_tiles(), "COPIED": True}
+        _launch.sweep(_features_bwd, features, arguments, {**constants, "COPIED": False}, out=out, copied=copied)
     else:
         arguments |= terms._asdict()
         arguments.pop("similarity")
@@ -257,6 +257,7 @@ def _features_bwd(
     CHUNK: tl.constexpr,
     BINS: tl.constexpr,
     NORMALIZE: tl.constexpr,
+    COPIED: tl.constexpr,
     UNIT: tl.constexpr,
     ALIGN: tl.constexpr,
     OUT_UNIT: tl.constexpr,
@@ -267,7 +268,7 @@ def _features_bwd(
     """dx of one block where a pixel is a negative of one class at most.
 
     Recomputed: the norm, s_y. Read: s_e, one number a pixel. Rows of â and T are gathered; they stay in cache.
-    BINS: not 0 where rows can be copied. ``_write_copied_rows`` then writes the block, unless it has many classes or
+    COPIED: rows can be copied. ``_write_copied_rows`` then writes the block, unless it has many classes or
     holds something that is not finite.
     Moves: the features once, dx once, 6 bytes a pixel.
     """
@@ -297,7 +298,7 @@ def _features_bwd(
         inverse_temperature = 1.0
 
     gathered = True
-    if BINS > 0:
+    if COPIED:
         slots, classes = block_classes(y, e, r0, h, c, w, 0, N, ROWS, P, BINS, 16)
         gathered = classes > 16
         if classes <= 16:
