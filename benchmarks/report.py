@@ -185,7 +185,7 @@ def loss_on_gpu(rows: Sequence[Row]) -> str:
     for of_setting in grouped(rows, setting).values():
         fused = first(pick(of_setting, by="triton", mode="graph")) or first(pick(of_setting, by="triton", mode="eager"))
         eager = first(pick(of_setting, by="triton", mode="eager"))
-        definition = first(pick(of_setting, by="reference", mode="eager"))
+        reference = first(pick(of_setting, by="reference", mode="eager"))
         compiled = sorted(
             (row for row in pick(of_setting) if row.by.startswith("torch.compile")), key=lambda row: row.median_ms
         )
@@ -200,9 +200,9 @@ def loss_on_gpu(rows: Sequence[Row]) -> str:
                 f"{row.dtype}, {row.layout}, {row.strides}",
                 ms(row),
                 ms(eager, False),
-                ratio(definition, fused),
+                ratio(reference, fused),
                 ratio(first(compiled), fused),
-                f"{number(eager and eager.peak_mib)} / {number(definition and definition.peak_mib)}",
+                f"{number(eager and eager.peak_mib)} / {number(reference and reference.peak_mib)}",
                 number(eager and eager.launches),
                 number(eager and eager.syncs),
                 number(percent, " %"),
@@ -256,7 +256,7 @@ def steps(rows: Sequence[Row]) -> str:
     for (device, backbone, *_), of_one in grouped(rows, lambda row: (row.device, row.by, *setting(row))).items():
         plain = first(pick(of_one, mode="cross-entropy"))
         cells = []
-        for mode in ("with contextrast", "with the definition"):
+        for mode in ("with contextrast", "with the reference"):
             row = first(pick(of_one, mode=mode))
             share = f"{100 * (1 - plain.median_ms / row.median_ms):.1f} %" if plain and row else "–"
             cells += [ms(row), share]
@@ -268,7 +268,7 @@ def steps(rows: Sequence[Row]) -> str:
         "cross-entropy alone",
         "with the fused loss",
         "its share",
-        "with the definition",
+        "with the reference",
         "its share",
     )
     return with_sources(table(head, lines), pick(rows))
@@ -433,7 +433,7 @@ def performance(rows: Sequence[Row], drawn: Iterable[str], counted: str = "") ->
         everything(rows, cpu("edge_distance", "select_nearest", "contextrast_loss", "relative's loss")),
         "## The host's cost of a call",
         values(rows, lambda row: row.what.startswith("host cost")),
-        "## Open questions, and what a device said",
+        "## Open questions and measurements on a device",
         values(rows, lambda row: row.what.startswith("probe")),
     ]
     return "\n\n".join(filter(None, sections)) + "\n"

@@ -3,6 +3,7 @@
 import numpy as np
 import torch
 from inputs import families, logits_of, scene
+from scipy import ndimage
 
 from contextrast_kernels import native
 
@@ -16,8 +17,24 @@ def seed(value=0):
     return torch.tensor([value])
 
 
+def scipy_edge_distance_sq(classes):
+    """One SciPy transform for each image and class, on the complement of that class's own edge pixels."""
+    squared = np.full(classes.shape, -1)
+    for image, out in zip(classes, squared, strict=True):
+        for n in np.unique(image[image >= 0]):
+            inside = image == n
+            # With border_value=1 the image border is not an edge, as in Eq. 7.
+            edge = inside & ~ndimage.binary_erosion(inside, border_value=1)
+            if not edge.any():
+                out[inside] = NO_EDGE
+                continue
+            nearest = ndimage.distance_transform_edt(~edge, return_distances=False, return_indices=True)
+            out[inside] = ((nearest - np.indices(image.shape)) ** 2).sum(0)[inside]
+    return squared
+
+
 def call(op, arguments):
-    """All tensors that an op of the native library gives."""
+    """All tensors that an op of the native library returns."""
     result = getattr(native, op)(*arguments)
     if op == "bane_negatives":
         layers, errors = result
@@ -28,7 +45,7 @@ def call(op, arguments):
 
 
 def stridden(tensor):
-    """The same values, every axis in steps and turned round, from an odd offset."""
+    """The same values at an odd offset, with the axes in reverse memory order and a step of 2."""
     flat = torch.zeros(2 * tensor.numel() + 3, dtype=tensor.dtype)
     view = flat[3::2][: tensor.numel()].reshape(tensor.shape[::-1]).permute(*reversed(range(tensor.ndim)))
     return view.copy_(tensor)

@@ -338,6 +338,14 @@ def two_pieces(a):
 
 
 @triton.jit
+def stacked_pieces(rows):
+    """``two_pieces`` of (M, n), one above the other: (2 M, n)."""
+    high, low = two_pieces(rows)
+    first = (tl.arange(0, 2) == 0)[:, None, None]
+    return tl.reshape(tl.where(first, high[None, :, :], low[None, :, :]), (2 * rows.shape[0], rows.shape[1]))
+
+
+@triton.jit
 def class_pieces(table, classes, d0, D: tl.constexpr, C: tl.constexpr):
     """C channels of the rows of 16 classes as the right side of products, in three pieces of bfloat16, in which float32
     is whole: the first two side by side (C, 32), and the third (C, 16)."""

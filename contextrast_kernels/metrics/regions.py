@@ -110,7 +110,7 @@ without instances. The figures are those of cityscapesScripts, evalPixelLevelSem
 CITYSCAPES_CATEGORIES = (0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 4, 5, 5, 6, 6, 6, 6, 6, 6)
 """Category of each of the 19 classes: flat, construction, object, nature, sky, human, vehicle."""
 
-_BITS = 32  # of the fixed-point shares: 2**31 instances fit
+_BITS = 32  # fractional bits of the shares in fixed point, so that 2**31 instances fit
 
 
 class InstanceIoU(Metric):
