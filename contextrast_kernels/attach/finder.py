@@ -358,10 +358,10 @@ class _Finder:
         """The units up to the encoder's end; empty if the last resolution is not one of an encoder."""
         units = [u for u in units if u.node not in self.logits]
         before = [u for u in units if u.layer.pixels != pixels]
-        here = [u for u in units if u.layer.pixels == pixels]
+        coarsest = [u for u in units if u.layer.pixels == pixels]
         widest = max((u.layer.channels for u in before if u.layer.stride >= _MIN_STRIDE), default=0)
         kept: list[_Unit] = []
-        for u in here:
+        for u in coarsest:
             if not kept and (u.pooled or (before and _step(u.layer, before[-1].layer) > _MAX_STEP + 0.5)):
                 return []
             if kept and u.layer.channels < kept[-1].layer.channels:

@@ -163,9 +163,9 @@ class Metric(ABC):
             )
         if not known:
             return self._blank(nothing, "cpu")
-        [left] = known
+        [remaining] = known
         for name, (shape, _) in self._layout.items():
-            shapes[name], left = left[: len(shape)], left[len(shape) :]
+            shapes[name], remaining = remaining[: len(shape)], remaining[len(shape) :]
         state = self._state or self._blank(shapes, device)
         # All ranks reduce in the same order, that of the layout.
         gathered = {name: _gather(state[name].to(device), group) for name in self._layout}
