@@ -219,7 +219,7 @@ def _of_maps(classes: Tensor) -> list[Transform]:
     """Edge distances of a class map (1, h, w), -1 outside. Those "on edges" are given the edges, which is most of the
     work of a naive user."""
     on_edges = ~edges(classes)
-    definition = "the definition: mask, edges and transform of each class"
+    note = "the reference: mask, edges and transform of each class"
     if classes.is_cuda:
         return [Transform("CuPy on edges", lambda m: _cupy(m, on_edges.byte()), "cupy", "given edges")]
     image, labels = on_edges[0].numpy(), (classes[0] + 1).clamp(min=0).int().numpy()
@@ -227,7 +227,7 @@ def _of_maps(classes: Tensor) -> list[Transform]:
     found = [
         Transform("SciPy on edges", lambda m: lambda: m.distance_transform_edt(image), "scipy.ndimage", "given edges"),
         Transform(
-            "SciPy for each class", lambda m: lambda: for_each_class(m, classes[0].numpy()), "scipy.ndimage", definition
+            "SciPy for each class", lambda m: lambda: for_each_class(m, classes[0].numpy()), "scipy.ndimage", note
         ),
         Transform(
             "OpenCV precise on edges",

@@ -187,7 +187,7 @@ def loss_on_gpu(rows: Sequence[Row]) -> str:
     for of_setting in grouped(rows, setting).values():
         fused = first(pick(of_setting, by="triton", mode="graph")) or first(pick(of_setting, by="triton", mode="eager"))
         eager = first(pick(of_setting, by="triton", mode="eager"))
-        definition = first(pick(of_setting, by="reference", mode="eager"))
+        reference = first(pick(of_setting, by="reference", mode="eager"))
         compiled = sorted(
             (row for row in pick(of_setting) if row.by.startswith("torch.compile")), key=lambda row: row.median_ms
         )
@@ -202,9 +202,9 @@ def loss_on_gpu(rows: Sequence[Row]) -> str:
                 f"{row.dtype}, {row.layout}, {row.strides}",
                 ms(row),
                 ms(eager, False),
-                ratio(definition, fused),
+                ratio(reference, fused),
                 ratio(first(compiled), fused),
-                f"{number(eager and eager.peak_mib)} / {number(definition and definition.peak_mib)}",
+                f"{number(eager and eager.peak_mib)} / {number(reference and reference.peak_mib)}",
                 number(eager and eager.launches),
                 number(eager and eager.syncs),
                 number(percent, " %"),

@@ -368,7 +368,7 @@ def run_relative(machine: Machine, case: Case, name: str, folder: pathlib.Path |
 
 # ------------------------------------------------------------------------------------------------------- training step
 
-STEPS = {"cross-entropy": None, "with contextrast": "triton", "with the definition": "reference"}
+STEPS = {"cross-entropy": None, "with contextrast": "triton", "with the reference": "reference"}
 NETWORKS_TIMED = ("efficientnet_lite0", "hrnet_w18")
 """The study's networks, from the small one to the large one."""
 
@@ -485,7 +485,7 @@ def measured(job: Job, machine: Machine, seconds: float) -> Row:
     except Absent as error:
         status = f"absent: {error}"
     except measure.Differs as error:
-        status = f"failed: differs from the definition: {error}"
+        status = f"failed: differs from the reference: {error}"
     except Exception as error:  # a row that crashes is a result too, and the next one is still wanted
         status = peers.failure(error)
         machine.kept.clear()

@@ -325,7 +325,8 @@ def _bane_negatives(
     ignore_index: int,
     seed: Tensor,
 ) -> None:
-    """Writes layers, (B, h, w) each, and errors (layers,)."""
+    """Write the chosen negatives of every layer into ``layers``, (B, h, w) each, and the numbers of errors into
+    ``errors`` (layers,)."""
     device = _device(labels=labels, predictions=predictions, seed=seed)
     descriptors = (_Layer * len(layers))(*(_Layer(*layer.shape[1:], layer.data_ptr()) for layer in layers))
     labels_map, at = _Map(labels), _DISTANCE_AT.index(distance_at)
@@ -358,7 +359,7 @@ def _empty_codes(labels: Tensor, num_classes: int, sizes: list[int]) -> Tensor:
 
 
 def _empty_errors(labels: Tensor, sizes: list[int]) -> Tensor:
-    # The library leaves the count of a layer without pixels alone.
+    # The library does not write the count of a layer without pixels.
     allocate = labels.new_zeros if 0 in (labels.shape[0], *sizes) else labels.new_empty
     return allocate(len(sizes) // 2, dtype=torch.int64)
 

@@ -57,7 +57,7 @@ class _Agreed:
 
 
 _agreed: WeakKeyDictionary[object, _Agreed] = WeakKeyDictionary()
-"""One entry per process group, for as long as it exists: a later group may have the same name."""
+"""One entry per process group. It disappears with the group, because a later group may have the same name."""
 
 
 def agree(name: str, kind: str, facts: str | None = None) -> None:

@@ -16,11 +16,7 @@
 
 #include <stdint.h>
 
-#if defined(_WIN32)
-#define CONTEXTRAST_API __declspec(dllexport)
-#else
 #define CONTEXTRAST_API __attribute__((visibility("default")))
-#endif
 
 #define CONTEXTRAST_INTERFACE 3  // of this file: one more whenever a function here changes its arguments or results
 #define CONTEXTRAST_MAX_SIDE 16384  // squared distances, and what the search along a line adds to them, stay below 2^31

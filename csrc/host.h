@@ -96,11 +96,10 @@ constexpr int MARGIN = 32;  // pixels without a seed around each line of the CPU
 
 // The arguments have been checked.
 inline Metric metric_of(const ContextrastVolume &volume, const ContextrastDistance &wanted) {
-  Metric metric = {{1, 1, 1}, {1, 1, 1}, 1, 1, {1, 1, 1}};
-  if (!wanted.sampled) return metric;
+  Metric metric = {{1, 1, 1}, {1, 1, 1}, 1, 1, {1, 1, 1}, 0};
   // The largest power of two of which all sides are multiples; sides of axes of one pixel never count.
   int exponent = INT_MAX;
-  for (int axis = 0; axis < 3; ++axis) {
+  for (int axis = 0; wanted.sampled && axis < 3; ++axis) {
     metric.side[axis] = volume.size[axis] > 1 ? wanted.sampling[axis] : 0;
     if (metric.side[axis] == 0) continue;
     int own;
@@ -108,7 +107,7 @@ inline Metric metric_of(const ContextrastVolume &volume, const ContextrastDistan
     for (own -= 53; digits % 2 == 0; digits /= 2) ++own;
     exponent = lesser(exponent, own);
   }
-  if (exponent == INT_MAX) return metric;
+  if (exponent == INT_MAX) exponent = 0;  // no sampling, or a single pixel
   bool fits = true;
   double largest = 0, largest_integral = 0;
   for (int axis = 0; axis < 3; ++axis) {
@@ -123,6 +122,7 @@ inline Metric metric_of(const ContextrastVolume &volume, const ContextrastDistan
   }
   metric.unit = ldexp(1.0, 2 * exponent);
   metric.integral = fits && largest_integral < NO_COST;
+  metric.largest = metric.integral ? static_cast<int32_t>(largest_integral) : 0;
   return metric;
 }
 

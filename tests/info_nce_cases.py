@@ -6,7 +6,7 @@ SETS = ["labels", "named by columns", "named by rows", "named by both", "names a
 
 
 def chosen(rng, kind, R, C, N=3):
-    """Options that say who is whose negative, or how much a column counts, in every combination."""
+    """Options that name negatives by rows, columns or both, and weights of columns."""
     codes = {n: torch.from_numpy(rng.integers(-1, N, n)) for n in (R, C)}
     weights = rng.choice([0.0, 0.5, 1.0, 3.0], C)
     every = {

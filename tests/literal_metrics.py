@@ -10,7 +10,7 @@ import numpy as np
 
 
 def mean(values):
-    """Mean of what is a number; NaN for nothing."""
+    """Mean of the values that are not NaN; NaN if there are none."""
     values = [value for value in values if not math.isnan(value)]
     return sum(values) / len(values) if values else math.nan
 

@@ -23,7 +23,7 @@ def scipy_edge_distance_sq(classes):
     for image, out in zip(classes, squared, strict=True):
         for n in np.unique(image[image >= 0]):
             inside = image == n
-            # With border_value=1 the image border is no edge, as in the definition.
+            # With border_value=1 the image border is not an edge, as in Eq. 7.
             edge = inside & ~ndimage.binary_erosion(inside, border_value=1)
             if not edge.any():
                 out[inside] = NO_EDGE
@@ -34,7 +34,7 @@ def scipy_edge_distance_sq(classes):
 
 
 def call(op, arguments):
-    """All tensors that an op of the native library gives."""
+    """All tensors that an op of the native library returns."""
     result = getattr(native, op)(*arguments)
     if op == "bane_negatives":
         layers, errors = result
@@ -45,7 +45,7 @@ def call(op, arguments):
 
 
 def stridden(tensor):
-    """The same values, every axis in steps and turned round, from an odd offset."""
+    """The same values at an odd offset, with the axes in reverse memory order and a step of 2."""
     flat = torch.zeros(2 * tensor.numel() + 3, dtype=tensor.dtype)
     view = flat[3::2][: tensor.numel()].reshape(tensor.shape[::-1]).permute(*reversed(range(tensor.ndim)))
     return view.copy_(tensor)

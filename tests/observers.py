@@ -45,7 +45,7 @@ class Dispatched(TorchDispatchMode):
 
 
 class Crossings(TorchDispatchMode):
-    """Ops whose tensors, in and out, live on more than one kind of device."""
+    """The ops whose inputs and outputs are on more than one kind of device."""
 
     def __init__(self):
         super().__init__()

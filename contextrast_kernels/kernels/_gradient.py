@@ -21,10 +21,11 @@ from torch import Tensor
 from triton import language as tl
 
 from contextrast_kernels.kernels import _launch
-from contextrast_kernels.kernels._tile_table import tiles
+from contextrast_kernels.kernels._tile_table import copied_tiles, copies_rows, next_power_of_2, tiles
 from contextrast_kernels.kernels._tiles import (
     FLOAT32_DOT,
     anchor_products,
+    block_classes,
     block_of,
     channels,
     class_rows,
@@ -34,12 +35,16 @@ from contextrast_kernels.kernels._tiles import (
     inverse_norm,
     is_finite,
     is_negative,
+    joined,
     layer_of,
     pick,
     real,
     sigmoid,
     size_term,
+    stacked,
+    steps_again,
     table_rows,
+    two_pieces,
     zero_tiles,
 )
 
@@ -85,14 +90,150 @@ def feature_gradients(
     if terms is None or terms.base is None:
         arguments |= terms._asdict() if terms is not None else dict.fromkeys(Terms._fields)
         arguments.pop("base")
-        constants |= tiles("_features_bwd", features[0].dtype, D)
-        _launch.sweep(_features_bwd, features, arguments, constants, out=out)
+        constants |= {**tiles("_features_bwd", features[0].dtype, D), "BINS": next_power_of_2(num_classes)}
+        copied = None
+        if normalize and copies_rows(features[0].dtype, D):
+            copied = _features_bwd, arguments, {**constants, **copied_tiles(), "COPIED": True}
+        _launch.sweep(_features_bwd, features, arguments, {**constants, "COPIED": False}, out=out, copied=copied)
     else:
         arguments |= terms._asdict()
         arguments.pop("similarity")
         constants |= tiles("_features_bwd_dense", features[0].dtype, D, "K", "COLUMNS", "CLASSES")
         _launch.sweep(_features_bwd_dense, features, arguments, constants, out=out)
     return out
+
+
+@triton.jit
+def _write_copied_rows(
+    image,
+    sH,
+    sW,
+    sD,
+    out_image,
+    oH,
+    oW,
+    oD,
+    y,
+    e,
+    similarity,
+    table,
+    pull,
+    slots,
+    Z,
+    coefficients,
+    g,
+    inverse_temperature,
+    r0,
+    h,
+    c,
+    w,
+    N,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    P: tl.constexpr,
+    UNIT: tl.constexpr,
+    ALIGN: tl.constexpr,
+    OUT_UNIT: tl.constexpr,
+    OUT_ALIGN: tl.constexpr,
+):
+    """dx of a block of normalised bfloat16 features with at most 16 classes. Returns whether a vector of the block or a
+    row of a table is not finite: then 0 · NaN is in dx, and the block has to be written again.
+
+    A row of 64 pixels comes to shared memory once. Its product with the rows of â and T of the block's classes,
+    xᵀ (P, D) · Rᵀ (D, 64), gives ⟨x, â⟩ and ⟨x, T⟩; W (P, 64) · R (64, C) gives r g u, where W holds a pixel's weights
+    in the columns of its classes. Nothing is gathered. R and W are in two pieces of bfloat16.
+
+    ⟨x, u⟩ is made of the same R and W, without what their two pieces leave out: dx stays orthogonal to x, to float32's
+    precision, however small it is beside u.
+    """
+    C: tl.constexpr = min(D, 128)  # channels of dx that are held in registers
+    live = c < w
+    R = ()
+    spoilt = tl.zeros((16, C), tl.float32)  # becomes NaN
+    for i in tl.static_range(D // C):
+        if table is not None:
+            rows = class_rows(table, slots, i * C, D, C)
+            spoilt += rows * 0.0
+        if pull is not None:
+            rows_of_pull = class_rows(pull, slots, i * C, D, C)
+            spoilt += rows_of_pull * 0.0
+            rows = stacked(rows, rows_of_pull) if table is not None else rows_of_pull
+        R = R + (stacked(*two_pieces(rows)),)  # noqa: RUF005
+    broken = tl.max(tl.max((spoilt != spoilt).to(tl.int32), 0), 0)
+
+    # The classes of R's rows, -1 where a row is not of that table.
+    no_class = tl.full((16,), -1, tl.int32)
+    anchor_classes = slots
+    pull_classes = slots
+    if table is not None and pull is not None:
+        anchor_classes = joined(slots, no_class)
+        pull_classes = joined(no_class, slots)
+    anchor_classes = joined(anchor_classes, anchor_classes)[None, :]
+    pull_classes = joined(pull_classes, pull_classes)[None, :]
+    diagonal = tl.arange(0, P)[:, None] == tl.arange(0, P)[None, :]
+    spoilt_pixel = tl.zeros((P,), tl.float32)
+
+    for r in tl.range(r0, tl.minimum(r0 + ROWS, h), num_stages=3):
+        row = image + tl.cast(r, tl.int64) * sH
+        pixel = r * w + c
+        label = tl.load(y + pixel, mask=live, other=32767).to(tl.int32)
+        valid = label < N
+        step_w, step_d = steps_again(sW, sD, r, UNIT, ALIGN)
+
+        # 1. ‖x‖² and the products of x with the rows of the block's classes.
+        tiles = ()
+        for i in tl.static_range(D // C):
+            tiles = tiles + (channels(row, c * step_w, live, i * C, step_d, D, C),)  # noqa: RUF005
+        sizes = tl.zeros((P, P), tl.float32)  # on its diagonal
+        products = tl.zeros((P, R[0].shape[0]), tl.float32)
+        for i in tl.static_range(D // C):
+            sizes = tl.dot(tl.trans(tiles[i]), tiles[i], sizes)
+            products = tl.dot(tl.trans(tiles[i]), tl.trans(R[i]), products)
+        size = tl.sum(tl.where(diagonal, sizes, 0.0), 1)
+        spoilt_pixel += size * 0.0
+        norm = inverse_norm(size, True)
+        outer = tl.where(valid, norm * g, 0.0)
+
+        # 2. The weights of â_y, â_e and T_y in r g u.
+        W_high = tl.zeros(products.shape, tl.bfloat16)
+        W_low = W_high
+        if pull is not None:
+            own = pull_classes == label[:, None]
+            high, low = two_pieces(outer)
+            W_high = tl.where(own, high[:, None], W_high)
+            W_low = tl.where(own, low[:, None], W_low)
+        if table is not None:
+            own = anchor_classes == label[:, None]
+            s = tl.sum(tl.where(own, products, 0.0), 1) * norm * inverse_temperature
+            share = sigmoid(tl.load(Z + label, mask=valid, other=0.0) - s)
+            mine = tl.load(coefficients + label, mask=valid, other=0.0) * share * outer
+            negative = tl.load(e + pixel, mask=live, other=32767).to(tl.int32)
+            is_hard = negative < N
+            against = anchor_classes == negative[:, None]
+            s = tl.load(similarity + pixel, mask=is_hard, other=0.0)
+            hard = tl.exp(s - tl.load(Z + negative, mask=is_hard, other=0.0))
+            hard *= tl.load(coefficients + N + negative, mask=is_hard, other=0.0) * outer
+            mine += tl.where(negative == label, hard, 0.0)  # a given negative of its own class
+            high, low = two_pieces(hard)
+            W_high = tl.where(against, high[:, None], W_high)
+            W_low = tl.where(against, low[:, None], W_low)
+            high, low = two_pieces(mine)
+            W_high = tl.where(own, high[:, None], W_high)
+            W_low = tl.where(own, low[:, None], W_low)
+
+        # 3. dx = r g u - x r² (r g ⟨x, u⟩).
+        along = tl.sum((W_high.to(tl.float32) + W_low.to(tl.float32)) * products, 1)
+        inner = -along * norm * norm
+        out_row = out_image + tl.cast(r, tl.int64) * oH
+        out_w, out_d = steps_again(oW, oD, r, OUT_UNIT, OUT_ALIGN)
+        for i in tl.static_range(D // C):
+            u = tl.dot(W_high, R[i], tl.dot(W_low, R[i]))
+            # As one fma, x changes its layout as bfloat16, not as a float32 product.
+            x = tl.trans(tiles[i]).to(tl.float32)
+            u = tl.fma(x, tl.broadcast_to(inner[:, None], (P, C)), u)
+            d = i * C + tl.arange(0, C)
+            tl.store(out_row + (d[None, :] * out_d + (c * out_w)[:, None]), u.to(tl.bfloat16), mask=live[:, None])
+    return (broken + tl.max((spoilt_pixel != spoilt_pixel).to(tl.int32), 0)) > 0
 
 
 @triton.jit(do_not_specialize=["temperature", "N"])
@@ -116,7 +257,9 @@ def _features_bwd(
     ROWS: tl.constexpr,
     P: tl.constexpr,
     CHUNK: tl.constexpr,
+    BINS: tl.constexpr,
     NORMALIZE: tl.constexpr,
+    COPIED: tl.constexpr,
     UNIT: tl.constexpr,
     ALIGN: tl.constexpr,
     OUT_UNIT: tl.constexpr,
@@ -126,7 +269,9 @@ def _features_bwd(
 ):
     """dx of one block where a pixel is a negative of one class at most.
 
-    Recomputed: the norm, s_y. Read: s_e, one number a pixel. Rows of â and T are gathered, they stay in cache.
+    Recomputed: the norm, s_y. Read: s_e, one number a pixel. Rows of â and T are gathered; they stay in cache.
+    COPIED: rows can be copied. ``_write_copied_rows`` then writes the block, unless it has many classes or
+    holds something that is not finite.
     Moves: the features once, dx once, 6 bytes a pixel.
     """
     program = tl.program_id(0)
@@ -136,6 +281,7 @@ def _features_bwd(
     image, sH, sW, sD = image_features(x, strides, layer, b, UNIT, ALIGN, WIDE)
     out_image, oH, oW, oD = image_features(out, out_strides, layer, b, OUT_UNIT, OUT_ALIGN, WIDE)
     codes = image_codes(geometry, layer, b, h, w)
+    y += codes
     c = c0 + tl.arange(0, P)
     live = c < w
     g = 1.0
@@ -144,14 +290,61 @@ def _features_bwd(
     if pull is not None:
         pull += number * N * D
     if table is not None:
+        e += codes
+        similarity += codes
         table += number * N * D
+        Z += number * N
+        coefficients += 2 * number * N
         inverse_temperature = (1.0 / real(temperature)).to(ACC)
-        toward = coefficients + 2 * number * N
-        away = toward + N
+    else:
+        inverse_temperature = 1.0
 
-    for r in range(r0, tl.minimum(r0 + ROWS, h)):
+    gathered = True
+    if COPIED:
+        slots, classes = block_classes(y, e, r0, h, c, w, 0, N, ROWS, P, BINS, 16)
+        gathered = classes > 16
+        if classes <= 16:
+            gathered = _write_copied_rows(
+                image,
+                sH,
+                sW,
+                sD,
+                out_image,
+                oH,
+                oW,
+                oD,
+                y,
+                e,
+                similarity,
+                table,
+                pull,
+                slots,
+                Z,
+                coefficients,
+                g,
+                inverse_temperature,
+                r0,
+                h,
+                c,
+                w,
+                N,
+                D,
+                ROWS,
+                P,
+                UNIT,
+                ALIGN,
+                OUT_UNIT,
+                OUT_ALIGN,
+            )
+            if gathered:
+                tl.debug_barrier()  # what other threads stored is written again
+    r1 = r0
+    if gathered:
+        r1 = tl.minimum(r0 + ROWS, h)
+
+    for r in range(r0, r1):
         row = image + tl.cast(r, tl.int64) * sH
-        pixel = codes + (r * w + c)
+        pixel = r * w + c
         label = tl.load(y + pixel, mask=live, other=32767).to(tl.int32)
         valid = label < N
 
@@ -178,18 +371,16 @@ def _features_bwd(
         some_hard = tl.max(is_hard.to(tl.int32), 0) > 0
         if table is not None:
             product = tl.sum(to_anchor, 0)
-            share = sigmoid(
-                tl.load(Z + number * N + label, mask=valid, other=0.0) - product * norm * inverse_temperature
-            )
-            own = tl.where(valid, tl.load(toward + label, mask=valid, other=0.0) * share, 0.0)
+            share = sigmoid(tl.load(Z + label, mask=valid, other=0.0) - product * norm * inverse_temperature)
+            own = tl.where(valid, tl.load(coefficients + label, mask=valid, other=0.0) * share, 0.0)
             along += own * product
             negative = tl.load(e + pixel, mask=live, other=32767).to(tl.int32)
             is_hard = negative < N
             some_hard = tl.max(is_hard.to(tl.int32), 0) > 0
             if some_hard:
                 s = tl.load(similarity + pixel, mask=is_hard, other=0.0)
-                weight = tl.load(away + negative, mask=is_hard, other=0.0)
-                hard = weight * tl.exp(s - tl.load(Z + number * N + negative, mask=is_hard, other=0.0))
+                weight = tl.load(coefficients + N + negative, mask=is_hard, other=0.0)
+                hard = weight * tl.exp(s - tl.load(Z + negative, mask=is_hard, other=0.0))
                 # ⟨x, â_e⟩ = s τ / r; without direction nothing passes.
                 along += hard * s / (inverse_temperature * tl.where(norm == 0, 1.0, norm))
 

@@ -115,11 +115,16 @@ DENSE = ("_dense_similarities", "_pixel_anchor_fwd", "_features_bwd_dense")
 adds up the same s to the last bit: exp(s - Z) is exactly 1 where one negative is all of Z, however large s is."""
 
 
-def copies_rows(dtype: torch.dtype, D: int, num_classes: int) -> bool:
+def copies_rows(dtype: torch.dtype, D: int) -> bool:
     """Whether kernels that copy rows serve these features, where they lie so that rows can be copied. On Hopper:
-    for Ampere it spills 400 B, and for Blackwell it was not tried. A plan without a device is for Hopper.
-    Beside the sums of many classes, the norms that these kernels need would take more memory than the loss may."""
-    return dtype == torch.bfloat16 and D in (64, 128, 256) and num_classes <= 64 and architecture() in (None, 90)
+    for Ampere it spills 400 B, and for Blackwell it was not tried. A plan without a device is for Hopper."""
+    return dtype == torch.bfloat16 and D in (64, 128, 256) and architecture() in (None, 90)
+
+
+def keeps_norms(dtype: torch.dtype, D: int, num_classes: int) -> bool:
+    """Whether 1/‖x‖ of every pixel is kept for the sweep of the loss, which then copies rows. Beside the sums of many
+    classes it would take more memory than the loss may."""
+    return copies_rows(dtype, D) and num_classes <= 64
 
 
 def architecture() -> int | str | None:

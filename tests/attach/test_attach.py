@@ -50,7 +50,7 @@ def test_the_example_forward_does_not_change_the_model():
 
 
 def test_the_example_forward_keeps_no_graph():
-    """Its memory would be that of a training step."""
+    """A graph would take the memory of a training step."""
     grad = []
     net = Net()
     net.classifier.register_forward_hook(lambda module, args, output: grad.append(output.requires_grad))
@@ -59,7 +59,7 @@ def test_the_example_forward_keeps_no_graph():
 
 
 def test_attach_in_inference_mode_gives_a_model_that_trains():
-    """Also with an example that was made there and that a module hands on as it is."""
+    """This holds also if the example was made in inference mode and a module returns it unchanged."""
     for model, example in ((Net(), None), (nn.Sequential(nn.Identity(), Listing()), IMAGES[:1])):
         with torch.inference_mode():
             _, tap = attached(model, example_input=None if example is None else example.clone())
@@ -69,7 +69,7 @@ def test_attach_in_inference_mode_gives_a_model_that_trains():
 
 
 def test_a_layer_called_twice_is_noted_in_the_table():
-    """As the encoder of a siamese network: the last call is recorded."""
+    """A siamese network calls its encoder twice; the last call is recorded."""
 
     class Siamese(Wrapped):
         def forward(self, x):
@@ -97,7 +97,7 @@ def test_a_container_that_runs_its_children_runs_as_before():
 
 
 def test_heads_run_in_the_precision_of_the_layers():
-    """Also where features() stands outside of the autocast region, as it does with accelerate."""
+    """This holds also if features() is called outside the autocast region, as with accelerate."""
     model, tap = attached()
     with torch.autocast("cpu", torch.bfloat16):
         model(IMAGES)
@@ -108,7 +108,7 @@ def test_heads_run_in_the_precision_of_the_layers():
     model.bfloat16()
     model(IMAGES.bfloat16())
     assert {x.dtype for x in tap.features()} == {torch.bfloat16}
-    tap.heads.float()  # kept in float32 beside a model in half precision, without autocast
+    tap.heads.float()  # heads in float32 with a model in half precision, without autocast
     model(IMAGES.bfloat16())
     assert {x.dtype for x in tap.features()} == {torch.float32}
     _, tap = attached(Net().bfloat16(), example_input=None)
@@ -163,7 +163,7 @@ def test_fewer_than_two_stages_are_an_error():
         (
             lambda: ck.attach(attached()[0]),
             RuntimeError,
-            r"^model: expected one without a tap, got one attached at 'contextrast_heads'",
+            r"^model: expected a model without a tap, got one attached at 'contextrast_heads'",
         ),
         (lambda: ck.attach(nn.Sequential(attached()[0])), RuntimeError, r"got one attached at '0.contextrast_heads'"),
         (
@@ -189,7 +189,7 @@ def test_a_model_that_cannot_run_is_not_changed():
         attached(model)
 
 
-def test_frozen_layers_and_layers_that_are_not_called():
+def test_frozen_layers_and_layers_that_are_not_called_raise():
     model, tap = attached()
     model.stem.requires_grad_(False)
     model.stages[0].requires_grad_(False)

@@ -111,7 +111,7 @@ def test_the_head_adds_the_contrast_of_the_stages(registry):
     assert all(p.grad is not None for p in head.parameters())
 
 
-def test_what_the_head_ignores_the_contrast_ignores(registry):
+def test_the_contrast_ignores_what_the_head_ignores(registry):
     options = {"in_channels": [4, 8], "dim": 8, "layer_weights": (1.0, 0.5)}
     head = registry.build({"type": "ContextrastHead", "head": PLAIN | {"ignore_index": 1}, **options})
     data = samples()
@@ -143,7 +143,7 @@ def test_checkpoints_and_predictions_of_the_plain_head_stay_good(registry):
         ({"head": "FCNHead"}, TypeError, r"^head: expected the config of a decode head"),
         ({"head": {**PLAIN, "type": "MaskFormerHead"}}, TypeError, r"^head: .*got 'MaskFormerHead'"),
         ({"head": {**PLAIN, "type": "NoHead"}}, TypeError, r"^head: .*got 'NoHead'"),
-        ({"in_index": [0, 1]}, ValueError, r"^in_index: expected 4 places"),
+        ({"in_index": [0, 1]}, ValueError, r"^in_index: expected 4 indices"),
         ({"weight": -1}, ValueError, r"^weight: "),
         ({"dim": 0}, ValueError, r"^dim: "),
         ({"ratio": 2}, ValueError, r"^ratio: "),

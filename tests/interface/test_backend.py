@@ -124,7 +124,7 @@ def test_a_backend_can_be_chosen_inside_a_compiled_function(compilations):
     assert chosen() == usual
 
 
-# ---------------------------------------------------------------------------------------- what is missing is said once
+# --------------------------------------------------------------------------------------- a missing library warns once
 
 
 @pytest.fixture
@@ -196,7 +196,7 @@ def rocm(monkeypatch):
     properties = SimpleNamespace(
         name="AMD Instinct MI300X", gcnArchName="gfx942:sramecc+:xnack-", total_memory=192 << 30
     )
-    module = sys.modules[choose.__module__]  # the package's name for it is the function backend
+    module = sys.modules[choose.__module__]  # in the package the name backend is the function
     monkeypatch.setattr(module, "AMD", True)
     monkeypatch.setattr(module, "_triton_status", lambda device_type: "ok")
     monkeypatch.setattr(torch.version, "hip", "7.0")
@@ -205,7 +205,7 @@ def rocm(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
     monkeypatch.delenv("CONTEXTRAST_BACKEND", raising=False)
     _warn_once.cache_clear()
-    yield SimpleNamespace(device=torch.device("cuda"))  # as much of a tensor as a choice looks at
+    yield SimpleNamespace(device=torch.device("cuda"))  # choose() reads nothing else of a tensor
     _warn_once.cache_clear()
 
 
@@ -221,7 +221,7 @@ def test_triton_is_forced_on_amd(rocm, recwarn):
     assert not list(recwarn)
 
 
-def test_availability_on_amd_is_the_sentence_of_kernels_that_were_never_run(rocm):
+def test_availability_on_amd_says_that_the_kernels_were_never_run(rocm):
     assert "compile for AMD GPUs but have never been run" in ck.available()["triton"]
     assert ck.available()["reference"] == "ok"
 

@@ -82,7 +82,7 @@ FAST = [
     "select_nearest",
     "info_nce",
 ]
-"""Every day; the module below has contextrast_loss."""
+"""The functions that are compiled in every run. contextrast_loss is compiled in every run by the test of the module."""
 
 
 def leaf(x):
@@ -149,7 +149,7 @@ OTHER_SIZE = {"B": 3, "H": 70, "W": 47, "sizes": ((31, 22), (16, 18), (14, 13), 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_dynamic_shapes(name):
-    """One graph for every size, but for the reference's distance transform, whose depth depends on the width."""
+    """One graph serves every size, except for the reference's distance transform, whose depth depends on the width."""
     function, backend = FUNCTIONS[name], Compilations()
     compiled = compile_fully(function, backend=backend, dynamic=True)
     assert_equal_to_eager(compiled, function, inputs(**ONE_SIZE))
@@ -163,7 +163,8 @@ def test_dynamic_shapes(name):
     [(name, dynamic) for name in FUNCTIONS for dynamic in (False, True) if not (dynamic and "contextrast" in name)],
 )
 def test_inductor(name, dynamic):
-    """The total with dynamic shapes is left to test_dynamic_shapes: it is minutes of C++ for parts compiled here."""
+    """The total loss with dynamic shapes is left to test_dynamic_shapes, because compiling its C++ takes minutes and
+    its parts are compiled here."""
     function = FUNCTIONS[name]
     compiled = compile_fully(function, dynamic=dynamic)
     assert_equal_to_eager(compiled, function, inputs(**ONE_SIZE))
@@ -220,8 +221,9 @@ def dispatched_ops(function, **sizes):
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_no_synchronisation_and_a_constant_number_of_ops(name):
-    """Forward and backward. More images or classes: not one op more. 64 times the pixels: well below twice, for the
-    levels of a divide and conquer along one side, where a loop over rows would be eight times.
+    """Forward and backward need no op more for more images or classes. With 64 times the pixels they need less than
+    twice as many, for the levels of a divide and conquer along one side. A loop over rows would need eight times as
+    many.
     """
     function = FUNCTIONS[name]
     small = dispatched_ops(function)

@@ -27,10 +27,10 @@ def batch(rng):
     return [x, frozen.requires_grad_(False), top], labels, predictions
 
 
-@pytest.mark.parametrize("base_rate", [0.0, 0.5])
-def test_the_direct_call_has_the_bits_of_the_op(rng, base_rate, ops, monkeypatch):
+@pytest.mark.parametrize("base", [{}, {"base_rate": 0.5}, {"base_sampler": ck.Sampler("uniform", 20, 5)}])
+def test_the_direct_call_has_the_bits_of_the_op(rng, base, ops, monkeypatch):
     features, labels, predictions = batch(rng)
-    criterion = ck.ContextrastLoss(3, layer_weights=(1.0, 0.7, 0.5), base_rate=base_rate).to(DEVICE)
+    criterion = ck.ContextrastLoss(3, layer_weights=(1.0, 0.7, 0.5), **base).to(DEVICE)
     outcomes = []
     for direct in (True, False):
         if not direct:

@@ -1,4 +1,4 @@
-"""Every error a user can provoke: its type, and one sentence that names the argument and says what came.
+"""Every error that an argument can cause: its type, and a sentence that names the argument and what was passed.
 
 Rows are (what the user did, the call, exception, the argument the sentence starts with, what it must quote).
 """

@@ -12,7 +12,7 @@ FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
 
 def extremes(dtype):
-    """Numbers of a type on both sides of what narrower types can tell apart, in no order and with repetitions."""
+    """Numbers of a type in no order. Narrower types cannot tell some of them apart."""
     if dtype.is_floating_point:
         info = torch.finfo(dtype)
         step = 1 + info.eps
@@ -26,7 +26,7 @@ def extremes(dtype):
 
 @pytest.mark.parametrize("dtype", [*INTEGERS, *FLOATS])
 def test_selection_compares_distances_of_every_type_exactly(map_backend, rng, dtype):
-    """Also where two numbers differ in the last place of their type alone, and where they are equal."""
+    """This holds also for numbers that differ only in the last place of their type, and for equal ones."""
     values = extremes(dtype)
     distances = values[torch.from_numpy(rng.integers(0, len(values), (3, 7, 12)))]
     classes = torch.from_numpy(rng.integers(-1, 3, (3, 7, 12)))

@@ -9,7 +9,7 @@ import contextrast_kernels as ck
 
 
 class Tagged(torch.Tensor):
-    """A subclass that data libraries build: its results are subclasses too, and keep what it carries."""
+    """A subclass as data libraries have it: its results are subclasses too, and keep its attributes."""
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):

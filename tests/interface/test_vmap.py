@@ -39,7 +39,7 @@ def one_by_one(function, arguments):
 def test_maps_over_samples(map_backend, name):
     function, *arguments = MAPS[name]
     assert torch.equal(torch.func.vmap(function)(*arguments), one_by_one(function, arguments))
-    # One of the arguments is shared by all samples, and another axis counts them.
+    # Here all arguments but the first are shared by all samples, which are along axis 2.
     moved = arguments[0].movedim(0, 2)
     in_dims = (2, *(None for _ in arguments[1:]))
     got = torch.func.vmap(function, in_dims)(moved, *(value[0] for value in arguments[1:]))
@@ -47,7 +47,7 @@ def test_maps_over_samples(map_backend, name):
     assert torch.equal(got, one_by_one(function, shared))
 
 
-# The compiled kernels are mapped over samples every day in tests/compiled/test_ops.py.
+# tests/compiled/test_ops.py maps the compiled kernels over samples in every run.
 @pytest.mark.parametrize("backend", ["reference", pytest.param("triton", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", LOSSES)
 def test_losses_over_samples(name, backend):

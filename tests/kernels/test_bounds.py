@@ -1,6 +1,7 @@
-"""No program reads beyond the features: they end where memory without access begins, and whoever reads on is killed.
+"""No program reads beyond the features.
 
-In Triton's interpreter, whose loads are of this process's memory.
+The features end where memory without access begins, so a read beyond them kills the process. The kernels run in
+Triton's interpreter, which reads this process's memory.
 """
 
 import ctypes
@@ -37,7 +38,7 @@ def guarded(x: torch.Tensor) -> torch.Tensor:
     return copy.copy_(x)
 
 
-# Channels that programs share out unevenly, and that a tile divides.
+# These numbers of channels are multiples of a tile, but are not divided evenly among the programs.
 CASES = [
     ("class_anchors", 576, torch.float16),
     ("hard", 288, torch.float32),

@@ -24,7 +24,7 @@ pytestmark = NEEDS_TRITON
 @pytest.mark.parametrize("D", [256, 720, 1024])
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 def test_many_channels(rng, dtype, D, positives):
-    """Held at hand, or read a few at a time and shared out over programs."""
+    """The vectors are kept in registers, or read a few channels at a time by several programs."""
     x, z, y, c = vectors(rng, 3, D, dtype, 2.0), vectors(rng, 40, D, dtype, 2.0), labels(rng, 3), labels(rng, 40)
     assert_like_the_reference(loss_of(y, c, positives=positives), [x, z])
     assert_like_the_reference(loss_of(y, positives=positives), [x])

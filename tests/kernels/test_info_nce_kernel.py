@@ -1,4 +1,4 @@
-"""The Triton kernels of rows against columns, held to the definition as in kernel_checks.py."""
+"""The Triton kernels of ``info_nce`` against the reference, with the allowed errors of kernel_checks.py."""
 
 import itertools
 
@@ -66,7 +66,7 @@ SHAPES = [
 @ON_COMPILED_CODE
 @pytest.mark.parametrize(("shape", "form"), crossed(SHAPES, [*itertools.product(POSITIVES, DTYPES)]))
 def test_every_shape(rng, shape, form):
-    """Every day a shape in one form and dtype, each shape in another."""
+    """In every run each shape is tested in one form and dtype, which differ from shape to shape."""
     (R, C, D), (positives, dtype) = shape, form
     x = [vectors(rng, n, D, dtype, 2.0) for n in (R, C) if n is not None]
     row_labels, column_labels = (None if n is None else labels(rng, n) for n in (R, C))
@@ -148,7 +148,7 @@ def test_empty_matrices(R, C, D):
 
 
 def stepped(x):
-    """Neither axis of stride 1."""
+    """The same values in a matrix without an axis of stride 1."""
     big = x.new_full((2 * x.shape[0], 3 * x.shape[1]), torch.nan)
     big[::2, 1::3] = x
     return big[::2, 1::3]
@@ -161,7 +161,7 @@ def stepped(x):
 )
 @pytest.mark.parametrize("D", [8, pytest.param(130, marks=pytest.mark.slow)])
 def test_every_layout(rng, form, D):
-    """Columns that lie one channel after another, slices, and one row in many places; vectors of codes likewise."""
+    """Matrices stored column by column, slices, and expanded rows, each with label vectors of the same kind."""
     x, z = form(vectors(rng, 5, D, torch.float32)), form(vectors(rng, 7, D, torch.float32))
     y, c = (labels(rng, 2 * n)[::2] for n in (5, 7))
     weights = torch.rand(14, device=DEVICE)[::2]
@@ -203,7 +203,8 @@ def test_labels_are_compared_in_64_bits(rng, names, ignore_index):
 
 
 def test_ignore_indices_that_no_label_can_have(rng):
-    """-100 never meets a uint8 156, 2⁴⁰ no int32; beyond the last row and column nothing counts all the same."""
+    """-100 is not equal to a uint8 156, and 2⁴⁰ is not an int32. Padding after the last row and column still does not
+    count."""
     x = vectors(rng, 5, 8)
     y = torch.tensor([156, 156, 3, 0, 0], device=DEVICE)
     for dtype, ignore_index in ((torch.uint8, -100), (torch.int32, 2**40), (torch.uint8, 2**32), (torch.int16, -1)):
@@ -259,7 +260,7 @@ def test_ignored_nonfinite_vectors_change_nothing(rng, positives):
 
 @pytest.mark.parametrize("positives", POSITIVES)
 @pytest.mark.parametrize("weight", [-1.0, float("nan"), float("inf")])
-def test_a_weight_that_is_none_gives_nan(rng, positives, weight):
+def test_an_invalid_weight_gives_nan(rng, positives, weight):
     x, z, y, c = vectors(rng, 4, 8), vectors(rng, 5, 8), labels(rng, 4, ignored=0), labels(rng, 5, ignored=0)
     weights = torch.ones(5, device=DEVICE)
     weights[3] = weight
@@ -270,8 +271,8 @@ def test_a_weight_that_is_none_gives_nan(rng, positives, weight):
 @pytest.mark.parametrize("positives", POSITIVES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_large_similarities_neither_overflow_nor_vanish(rng, positives, dtype):
-    """|x| of 10⁴ and τ = 0.01: s of ± 10¹⁰ and more, where its last bit is far above 1. The weights of a row sum to
-    what they must all the same."""
+    """With |x| of 10⁴ and τ = 0.01, s is ± 10¹⁰ and more, and its last bit is far above 1. The weights of a row must
+    still have the right sum."""
     x, z = (vectors(rng, n, 16, dtype, 4e4) for n in (6, 40))
     y, c = labels(rng, 6, ignored=0), labels(rng, 40, ignored=0)
     loss = loss_of(y, c, positives=positives, temperature=0.01)
@@ -280,8 +281,8 @@ def test_large_similarities_neither_overflow_nor_vanish(rng, positives, dtype):
 
 @pytest.mark.parametrize("positives", POSITIVES)
 def test_a_share_is_at_most_one_however_s_is_rounded(positives):
-    """The backward pass recomputes s, and with huge similarities a different order of summation may put it above Z. A
-    single exponential is then still its whole sum. Here Z and Y are made 3 smaller."""
+    """The backward pass recomputes s. With huge similarities a different order of summation may put s above Z, and the
+    share exp(s - Z) must then still be at most 1. The test makes Z and Y smaller by 3."""
     x, z = torch.tensor([[1.0]], device=DEVICE), torch.tensor([[0.0], [1.0]], device=DEVICE)
     tensors = (x, torch.tensor([0], device=DEVICE), z, torch.tensor([0, 1], device=DEVICE), None, None, None)
     loss, count, kept = _info_nce(*tensors, 0.01, -1, positives, "mean")
@@ -337,7 +338,8 @@ def test_blocks_of_padding(rng):
 
 @pytest.mark.parametrize("positives", ["supcon", "pooled"])
 def test_sums_of_many_splits(rng, positives):
-    """More than are added at a time, some of them empty: largest and sum relative to it give the sum of all."""
+    """There are more splits than are added at a time, and some are empty. Their maxima and the sums relative to these
+    give the sum of all."""
     from triton import language as tl
 
     from contextrast_kernels.kernels import _launch
@@ -362,13 +364,13 @@ def test_sums_of_many_splits(rng, positives):
 
 @pytest.mark.slow
 def test_many_splits_of_the_columns(rng):
-    """More than are added at a time."""
+    """There are more splits than are added at a time."""
     x, z, y, c = vectors(rng, 2, 4), vectors(rng, 2300, 4), labels(rng, 2, ignored=0), labels(rng, 2300)
     assert_like_the_reference(loss_of(y, c), [x, z])
 
 
 def test_columns_in_the_order_of_their_classes(rng):
-    """Most tiles have no positive then, and are passed over."""
+    """Most tiles then have no positive and are skipped."""
     x, z, y = vectors(rng, 4, 8), vectors(rng, 260, 8), torch.tensor([2, 2, 2, -1], device=DEVICE)
     c = torch.arange(260, device=DEVICE) // 65
     assert_like_the_reference(loss_of(y, c), [x, z])

@@ -332,7 +332,7 @@ def test_the_pull_of_anchors_in_sixteen_bits(rng):
     options = (4, 255, [1.0, 0.5], 0.1, 0.7, 0.0, True, False, False, None, None)
     pulls = []
     for features in (xs, [x.double() for x in xs]):
-        *_, pull = contextrast._contextrast_loss(features, labels, e, seed, *options)
+        *_, pull = contextrast._contextrast_loss(features, labels, e, [], seed, *options)
         pulls.append(pull[..., :24].double())
     # A⁻, at most 1 long, is counted in steps of 2⁻²⁴, and every block rounds once.
     assert relative(*pulls) < 2e-6
@@ -515,9 +515,10 @@ def test_opcheck(rng):
     chosen = [torch.where((negatives >= 0) & (negatives < 3), negatives, 255), torch.zeros(1, 2, 2, device=DEVICE)]
     e = torch.cat([x.flatten().to(torch.uint8) for x in chosen])
     seed = torch.zeros((), dtype=torch.int64, device=DEVICE)
-    for base_rate in (0.0, 0.5):
+    sampled = [base, torch.ones(1, 2, 2, dtype=torch.bool, device=DEVICE)]
+    for base_rate, base_maps in ((0.0, []), (0.5, []), (0.0, sampled)):
         options = (3, 255, [1.0, 0.5], 0.1, 0.7, base_rate, True, False, False, None, None)
-        arguments = ([x, top], labels, e, seed, *options)
+        arguments = ([x, top], labels, e, base_maps, seed, *options)
         opcheck(contextrast._contextrast_loss, arguments)
         loss, _, _, *saved = contextrast._contextrast_loss(*arguments)
         backward = (torch.ones_like(loss).detach(), [detached, top.detach()], e, *saved, 0.1, True, False)

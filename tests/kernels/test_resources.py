@@ -25,12 +25,13 @@ pytestmark = pytest.mark.skipif(
 
 HERE = Path(__file__).parents[1]
 MOST_STACK = {"bfloat16": 1024, "float16": 1024, "float32": 1024, "float64": 3072}
-"""Bytes a thread in any case. Below Triton 3.9 float64 is multiplied without tensor cores, in registers."""
+"""The most bytes of stack a thread in any case, by dtype. Triton before 3.9 multiplies float64 in registers, without
+tensor cores."""
 MOST_STACK_OF_PATHS = 32
-"""On the paths of cityscapes and ade20k, in bfloat16."""
-MOST_STACK_OF_COPIES = 256
-"""Bytes a thread of ``_pixel_anchor_copied_fwd``. On sm_90 its loop over rows loads and stores the stack six times. The
-other accesses are outside the loop, or in the branch for blocks with many classes or non-finite vectors."""
+"""The most bytes of stack a thread on the paths of cityscapes and ade20k, in bfloat16."""
+MOST_STACK_OF_COPIES = {"_pixel_anchor_copied_fwd": 256, "_features_bwd": 64}
+"""The most bytes of stack a thread on the same paths, of kernels with a branch for copied rows and one for all other
+blocks. On sm_90 the loop of ``_pixel_anchor_copied_fwd`` over rows loads and stores the stack six times."""
 SWEEPS = {
     "_class_anchors_fwd", "_hard_similarities", "_dense_similarities", "_pixel_anchor_fwd", "_features_bwd",
     "_features_bwd_dense",
@@ -42,7 +43,7 @@ PRODUCTS = {
     "_pixel_anchor_copied_fwd": {"bfloat16": "BF16"},
     "_features_bwd_dense": {"bfloat16": "TF32", "float16": "TF32", "float32": "TF32", "float64": "DMMA"},
 }
-"""What an instruction of the tensor cores says where a kernel multiplies: see ``_tiles.dot_features``."""
+"""A part of the name of the tensor-core instructions that each kernel multiplies with (``_tiles.dot_features``)."""
 PARTS = 12
 
 
@@ -94,12 +95,11 @@ def assert_hardly_spilled(rows: list[dict]) -> None:
     assert kernels >= {"_class_anchors_fwd", "_hard_similarities"}
     assert kernels & {"_pixel_anchor_fwd", "_pixel_anchor_copied_fwd"}
     for row in rows:
-        most = MOST_STACK_OF_COPIES if row["kernel"] == "_pixel_anchor_copied_fwd" else MOST_STACK_OF_PATHS
-        assert row["stack"] <= most, name_of(row)
+        assert row["stack"] <= MOST_STACK_OF_COPIES.get(row["kernel"], MOST_STACK_OF_PATHS), name_of(row)
 
 
 def test_the_matrix_has_both_values_of_every_switch():
-    """What a kernel's constants follow from: no switch of the loss may be left at its default."""
+    """A kernel's constants follow from these switches of the loss, so both values of each must be compiled."""
     source = "import aot, json; print(json.dumps([case._asdict() for case in aot.matrix()]))"
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     result = subprocess.run(
@@ -114,7 +114,7 @@ def test_the_matrix_has_both_values_of_every_switch():
 
 
 def test_the_tile_table_serves_every_dtype_and_number_of_channels():
-    """And the dense sweeps multiply alike: see ``_tile_table.DENSE``."""
+    """The dense sweeps must also have the same K (``_tile_table.DENSE``)."""
     import torch
 
     from contextrast_kernels.kernels._tile_table import DENSE, TABLE, tiles
@@ -122,15 +122,15 @@ def test_the_tile_table_serves_every_dtype_and_number_of_channels():
     for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         for D in range(1, 1025):
             for kernel in TABLE:
-                taken = tiles(kernel, dtype, D, "K", "COLUMNS", "CLASSES")
+                sizes = tiles(kernel, dtype, D, "K", "COLUMNS", "CLASSES")
                 for name in ("P", "CHUNK", "K", "CLASSES"):
-                    assert taken[name].bit_count() == 1, (kernel, D, name)
-                assert taken["COLUMNS"] % taken["K"] == 0
+                    assert sizes[name].bit_count() == 1, (kernel, D, name)
+                assert sizes["COLUMNS"] % sizes["K"] == 0
                 if kernel == "_features_bwd_dense":
-                    assert taken["COLUMNS"].bit_count() == 1
+                    assert sizes["COLUMNS"].bit_count() == 1
             dense = [tiles(kernel, dtype, D, "K", "CLASSES") for kernel in DENSE]
-            assert len({taken["K"] for taken in dense}) == 1
-            assert max(taken["CLASSES"] for taken in dense) < 64
+            assert len({sizes["K"] for sizes in dense}) == 1
+            assert max(sizes["CLASSES"] for sizes in dense) < 64
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,12 @@ WEIGHTS = (1.0, 0.6)
 BACKENDS = ("reference", "triton")
 
 
+def every_third(labels, predictions, num_classes, seed, stream):
+    """A base sampler that chooses each pixel by its place in the image, so that ranks and one process agree."""
+    _, h, w = labels.shape
+    return ((torch.arange(h).unsqueeze(1) + torch.arange(w) + stream) % 3 == 0).expand(labels.shape)
+
+
 @dataclass(frozen=True)
 class Case:
     images: tuple[int, ...] = (2, 1)
@@ -28,11 +34,11 @@ class Case:
     dtype: torch.dtype = torch.float64
     ignored_ranks: tuple[int, ...] = ()
     broken: bool = False
-    """The last rank has a NaN, at a pixel of class 3."""
+    """True if the last rank has a NaN, at a pixel of class 3."""
     quiet: bool = False
-    """No pixel is taken for class 3, which has no negative then."""
+    """True if no pixel is predicted as class 3, which then has no negative."""
     scale: float = 1.0
-    """The factor that the features are multiplied with."""
+    """The factor by which the features are multiplied."""
     options: dict = field(default_factory=dict)
 
 
@@ -48,6 +54,7 @@ CASES = {
         images=(1, 1), scale=30.0, options={"base_rate": 0.3, "normalize": False}
     ),
     "features as they are, a class that has no negative": Case(quiet=True, options={"normalize": False}),
+    "a sampler's base pixels": Case(options={"base_sampler": every_third, "negatives": "semi-hard"}),
     "all negatives": Case(images=(1, 1, 1, 1), options={"negatives": "none", "base_rate": 1.0}),
     "features as they are": Case(options={"normalize": False}),
     "dense, features as they are": Case(images=(1, 1, 1, 1), options={"normalize": False, "base_rate": 0.5}),
@@ -66,7 +73,7 @@ QUICK = (
     "float16",
     "a NaN on one rank",
 )
-"""Cases of the fused kernels for every day: their interpreter is slow."""
+"""The cases that every run tests on the fused kernels. The others are slow tests, because the interpreter is slow."""
 RUNS = [
     pytest.param(name, backend, marks=[pytest.mark.slow] * (backend == "triton" and name not in QUICK))
     for backend in BACKENDS
@@ -101,7 +108,7 @@ def batch(name):
 
 
 def share_of(rank):
-    """What each of two ranks has of their batch."""
+    """A rank's part of the batch of two ranks."""
     mine = slice(0, 2) if rank == 0 else slice(2, 3)
     features, labels, predictions = batch("two ranks")
     return [x[mine] for x in features], labels[mine], predictions[mine]
@@ -113,7 +120,7 @@ def loss_of(name, **more):
 
 
 def one_step(criterion, features, labels, predictions):
-    """The loss, its gradients, and what the criterion says of it."""
+    """The loss, its gradients, and ``criterion.last``."""
     features = leaves(features)
     loss = criterion(features, labels, predictions)
     loss.backward()
@@ -127,7 +134,7 @@ def ranks_of(rank):
     """Groups of one, two and four ranks that this rank is in."""
     groups = {}
     for members in ((0,), (0, 1), (0, 1, 2, 3)):
-        group = dist.new_group(list(members))  # every rank takes part in making it
+        group = dist.new_group(list(members))  # every rank must call this
         if rank in members:
             groups[len(members)] = group
     return groups
@@ -159,11 +166,11 @@ COUNTED = {
 }
 """Kinds of losses whose reductions are counted."""
 QUICKLY_COUNTED = ("float16", "features as they are")
-"""With fused kernels every day: those with fewer numbers, and those with more reductions, than the others."""
+"""Of these, every run counts on the fused kernels the one with fewer numbers and the one with more reductions."""
 
 
 def counted(rank, group, dtype=torch.float64, **options):
-    """Element numbers of the collectives forward, and backward."""
+    """The numbers of elements that the collectives of the forward and of the backward pass reduce."""
     features, labels, predictions = share_of(rank)
     features = leaves([x.to(dtype) for x in features])
     counts, losses = [], []
@@ -221,7 +228,7 @@ def trained(rank, group, backend):
     images, labels = images_and_labels()
     mine = slice(0, 3) if rank == 0 else slice(3, 4)
     with ck.backend(backend):
-        # DDP hands rank 0's seed to all ranks.
+        # DDP copies rank 0's seed to all ranks.
         return training(
             lambda net: torch.nn.parallel.DistributedDataParallel(net, process_group=group),
             images[mine],
@@ -232,7 +239,7 @@ def trained(rank, group, backend):
 
 
 COMPILED = "random negatives at full size"
-"""Without distances, which have no part in a group and take long to trace."""
+"""The options do not need distances, which take long to trace and do not depend on the group."""
 
 
 def compiled(rank, group, backend):
@@ -275,7 +282,7 @@ def sentence(call):
 
 
 def disagreements(rank, groups):
-    """Each in a group that is used for the first time."""
+    """The errors when the two ranks differ, each in a group that is used for the first time."""
     groups = iter(groups)
     inputs = share_of(rank)
     wider = [torch.cat([x, x], 1) for x in inputs[0]]
@@ -293,7 +300,7 @@ def disagreements(rank, groups):
             lambda: loss(inputs[0][: 2 - rank], layer_weights=WEIGHTS[: 2 - rank], normalize_anchors=True)
         ),
         "backend": sentence(ck.backend(BACKENDS[rank])(lambda: loss())),
-        # Past this limit there is one reduction more.
+        # A small temperature takes one reduction more.
         "temperature": sentence(lambda: loss(temperature=(0.1, 0.001)[rank])),
         "weights": sentence(lambda: loss(layer_weights=(1.0, 0.6 + rank), base_rate=0.1 * rank)),
         "after all": sentence(loss),
@@ -301,20 +308,20 @@ def disagreements(rank, groups):
 
 
 def alone(rank, group):
-    """The errors of rank 1 when it alone calls a different loss in a group in use, and then together with rank 0."""
+    """The errors of rank 1 when it alone calls a different loss in a group in use, and of both ranks afterwards."""
     criterion, inputs = ck.ContextrastLoss(N + 1, layer_weights=WEIGHTS, group=group), share_of(rank)
     dist.barrier(group)
     store = group.get_group_store()
     usual = store.timeout
     store.set_timeout(datetime.timedelta(seconds=1))
-    said = sentence(lambda: criterion(*inputs)) if rank == 1 else None
+    alone_error = sentence(lambda: criterion(*inputs)) if rank == 1 else None
     for late in (1, 0):
         dist.barrier(group)
         if rank == late:
             one_by_one = sentence(lambda: ck.ranks.agree(group.group_name, "a kind of loss"))
     dist.barrier(group)
     store.set_timeout(usual)
-    return said, one_by_one, sentence(lambda: criterion(*inputs))
+    return alone_error, one_by_one, sentence(lambda: criterion(*inputs))
 
 
 def second_derivative(rank, group):
@@ -327,7 +334,7 @@ def second_derivative(rank, group):
 
 
 def left_in_store(group):
-    """Keys that are new in the group's store: after a loss, and while its numbers follow a schedule."""
+    """The number of new keys in the group's store: after a loss, and while its temperature follows a schedule."""
     store, inputs = group.get_group_store(), batch("two ranks")
     store.set("own", "")
     counts = []
@@ -351,7 +358,7 @@ def copies(group):
 
 
 def run_rank(rank, folder, runs, whole):
-    """whole: also what is no case."""
+    """whole: run everything, not only the cases."""
     torch.set_num_threads(1)
     if any(backend == "triton" for _, backend in runs):
         speed_up()
@@ -396,7 +403,7 @@ ON_GPUS = ("two ranks", "some base pixels, features as they are", "normalised an
 
 
 def run_on_device(rank, folder, world, device, through):
-    """A share of every batch on a device of one's own: a step that may wait for the device, then one that may not."""
+    """Run a share of every batch on the rank's own device: one step that may synchronise, then one that may not."""
     device = torch.device(device, rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -406,7 +413,7 @@ def run_on_device(rank, folder, world, device, through):
         features, labels, predictions = batch(name)
         mine = np.array_split(np.arange(len(labels)), world)[rank]
         share = [x[mine].to(device) for x in features], labels[mine].to(device), predictions[mine].to(device)
-        # The same draws in both steps.
+        # In evaluation mode both steps make the same draws.
         criterion = loss_of(name, group=dist.group.WORLD).to(device).eval()
         first = one_step(criterion, *share)  # compiles kernels; ranks agree
         if device.type == "cuda":

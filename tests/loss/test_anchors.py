@@ -202,7 +202,7 @@ def test_fusion_is_differentiable_in_both(rng):
 
 
 def test_fusion_ignores_rows_of_classes_without_pixels():
-    """A caller's own anchors may hold anything where the count is zero; NaN there is not a class."""
+    """A caller's own anchors may hold anything, also NaN, in rows whose count is zero."""
     nan = float("nan")
     anchors = torch.tensor([[1.0, 2.0], [nan, nan]], requires_grad=True)
     top = torch.tensor([[nan, nan], [1.0, 1.0]], requires_grad=True)

@@ -18,7 +18,7 @@ TIGHT = {"rel": 1e-12, "abs": 1e-13}
 
 
 def case(rng, **options):
-    """Four layers, four classes, labels of odd size; the layers' sizes are no fractions of the labels'."""
+    """Four layers, four classes, labels of odd size. No layer's size divides that of the labels."""
     labels, predictions = scene(rng, **options)
     return pyramid(rng, B=len(labels)), labels, predictions
 
@@ -149,7 +149,8 @@ def test_hand_worked_total_of_two_layers():
 @pytest.mark.parametrize("detach", [False, True])
 @pytest.mark.parametrize("options", [{}, {"normalize_anchors": True, "base_rate": 0.4}], ids=["defaults", "all terms"])
 def test_gradient_equals_central_differences_of_the_loops(rng, detach, options):
-    """Through positives, negatives, anchors and the top layer's share in all; with fixed anchors where detached."""
+    """The gradient passes through positives, negatives, anchors and the last layer's share in all anchors. Detached
+    anchors are constants."""
     labels, predictions = scene(rng, B=1, N=3, H=5, W=6, wrong=0.4)
     features = pyramid(rng, B=1, D=2, sizes=((3, 4), (2, 2)))
     options = {"num_classes": 3, "layer_weights": (1.0, 0.7), "temperature": 0.5, **options}

@@ -236,7 +236,7 @@ def test_zero_vectors(rng):
 @pytest.mark.parametrize("layer", [0, 2, 3])
 @pytest.mark.parametrize("normalize", [True, False])
 def test_nan_or_inf_at_a_valid_pixel_is_never_hidden(rng, bad, layer, normalize):
-    """Also without any error, where no class has a negative, and in half precision."""
+    """This holds also without any error, where no class has a negative, and in half precision."""
     for dtype in (torch.float16, torch.float32):
         features, labels, predictions = case(rng, ignored=0)
         features = [x.to(dtype) for x in features]

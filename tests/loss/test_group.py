@@ -1,7 +1,7 @@
 """The loss of the pixels of many ranks against the loss of the same pixels in one process.
 
-Four gloo processes run all cases once; pairs of them and single ones are groups of their own. What every rank saw is
-handed back and compared here.
+Four gloo processes run all cases once, in groups of one, two and four. The results of every rank are returned and
+compared here.
 """
 
 import gc
@@ -46,7 +46,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory):
-    """What each rank saw."""
+    """The results of each rank."""
     runs = [(name, "reference") for name in CASES] + [(name, "triton") for name in QUICK]
     return spawned(tmp_path_factory.mktemp("ranks"), runs, True)
 
@@ -109,8 +109,8 @@ def test_ranks_get_the_loss_and_gradient_of_one_process(request, name, backend):
     ],
 )
 def test_a_step_reduces_three_times_forward_and_at_most_once_backward(request, backend, name, ranks):
-    """As many numbers a layer as docs/distributed.md says; one maximum more where exponents have no small bound, and in
-    the fused loss one where features have none."""
+    """They reduce as many numbers per layer as docs/distributed.md says. There is one maximum more if exponents have no
+    small bound, and in the fused loss another if features have none."""
     if backend == "reference":
         first, third, backward = N * (D + 1) + 2, N + 1, [N * (D + 1) + 2]
     else:
@@ -202,14 +202,9 @@ def test_a_destroyed_group_raises_a_clear_error(seen):
             assert sentence.startswith("RuntimeError: group: expected an existing process group"), sentence
 
 
-def test_base_sampler_with_a_group_is_refused(one_rank):
-    with pytest.raises(ValueError, match="base_sampler: expected None with a group"):
-        ck.ContextrastLoss(N, base_sampler=ck.Sampler("common-count", 10, 2), group=dist.group.WORLD)
-
-
 @pytest.mark.parametrize("bound", [None, 1.0, 300.0, 301.0, 745.0, 5000.0])
 def test_log_sums_keep_their_range(one_rank, bound):
-    """Whether they are shifted by a bound, or by the largest where float64 cannot hold the exponentials."""
+    """They are shifted by the bound, or by the largest exponent if float64 cannot hold the exponentials."""
     size = 5000.0 if bound is None else bound
     log_sums = torch.tensor([-size, -0.5 * size, 0.0, size, -torch.inf], dtype=torch.float64)
     found = ranks.log_sum_exp(log_sums, ranks.name_of(dist.group.WORLD), bound)
@@ -235,7 +230,7 @@ def test_sums_over_ranks_do_not_modify_their_inputs(one_rank, monkeypatch):
     e = torch.full((3 * sum(h * w for h, w in SIZES),), 255, dtype=torch.uint8)
     options = (N, 255, list(WEIGHTS), 0.2, 0.7, 0.0, True, False, False, errors)
     seed, name = torch.zeros((), dtype=torch.int64), ranks.name_of(dist.group.WORLD)
-    _, _, report, *_ = contextrast._contextrast_loss(features, labels, e, seed, *options, name)
+    _, _, report, *_ = contextrast._contextrast_loss(features, labels, e, [], seed, *options, name)
     assert report[3].tolist() == [14, 6]
     assert errors.tolist() == [7, 3]
 

@@ -1,4 +1,4 @@
-"""The hash that breaks ties and draws base pixels: one definition, unsigned 32-bit, the same everywhere."""
+"""The hash that breaks ties and draws base pixels, in unsigned 32-bit arithmetic, is the same everywhere."""
 
 import literal
 import numpy as np

@@ -122,7 +122,7 @@ def test_a_weight_is_a_number_of_copies(rng, positives):
 
 @pytest.mark.parametrize("positives", POSITIVES)
 @pytest.mark.parametrize("weight", [-1.0, float("nan"), float("inf")])
-def test_a_weight_that_is_none_gives_nan_unless_ignored(rng, positives, weight):
+def test_an_invalid_weight_gives_nan_unless_ignored(rng, positives, weight):
     rows, row_labels, columns, column_labels = case(rng)
     weights = torch.ones(14)
     clean = ck.info_nce(rows, row_labels, columns, column_labels, column_weights=weights, positives=positives)
@@ -139,7 +139,8 @@ def test_a_weight_that_is_none_gives_nan_unless_ignored(rng, positives, weight):
 
 
 def test_supcon_of_rows_without_a_negative_still_evens_out_their_positives(rng):
-    """The published loss: log of the positives' sum over each of them; the two other forms have nothing to say."""
+    """As published, the loss is the log of the sum over the positives divided by each of them. The two other forms are
+    0 here."""
     rows, _, columns, _ = case(rng)
     labels = (torch.zeros(9).long(), columns, torch.zeros(14).long())
     s = rows @ columns.T / 0.1

@@ -237,7 +237,7 @@ def test_criterion_is_cross_entropy_and_contrast(rng, smoothing, weighted):
 
 
 @pytest.mark.parametrize("weights", [["a"] * 4, [[1.0], [1.0, 2.0]], [1.0, None, 1.0, 1.0]])
-def test_class_weights_that_are_no_numbers_are_one_sentence(weights):
+def test_invalid_class_weights_raise_a_clear_error(weights):
     with pytest.raises(TypeError, match=r"^class_weights: expected 4 finite numbers, one for each class, got list \["):
         ck.ContextrastCriterion(4, class_weights=weights)
 
@@ -275,7 +275,7 @@ def test_criterion_without_a_valid_pixel_is_zero_with_a_live_graph(rng, batch, w
 
 
 def test_criterion_leaves_out_labels_that_are_no_class(rng):
-    """Where torch would read out of bounds, or stop the device."""
+    """With such labels torch's cross-entropy would read out of bounds, or stop the device."""
     features, labels, predictions = case(rng)
     logits = logits_of(predictions, 4, rng)
     wild = torch.where(labels == 255, torch.tensor([-100, 4, 254, 2**40])[labels % 4], labels)

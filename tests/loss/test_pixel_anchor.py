@@ -101,7 +101,7 @@ def test_loss_equals_the_loops(rng, given, normalize, size):
 
 
 def test_gradient_equals_central_differences_of_the_loops(rng):
-    """Every coordinate of features and anchors, through the literal definition: step 1e-5, truncation error ~ 1e-10 /
+    """Every coordinate of features and anchors, through the literal loops: step 1e-5, truncation error ~ 1e-10 /
     tau^3.
     """
     features, labels, anchors, negatives, base = case(rng, B=1, h=2, w=3, N=3)

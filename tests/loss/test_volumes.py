@@ -14,14 +14,15 @@ import contextrast_kernels as ck
 from contextrast_kernels import maps, native
 
 N, D = 4, 5
-SIZES = ((4, 5, 6), (2, 3, 4), (2, 2, 2), (1, 1, 2))  # no fractions of the labels' (5, 9, 11)
+SIZES = ((4, 5, 6), (2, 3, 4), (2, 2, 2), (1, 1, 2))  # none divides the labels' (5, 9, 11)
 NATIVE = pytest.mark.skipif(native.status("cpu") != "ok", reason=f"native: {native.status('cpu')}")
 MARKS = {"reference": [], "native": [NATIVE], "triton": [NEEDS_TRITON]}
 BACKENDS = [pytest.param(backend, marks=marks) for backend, marks in MARKS.items()]
 
 
 def crossed(names, quick=()):
-    """Each name on every backend; on Triton's, whose interpreter is slow, every day those of ``quick`` alone."""
+    """Pairs of every name and every backend. On Triton's, whose interpreter is slow, all but ``quick`` are slow
+    tests."""
     return [
         pytest.param(name, backend, marks=[*marks, *[pytest.mark.slow] * (backend == "triton" and name not in quick)])
         for name in names
@@ -50,7 +51,7 @@ def value_and_gradients(function, features):
     return loss.detach(), torch.autograd.grad(loss, features, materialize_grads=True)
 
 
-# --------------------------------------------------------------------------------------------------------- definitions
+# ------------------------------------------------------------------------------------------------- against the loops
 
 
 @pytest.mark.parametrize("size", [(5, 9, 11), (2, 4, 6), (7, 9, 3), (1, 1, 1), (10, 20, 30)])
@@ -274,7 +275,7 @@ def test_a_relative_draws_from_the_rows_of_all_planes(rng, name, backend):
 
 
 def layouts(x):
-    """A volume's features in memory that the kernels can read."""
+    """A volume's features in the memory layouts that the kernels can read."""
     B, C, z, h, w = x.shape
     big = x.new_full((B, C + 1, z + 2, 2 * h, 3 * w), torch.nan)
     for name, view in (

@@ -51,7 +51,7 @@ def test_boundary_f1_of_volumes_against_literal_loops(scene, radius):
 
 
 def test_shares_of_the_diagonal_span_all_three_sides():
-    """160 voxels along z, of which a share is more than one voxel, and few along y and x, of which it is less."""
+    """The volume has 160 voxels along z and few along y and x, so only with z is the share more than a voxel."""
     labels = torch.zeros(1, 160, 3, 4, dtype=torch.uint8)
     labels[:, 80:] = 1
     shifted = torch.cat((labels[:, :1], labels[:, :-1]), 1)

@@ -1,4 +1,4 @@
-"""The paper's ablation, one argument a cell: samplers of the relatives in Contextrast and in each other's place."""
+"""The paper's ablation needs one argument for each cell: Contextrast and the relatives take each other's samplers."""
 
 import literal
 import literal_relatives
@@ -64,29 +64,30 @@ def test_samplers_are_interchangeable():
     values = {s: LOSSES["pixel"](sampler=s)(layers, halves, wrong).item() for s in ("uniform", "hard-easy", "bane")}
     assert len(set(values.values())) == 3
     for name in ("pixel", "multi-scale"):
-        of = LOSSES[name](sampler=BASE)
+        loss = LOSSES[name](sampler=BASE)
         assert torch.equal(
-            of(layers, labels, logits), LOSSES[name](sampler=lambda *inputs: BASE(*inputs))(layers, labels, logits)
+            loss(layers, labels, logits), LOSSES[name](sampler=lambda *inputs: BASE(*inputs))(layers, labels, logits)
         )
 
 
 def test_a_sampler_above_the_limit_is_thinned_over_all_images():
-    """Not cut off in raster order, which would leave the last images and the bottom of the others out."""
+    """If the pixels were cut off in raster order, the last images and the bottom of the others would be left out."""
     x, _, logits = batch(B=4)
     labels = torch.arange(4).reshape(4, 1, 1).expand(4, 18, 24).contiguous()  # an image, a class
     labels[:, :, ::4] = 255  # at the layer, every second column; these take no place
     loss = LOSSES["pixel"](sampler=everywhere, max_samples=40)
-    of = leaves(x)
-    loss(of, labels, logits).backward()
+    features = leaves(x)
+    loss(features, labels, logits).backward()
     assert loss.last["samples"] == 40
-    drawn = of[0].grad.any(1)
+    drawn = features[0].grad.any(1)
     assert drawn.sum() == 40
     assert drawn.flatten(1).any(1).all()
     assert drawn[:, 5:].any()
 
 
 def test_contextrasts_negatives_are_columns_of_info_nce():
-    """Anchors as rows, pixels as columns: what a pixel is a hard negative of is its `column_negatives`."""
+    """Anchors are the rows and pixels the columns. The class that a pixel is a hard negative of is its entry in
+    `column_negatives`."""
     (x, *_), labels, logits = batch()
     anchors, counts = ck.class_anchors(x, labels, N)
     hard = ck.bane_negatives(logits, labels, size=SIZES[0], seed=2)

@@ -26,7 +26,7 @@ def contents(bank):
 
 
 def numbered(first, count):
-    """Rows that say when they were written."""
+    """Rows whose values are the numbers of their writes."""
     return torch.arange(first, first + count).unsqueeze(1) * torch.tensor([1.0, -1.0])
 
 
@@ -50,7 +50,8 @@ def test_every_queue_is_first_in_first_out(rng, pixels, regions):
 
 
 def test_no_place_is_written_twice_by_one_push(monkeypatch):
-    """On a GPU either of the two could stay. But all others go to the last row of the storage, which is never read."""
+    """On a GPU either of two writes could win. All entries that are not kept go to the last row of the storage, which
+    is never read."""
     places, index_copy = [], torch.Tensor.index_copy_
     monkeypatch.setattr(
         torch.Tensor,
@@ -66,14 +67,14 @@ def test_no_place_is_written_twice_by_one_push(monkeypatch):
 
 
 def test_the_oldest_entry_is_overwritten_place_by_place():
-    """Where an entry stands does not change until it is the oldest."""
+    """An entry keeps its place until it is the oldest."""
     bank = ck.MemoryBank(1, D, pixels=4, regions=0)
     for n in range(11):
         bank.push("pixels", numbered(n, 1), torch.tensor([0]))
         assert bank.columns()[0][n % 4].tolist() == [n, -n]
 
 
-def test_what_has_not_been_written_is_no_column():
+def test_unwritten_places_are_not_columns():
     bank = ck.MemoryBank(N, D, pixels=3, regions=2)
     entries, classes = bank.columns()
     assert entries.shape == (15, D)
@@ -234,7 +235,7 @@ def steps(rank, kind, folder):
 
 
 def disagreement(rank):
-    """What a rank is told that gives other numbers of rows than the others; and a copy of the loss goes on."""
+    """The error if ranks write different numbers of rows, and whether a copy of the loss can then continue."""
     loss = criterion(group=dist.group.WORLD)
     said = []
     for x, labels, logits in (batch(B=1 + rank), batch(rank)):
@@ -294,7 +295,7 @@ def test_with_a_group_all_ranks_hold_what_any_of_them_wrote(ranks):
     assert all(torch.equal(a, b) for a, b in zip(weights, other_weights, strict=True))
 
 
-def test_ranks_that_give_other_numbers_of_rows_are_told(ranks):
+def test_ranks_with_different_numbers_of_rows_raise(ranks):
     for rank in (0, 1):
         refused, accepted = ranks["disagreement", rank]
         assert refused.startswith("group: expected the same on all ranks, got 3 rows of 2 channels for the 7 regions")

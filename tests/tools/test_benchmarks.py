@@ -304,7 +304,7 @@ def test_a_row_that_differs_or_crashes_is_written_down_as_failed(tmp_path, monke
     assert runs(tmp_path, "--parts", "distances") == 1
     found = {(row.what, row.dtype): row.status for row in rows_in(tmp_path) if row.by == run.distances.OURS}
     assert found["distance_transform", "uint8"] == "untimed"
-    assert found["edge_distance", "int64"].startswith("failed: differs from the definition: ")
+    assert found["edge_distance", "int64"].startswith("failed: differs from the reference: ")
     assert found["edge_distance", "int8"] == "failed: RuntimeError: no"
     monkeypatch.undo()
     assert runs(tmp_path, "--parts", "distances") == 0  # what failed is tried again, and takes its row
@@ -326,7 +326,7 @@ def test_a_loss_that_differs_from_the_reference_is_not_timed(tmp_path, monkeypat
     assert runs(tmp_path, "--parts", part) == 1
     rows = [row for row in rows_in(tmp_path) if not row.status.startswith("absent")]
     differs = [
-        row for row in rows if row.status.startswith("failed: differs from the definition: relative error of the")
+        row for row in rows if row.status.startswith("failed: differs from the reference: relative error of the")
     ]
     assert differs == [row for row in rows if broken in (row.by, row.mode)] != []
 
@@ -467,11 +467,11 @@ def test_a_report_of_every_kind_of_row(tmp_path):
     page, readme = (tmp_path / "docs" / "performance.md").read_text(), (tmp_path / "README.md").read_text()
     assert page.count(report.NOT_YET) == 1 and "nan" not in page  # there is no loss on the CPU among these rows
     [line] = [line for line in readme.splitlines() if line.startswith("| cityscapes, trained | bfloat16, nchw")]
-    fused, definition = (
+    fused, reference = (
         next(row for row in rows if (row.what, row.by) == (report.BOTH, by) and row.mode == "eager")
         for by in ("triton", "reference")
     )
-    assert f"{fused.median_ms:.3g} ms" in line and f"| {definition.median_ms / fused.median_ms:.3g} |" in line
+    assert f"{fused.median_ms:.3g} ms" in line and f"| {reference.median_ms / fused.median_ms:.3g} |" in line
     assert f"{fused.plan_mb / fused.median_ms / 43:.3g} %" in line
     assert line.endswith(f"| {fused.median_ms / (4 * 348160 * 256 * 2 / 4300e6):.3g} |")
     assert "failed: RuntimeError: too slow" in page

@@ -106,7 +106,7 @@ STATUS = "from contextrast_kernels import native; print(native.__file__); print(
 @pytest.mark.slow
 @pytest.mark.parametrize("editable", [False, True])
 def test_pip_installs_the_library_beside_its_module(sources, tmp_path, editable):
-    """Without isolation, as on a machine without a network: the packages of this environment are lent to a new one."""
+    """pip builds without isolation, as on a machine without a network. The new environment sees this one's packages."""
     environment = tmp_path / "venv"
     venv.create(environment, symlinks=True)
     python = environment / ("Scripts" if os.name == "nt" else "bin") / "python"

@@ -1,4 +1,4 @@
-"""The demo: its scenes, its refusals, its two runs, and what it leaves on the disk."""
+"""The demo: its scenes, its errors, its runs, and the files that it writes."""
 
 import json
 import os
@@ -77,7 +77,7 @@ def test_every_pixel_is_painted_from_its_class():
 
 
 def test_a_scene_has_exact_labels():
-    # Red is the class, and gain and shade change it alike for all of a class: one value a class and scene remains.
+    # Red is the class. Gain and shade change it equally for a whole class, so each class of a scene has one value.
     scale = torch.tensor([0.2, 0.002, 0.002])[:, None, None]
     textures = scenes.Textures({name: p * scale for name, p in coded_photographs().items()}, "train", 64)
     images, labels = scenes.mosaic(textures, 8, torch.Generator().manual_seed(5))
@@ -237,7 +237,7 @@ def test_augmentation_moves_image_and_labels_together_and_pads_with_void(by):
     augment, note = scenes.augmentation() if by == "kornia" else (scenes.plain, "plain")
     assert by in note
     torch.manual_seed(0)
-    # Classes 0 and 5 and a void bar; the image is brighter where the class is 5, nowhere black, and jitter keeps that.
+    # Labels of classes 0 and 5 with a void bar. The image is nowhere black and brighter in class 5, also after jitter.
     labels = torch.zeros(64, 48, 56, dtype=torch.long)
     labels[:, :, 30:] = 5
     labels[:, 20:24] = VOID
@@ -260,7 +260,7 @@ def test_augmentation_moves_image_and_labels_together_and_pads_with_void(by):
 
 
 def test_the_plain_augmentation_draws_from_its_ranges(monkeypatch):
-    """Without changes it is the identity or a mirror; with one of them alone it is that one."""
+    """Without any change it is the identity or a mirror image. Each change alone has its own effect."""
     labels = torch.randint(0, 5, (32, 6, 8))
     images = 0.2 + 0.1 * torch.stack((labels, labels + 1, labels.flip(-1)), 1)
     for name in ("JITTER", "HUE", "SHIFT"):
@@ -285,7 +285,7 @@ def test_the_plain_augmentation_draws_from_its_ranges(monkeypatch):
     grey = torch.full((64, 3, 4, 4), 0.5)
     bright = scenes.plain(grey, labels.new_zeros(64, 4, 4))[0].mean((1, 2, 3)) / 0.5
     assert 0.7 <= bright.min() < 0.8 and 1.2 < bright.max() <= 1.3
-    assert 0.05 < (bright == 1).float().mean() < 0.4  # as many as are left alone
+    assert 0.05 < (bright == 1).float().mean() < 0.4  # a share of 0.2 is not changed
 
 
 def test_the_plain_augmentation_reaches_its_scale_and_shift_limits(monkeypatch):
@@ -431,8 +431,8 @@ def test_a_failure_keeps_the_old_results(tmp_path, monkeypatch):
         (["--device", "toaster"], "--device toaster cannot be used"),
         (["--device", "meta"], "--device meta cannot be used: expected auto, cpu, cuda"),
         (["--out", "/dev/null"], "is a file; give a folder"),
-        (["--out", "/no/such/place"], "is no folder that can be written to"),
-        (["--out", "/proc/place"], "is no folder that can be written to"),
+        (["--out", "/no/such/place"], "cannot be written to"),
+        (["--out", "/proc/place"], "cannot be written to"),
     ],
 )
 def test_a_bad_flag_is_a_clear_error(flags, words, capsys):
@@ -451,7 +451,7 @@ def test_a_folder_with_other_files_is_not_replaced(tmp_path, capsys):
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
 
 
-# -------------------------------------------------------------------------------------------------- as users start it
+# -------------------------------------------------------------------------------------------------- the command line
 
 
 def start(code_or_module: list[str], tmp_path: pathlib.Path) -> subprocess.CompletedProcess:

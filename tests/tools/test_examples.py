@@ -84,3 +84,79 @@ def test_transformers(tmp_path):
     assert len(losses) == 4 and losses[-1] < losses[0]
     assert not hasattr(trainer.model.model, "contextrast_heads")
     assert trainer.evaluate()["eval_loss"] > 0
+
+
+def nnunet_plans(spacing):
+    """A plan with a network of four stages, for patches of 16 pixels a side."""
+    dims = len(spacing)
+    network = {
+        **{"n_stages": 4, "features_per_stage": [4, 8, 8, 8], "conv_op": f"torch.nn.modules.conv.Conv{dims}d"},
+        **{"kernel_sizes": [[3] * dims] * 4, "strides": [[1] * dims, *[[2] * dims] * 3]},
+        **{"n_conv_per_stage": [1] * 4, "n_conv_per_stage_decoder": [1] * 3, "conv_bias": True},
+        **{"norm_op": f"torch.nn.modules.instancenorm.InstanceNorm{dims}d", "norm_op_kwargs": {"affine": True}},
+        **{"dropout_op": None, "dropout_op_kwargs": None, "nonlin": "torch.nn.LeakyReLU", "nonlin_kwargs": {}},
+    }
+    name = "dynamic_network_architectures.architectures.unet.PlainConvUNet"
+    imported = ["conv_op", "norm_op", "dropout_op", "nonlin"]
+    configuration = {
+        **{"data_identifier": "tiny", "batch_size": 2, "patch_size": [16] * dims, "spacing": spacing},
+        **{"batch_dice": False, "normalization_schemes": ["ZScoreNormalization"]},
+        "architecture": {"network_class_name": name, "arch_kwargs": network, "_kw_requires_import": imported},
+    }
+    return {
+        **{"dataset_name": "Dataset001_Tiny", "plans_name": "tiny", "continue_training": False},
+        **{"label_manager": "LabelManager", "configurations": {"tiny": configuration}},
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spacing", [[1.0, 1.0], [2.5, 1.0, 1.0]], ids=["maps", "volumes"])
+@pytest.mark.parametrize("ignored", [False, True])
+def test_nnunet_trainer(tmp_path, monkeypatch, spacing, ignored):
+    """Training steps train the heads and lower the loss, validation has nnU-Net's own loss, and checkpoints reload."""
+    pytest.importorskip("nnunetv2", reason="nnunetv2 is not installed; pip install nnunetv2")
+    for variable in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+        monkeypatch.setenv(variable, str(tmp_path))
+    data = tmp_path / "Dataset001_Tiny" / "tiny"
+    data.mkdir(parents=True)
+    (data / "case.npz").touch()  # nnU-Net reads the type of its data from the names
+    from nnunet_trainer import nnUNetTrainerContextrast
+
+    names = {"background": 0, "a": 1, "b": 2, **({"ignore": 3} if ignored else {})}
+    dataset = {"labels": names, "channel_names": {"0": "MRI"}, "file_ending": ".nii.gz"}
+    torch.manual_seed(0)
+    trainer = nnUNetTrainerContextrast(nnunet_plans(spacing), "tiny", 0, dataset, torch.device("cpu"))
+    trainer.initialize()
+    network = trainer.network
+
+    labels = torch.randint(0, 3 + ignored, (2, 1, *[4] * len(spacing)))
+    for axis in range(2, labels.ndim):
+        labels = labels.repeat_interleave(4, axis)
+    targets = [labels[(..., *[slice(None, None, 2**i)] * len(spacing))].short() for i in range(3)]
+    batch = {"data": labels.float() + 0.1 * torch.randn(labels.shape), "target": targets}
+    network.train()
+    losses = [float(trainer.train_step(batch)["loss"]) for _ in range(8)]
+    assert losses[-1] < losses[0]
+    assert all(p.grad.any() for p in network.contextrast_heads.parameters() if p.ndim > 1)
+    assert trainer.loss.contrast.last["loss"].gt(0).all()
+
+    network.eval()
+    with torch.no_grad():
+        output = network(batch["data"])
+        assert trainer.loss(output, targets) == trainer.loss.loss(output, targets)
+    manager, configuration = trainer.plans_manager, trainer.configuration_manager
+    again = trainer.build_network_architecture(manager, configuration, 1, 3, False)
+    again.load_state_dict(network.state_dict())
+
+
+@pytest.mark.slow
+def test_nnunet_trainer_refuses_regions(tmp_path, monkeypatch):
+    pytest.importorskip("nnunetv2", reason="nnunetv2 is not installed; pip install nnunetv2")
+    monkeypatch.setenv("nnUNet_results", str(tmp_path))
+    from nnunet_trainer import nnUNetTrainerContextrast
+
+    names = {"background": 0, "whole": [1, 2], "core": 2}
+    dataset = {"labels": names, "regions_class_order": [1, 2], "channel_names": {"0": "MRI"}, "file_ending": ".nii.gz"}
+    trainer = nnUNetTrainerContextrast(nnunet_plans([1.0, 1.0]), "tiny", 0, dataset, torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"^labels: overlapping regions are not supported\. "):
+        trainer.initialize()

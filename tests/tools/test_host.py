@@ -1,6 +1,6 @@
-"""The host's side of a step: how many kernels are launched, ops called and tensors allocated. Counts, not times.
+"""The number of kernels that a step launches, of ops that it calls and of tensors that it allocates.
 
-In a process of its own, since here Triton's kernels are interpreted.
+The counts come from a process of its own, because in this one Triton's kernels are interpreted.
 """
 
 import json
@@ -71,7 +71,7 @@ with mock.patch.object(_launch, "_what_compiling_depends_on", lambda *_: [object
 
 def run(*arguments, **environment):
     inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    hidden = {"CUDA_VISIBLE_DEVICES": ""}  # what is asked here is the same on every machine
+    hidden = {"CUDA_VISIBLE_DEVICES": ""}  # the counts are the same on every machine
     return subprocess.run(
         [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, env=inherited | hidden | environment
     )
@@ -117,7 +117,7 @@ def test_the_host_benchmark_refuses_the_interpreter():
 
 
 def test_a_compiled_kernel_is_used_again_exactly_where_triton_would():
-    """Kernels are looked up by a key of ours. With a key that never repeats, Triton's own decides."""
+    """Compiled kernels are looked up by our key. With a key that never repeats, Triton's own key decides."""
     done = run("-c", COMPILING)
     assert done.returncode == 0, done.stdout + done.stderr
     ours, triton = json.loads(done.stdout)

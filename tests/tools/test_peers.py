@@ -1,6 +1,8 @@
-"""benchmarks/peers.py: other people's code is loaded without a trace, and crashes become a line of the table. The
-relatives' files here have the same names and signatures and a few lines; with CONTEXTRAST_PEERS naming a
-folder of checkouts the real ones run too."""
+"""benchmarks/peers.py: other people's code leaves no module behind, and its crashes become lines of the table.
+
+The relatives' files are replaced here by a few lines with the same names and signatures. If CONTEXTRAST_PEERS names a
+folder of checkouts, the real ones run too.
+"""
 
 import os
 import pathlib

@@ -1,4 +1,4 @@
-"""Pictures: the colours of embeddings as numbers, and what the figures hold. That they look right was seen by eye."""
+"""Pictures: the colours of embeddings as numbers, and the contents of the figures. Their look was checked by eye."""
 
 import io
 import subprocess
@@ -30,7 +30,7 @@ def batch(B=2, N=N, sizes=SIZES, H=32, W=48):
 
 
 def drawn(figure):
-    """Draws a figure as a file would be, with every warning an error; the canvas with its pixels."""
+    """Draw a figure as for a file, with every warning an error. Return the canvas with its pixels."""
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
@@ -42,7 +42,7 @@ def drawn(figure):
 
 
 def shown(axis):
-    """What an axis holds as its picture."""
+    """The picture in an axis."""
     [picture] = axis.get_images()
     return np.ma.getdata(picture.get_array())
 
