@@ -4,16 +4,22 @@ import inspect
 
 
 def speed_up() -> None:
-    """Look for the builtins of triton.language once, where the interpreter looks again in each call of a function that
-    a kernel calls. What it replaces them by does not change."""
+    """Let the interpreter replace the builtins of triton.language once a launch, and look for them once a process. It
+    does both again in each call of a function that a kernel calls. What it replaces them by does not change."""
     try:
         from triton import language
         from triton.runtime import interpreter
     except ImportError:
         return
-    if not all(hasattr(interpreter, name) for name in ("_patch_builtin", "_patch_attr")):
+    if not all(
+        hasattr(interpreter, name) for name in ("_patch_builtin", "_patch_attr", "_patch_lang", "_LangPatchScope")
+    ):
         return  # a Triton that is laid out in another way
+    patch_lang = interpreter._patch_lang
+    if patch_lang.__module__ == __name__:
+        return
     names: dict[object, list[str]] = {}
+    modules: dict[object, list] = {}
 
     def patch_builtins(owner, *rest):
         if owner not in names:
@@ -24,4 +30,13 @@ def speed_up() -> None:
             if language.core.is_builtin(member):  # if it is not replaced yet
                 interpreter._patch_attr(owner, name, member, *rest)
 
+    def patch_languages(function):
+        if function not in modules:
+            used = [value for value in function.__globals__.values() if inspect.ismodule(value)]
+            modules[function] = [value for value in used if value in (language, language.core)]
+        if all(module.range.__name__ == "_new_range" for module in modules[function]):  # a kernel's launch did it
+            return interpreter._LangPatchScope()
+        return patch_lang(function)
+
     interpreter._patch_builtin = patch_builtins
+    interpreter._patch_lang = patch_languages
