@@ -297,10 +297,7 @@ def _(mask, squared, sampling=None):
 
 @torch.library.custom_op("contextrast::select_nearest", mutates_args=())
 def select_nearest(classes: Tensor, distance_sq: Tensor, ratio: float, num_classes: int, seed: Tensor) -> Tensor:
-    """(B, h, w) integers, (B, h, w) int32, int64 of one element on the same device → bool (B, h, w).
-
-    num_classes -1: every value >= 0.
-    """
+    """(B, h, w) integers, (B, h, w) int32, int64 of one element on the same device → bool (B, h, w)."""
     device = _device(classes=classes, distance_sq=distance_sq, seed=seed)
     selected = torch.empty(classes.shape, dtype=torch.bool, device=device)
     arguments = (_Map(classes), _Map(distance_sq), ratio, num_classes, seed.data_ptr(), selected.data_ptr())
@@ -379,8 +376,7 @@ def bane_negatives(
     """Errors, distances and selection of several layers; sizes h_0, w_0, h_1, w_1, … → int32 (B, h_i, w_i), -1 = none,
     and the number of error pixels in each layer, int64 (layers,).
 
-    num_classes as in ``error_map``; negatives "bane" or "semi-hard"; distance_at "layer" or "full"; seed int64 of one
-    element on the same device.
+    negatives "bane" or "semi-hard"; distance_at "layer" or "full"; seed int64 of one element on the same device.
     """
     layers, errors = _empty_layers(labels, sizes), _empty_errors(labels, sizes)
     _bane_negatives(predictions, labels, num_classes, layers, errors, ratio, negatives, distance_at, ignore_index, seed)

@@ -19,6 +19,7 @@ from compiled.engine import Schedule
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import contextrast_kernels as ck
 from contextrast_kernels import native
 from contextrast_kernels.cases import CASES
 
@@ -193,7 +194,7 @@ def test_any_call_equals_the_cpu(gpu, data):
     lowest, highest = data.draw(st.sampled_from([(-1, 1), (-1, 2), (-3, 40), (0, 3), (-(2**62), 2**62)]), "range")
     maps = [torch.from_numpy(rng.integers(lowest, highest, (B, H, W))) for _ in range(2)]
     labels, predictions = (cases.stridden(x) if data.draw(st.booleans(), "strides") else x for x in maps)
-    num_classes, ratio = data.draw(st.sampled_from([-1, 1, 3, 2000]), "N"), data.draw(st.floats(0, 1), "ratio")
+    num_classes, ratio = data.draw(st.sampled_from([1, 3, 2000]), "N"), data.draw(st.floats(0, 1), "ratio")
     seed = torch.tensor([data.draw(st.integers(-(2**63), 2**63 - 1), "seed")])
     sizes = data.draw(st.lists(st.integers(1, 30), max_size=8).filter(lambda x: len(x) % 2 == 0), "sizes")
     which = data.draw(st.sampled_from(["bane", "semi-hard"])), data.draw(st.sampled_from(["layer", "full"]))
@@ -223,6 +224,20 @@ def test_exhaustive_larger_maps(gpu):
         digits = np.arange(3 ** (H * W))[:, None] // 3 ** np.arange(H * W) % 3
         classes = torch.from_numpy(digits.reshape(-1, H, W) - 1)
         assert_same(gpu, (f"all {H}x{W}", "edge_distance", (classes, True)), SCHEDULES[1:])
+
+
+def test_selections_of_volumes_equal_the_cpu(gpu, rng):
+    errors = torch.from_numpy(rng.integers(-1, 3, (2, 5, 9, 35))).int()
+    distance = native.edge_distance(errors, True)
+    arguments = {"ratio": 0.3, "num_classes": 3, "seed": cases.seed(7)}
+    expected = ck.select_nearest(errors, distance, **arguments)
+    assert expected.any(0).sum() > 100
+    gpu.launches.clear()
+    for schedule in SCHEDULES:
+        with gpu.on([errors, distance, arguments["seed"]], schedule):
+            assert torch.equal(ck.select_nearest(errors, distance, **arguments), expected)
+        assert not faults(gpu.findings)
+    assert len(gpu.launches) == 2 * 3
 
 
 def test_layers_in_one_call_equal_calls_for_each(gpu, rng):
@@ -266,12 +281,15 @@ def test_errors_are_those_of_the_cpu(gpu):
     labels = torch.zeros(1, 4, 4, dtype=torch.int64)
     for op, arguments in (
         ("edge_distance", (labels[:, :1, :1].expand(1, 16385, 1), True)),
-        ("select_nearest", (labels[:, :1, :1].expand(1, 1, 20000), labels.int(), 0.5, -1, cases.seed())),
+        ("select_nearest", (labels[:, :1, :1].expand(1, 1, 20000), labels.int(), 0.5, 3, cases.seed())),
+        ("select_nearest", (labels, labels.int(), 0.5, -1, cases.seed())),
+        ("select_nearest", (labels, labels.int(), 0.5, 2**20 + 1, cases.seed())),
         ("error_map", (labels.expand(2, 4, 4), labels, 3, 255)),
         ("error_map", (labels[:, :0], labels, 3, 255)),
         ("select_nearest", (labels, labels, 0.5, 3, cases.seed())),
         ("select_nearest", (labels, labels.int()[:, 1:], 0.5, 3, cases.seed())),
-        ("bane_negatives", (labels, labels, -1, [1, 20000], 0.5, "bane", "layer", 255, cases.seed())),
+        ("bane_negatives", (labels, labels, 2**20 + 1, [4, 4], 0.5, "bane", "layer", 255, cases.seed())),
+        ("bane_negatives", (labels, labels, 3, [1, 20000], 0.5, "bane", "layer", 255, cases.seed())),
         ("bane_negatives", (labels[:, :0], labels[:, :0], 3, [2, 2], 0.5, "bane", "layer", 255, cases.seed())),
     ):
         with pytest.raises(ValueError) as on_cpu:

@@ -232,14 +232,15 @@ def test_extreme_values_are_compared_at_full_width(dtype):
     """Two different classes never look the same through a narrower type, and no value is an index."""
     limits = torch.iinfo(dtype)
     values = [limits.max, limits.max - 1, limits.min, 0]
-    # Beyond 8 and 32 bits, and around the 1024 groups that a selection has for small images.
+    # Beyond 8 and 32 bits, and around numbers of classes.
     wide = (255, 256, 1023, 1024, 1025, 2**31, -(2**32), 2**32, 2**32 + 1)
     values += [v for v in wide if limits.min <= v <= limits.max]
     pairs = torch.tensor(list(itertools.product(values, repeat=2)), dtype=dtype)[:, None, :]
     expected = [[[(-1 if v < 0 else NO_EDGE if a == b else 0) for v in (a, b)]] for [[a, b]] in pairs.tolist()]
     assert distance_sq(pairs).tolist() == expected
-    ratios = native.select_nearest(pairs, torch.zeros(pairs.shape, dtype=torch.int32), 1.0, -1, seed(0))
-    assert torch.equal(ratios, pairs >= 0)
+    for num_classes in (256, 1024, 2**20):
+        chosen = native.select_nearest(pairs, torch.zeros(pairs.shape, dtype=torch.int32), 1.0, num_classes, seed(0))
+        assert torch.equal(chosen, (pairs >= 0) & (pairs < num_classes))
     errors = native.error_map(pairs.flip(2), pairs, -1, 255)
     wrong = [
         [[p if t >= 0 and p != t and 255 not in (t, p) and 0 <= p < 2**31 else -1 for t, p in ((a, b), (b, a))]]
@@ -315,7 +316,7 @@ def test_outputs_are_wholly_written_whatever_the_memory_held(rng):
             errors,
             *(native.edge_distance(errors, squared) for squared in (False, True)),
             *(native.distance_transform(labels == 2, squared) for squared in (False, True)),
-            native.select_nearest(errors, native.edge_distance(errors, True), 0.5, -1, seed(1)),
+            native.select_nearest(errors, native.edge_distance(errors, True), 0.5, 4, seed(1)),
             *call("bane_negatives", (predictions, labels, 4, [70, 90, 9, 11], 0.5, "bane", "layer", 255, seed(1))),
             *call("bane_negatives", (predictions, labels, 4, [0, 9, 9, 11], 0.5, "semi-hard", "full", 255, seed(1))),
         )
@@ -345,14 +346,14 @@ def sorted_selection(classes, distance_sq, ratio, num_classes, seed):
     for image, squared, out in zip(classes.reshape(B, -1), distance_sq.reshape(B, -1), selected, strict=True):
         order = np.lexsort((x, squared, image))
         for n in np.unique(image[image >= 0]):
-            if num_classes < 0 or n < num_classes:
+            if n < num_classes:
                 of_class = order[image[order] == n]
                 out[of_class[: int(np.ceil(ratio * len(of_class)))]] = True
     return selected.reshape(B, H, W)
 
 
 @pytest.mark.parametrize("ratio", [0.0, 1e-9, 0.1, 1 / 3, 0.5, 1.0])
-@pytest.mark.parametrize("num_classes", [-1, 19])
+@pytest.mark.parametrize("num_classes", [2**20, 19])
 def test_selection_equals_a_full_sort(rng, ratio, num_classes):
     H, W = 96, 130
     cases = {
@@ -429,7 +430,7 @@ def test_layers_in_one_call_equal_the_parts_one_by_one(rng, distance_at, negativ
             errors = native.error_map(sampled(predictions, *size), sampled(labels, *size), 5, 255)
             squared = distance_sq(errors)
         squared = torch.zeros_like(squared) if negatives == "semi-hard" else squared
-        chosen = native.select_nearest(errors, squared, 0.3, -1, seed(11))
+        chosen = native.select_nearest(errors, squared, 0.3, 1024, seed(11))
         assert torch.equal(layer, torch.where(chosen, errors, -1)), size
         assert errors_of_layer == (errors >= 0).sum(), size
     assert (layers[0] >= 0).any()
@@ -528,6 +529,11 @@ def test_refusals_are_sentences():
         native.bane_negatives(classes[:, :0], classes[:, :0], 4, [4, 4], 0.5, "bane", "layer", 255, seed(0))
     with pytest.raises(ValueError, match="classes must be of an integer type"):
         native.edge_distance(classes.float(), True)
+    for num_classes in (-1, 2**20 + 1, 2**62):
+        with pytest.raises(ValueError, match=f"num_classes must be from 0 to 1048576, got {num_classes}"):
+            native.select_nearest(classes, classes.int(), 0.5, num_classes, seed(0))
+        with pytest.raises(ValueError, match=f"num_classes must be from 0 to 1048576, got {num_classes}"):
+            native.bane_negatives(classes, classes, num_classes, [2, 3], 0.5, "bane", "layer", 255, seed(0))
     with pytest.raises(ValueError, match="distance_sq must be an int32 map"):
         native.select_nearest(classes, classes, 0.5, 4, seed(0))
     with pytest.raises(ValueError, match="distance_sq must be an int32 map"):
@@ -548,7 +554,7 @@ def test_ops_pass_opcheck(rng):
         (native.edge_distance, (errors, True)),
         (native.edge_distance, (errors, False)),
         (native.distance_transform, (labels > 0, True)),
-        (native.select_nearest, (errors, squared, 0.5, -1, seed(1))),
+        (native.select_nearest, (errors, squared, 0.5, 19, seed(1))),
         (native.bane_negatives, (logits, labels, 4, [9, 11, 3, 4], 0.5, "bane", "layer", 255, seed(1))),
     ):
         torch.library.opcheck(op, arguments)
