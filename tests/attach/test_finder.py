@@ -412,7 +412,7 @@ def test_stages_win_over_a_pyramid_of_equal_width_around_them():
 
 
 def test_layers_inside_a_block_are_not_stages():
-    """There are two stages, and inside the second block are more sizes than stages, as in PSPNet's shallow encoder."""
+    """There are two stages. The second one's layers have more sizes than there are stages, as with a shallow PSPNet."""
     model = nn.Sequential(
         nn.Conv2d(3, 6, 3, 2, 1),
         nn.Sequential(nn.Conv2d(6, 8, 3, 2, 1), nn.ReLU()),
