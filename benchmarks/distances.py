@@ -263,8 +263,8 @@ def table(found: list[Row]) -> str:
             values += [f"{_ms(others[0])}, {others[0].by}"] if others else ["–"]
             values += [f"{others[0].median_ms / ours.median_ms:.1f}"] if ours and others else ["–"]
         lines.append(f"| {name} | {mode.replace(' x ', ' × ')} | {' | '.join(values)} |")
-    of = sorted({f"{row.device}, PyTorch {row.torch}, commit {row.commit}" for row in found})
-    return "\n".join([*lines, "", f"Measured on {'; '.join(of)}."])
+    sources = sorted({f"{row.device}, PyTorch {row.torch}, commit {row.commit}" for row in found})
+    return "\n".join([*lines, "", f"Measured on {'; '.join(sources)}."])
 
 
 def _ms(row: Row) -> str:
