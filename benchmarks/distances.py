@@ -300,8 +300,8 @@ def table(rows: list[Row]) -> str:
             values += [f"{_ms(others[0])}, {others[0].by}"] if others else ["–"]
             values += [f"{others[0].median_ms / mine.median_ms:.1f}"] if mine and others else ["–"]
         lines.append(f"| {name} | {mode.replace(' x ', ' × ')} | {' | '.join(values)} |")
-    of = sorted({f"{row.device}, PyTorch {row.torch}, commit {row.commit}" for row in rows})
-    return "\n".join([*lines, "", f"Measured on {'; '.join(of)}."])
+    sources = sorted({f"{row.device}, PyTorch {row.torch}, commit {row.commit}" for row in rows})
+    return "\n".join([*lines, "", f"Measured on {'; '.join(sources)}."])
 
 
 def _ms(row: Row) -> str:

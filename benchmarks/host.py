@@ -2,11 +2,11 @@
 
     python -m benchmarks.host
 
-Sizes are so small that arithmetic vanishes. Costs are multiples of a plain `torch.library.custom_op` with a gradient,
-called in turn with the loss in the same run, so that the machine's speed drops out. On a GPU the calls are the real
-ones, and what is timed is how soon they return. Without one, everything up to the launch is real, Triton's binding of
-arguments included; the driver's call and the device's allocator are missing, and the time is the thread's own, without
-what other processes take.
+Sizes are so small that the arithmetic takes no time. Costs are multiples of a plain `torch.library.custom_op` with a
+gradient, called in turn with the loss in the same run, so that the machine's speed cancels out. On a GPU the calls are
+the real ones, and the time until they return is measured. Without a GPU everything up to the launch is real, including
+Triton's binding of arguments. The driver's call and the device's allocator are missing, and the time is the CPU time of
+the thread.
 """
 
 import argparse
@@ -110,7 +110,7 @@ def launching(device: torch.device):
 
 
 def calls(device: torch.device) -> dict[str, Callable[[], Tensor]]:
-    """Forward calls by name, the yardstick first. Those that return a tensor with a graph are also taken backward."""
+    """Forward calls by name, the plain op first. Those that return a tensor with a graph also run backward."""
     # A row of 64 pixels, then 32, 16, 8: as with real sizes, every row can be read 16 bytes at a time.
     features = [torch.randn(1, 16, 1, 64 >> i, device=device).requires_grad_() for i in range(4)]
     labels = torch.randint(0, 4, (1, 4, 256), device=device)
@@ -170,8 +170,8 @@ class Cost(NamedTuple):
 
 
 def measure(device: torch.device, rounds: int = 30, repeats: int = 20) -> list[Cost]:
-    """Every round takes all calls in turn, so that a change of the machine's speed meets them alike. A round's time is
-    the median of its ``repeats``."""
+    """Every round takes all calls in turn, so that a change of the machine's speed affects all of them. A round's time
+    is the median of its ``repeats``."""
     named, samples = calls(device), {}
     for call in named.values():
         for _ in range(3):

@@ -87,7 +87,7 @@ def is_below(module: types.ModuleType, root: pathlib.Path) -> bool:
 
 @contextlib.contextmanager
 def cuda_means(device: torch.device) -> Iterator[None]:
-    """The relatives put tensors on the GPU by name. Without one, that name means the CPU inside the block."""
+    """The relatives call ``.cuda()``. Inside the block it leaves tensors on the CPU if there is no GPU."""
     if device.type == "cuda":
         with torch.cuda.device(device):
             yield
@@ -166,7 +166,7 @@ def region_contrast(root, features, labels, logits, num_classes, ignore_index):
     decoder.to(x.device)
 
     def call():
-        # The queues remember every step's graph: a step is timed, not the age of the run.
+        # The queues keep the graph of every step. They are detached, so that the time does not grow from step to step.
         for name, queue in decoder.named_buffers():
             decoder._buffers[name] = queue.detach()
         return decoder(x)[1]
@@ -216,7 +216,7 @@ def official(
             call, note = RELATIVES[name](root.resolve(), *given)
     except Exception as error:
         return Peer(name, failing(error), "does not load")
-    return Peer(name, here(call, features[0].device), note)
+    return Peer(name, on_device(call, features[0].device), note)
 
 
 def ours(name: str, features: Sequence[Tensor], labels: Tensor, logits: Tensor) -> Peer:
@@ -233,7 +233,7 @@ def ours(name: str, features: Sequence[Tensor], labels: Tensor, logits: Tensor) 
     return Peer(name, lambda: loss(features, labels, logits), "")
 
 
-def here(call: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
+def on_device(call: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
     def run():
         with cuda_means(device):
             return call()
@@ -256,7 +256,7 @@ def failure(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Warnings of old code about newer libraries are not news to the reader of a benchmark."""
+    """Silence the warnings of old code about newer libraries."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

@@ -1,11 +1,11 @@
-"""Results to words: the tables of README.md and docs/, and the plots of docs/camvid.md, from results/*.csv.
+"""Generate the tables of README.md and docs/ and the plots of docs/camvid.md from results/*.csv.
 
     python -m benchmarks.report            writes them
-    python -m benchmarks.report --check    ends with 1 if something is not what the results say
+    python -m benchmarks.report --check    exits with 1 if a page or plot does not match the results
 
 In README.md, docs/method.md and docs/distance.md the text between ``<!-- measured: NAME -->`` and ``<!-- end -->`` is
-generated, performance.md and camvid.md as a whole.
-A plot carries in its metadata what it was drawn from, so that it is compared without drawing it again.
+generated. performance.md and camvid.md are generated as a whole. The metadata of a plot hold a digest of the rows that
+it was drawn from, so it can be checked without drawing it again.
 """
 
 import argparse
@@ -63,17 +63,17 @@ def grouped(rows: Iterable[Row], key: Callable[[Row], object]) -> dict:
 
 
 def of_the_paper(row: Row) -> bool:
-    """A case with its own sizes."""
+    """Whether the row has the sizes of one of the paper's settings."""
     return (row.batch, row.height, row.width, row.classes, row.channels) in PAPER
 
 
 def on_a_curve(row: Row) -> bool:
-    """What is measured to see how cost grows."""
+    """Whether the row was measured to show how the cost grows."""
     return not of_the_paper(row) or row.regime not in REGIMES or row.strides not in STRIDES
 
 
 def place(row: Row) -> tuple:
-    """Times from two devices, versions or commits make no ratio."""
+    """The device, version and commit of a row. Ratios are formed only of times from the same place."""
     return row.device, row.torch, row.commit
 
 
@@ -158,7 +158,7 @@ def distances_on_cpu(rows: Sequence[Row]) -> str:
 
 
 def spoken(regime: str) -> str:
-    """For readers who do not know the cases."""
+    """A regime in words that a reader understands without the cases."""
     words = {"mid": "half trained", "collapsed": "collapsed to one class", "whole-image": "one wrong class everywhere"}
     share = f" ({ERROR_SHARES[regime]:.0%} errors)".replace("%", " %") if regime in ERROR_SHARES else ""
     return words.get(regime, regime) + share
@@ -171,8 +171,8 @@ def described(row: Row) -> str:
 
 
 def times_floor(row: Row) -> float | None:
-    """Its time over that of a copy of four times the features' bytes, three reads and a write: what forward and
-    backward cannot do without."""
+    """The time divided by that of a copy of four times the features' bytes: three reads and a write are the least that
+    forward and backward need."""
     if row.median_ms is None or row.copy_gb_s is None:
         return None
     strides, dtype = map(int, row.strides.split("-")), getattr(torch, row.dtype)
@@ -333,7 +333,7 @@ def performance(rows: Sequence[Row], counted: str = "") -> str:
         "### Its parts",
         everything(rows, gpu("class_anchors", "pixel_anchor", "bane_negatives")),
         "### The relatives' published code",
-        "Other losses on the same maps: what a step costs, not which is better.",
+        "Other losses on the same maps. The table compares the cost of a step, not which loss is better.",
         everything(relatives, bool),
         "### In a training step",
         "With the loss and the projection heads that it needs. × is the time over that of cross-entropy alone.",
@@ -380,7 +380,7 @@ def filled(text: str, parts: dict[str, str]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="write nothing; end with 1 if something is stale")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if something is stale")
     parser.add_argument("--results", type=pathlib.Path, default=results.FOLDER, metavar="FOLDER", help="the CSV files")
     parser.add_argument("--root", type=pathlib.Path, default=ROOT, metavar="FOLDER", help="holds README.md and docs/")
     options = parser.parse_args(arguments)

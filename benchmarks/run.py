@@ -1,14 +1,15 @@
 """Measure everything: the fused loss, its parts, the reference, compilers, other people's code, a training step.
 
-    python -m benchmarks.run --out FOLDER                      what is not yet in FOLDER/<device>.csv at this commit
+    python -m benchmarks.run --out FOLDER                      the rows that FOLDER/<device>.csv lacks at this commit
     python -m benchmarks.run --out FOLDER --parts loss step    some parts
-    python -m benchmarks.run --out FOLDER --tiny               every path, small, untimed
+    python -m benchmarks.run --out FOLDER --tiny               every path, on small inputs and untimed
 
-Without a GPU it times what a CPU is for: the loss in plain PyTorch and compiled, the relatives, distance transforms.
+Without a GPU it times only what is used on a CPU: the loss in plain PyTorch and compiled, the relatives, distance
+transforms.
 
-Every row is compared with the reference in float64 (integers with ==) before it is timed; one that differs is written
-down as failed. Rows go to the file one by one. --minutes ends a run early: the next one goes on from there, looks again
-for what was absent and, last, tries again what failed. The exit status is 1 if a row failed.
+Every row is compared with the reference in float64 (integers with ==) before it is timed. A row that differs is
+recorded as failed. Rows are written one by one. --minutes ends a run early. The next run continues there, tries absent
+rows again, and tries failed rows again last. The exit status is 1 if a row failed.
 """
 
 import argparse
@@ -53,7 +54,7 @@ class Job:
     row: Row
     run: Callable[[], dict]
     ours: bool = True
-    """Whether its failure is ours."""
+    """True if this package is at fault when the row fails."""
 
 
 class Machine:
@@ -71,7 +72,7 @@ class Machine:
         return ("eager", "graph") if self.on_gpu else ("eager",)
 
     def some(self, rows: Sequence) -> Sequence:
-        """One of each kind where nothing is timed."""
+        """The rows, or only the first one if nothing is timed."""
         return rows[:1] if self.tiny else rows
 
     def sized(self, name: str) -> Case:
@@ -81,7 +82,7 @@ class Machine:
         return replace(CASES[name], batch=2, height=256, width=384, dtype=torch.float32)
 
     def keep(self, name: str, key: Any, make: Callable[[], Any]) -> Any:
-        """The latest of its name is kept for the rows that follow; another key frees it first."""
+        """Keep the latest value of each name for the rows that follow. A new key frees the old value first."""
         if name not in self.kept or self.kept[name][0] != key:
             self.kept.pop(name, None)
             gc.collect()
@@ -104,7 +105,7 @@ class Machine:
         return measure.copy_gb_s(self.device) if self.on_gpu and not self.tiny else None
 
     def copies(self, inputs: Inputs) -> list[Inputs]:
-        """Inputs that the caches do not hold, each with leaves of its own."""
+        """Copies of the inputs that together exceed the caches, each with its own leaves."""
         count = 1 if self.tiny else measure.copies(measure.nbytes(inputs.features), self.device)
         return [
             Inputs([x.detach().clone().requires_grad_() for x in inputs.features], *(t.clone() for t in inputs[1:]))
@@ -194,7 +195,8 @@ def planned_mb(case: Case) -> float:
 
 
 def loss_jobs(machine: Machine, case: Case, passes: Sequence[str] = (BOTH,)) -> Iterator[Job]:
-    """The reference is timed forward and backward together only. A CPU interprets the kernels: no time is worth it."""
+    """The reference is timed only forward and backward together. The kernels are timed only on a GPU, because a CPU
+    interprets them."""
     fused = passes if machine.on_gpu or machine.tiny else ()
     for name, pass_ in [*(("triton", pass_) for pass_ in fused), ("reference", BOTH)]:
         for mode in machine.modes:
@@ -447,7 +449,7 @@ def at_most(seconds: float) -> Iterator[None]:
         raise TimeoutError(f"took more than {seconds:g} s")
 
     before = signal.signal(signal.SIGALRM, over)
-    # And again each second: what is raised inside a callback of the garbage collector is lost.
+    # Repeat the signal each second, because an exception inside a callback of the garbage collector is lost.
     signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)
     try:
         yield
@@ -458,7 +460,7 @@ def at_most(seconds: float) -> Iterator[None]:
 
 @contextlib.contextmanager
 def threads_of(count: int | None) -> Iterator[None]:
-    """Inside the block torch and OpenCV use so many threads; None leaves them alone."""
+    """Inside the block torch and OpenCV use this number of threads; None changes nothing."""
     before, (cv2, _) = torch.get_num_threads(), peers.module("cv2") if count else (None, "")
     if count:
         torch.set_num_threads(count)
@@ -493,7 +495,7 @@ def measured(job: Job, machine: Machine, seconds: float) -> Row:
 
 
 def to_do(jobs: Iterable[Job], known: dict[tuple, Row]) -> list[Job]:
-    """What the file does not have, then what failed: what takes the device down would take the rest with it."""
+    """The rows that the file lacks, then the failed ones, because a row that breaks the device stops all after it."""
     states = [(job, known[job.row.measured].status if job.row.measured in known else "absent") for job in jobs]
     return [
         *(job for job, status in states if status.startswith("absent")),
@@ -502,7 +504,7 @@ def to_do(jobs: Iterable[Job], known: dict[tuple, Row]) -> list[Job]:
 
 
 def check(options: argparse.Namespace) -> None:
-    """What would fail every row is said before the first."""
+    """Refuse options with which every row would fail."""
     for name in ("minutes", "row_seconds", "seconds"):
         if not 0 <= getattr(options, name) <= 86400:
             option = f"--{name.replace('_', '-')}"
@@ -520,10 +522,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--cases", nargs="+", choices=CASES, help="default: all; on a CPU cityscapes")
     parser.add_argument("--peers", type=pathlib.Path, metavar="DIR", help="checkouts of the relatives: see peers.py")
     parser.add_argument("--tiny", action="store_true", help="tiny twins of the cases, untimed, on any device")
-    parser.add_argument("--again", action="store_true", help="also what the file already has")
+    parser.add_argument("--again", action="store_true", help="measure also the rows that the file has")
     parser.add_argument("--minutes", type=float, default=9.0, help="start no row later than this (default: 9)")
     parser.add_argument("--row-seconds", type=float, default=180.0, help="give a row up after this (default: 180)")
-    parser.add_argument("--seconds", type=float, default=0.5, help="of repeats that a row times (default: 0.5)")
+    parser.add_argument("--seconds", type=float, default=0.5, help="duration of a row's measurement (default: 0.5)")
     options = parser.parse_args(arguments)
     try:
         check(options)
@@ -554,7 +556,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(line(row), flush=True)
         failures += job.ours and failed
         if failed and not measure.answers(machine.device):
-            print("the device answers nothing any more in this process")
+            print("the device no longer works in this process")
             break
     left = len(jobs)
     print(

@@ -489,7 +489,7 @@ class _Finder:
         return layers, self._doubt(trunk, stages)
 
     def _read_elsewhere(self, blocks: list[_Unit]) -> list[_Unit]:
-        """The blocks whose output is read by something else than the next block, such as a decoder."""
+        """The blocks whose output is read by more than the next block, for example by a decoder."""
         needed = self.graph.ancestors([blocks[-1].node]) if blocks else set()
         read = {s for n, sources in enumerate(self.graph.sources) if n not in needed for s in sources}
         return [u for u in blocks if u.node in read]

@@ -163,7 +163,7 @@ def test_mining_holds_three_matrices_at_once(rng):
     assert 3 <= watch.peak / (4 * R * C) < 3.2
 
 
-def test_mining_all_columns_is_no_mining(rng):
+def test_mining_all_columns_equals_no_mining(rng):
     rows, labels = torch.from_numpy(rng.standard_normal((15, D))), torch.from_numpy(rng.integers(0, 3, 15))
     mined = semi_hard_nce(rows, labels, None, None, 0.5, 1.0, 15, 15, 0)
     assert mined.item() == pytest.approx(ck.info_nce(rows, labels, temperature=0.5).item(), **CLOSE)

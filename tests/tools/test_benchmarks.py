@@ -63,7 +63,7 @@ def test_rows_come_back_as_they_were_written(tmp_path):
         {"batch": 1.5},
     ],
 )
-def test_a_row_against_the_schema_is_refused(tmp_path, change):
+def test_rows_that_violate_the_schema_are_refused(tmp_path, change):
     with pytest.raises(results.SchemaError, match="expected"):
         results.record(tmp_path / "x.csv", replace(ROW, **change))
     assert not (tmp_path / "x.csv").exists()
@@ -290,7 +290,7 @@ def test_results_of_a_different_schema_are_not_changed(tmp_path, capsys):
 
 
 @cpu_only
-def test_a_row_that_differs_or_crashes_is_written_down_as_failed(tmp_path, monkeypatch, capsys):
+def test_rows_that_differ_or_crash_are_recorded_as_failed(tmp_path, monkeypatch, capsys):
     exact = ck.edge_distance
 
     def broken(classes, **options):
@@ -364,7 +364,7 @@ def test_absent_rows_are_retried(tmp_path, capsys):
 
 
 @cpu_only
-def test_a_row_that_takes_too_long_is_given_up(tmp_path, monkeypatch):
+def test_rows_that_take_too_long_are_stopped(tmp_path, monkeypatch):
     monkeypatch.setattr(run.distances, "ours", lambda *_: time.sleep(10))
     assert runs(tmp_path, "--parts", "distances", "--row-seconds", "0.2") == 1
     assert rows_in(tmp_path)[0].status == "failed: TimeoutError: took more than 0.2 s"
@@ -485,7 +485,7 @@ def columns_of(page, what, by):
     return [cells for cells in lines if cells[0] == what and cells[1].startswith(by)]
 
 
-def test_a_ratio_is_of_one_device_and_one_commit(tmp_path):
+def test_ratios_are_within_one_device_and_commit(tmp_path):
     """Another CPU with fewer rows, and ours measured again at a later commit, change no line of the first."""
     here = made_up_cpu_rows()
     there = [replace(row, device="Another CPU", median_ms=row.median_ms / 1000) for row in here[1:]]
@@ -525,7 +525,7 @@ def test_relative_times_are_ratios_to_ours(tmp_path):
     assert {cells[4] for cells in columns_of(page, f"relative's loss {run.BOTH}", "PNE_Loss")} == {"–"}
 
 
-def test_a_later_trial_without_times_hides_no_measurement():
+def test_a_later_untimed_row_does_not_hide_a_measurement():
     later = replace(ROW, commit="7654321", status="untimed", median_ms=None, iqr_ms=None)
     again = replace(ROW, commit="7654321", median_ms=3.0)
     assert report.latest([ROW, later]) == [ROW]

@@ -104,7 +104,7 @@ def assert_every_loss_runs(folder):
             x.grad = None
 
 
-def test_every_relative_is_loaded_called_and_forgotten(checkouts):
+def test_every_relative_is_loaded_called_and_unloaded(checkouts):
     modules, path, cuda = set(sys.modules), list(sys.path), torch.Tensor.cuda
     assert_every_loss_runs(checkouts)
     left = {name.split(".")[0] for name in set(sys.modules) - modules}
@@ -129,7 +129,7 @@ def test_an_absent_checkout_is_a_note_and_a_broken_one_a_failure(tmp_path):
     assert all(peers.official(name, None, *small_case()).call is None for name in peers.RELATIVES)
 
 
-def test_views_are_the_published_ones_wherever_the_code_could_use_them(checkouts):
+def test_views_have_the_published_number_unless_the_code_would_fail(checkouts):
     features, labels, logits = small_case()
     notes = [
         peers.official("ContrastiveSeg", checkouts, features, y, logits).note
