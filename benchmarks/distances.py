@@ -152,20 +152,20 @@ def image_of(case: DistanceCase) -> Tensor:
 class Transform(NamedTuple):
     name: str
     make: Callable[[Any], Callable[[], Any]]
-    """From the library's module, the call that is timed."""
+    """Makes the call that is timed from the library's module."""
     needs: str = "torch"
     note: str = ""
     exact: bool = True
-    """Whether it computes the same function; the note says what else it does."""
+    """Whether it computes the same function. If not, the note says what it computes."""
 
     @property
     def is_slow(self) -> bool:
-        """It takes seconds, whatever the number of threads."""
+        """Whether a call takes seconds with any number of threads."""
         return self.name.startswith(("SciPy", "MONAI", "kornia"))
 
 
 def names(case: DistanceCase, device: torch.device) -> list[tuple[str, bool]]:
-    """What there is to time on a device, and whether it is slow."""
+    """The names of the transforms that are timed on a device, and whether each is slow."""
     nothing = torch.zeros((1, *(4,) * (3 if case.is_volume else 2)), dtype=case.dtype, device=device)
     return [(row.name, row.is_slow) for row in transforms(case, nothing)]
 

@@ -166,7 +166,7 @@ def run_loss(
     function: Callable[[Case, Inputs], Tensor] = loss,
     compiler: dict | None = None,
 ) -> dict:
-    """``compiler``: options of torch.compile, which the function goes through."""
+    """``compiler``: options for torch.compile, if the function is compiled."""
     exact = machine.truth(case, function)
     call = functools.partial(function, case)
     if compiler:
@@ -265,7 +265,7 @@ def parts_part(machine: Machine, names: Sequence[str]) -> Iterator[Job]:
 
 
 def class_anchors(case: Case, inputs: Inputs) -> Tensor:
-    """The anchors' projections on one direction, summed."""
+    """The sum of the anchors' projections on one direction."""
     anchors = torch.stack([ck.class_anchors(x, inputs.labels, case.num_classes)[0] for x in inputs.features])
     return (anchors * torch.linspace(-1, 1, case.channels, dtype=anchors.dtype, device=anchors.device)).sum()
 
@@ -317,7 +317,8 @@ def run_distance(machine: Machine, case: distances.DistanceCase, name: str) -> d
     image = machine.keep("image", case, lambda: distances.image_of(case).to(machine.device))
 
     def by_reference():
-        """A volume of full size would take it minutes: there it is the library's CPU code."""
+        """The expected distances. For volumes of full size the library's CPU code computes them, because the reference
+        would take minutes."""
         with ck.backend("auto" if case.is_volume and not machine.tiny else "reference"):
             return distances.ours(case, image.cpu())
 

@@ -1,11 +1,11 @@
-"""Triton's interpreter, made faster for the tests: half of its time went into looking for functions to replace."""
+"""Make Triton's interpreter faster for the tests. It spends half of its time looking for functions to replace."""
 
 import inspect
 
 
 def speed_up() -> None:
-    """Let the interpreter replace the builtins of triton.language once a launch, and look for them once a process. It
-    does both again in each call of a function that a kernel calls. What it replaces them by does not change."""
+    """Let the interpreter replace the builtins of triton.language once per launch, and look for them once per process.
+    By itself it does both again in every call of a function inside a kernel. The replacements are the same."""
     try:
         from triton import language
         from triton.runtime import interpreter
@@ -14,7 +14,7 @@ def speed_up() -> None:
     if not all(
         hasattr(interpreter, name) for name in ("_patch_builtin", "_patch_attr", "_patch_lang", "_LangPatchScope")
     ):
-        return  # a Triton that is laid out in another way
+        return  # this version of Triton has a different layout
     patch_lang = interpreter._patch_lang
     if patch_lang.__module__ == __name__:
         return
