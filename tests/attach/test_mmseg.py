@@ -63,6 +63,7 @@ class MaskFormerHead(BaseDecodeHead):
 
 @pytest.fixture
 def registry(monkeypatch):
+    torch.manual_seed(0)  # the weights of the heads and the labels
     modules = {name: types.ModuleType(name) for name in ("mmseg", "mmseg.registry", "mmseg.models")}
     modules["mmseg.models.decode_heads"] = types.ModuleType("mmseg.models.decode_heads")
     head = modules["mmseg.models.decode_heads.decode_head"] = types.ModuleType("decode_head")
@@ -79,7 +80,8 @@ def registry(monkeypatch):
 
 
 PLAIN = {"type": "FCNHead", "in_channels": 12, "in_index": 2, "channels": 6, "num_classes": N}
-STAGES = [torch.randn(2, c, 32 // s, 32 // s) for c, s in ((4, 2), (8, 4), (12, 8), (16, 16))]
+RANDOM = torch.Generator().manual_seed(0)
+STAGES = [torch.randn(2, c, 32 // s, 32 // s, generator=RANDOM) for c, s in ((4, 2), (8, 4), (12, 8), (16, 16))]
 
 
 def samples():
