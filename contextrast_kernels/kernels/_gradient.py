@@ -43,6 +43,7 @@ from contextrast_kernels.kernels._tiles import (
     size_term,
     stacked,
     steps_again,
+    summed_size,
     table_rows,
     two_pieces,
     zero_tiles,
@@ -473,15 +474,8 @@ def _features_bwd_dense(
         negative = tl.load(e + pixel, mask=live, other=32767).to(tl.int32)
         is_base = tl.load(base + pixel, mask=live, other=0) != 0
         valid = label < N
-        sizes = tl.zeros((CHUNK, P), ACC)
-        to_pull = tl.zeros((CHUNK, P), ACC)
-        for k in tl.range(0, D, CHUNK, loop_unroll_factor=8):
-            tile = channels(row, c * sW, live, k, sD, D, CHUNK).to(ACC)
-            sizes += size_term(tile, NORMALIZE)
-            if pull is not None and NORMALIZE:
-                to_pull += tile * table_rows(pull, label, valid, k, D, CHUNK)
-        norm = inverse_norm(tl.sum(sizes, 0), NORMALIZE)
-        along = tl.sum(to_pull, 0)
+        size = summed_size(row, c * sW, live, sD, D, P, CHUNK, NORMALIZE, ACC)
+        norm = inverse_norm(size, NORMALIZE)
         gradients = zero_tiles((D + COLUMNS - 1) // COLUMNS, COLUMNS, P, ACC)
         for n0 in range(0, N, CLASSES):
             n = n0 + tl.arange(0, CLASSES)
@@ -494,7 +488,6 @@ def _features_bwd_dense(
             pulled = tl.load(toward + classes, mask=classes >= 0, other=0.0)[:, None] * sigmoid(log_sum - s)
             pushed = tl.load(away + classes, mask=classes >= 0, other=0.0)[:, None] * tl.exp(s - log_sum)
             weights = tl.where(own, pulled, 0.0) + tl.where(against, pushed, 0.0)
-            along += tl.sum(tl.where(own | against, weights * products, 0.0), 0)
             grown = ()
             for i in tl.static_range((D + COLUMNS - 1) // COLUMNS):
                 rows = tl.trans(class_rows(table, classes, i * COLUMNS, D, COLUMNS))
@@ -503,14 +496,22 @@ def _features_bwd_dense(
                 else:
                     grown = grown + (tl.dot(rows, weights, gradients[i], input_precision=FLOAT32_DOT),)  # noqa: RUF005
             gradients = grown
-        outer = tl.where(valid, norm * g, 0.0)
-        inner = along * norm * norm
-        out_row = out_image + tl.cast(r, tl.int64) * oH
+        # ⟨x, u⟩ is made of u as it was rounded, so dx is 0 to the last bit where u has no other part.
+        along = tl.zeros((COLUMNS, P), ACC)
+        whole = ()
         for i in tl.static_range((D + COLUMNS - 1) // COLUMNS):
-            tile = channels(row, c * sW, live, i * COLUMNS, sD, D, COLUMNS)
             u = gradients[i]
             if pull is not None:
                 u += table_rows(pull, label, valid, i * COLUMNS, D, COLUMNS)
+            if NORMALIZE:
+                along += channels(row, c * sW, live, i * COLUMNS, sD, D, COLUMNS).to(ACC) * u
+            whole = whole + (u,)  # noqa: RUF005
+        outer = tl.where(valid, norm * g, 0.0)
+        inner = tl.sum(along, 0) / tl.where(norm == 0, 1.0, size)
+        out_row = out_image + tl.cast(r, tl.int64) * oH
+        for i in tl.static_range((D + COLUMNS - 1) // COLUMNS):
+            tile = channels(row, c * sW, live, i * COLUMNS, sD, D, COLUMNS)
+            u = whole[i]
             if NORMALIZE:
                 u -= inner[None, :] * tile.to(ACC)
             u = tl.where(valid[None, :], u * outer[None, :], 0.0)
