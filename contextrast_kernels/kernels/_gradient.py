@@ -1,4 +1,4 @@
-"""dL/dx: the one sweep that writes, for positives, negatives and the anchors' own path at once.
+"""Backward pass: one kernel writes dL/dx and combines the gradients through positives, negatives and anchors.
 
 With u_p the gradient of the loss by the embedding v_p = r_p x_p,
 
@@ -8,8 +8,8 @@ With u_p the gradient of the loss by the embedding v_p = r_p x_p,
     G_n = mean of σ over the positives of n                k⁻_n = λ G_n / (|C| τ)
     T_n = (dL/da^n) / c_n, the pull through the anchor     g = the upstream gradient, read from memory
 
-⟨v, u⟩ is a sum of products with rows of â and T, so u is never held: the row is read for the products, and again,
-from cache, to be written.
+⟨v, u⟩ is a sum of products with rows of â and T, so u need not be held: a row is read for the products, and again, from
+cache, to be written. Where rows can be copied to shared memory, tensor cores form both from the copy.
 """
 
 from collections.abc import Sequence
@@ -30,6 +30,7 @@ from contextrast_kernels.kernels._tiles import (
     channels,
     class_rows,
     dot_float64,
+    float64_from_bits,
     image_codes,
     image_features,
     inverse_norm,
@@ -37,8 +38,7 @@ from contextrast_kernels.kernels._tiles import (
     is_negative,
     joined,
     layer_of,
-    pick,
-    real,
+    of_layer,
     sigmoid,
     size_term,
     stacked,
@@ -277,7 +277,7 @@ def _features_bwd(
     """
     program = tl.program_id(0)
     layer = layer_of(program, geometry.block)
-    number = pick(geometry.number, layer)
+    number = of_layer(geometry.number, layer)
     b, r0, c0, h, w = block_of(program, geometry, layer, ROWS, P, UNIT, ALIGN)
     image, sH, sW, sD = image_features(x, strides, layer, b, UNIT, ALIGN, WIDE)
     out_image, oH, oW, oD = image_features(out, out_strides, layer, b, OUT_UNIT, OUT_ALIGN, WIDE)
@@ -296,7 +296,7 @@ def _features_bwd(
         table += number * N * D
         Z += number * N
         coefficients += 2 * number * N
-        inverse_temperature = (1.0 / real(temperature)).to(ACC)
+        inverse_temperature = (1.0 / float64_from_bits(temperature)).to(ACC)
     else:
         inverse_temperature = 1.0
 
@@ -452,7 +452,7 @@ def _features_bwd_dense(
     """
     program = tl.program_id(0)
     layer = layer_of(program, geometry.block)
-    number = pick(geometry.number, layer)
+    number = of_layer(geometry.number, layer)
     b, r0, c0, h, w = block_of(program, geometry, layer, ROWS, P, UNIT, ALIGN)
     image, sH, sW, sD = image_features(x, strides, layer, b, UNIT, ALIGN, WIDE)
     out_image, oH, oW, oD = image_features(out, out_strides, layer, b, OUT_UNIT, OUT_ALIGN, WIDE)
@@ -463,7 +463,7 @@ def _features_bwd_dense(
     table += number * N * D
     if pull is not None:
         pull += number * N * D
-    inverse_temperature = (1.0 / real(temperature)).to(ACC)
+    inverse_temperature = (1.0 / float64_from_bits(temperature)).to(ACC)
     toward = coefficients + 2 * number * N
     away = toward + N
 
