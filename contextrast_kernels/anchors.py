@@ -1,7 +1,7 @@
 """Class anchors and their fusion across layers.
 
     a^n   = Σ_p v_p [y_p = n] / Σ_p [y_p = n]         Eq. 1: the mean embedding of the batch's pixels with label n
-    â_i^n = (1 - w_h) a_i^n + w_h a_I^n,  â_I = a_I   a lower layer's anchor takes on the last layer's context
+    â_i^n = (1 - w_h) a_i^n + w_h a_I^n,  â_I = a_I   the last layer's anchor is mixed into those of the other layers
 
 v are the pixel embeddings of ``embedding.py``, i is a layer and I the last one.
 """
@@ -79,7 +79,7 @@ def class_sums(embeddings: Embeddings, targets: Tensor, num_classes: int) -> tup
     if moderate and num_classes <= x.shape[1]:
         is_class = target.unsqueeze(1) == torch.arange(num_classes, device=x.device).unsqueeze(1)  # (B, N, P)
         return torch.bmm(x, (is_class * scale).mT).sum(0).T, is_class.sum((0, 2))
-    # A product would carry a NaN from one class to all. Pixels without a class fall into an extra row N.
+    # A matrix product would spread a NaN from one class to all. Pixels without a class are added to an extra row N.
     row = torch.where(target >= 0, target, num_classes).flatten()
     sums = x.new_zeros(num_classes + 1, x.shape[1]).index_add(0, row, (x * scale).mT.flatten(0, 1))[:-1]
     counts = row.new_zeros(num_classes + 1).index_add(0, row, torch.ones_like(row))[:-1]

@@ -1,4 +1,4 @@
-"""Which implementation runs: chosen by device, unless the caller says otherwise.
+"""Choose the implementation of an op: by the device of its tensors, or as the caller demands.
 
 reference
     plain PyTorch, on any device; the result that all others are compared with
@@ -35,7 +35,7 @@ MOST_CLASSES, MOST_CHANNELS = 256, 1024
 """The most classes and channels that the Triton kernels support."""
 
 AMD = torch.version.hip is not None
-"""A torch for AMD's GPUs calls them "cuda" as well."""
+"""PyTorch built for ROCm calls AMD GPUs "cuda" too."""
 
 _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("contextrast_kernels.backend", default=None)
 
@@ -100,8 +100,8 @@ def _triton_status(device_type: str) -> str:
         return "Triton is not installed; pip install triton"
     if device_type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         return (
-            "Triton's kernels need a CUDA device; for tests its interpreter runs them on the CPU, slowly: "
-            "set TRITON_INTERPRET=1 before Python starts"
+            "Triton's kernels need a CUDA device; to run them slowly on the CPU, as the tests do, set "
+            "TRITON_INTERPRET=1 before Python starts"
         )
     return "ok" if device_type in ("cpu", "cuda") else f"Triton's kernels are written for CUDA, not for {device_type}"
 
@@ -190,7 +190,8 @@ def choose(tensor: Tensor, offered: tuple[str, ...], unfit: str = "") -> str:
 
 
 def choose_kernels(features: Sequence[Tensor], num_classes: int) -> str:
-    """Choose the backend of a loss. Its Triton kernels limit classes and channels, and read volumes as rows."""
+    """Choose the backend of a loss. Its Triton kernels take a limited number of classes and channels, and only volumes
+    that can be viewed as rows with one stride."""
     unfit, first = "", features[0]
     if num_classes > MOST_CLASSES or first.shape[1] > MOST_CHANNELS:
         unfit = (

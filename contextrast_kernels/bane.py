@@ -104,7 +104,7 @@ def bane_negatives(
 
     Args:
         predictions, labels: as in ``error_map``, for maps or volumes.
-        num_classes: N, at least 2. None: the channels of the logits. A class map needs a number.
+        num_classes: N, at least 2. None takes the number of channels of the logits; a class map needs a number.
         size: (h, w) of the layer, or (z, h, w); None is the labels' size.
         ratio: the share of the error pixels of each image and class that is chosen, between 0 and 1.
         negatives: "bane" takes the pixels nearest to the edge of their error region, "semi-hard" the same number at
@@ -261,7 +261,7 @@ def _error_map(
 
 
 def _distances(errors: Tensor, sampling: tuple[float, ...] | None) -> Tensor:
-    """Squared edge distances. A volume (B, 1, h, w) of depth one is passed as a map, for which it would be taken."""
+    """Squared edge distances. ``edge_distance`` takes (B, 1, h, w) for maps, so a volume of depth one becomes a map."""
     if errors.ndim == 4 and errors.shape[1] == 1:
         return _distances(errors[:, 0], None if sampling is None else sampling[1:]).unsqueeze(1)
     return edge_distance(errors, squared=True, sampling=sampling)

@@ -32,29 +32,38 @@ def main(arguments: list[str]) -> int:
     )
     what = parser.add_argument_group("what to run")
     shapes = what.add_mutually_exclusive_group()
-    shapes.add_argument("--shape", metavar="B,H,W", help="images, and the labels' height and width")
+    shapes.add_argument("--shape", metavar="B,H,W", help="number of images, height and width of the labels")
     shapes.add_argument("--case", choices=CASES, help="one of the paper's settings")
-    what.add_argument("--classes", type=int, metavar="N", help="with --shape")
-    parser.add_argument("--channels", type=int, default=256, metavar="D", help="of the embeddings (default: 256)")
+    what.add_argument("--classes", type=int, metavar="N", help="number of classes, with --shape")
     parser.add_argument(
-        "--layers", choices=LAYER_SETS, default="hrnet", help="strides 4-32 (default), or a dilated ResNet's"
+        "--channels", type=int, default=256, metavar="D", help="channels of the embeddings (default: 256)"
     )
-    parser.add_argument("--dtype", choices=DTYPES, help="of the features (default: bfloat16, on a CPU float32)")
-    parser.add_argument("--layout", choices=LAYOUTS, default="nchw", help="of the features in memory (default: nchw)")
+    parser.add_argument(
+        "--layers",
+        choices=LAYER_SETS,
+        default="hrnet",
+        help="strides of the layers: hrnet has 4 to 32 (default: hrnet)",
+    )
+    parser.add_argument("--dtype", choices=DTYPES, help="dtype of the features (default: bfloat16, on a CPU float32)")
+    parser.add_argument(
+        "--layout", choices=LAYOUTS, default="nchw", help="memory layout of the features (default: nchw)"
+    )
     parser.add_argument(
         "--regime",
         default="trained",
-        help=f"of the predictions: {', '.join(REGIMES)} or '30 %% errors' (default: trained)",
+        help=f"kind of predictions: {', '.join(REGIMES)} or '30 %% errors' (default: trained)",
     )
-    parser.add_argument("--frames", type=pathlib.Path, metavar="DIR", help="CamVid's folder: labels of real frames")
-    parser.add_argument("--seconds", type=float, default=1.0, help="of repeats for each time (default: 1)")
+    parser.add_argument(
+        "--frames", type=pathlib.Path, metavar="DIR", help="CamVid's folder; its labels replace the generated ones"
+    )
+    parser.add_argument("--seconds", type=float, default=1.0, help="duration of each measurement (default: 1)")
     parser.add_argument("--plan", action="store_true", help="list launches and bytes; nothing is run")
     parser.add_argument(
         "--base-rate",
         type=float,
         default=0.0,
         metavar="RATE",
-        help="share of all pixels taken as negatives (default: 0)",
+        help="share of all pixels that are negatives in addition to the hard ones (default: 0)",
     )
     if not arguments:
         parser.print_help(sys.stderr)

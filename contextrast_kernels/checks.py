@@ -118,8 +118,8 @@ def sides(name: str, value: Tensor, dims: int = 2) -> None:
 def dims_of(predictions, labels, size=None) -> int:
     """The number of spatial axes of predictions and labels: 2 for maps, 3 for volumes.
 
-    The rank of logits decides, else that of labels or class maps, unless it is (B, 1, H, W), which can be either. If
-    neither decides, the length of ``size`` does, and by default they are maps.
+    Logits decide by their number of axes. Without logits, labels or class maps decide, unless their shape is
+    (B, 1, H, W), which can be either. Then the length of ``size`` decides, and without a size they are maps.
     """
     if isinstance(predictions, Tensor) and predictions.is_floating_point() and predictions.ndim in (4, 5):
         return predictions.ndim - 2
@@ -188,7 +188,7 @@ def distances(name: str, value, shape: tuple) -> Tensor:
 def chosen(name: str, value, shape: tuple) -> Tensor:
     """Check the map that a sampler returned."""
     if not isinstance(value, Tensor) or value.dtype != torch.bool or value.shape != shape:
-        raise ValueError(f"{name}: expected to get a bool map of shape {tuple(shape)} from it, got {describe(value)}")
+        raise ValueError(f"{name}: expected it to return a bool map of shape {tuple(shape)}, got {describe(value)}")
     return value
 
 

@@ -15,19 +15,13 @@ import torch
 from torch import Tensor
 
 from contextrast_kernels import bane, checks, maps, ranks
-from contextrast_kernels.anchors import class_anchors, class_sums, fuse_anchors, mean_embeddings, means
+from contextrast_kernels.anchors import class_sums, fuse_anchors, means
 from contextrast_kernels.backend import choose_kernels, differentiable_once, empty_codes, is_eager, on_device
 from contextrast_kernels.distance import check_sampling
 from contextrast_kernels.embedding import compute_dtype, pixel_embeddings, unit
 from contextrast_kernels.hashing import STREAM_BASE, image_hash, seed_tensor
 from contextrast_kernels.loops import one_call_per_sample
-from contextrast_kernels.pixel_anchor import (
-    anchor_contrast,
-    anchor_info_nce,
-    pixel_anchor_loss,
-    positive_terms,
-    slope_of_log_sums,
-)
+from contextrast_kernels.pixel_anchor import anchor_contrast, positive_terms, slope_of_log_sums
 
 
 @checks.takes_subclasses
@@ -75,7 +69,7 @@ def contextrast_loss(
         base_rate: the share of the valid pixels that are negatives of every class but their own, in addition to the
             hard negatives; 0: none, 1: all.
         base_sampler: a callable that chooses these pixels in each layer instead of base_rate, such as
-            ``Sampler("common-count", 10000, 2500)`` of MS/CS. The loss is then not fused, but composed of its parts.
+            ``Sampler("common-count", 10000, 2500)`` of MS/CS. With a group it chooses among the rank's own pixels.
         normalize: embeddings are x / ‖x‖₂ over D.
         normalize_anchors: L2-normalise the anchors after fusion.
         detach_anchors: no gradient through the anchors.
@@ -152,11 +146,6 @@ class Options:
             raise ValueError(
                 f"base_sampler: expected a callable, such as a ck.Sampler, together with base_rate=0, "
                 f"got {checks.describe(self.base_sampler)} and base_rate={self.base_rate}; set only one of them"
-            )
-        if self.base_sampler is not None and self.group is not None:
-            raise ValueError(
-                "base_sampler: expected None with a group, because a sampler sees only its own rank's pixels, "
-                f"got {checks.describe(self.base_sampler)}; use base_rate instead"
             )
         if self.base_sampler is None and self.base_rate == 0 and (self.negatives == "none" or self.ratio == 0):
             raise ValueError(
@@ -243,74 +232,11 @@ def total_loss(
     backend = choose_kernels(features, options.num_classes)
     if options.group is not None:
         _agree(options.group, features, options, backend)
-    if backend == "triton" and options.base_sampler is None:
-        return _fused_loss(features, labels, *bane.negative_codes(*selection), options, seed)
-    hard, errors = bane.layer_negatives(*selection)
-    if options.group is not None:
-        return _global_loss(options.group, features, labels, hard, errors, options, seed)
-    loss, report = _composed_loss(features, labels, predictions.detach(), hard, options, seed, backend)
-    return loss, {**report, "errors": errors}
-
-
-def _composed_loss(
-    features: Sequence[Tensor],
-    labels: Tensor,
-    predictions: Tensor,
-    hard: list[Tensor],
-    options: Options,
-    seed: Tensor,
-    backend: str,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss composed of its parts, for given hard negatives. The kernels compute them where backend is "triton"."""
-    # Widened once, so that a half-precision gradient is summed in float32 and rounded once.
-    features = [x.to(compute_dtype(x.dtype)) for x in features]
-    sizes = [tuple(x.shape[2:]) for x in features]
-    N, normalize, temperature = options.num_classes, options.normalize, options.temperature
-    targets = [maps.targets(labels, size, N, options.ignore_index) for size in sizes]
     if backend == "triton":
-        means_of_layers = (
-            class_anchors(x, y, N, ignore_index=-1, normalize=normalize) for x, y in zip(features, targets)
-        )
-    else:
-        embeddings = [pixel_embeddings(x, y >= 0, normalize) for x, y in zip(features, targets)]
-        means_of_layers = (mean_embeddings(v, y, N) for v, y in zip(embeddings, targets))
-    anchors, counts = zip(*means_of_layers)
-    fused = _fused_anchors(anchors, counts, options)
-
-    losses, drawn = [], []
-    for i, (target, a, chosen, size) in enumerate(zip(targets, fused, hard, sizes)):
-        base = _base_pixels(target, i, options, seed)
-        drawn_here = chosen >= 0
-        if options.base_sampler is not None:
-            predicted = maps.predicted_classes(predictions, size, options.ignore_index)
-            base = options.base_sampler(target, predicted, N, seed, STREAM_BASE + i)
-            base = checks.chosen("base_sampler", base, target.shape) & (target >= 0)
-        if base is not None:
-            drawn_here = drawn_here | base
-        if backend == "triton":
-            losses.append(
-                pixel_anchor_loss(
-                    features[i],
-                    target,
-                    a,
-                    negatives=chosen,
-                    base=base,
-                    temperature=temperature,
-                    ignore_index=-1,
-                    normalize=normalize,
-                )
-            )
-        else:
-            losses.append(anchor_info_nce(embeddings[i], target, a, chosen, base, temperature))
-        drawn.append(drawn_here.sum())
-    total = weighted_sum(losses, options.layer_weights)
-    report = {
-        "loss": torch.stack(losses).detach(),
-        "classes": torch.stack([(n > 0).sum() for n in counts]),
-        "positives": torch.stack([n.sum() for n in counts]),
-        "negatives": torch.stack(drawn),
-    }
-    return total, report
+        sampled = _sampled_pixels(features, labels, predictions.detach(), options, seed)
+        return _fused_loss(features, labels, *bane.negative_codes(*selection), sampled, options, seed)
+    hard, errors = bane.layer_negatives(*selection)
+    return _reference_loss(features, labels, predictions.detach(), hard, errors, options, seed)
 
 
 def _fused_anchors(
@@ -323,17 +249,36 @@ def _fused_anchors(
     return [unit(a) for a in fused] if options.normalize_anchors else fused
 
 
-def weighted_sum(losses: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+def weighted_sum(losses: Sequence[Tensor] | Tensor, weights: Sequence[float]) -> Tensor:
     """Σ w_i L_i. The weights stay numbers: a tensor of them would be copied to the device in every step."""
     return torch.stack([weight * loss for weight, loss in zip(weights, losses)]).sum()
 
 
-def _base_pixels(target: Tensor, layer: int, options: Options, seed: int | Tensor) -> Tensor | None:
+def _sampled_pixels(
+    features: Sequence[Tensor], labels: Tensor, predictions: Tensor, options: Options, seed: Tensor
+) -> list[Tensor]:
+    """The base pixels (B, *size) of every layer, bool, that ``base_sampler`` chooses; an empty list without one."""
+    if options.base_sampler is None:
+        return []
+    N, ignore_index, chosen = options.num_classes, options.ignore_index, []
+    for i, x in enumerate(features):
+        target = maps.targets(labels, x.shape[2:], N, ignore_index)
+        predicted = maps.predicted_classes(predictions, x.shape[2:], ignore_index)
+        base = options.base_sampler(target, predicted, N, seed, STREAM_BASE + i)
+        chosen.append(checks.chosen("base_sampler", base, target.shape) & (target >= 0))
+    return chosen
+
+
+def _drawn_pixels(targets: Sequence[Tensor], options: Options, seed: Tensor) -> list[Tensor]:
+    """The base pixels of every layer that ``base_rate`` draws; an empty list for a rate of 0."""
     if options.base_rate == 0:
-        return None
-    # For an integer, hash < rate · 2³² is hash < ⌈rate · 2³²⌉: compared as integers, where float32 would round.
+        return []
+    # For an integer, hash < rate · 2³² is the same as hash < ⌈rate · 2³²⌉, and comparing integers does not round.
     limit = math.ceil(options.base_rate * 2.0**32)
-    return (image_hash(seed, STREAM_BASE + layer, target.shape[1:], target.device) < limit) & (target >= 0)
+    return [
+        (image_hash(seed, STREAM_BASE + i, target.shape[1:], target.device) < limit) & (target >= 0)
+        for i, target in enumerate(targets)
+    ]
 
 
 def _agree(group: str, features: Sequence[Tensor], options: Options, backend: str) -> None:
@@ -345,48 +290,53 @@ def _agree(group: str, features: Sequence[Tensor], options: Options, backend: st
     kind += f"; backend {backend!r}"
     numbers = ("ignore_index", "layer_weights", "temperature", "fusion_weight", "base_rate")
     selection = ("negatives", "ratio", "distance_at", "sampling")
+    kind += f"; base_sampler={'None' if options.base_sampler is None else 'given'}"
     facts = "; ".join([kind, *(f"{name}={getattr(options, name)!r}" for name in numbers + selection)])
-    # A schedule may change the temperature in every step, but ranks take one reduction more beyond this limit.
+    # The temperature may follow a schedule, so the kind holds only whether it takes one more reduction.
     ranks.agree(group, f"{kind}; {ranks.close_enough(1 / options.temperature)}", facts)
 
 
-def _global_loss(
-    name: str,
+def _reference_loss(
     features: Sequence[Tensor],
     labels: Tensor,
+    predictions: Tensor,
     hard: list[Tensor],
     errors: Tensor,
     options: Options,
-    seed: int | Tensor,
+    seed: Tensor,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The reference over the pixels of all ranks: three reductions forward, one backward.
+    """The reference, for given hard negatives (B, *size) of every layer.
 
-    With l_i a rank's share of L_i, so that L_i = Σ_ranks l_i, its gradient by one of the rank's own similarities is
+    With a group it is the loss over the pixels of all ranks, with three reductions forward and one backward. Let l_i be
+    a rank's share of L_i, so that L_i = Σ_ranks l_i. The gradient of L_i with respect to a similarity of this rank is
 
         dL/ds = ∂l/∂s + Σ_n G_n ∂Z_n/∂s,    G_n = ∂L/∂Z_n = -Σ_ranks Σ_{p∈P^n} ∂l/∂s_np,    ∂Z_n/∂s = ∂E_n/∂s
 
-    with E_n the rank's Σ exp(s - Z_n) over its negatives, in which Z_n is a constant. G is reduced together with the
+    where E_n is the rank's Σ exp(s - Z_n) over its negatives, with Z_n as a constant. G is reduced together with the
     loss, so the gradient through Z needs no reduction backward; the gradient through the anchors needs one.
     """
-    N, weights = options.num_classes, options.layer_weights
+    N, group, weights = options.num_classes, options.group, options.layer_weights
     # Widened once, so that a half-precision gradient is summed in float32 and rounded once.
-    features = [ranks.DifferentiableOnce.apply(x.to(compute_dtype(x.dtype))) for x in features]
+    features = [x.to(compute_dtype(x.dtype)) for x in features]
+    if group is not None:
+        features = [ranks.DifferentiableOnce.apply(x) for x in features]
     targets = [maps.targets(labels, x.shape[2:], N, options.ignore_index) for x in features]
     embeddings = [pixel_embeddings(x, y >= 0, options.normalize) for x, y in zip(features, targets)]
-    bases = [_base_pixels(target, i, options, seed) for i, target in enumerate(targets)]
-    drawn = [(chosen >= 0 if base is None else (chosen >= 0) | base).sum() for chosen, base in zip(hard, bases)]
-
-    # 1. Sums, counts and the numbers of the report, in float64, which holds them exactly.
-    sums, counts = map(
-        torch.stack,
-        zip(*(class_sums(v, y, N) for v, y in zip(embeddings, targets))),
+    base = _sampled_pixels(features, labels, predictions, options, seed) or _drawn_pixels(targets, options, seed)
+    bases: Sequence[Tensor | None] = base or [None] * len(features)
+    drawn = torch.stack(
+        [(chosen >= 0 if base is None else (chosen >= 0) | base).sum() for chosen, base in zip(hard, bases)]
     )
-    numbers = torch.cat([counts.flatten(), torch.stack(drawn), errors.flatten()])
-    total = ranks.Total.apply(torch.cat([sums.flatten().double(), numbers.double()]), name)
-    sums, numbers = total.split([sums.numel(), numbers.numel()])
-    counts, drawn, errors = numbers.detach().round().long().split([counts.numel(), len(drawn), errors.numel()])
-    counts = counts.view(-1, N)
-    anchors = means(sums.view(*counts.shape, -1), counts).to(features[0].dtype)
+
+    # 1. Anchors.
+    sums, counts = map(torch.stack, zip(*(class_sums(v, y, N) for v, y in zip(embeddings, targets))))
+    if group is not None:  # in float64, which holds the numbers of the report exactly
+        parts = [sums.double(), counts.double(), drawn.double(), errors.double()]
+        total = ranks.Total.apply(torch.cat([part.flatten() for part in parts]), group)
+        total, *numbers = total.split([part.numel() for part in parts])
+        sums = total.view_as(sums)
+        counts, drawn, errors = (x.detach().round().long().view_as(y) for x, y in zip(numbers, (counts, drawn, errors)))
+    anchors = means(sums, counts).to(features[0].dtype)
     fused = _fused_anchors(anchors, counts, options)
 
     # 2. Z.
@@ -394,32 +344,36 @@ def _global_loss(
         anchor_contrast(v, y, a, n, chosen, base, options.temperature)
         for v, y, a, n, chosen, base in zip(embeddings, targets, fused, counts, hard, bases)
     ]
-    local = torch.stack([contrast.Z for contrast in contrasts])
-    exists = torch.stack([contrast.has_negative for contrast in contrasts])
-    bound = 1 / options.temperature if options.normalize else None  # ‖â‖ ≤ 1 and ‖v‖ ≤ 1
-    Z = ranks.log_sum_exp(torch.where(exists, local, -torch.inf), name, bound)
-    has_negative = ~Z.isneginf()
-    Z = torch.where(has_negative, Z, 0.0)
+    Z = local = torch.stack([contrast.Z for contrast in contrasts])
+    has_negative = exists = torch.stack([contrast.has_negative for contrast in contrasts])
+    if group is not None:
+        bound = 1 / options.temperature if options.normalize else None  # ‖â‖ ≤ 1 and ‖v‖ ≤ 1
+        Z = ranks.log_sum_exp(torch.where(exists, local, -torch.inf), group, bound)
+        has_negative = ~Z.isneginf()
+        Z = torch.where(has_negative, Z, 0.0)
 
-    # 3. The loss, and G.
-    terms = [positive_terms(*layer) for layer in zip(contrasts, Z, has_negative, counts)]
-    slopes = [slope_of_log_sums(*layer) for layer in zip(contrasts, Z, has_negative, counts)]
-    own = torch.stack([term.sum() for term in terms])
-    total = ranks.reduced(torch.cat([own.double(), torch.cat(slopes).double()]), name)
-    losses, G = total.to(own.dtype).split([own.numel(), Z.numel()])
-    E = torch.where(exists, torch.where(exists, local - Z, 0.0).exp(), 0.0)
-    own = own + (G.view_as(E) * E).sum(1)
-    loss, share = (weighted_sum(each, weights) for each in (losses, own))
+    # 3. The loss.
+    layers = list(zip(contrasts, Z, has_negative, counts))
+    losses = torch.stack([positive_terms(*layer).sum() for layer in layers])
+    loss = weighted_sum(losses, weights)
+    if group is not None:
+        slopes = torch.cat([slope_of_log_sums(*layer) for layer in layers])
+        total = ranks.reduced(torch.cat([losses.double(), slopes.double()]), group)
+        total, G = total.to(losses.dtype).split([losses.numel(), slopes.numel()])
+        E = torch.where(exists, torch.where(exists, local - Z, 0.0).exp(), 0.0)
+        share = weighted_sum(losses + (G.view_as(E) * E).sum(1), weights)
+        # The value is the loss of all ranks. The gradient is that of this rank's share times the number of ranks,
+        # because DDP divides by that number.
+        losses = total
+        loss = weighted_sum(losses, weights) + ranks.size(group) * (share - share.detach())
     report = {
-        "loss": losses,
+        "loss": losses.detach(),
         "classes": (counts > 0).sum(1),
         "positives": counts.sum(1),
         "negatives": drawn,
         "errors": errors,
     }
-    # The value is the loss of all ranks. The gradient is that of this rank's share times the number of ranks,
-    # because DDP divides by that number.
-    return loss + ranks.size(name) * (share - share.detach()), report
+    return loss, report
 
 
 def _fused_loss(
@@ -427,10 +381,11 @@ def _fused_loss(
     labels: Tensor,
     hard: Tensor,
     errors: Tensor,
+    sampled: list[Tensor],
     options: Options,
     seed: Tensor,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss by the fused kernels, for given codes of the hard negatives."""
+    """The loss by the fused kernels, for given codes of the hard negatives and given base pixels."""
     for i, x in enumerate(features if options.group is not None else ()):
         if x.shape[0] * math.prod(x.shape[2:]) > ranks.MOST_PIXELS:
             raise ValueError(
@@ -442,6 +397,7 @@ def _fused_loss(
     arguments = (
         labels,
         hard,
+        sampled,
         seed,
         options.num_classes,
         options.ignore_index,
@@ -475,6 +431,7 @@ def _forward(
     features: list[Tensor],
     labels: Tensor,
     e: Tensor,
+    base: list[Tensor],
     seed: Tensor,
     num_classes: int,
     ignore_index: int,
@@ -490,7 +447,11 @@ def _forward(
     volumes: list[int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the loss, L_i of every layer, the report (3, layers) of classes, positives and negatives, and what the
-    backward pass reads: codes y, base pixels or the similarity of hard negatives, â, Z, coefficients, T.
+    backward pass reads: label codes y, base pixels or the similarity of hard negatives, â, Z, coefficients, T.
+
+    e: the codes of the hard negatives of all layers, end to end.
+
+    base: bool maps of the base pixels of every layer. If the list is empty, base_rate draws them.
 
     With a group the ranks reduce inside the op, between its phases, and a fourth row of the report has the errors of
     all ranks. One op with reductions inside is simpler than three ops with reductions between them: the phases add to
@@ -506,6 +467,7 @@ def _forward(
             features,
             labels,
             e,
+            base,
             seed,
             num_classes,
             ignore_index,
@@ -528,13 +490,13 @@ _contextrast_loss = torch.library.custom_op("contextrast::contextrast_loss", _fo
 
 
 @_contextrast_loss.register_fake
-def _(features, labels, e, seed, num_classes, *options):
-    given = _by_name((features, labels, e, seed, num_classes, *options))
-    base_rate, group = given["base_rate"], given["group"]
+def _(features, labels, e, base, seed, num_classes, *options):
+    given = _by_name((features, labels, e, base, seed, num_classes, *options))
+    dense, group = bool(base) or given["base_rate"] > 0, given["group"]
     first, L, N = features[0], len(features), num_classes
     D, dtype = first.shape[1], compute_dtype(first.dtype)
     floats = [first.new_empty(shape, dtype=dtype) for shape in ((), (L,), (L, N, D), (L, N), (L, 2, N), (L, N, D))]
-    codes = [empty_codes(features, N, kind) for kind in (None, torch.uint8 if base_rate > 0 else dtype)]
+    codes = [empty_codes(features, N, kind) for kind in (None, torch.uint8 if dense else dtype)]
     return *floats[:2], first.new_empty((3 if group is None else 4, L), dtype=torch.int64), *codes, *floats[2:]
 
 
@@ -589,6 +551,8 @@ def _save_for_backward(ctx, inputs, output):
     given = _by_name(inputs)
     ctx.options = [given[name] for name in ("temperature", "normalize", "detach_anchors")]
     ctx.group, ctx.layers = given["group"], len(given["features"])
+    # The gradients of all inputs after the features, in the form that autograd expects. None of them has one.
+    ctx.others = [[None] * len(x) if name == "base" else None for name, x in given.items() if name != "features"]
     _loss, *others = output
     _losses, _report, *saved = others
     ctx.save_for_backward(*given["features"], given["e"], *saved)
@@ -597,14 +561,14 @@ def _save_for_backward(ctx, inputs, output):
 
 def _backward(ctx, gradient, *_):
     if gradient is None:
-        return [None] * ctx.layers, *(None,) * (len(_PARAMETERS) - 1)
+        return [None] * ctx.layers, *ctx.others
     if ctx.group is not None:
         gradient = gradient * ranks.size(ctx.group)  # DDP divides by the number of ranks
     features, saved = list(ctx.saved_tensors[: ctx.layers]), ctx.saved_tensors[ctx.layers :]
-    # The op refuses a second derivative, which is only asked for where gradients are recorded.
+    # If gradients are recorded here, a second derivative may follow, and only the op raises a clear error for it.
     direct = not torch.is_grad_enabled() and is_eager([gradient, *features])
     gradients = _feature_gradients if direct else _contextrast_loss_backward
-    return gradients(gradient, features, *saved, *ctx.options), *(None,) * (len(_PARAMETERS) - 1)
+    return gradients(gradient, features, *saved, *ctx.options), *ctx.others
 
 
 _contextrast_loss.register_autograd(_backward, setup_context=_save_for_backward)
@@ -613,7 +577,7 @@ one_call_per_sample(_contextrast_loss_backward)
 
 
 class _Direct(torch.autograd.Function):
-    """The op without PyTorch's dispatcher, whose Python takes the host longer than all launches of a step."""
+    """The op without PyTorch's dispatcher, which takes the host longer than all launches of a step."""
 
     @staticmethod
     def forward(ctx, arguments, *features):

@@ -54,7 +54,9 @@ def _devices() -> list[str]:
     if torch.backends.mps.is_available():
         lines.append(f"MPS: not used; {checks.WITHOUT_FLOAT64}")
     if not torch.cuda.is_available():
-        built = f"ROCm {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda or 'not at all'}"
+        built = f"ROCm {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda}"
+        if not (torch.version.hip or torch.version.cuda):
+            built = "the CPU only"
         return [*lines, f"CUDA: no device (torch was built for {built})"]
     for i in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(i)
@@ -84,7 +86,7 @@ def _checks() -> list[tuple[str, Callable[[], str]]]:
     for device in devices:
         if native.status(device) == "ok":
             checks.append((f"native on {device} against the reference", functools.partial(_check_native, device)))
-    # On an AMD GPU, where no one has run them, the check shows whether the kernels work.
+    # The kernels have never been run on an AMD GPU, so this check shows whether they work there.
     if ck.available()["triton"] in ("ok", untried_on_amd()):
         checks.append((f"triton on {devices[-1]} against the reference", lambda: _check_triton(devices[-1])))
     return checks

@@ -188,21 +188,21 @@ def check_rows(name: str, rows: Tensor, labels_name: str, labels: Tensor) -> Ten
     return _check_integers(labels_name, labels, name, rows)
 
 
-def _check_integers(name: str, value: Tensor, of: str, rows: Tensor) -> Tensor:
-    _check_vector(name, value, "integer labels", checks.is_integer, of, rows, "; call .long()")
+def _check_integers(name: str, value: Tensor, rows_name: str, rows: Tensor) -> Tensor:
+    _check_vector(name, value, "integer labels", checks.is_integer, rows_name, rows, "; call .long()")
     return checks.signed(value)
 
 
-def _check_vector(name: str, value: Tensor, kind: str, fits, of: str, rows: Tensor, remedy: str = "") -> None:
+def _check_vector(name: str, value: Tensor, kind: str, fits, rows_name: str, rows: Tensor, remedy: str = "") -> None:
     """Check a vector with one number for each row of a matrix."""
-    checks.tensor(name, value, f"{kind}, one for each of {of}")
+    checks.tensor(name, value, f"{kind}, one for each of {rows_name}")
     if not fits(value.dtype):
         raise TypeError(f"{name}: expected {kind}, got {checks.describe(value)}{remedy}")
     if value.ndim != 1 or value.shape[0] != rows.shape[0]:
         raise ValueError(
-            f"{name}: expected shape ({rows.shape[0]},), one for each of {of}, got {checks.describe(value)}"
+            f"{name}: expected shape ({rows.shape[0]},), one for each of {rows_name}, got {checks.describe(value)}"
         )
-    checks.together(of, rows, name, value, batch=False)
+    checks.together(rows_name, rows, name, value, batch=False)
 
 
 @torch.library.custom_op("contextrast::info_nce", mutates_args=())

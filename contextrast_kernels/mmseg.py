@@ -42,7 +42,7 @@ def ContextrastHead(  # a type's name in a config
     Args:
         head: the config of a head that computes its loss as ``BaseDecodeHead.loss`` does, such as FCN, ASPP or UPer.
         in_channels: channels of the backbone's stages to contrast, from high to low resolution.
-        in_index: the stages' places in the backbone's output; None: the first ones.
+        in_index: the indices of these stages in the backbone's output. None: the first ones.
         weight: α of Eq. 5.
         dim: D of the projected features.
         **contrast: options of ``ContextrastLoss``; num_classes and ignore_index are the head's.
@@ -78,7 +78,7 @@ class _WithContrast:
         checks.real("weight", weight, low=0.0)
         if len(in_index) != len(in_channels):
             raise ValueError(
-                f"in_index: expected {len(in_channels)} places, one for each of in_channels, got {list(in_index)}"
+                f"in_index: expected {len(in_channels)} indices, one for each of in_channels, got {list(in_index)}"
             )
         self.contrast_index = list(in_index)
         self.contrast_weight = weight

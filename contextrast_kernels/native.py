@@ -297,10 +297,7 @@ def _(mask, squared, sampling=None):
 
 @torch.library.custom_op("contextrast::select_nearest", mutates_args=())
 def select_nearest(classes: Tensor, distance_sq: Tensor, ratio: float, num_classes: int, seed: Tensor) -> Tensor:
-    """(B, h, w) integers, (B, h, w) int32, int64 of one element on the same device → bool (B, h, w).
-
-    num_classes -1: every value >= 0.
-    """
+    """(B, h, w) integers, (B, h, w) int32, int64 of one element on the same device → bool (B, h, w)."""
     device = _device(classes=classes, distance_sq=distance_sq, seed=seed)
     selected = torch.empty(classes.shape, dtype=torch.bool, device=device)
     arguments = (_Map(classes), _Map(distance_sq), ratio, num_classes, seed.data_ptr(), selected.data_ptr())
@@ -325,7 +322,8 @@ def _bane_negatives(
     ignore_index: int,
     seed: Tensor,
 ) -> None:
-    """Writes layers, (B, h, w) each, and errors (layers,)."""
+    """Write the chosen negatives of every layer into ``layers``, (B, h, w) each, and the numbers of errors into
+    ``errors`` (layers,)."""
     device = _device(labels=labels, predictions=predictions, seed=seed)
     descriptors = (_Layer * len(layers))(*(_Layer(*layer.shape[1:], layer.data_ptr()) for layer in layers))
     labels_map, at = _Map(labels), _DISTANCE_AT.index(distance_at)
@@ -358,7 +356,7 @@ def _empty_codes(labels: Tensor, num_classes: int, sizes: list[int]) -> Tensor:
 
 
 def _empty_errors(labels: Tensor, sizes: list[int]) -> Tensor:
-    # The library leaves the count of a layer without pixels alone.
+    # The library does not write the count of a layer without pixels.
     allocate = labels.new_zeros if 0 in (labels.shape[0], *sizes) else labels.new_empty
     return allocate(len(sizes) // 2, dtype=torch.int64)
 
@@ -378,8 +376,7 @@ def bane_negatives(
     """Errors, distances and selection of several layers; sizes h_0, w_0, h_1, w_1, … → int32 (B, h_i, w_i), -1 = none,
     and the number of error pixels in each layer, int64 (layers,).
 
-    num_classes as in ``error_map``; negatives "bane" or "semi-hard"; distance_at "layer" or "full"; seed int64 of one
-    element on the same device.
+    negatives "bane" or "semi-hard"; distance_at "layer" or "full"; seed int64 of one element on the same device.
     """
     layers, errors = _empty_layers(labels, sizes), _empty_errors(labels, sizes)
     _bane_negatives(predictions, labels, num_classes, layers, errors, ratio, negatives, distance_at, ignore_index, seed)

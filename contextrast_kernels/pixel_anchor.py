@@ -191,7 +191,8 @@ def positive_terms(contrast: Contrast, Z: Tensor, has_negative: Tensor, counts: 
 
 
 def slope_of_log_sums(contrast: Contrast, Z: Tensor, has_negative: Tensor, counts: Tensor) -> Tensor:
-    """G (N,), the derivative of Σ ``positive_terms`` by Z: Σ σ(Z_n - s_np) / (|C| |P^n|) over the positives."""
+    """G (N,), the derivative of Σ ``positive_terms`` with respect to Z: Σ σ(Z_n - s_np) / (|C| |P^n|) over the
+    positives."""
     label = contrast.label
     share = torch.where(has_negative[label], torch.sigmoid(Z[label] - contrast.own), 0.0)
     return torch.zeros_like(Z).index_add(0, label, _positive_weight(contrast, counts) * share)
@@ -213,8 +214,8 @@ def _pixel_anchor_loss(
     normalize: bool,
     volume: list[int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return the loss, dL/danchors, and what the backward pass reads: codes y and e, base pixels or the similarity of
-    hard negatives, â, Z, coefficients. volume: as in ``class_anchors``."""
+    """Return the loss, dL/danchors, and what the backward pass reads: codes y of the labels and e of the negatives,
+    base pixels or the similarity of hard negatives, â, Z, coefficients. volume: as in ``class_anchors``."""
     from contextrast_kernels.kernels import pixel_anchor
 
     with on_device(features):

@@ -130,7 +130,8 @@ def training_step(
         watch = Watch(called)
         with watch:
             outcome, y, terms = contextrast.forward(
-                *(features, labels, e, seed, num_classes, 255, (1.0,) * len(sizes), 0.1, 0.7, base_rate, True, False)
+                *(features, labels, e, [], seed, num_classes, 255),
+                *((1.0,) * len(sizes), 0.1, 0.7, base_rate, True, False),
             )
             forward_peak, watch.peak = watch.peak, 0
             gradients = contextrast.backward(outcome.loss, features, y, terms, outcome.pull, 0.1, True)

@@ -57,7 +57,7 @@ class _Agreed:
 
 
 _agreed: WeakKeyDictionary[object, _Agreed] = WeakKeyDictionary()
-"""One entry per process group, for as long as it exists: a later group may have the same name."""
+"""One entry per process group. It disappears with the group, because a later group may have the same name."""
 
 
 def agree(name: str, kind: str, facts: str | None = None) -> None:
@@ -157,7 +157,7 @@ def log_sum_exp(log_sums: Tensor, name: str, bound: float | None = None) -> Tens
 
 
 class Total(torch.autograd.Function):
-    """``reduced`` for a loss of which each rank holds a share. Backward adds up the gradients of all ranks."""
+    """The sum over the ranks. The backward pass adds up the gradients of all ranks."""
 
     @staticmethod
     def forward(ctx, x: Tensor, name: str) -> Tensor:

@@ -32,8 +32,8 @@ CORRECT_COLOUR = (1.0, 1.0, 1.0)  # pixels outside every error region
 NO_EDGE_COLOUR = (0.0, 0.0, 0.0)  # errors of a class that fills the whole image
 PALE = 0.75  # share of white in an error that was not chosen
 
-# tab10 without its grey; then each is the colour farthest (CIEDE2000) from those before it, from their pale versions
-# and from the colours above, among those of moderate chroma.
+# The colours of matplotlib's tab10 without its grey, then colours of moderate chroma. Each of these is the farthest
+# (CIEDE2000) from the colours before it, from their pale versions, and from the colours above.
 DISTINCT = (
     "1f77b4", "ff7f0e", "2ca02c", "d62728", "9467bd", "8c564b", "e377c2", "bcbd22", "17becf", "1e5a3c",
     "0f2d87", "00f0b4", "5a4b00", "a50069", "ff9696", "8796ff", "69001e", "ffc35a", "4b2d4b", "965a0f",
@@ -42,9 +42,10 @@ DISTINCT = (
 
 
 def class_colours(num_classes: int) -> Tensor:
-    """The colour of each class in every picture: float32 (N, 3) in 0..1. None is near void's grey, white or black.
+    """The colour of each class in every picture: float32 (N, 3) in 0..1.
 
-    Up to 24 are easy to tell apart. More are hues that alternate between bright, soft, dark and muted.
+    No colour is near the grey of ignored pixels, white or black. Up to 24 colours are easy to tell apart. Beyond that
+    they are hues in turn bright, soft, dark and muted.
     """
     checks.num_classes(num_classes)
     if num_classes <= len(DISTINCT):
@@ -171,7 +172,8 @@ def negatives(
         patches.append(Patch(facecolor=NO_EDGE_COLOUR, label="error without an edge"))
     width, em = 12.5, 9 / 72
     longest = max(len(str(patch.get_label())) for patch in patches)
-    fitting = max(1, int(width / em / (4.8 + 0.65 * longest)))  # an entry: patch and gaps, and its wide letters
+    # In units of em an entry has 4.8 for the patch and the gaps, and at most 0.65 for each letter.
+    fitting = max(1, int(width / em / (4.8 + 0.65 * longest)))
     lines = -(-len(patches) // fitting)
     figure.legend(
         handles=patches,
@@ -182,7 +184,8 @@ def negatives(
         title="errors and negatives in the predicted class's colour, pale where not chosen; distance in the layer's px",
         title_fontsize=9,
     )
-    figure.set_size_inches(width, 0.75 + 0.2 * lines + len(sizes) * max(2.0 * H / W, 0.9))  # 0.9: a row's name
+    # A row is at least 0.9 inches high, so that its name fits.
+    figure.set_size_inches(width, 0.75 + 0.2 * lines + len(sizes) * max(2.0 * H / W, 0.9))
     return figure
 
 
@@ -219,7 +222,7 @@ def embedding_colours(features: Tensor) -> Tensor:
     if finite.any():
         ordered = components[finite.squeeze(1)].sort(0).values
         low, high = (ordered[round(share * (len(ordered) - 1))] for share in (0.01, 0.99))
-        # Below this a component is the rounding of equal vectors.
+        # A component with a smaller variance is only the rounding error of equal vectors.
         varies = (variances > 1e-12) & (high > low)
         scaled = ((components - low) / torch.where(varies, high - low, 1.0)).clamp(0, 1)
         colours[:, : components.shape[1]] = torch.where(finite & varies, scaled, 0.5)
@@ -278,7 +281,9 @@ def anchor_similarity(
     ignore_index: int = 255,
     class_names: Sequence[str] | None = None,
 ) -> Figure:
-    """Draw the cosine similarity of all pairs of class anchors, a matrix per layer. Similar classes are confused.
+    """Draw the cosine similarity of all pairs of class anchors, a matrix per layer.
+
+    Two classes with similar anchors are easily confused.
 
     Args:
         features, labels, num_classes, fusion_weight, ignore_index: as in ``contextrast_loss``. The anchors are fused as
@@ -303,8 +308,8 @@ def anchor_similarity(
     fused = [(fuse_anchors(a, n, top, top_counts, fusion_weight), n) for a, n in of_layers[:-1]] + of_layers[-1:]
 
     side = max(1.8, 0.24 * num_classes)
-    beside = 0.3 + 0.08 * max(map(len, names))  # inches that the names take, at 8 pt
-    figure = Figure(figsize=(0.9 + beside + (0.2 + side) * len(fused), side + beside + 0.3), layout="compressed")
+    margin = 0.3 + 0.08 * max(map(len, names))  # inches that the names take, at 8 pt
+    figure = Figure(figsize=(0.9 + margin + (0.2 + side) * len(fused), side + margin + 0.3), layout="compressed")
     axes = figure.subplots(1, len(fused), squeeze=False)[0]
     colours = colormaps["RdBu_r"].with_extremes(bad=VOID_COLOUR)
     for axis, (a, n), x in zip(axes, fused, features):

@@ -16,16 +16,13 @@
 
 #include <stdint.h>
 
-#if defined(_WIN32)
-#define CONTEXTRAST_API __declspec(dllexport)
-#else
 #define CONTEXTRAST_API __attribute__((visibility("default")))
-#endif
 
 #define CONTEXTRAST_INTERFACE 3  // of this file: one more whenever a function here changes its arguments or results
 #define CONTEXTRAST_MAX_SIDE 16384  // squared distances, and what the search along a line adds to them, stay below 2^31
 #define CONTEXTRAST_MAX_VOXELS (INT64_C(1) << 31)  // of one image: a voxel's number in its image is an int32
 #define CONTEXTRAST_MAX_SELECTION (INT64_C(1) << 29)  // pixels of an image of select_nearest, whatever its sides
+#define CONTEXTRAST_MAX_CLASSES (1 << 20)  // of a selection, which counts the pixels of every class
 #define CONTEXTRAST_MAX_LAYERS 16
 #define CONTEXTRAST_ERROR_SIZE 256
 #define CONTEXTRAST_NO_EDGE INT32_MAX  // squared distance where the class has no edge in its image
@@ -135,7 +132,7 @@ CONTEXTRAST_API int contextrast_distance_transform_cuda(const ContextrastVolume 
 
 // Marks, for each image and class, exactly k = ceil(ratio * pixels of the class) pixels: those of smallest distance_sq
 // (int32, the size of classes), ties in the order of hash(*seed, 0, row*W + column). selected (B, H, W): 1 or 0.
-// Classes are 0..num_classes-1; -1: every value >= 0. seed points to memory of the device that computes.
+// Classes are 0..num_classes-1. seed points to memory of the device that computes.
 CONTEXTRAST_API int64_t contextrast_select_nearest_scratch_cpu(int64_t batch, int64_t height, int64_t width,
                                                                int64_t num_classes, int threads);
 CONTEXTRAST_API int64_t contextrast_select_nearest_scratch_cuda(int64_t batch, int64_t height, int64_t width,

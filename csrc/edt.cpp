@@ -8,533 +8,17 @@
 // axis the neighbours of a run of far pixels are seeds, or the image ends there, so that no pixel beyond them matters.
 #include <string.h>
 
-#include <limits>
-
-#include "host.h"
-#include "lines.h"
+#include "search.h"
+#include "volume.h"
+#include "words.h"
 
 namespace contextrast {
 namespace {
 
-constexpr int BAND = 32;
-constexpr int MARKED = 4;                          // rows of a band that are marked together
-constexpr int STRIP = 64;                          // columns of a plane that are searched along y together
-constexpr int WINDOW = 8, WINDOW_BESIDE_OPEN = 2;  // steps before a block is left to the search,
-constexpr int LONG_WINDOW = 16;                    // unless no more than so many are known to be enough
-constexpr int NARROW = 16;                         // pixels between which no anchor is worth its search
-constexpr int BLOCKS = CONTEXTRAST_MAX_SIDE / 8;   // the most blocks of a line
+constexpr int STRIP = 64;  // columns of a plane that are searched along y together
 constexpr int TASK_PIXELS = 1 << 14;
-static_assert(MARGIN >= LONG_WINDOW + 16, "what a block of 64 bytes reads beside its line");
-
-// The volume without axes of one pixel: (columns' length, y, x); a map is (H, 1, W), a line is (1, 1, W). Neither a sum
-// of costs nor an order in memory changes with it.
-struct Volume {
-  const void *data;
-  int32_t type;
-  int64_t batch, stride_batch;
-  int size[3];
-  int64_t stride[3];
-  Metric metric;
-  ContextrastDistance wanted;
-
-  Volume(const ContextrastVolume &volume, const ContextrastDistance &asked)
-      : data(volume.data), type(volume.type), batch(volume.batch), stride_batch(volume.stride_batch), wanted(asked) {
-    metric = metric_of(volume, asked);
-    for (int axis = 0; axis < 3; ++axis) {
-      size[axis] = static_cast<int>(volume.size[axis]);
-      stride[axis] = volume.stride[axis];
-    }
-    if (size[2] == 1) exchange(1, 2);
-    if (size[2] == 1) exchange(0, 2);
-    if (size[0] == 1) exchange(0, 1);
-  }
-
-  int64_t plane() const { return static_cast<int64_t>(size[1]) * size[2]; }
-  int64_t image() const { return size[0] * plane(); }
-  int64_t bands() const { return (size[0] + BAND - 1) / BAND; }
-  bool keys() const { return wanted.nearest[0] || wanted.nearest[1] || wanted.nearest[2]; }
-
- private:
-  template <class T>
-  static void exchange(T (&values)[3], int a, int b) {
-    const T value = values[a];
-    values[a] = values[b];
-    values[b] = value;
-  }
-  void exchange(int a, int b) {
-    exchange(size, a, b);
-    exchange(stride, a, b);
-    exchange(metric.side, a, b);
-    exchange(metric.weight, a, b);
-    exchange(metric.search, a, b);
-    exchange(wanted.nearest, a, b);
-  }
-};
-
-// (B, bands, y, x) each. Where there is one band, no carries. `far` is (B, bands, y, groups of eight along x): a bit is
-// set where one of the eight pixels is far.
-struct Words {
-  uint32_t *seeds, *carries = nullptr, *wanted = nullptr, *far;
-
-  Words(Scratch &scratch, const Volume &volume, bool edges) {
-    const int64_t count = volume.batch * volume.bands() * volume.plane() + 8;  // rows are read by eight words
-    seeds = scratch.take<uint32_t>(count);
-    if (volume.bands() > 1) carries = scratch.take<uint32_t>(count);
-    if (edges) wanted = scratch.take<uint32_t>(count);
-    far = scratch.take<uint32_t>(volume.batch * volume.bands() * volume.size[1] * groups(volume.size[2]));
-  }
-
-  static int groups(int width) { return (width + 15) / 16 * 2; }  // an even number: the largest block has two
-};
-
-// ---- 1. Mark. Values are compared as signed integers of their width.
-
-// What a type's bits mean.
-struct Meaning {
-  int width;          // in bytes
-  bool has_sign;      // of integers: negative values are outside of every class
-  bool ignores_sign;  // of floating point: -0 is zero
-
-  explicit Meaning(int32_t type) {
-    switch (type) {
-      case CONTEXTRAST_UINT8:
-      case CONTEXTRAST_INT8: width = 1; break;
-      case CONTEXTRAST_INT16:
-      case CONTEXTRAST_UINT16:
-      case CONTEXTRAST_FLOAT16:
-      case CONTEXTRAST_BFLOAT16: width = 2; break;
-      case CONTEXTRAST_INT32:
-      case CONTEXTRAST_UINT32:
-      case CONTEXTRAST_FLOAT32: width = 4; break;
-      default: width = 8;
-    }
-    has_sign = type != CONTEXTRAST_UINT8 && type < CONTEXTRAST_UINT16;
-    ignores_sign = type >= CONTEXTRAST_FLOAT16 && type <= CONTEXTRAST_FLOAT64;
-  }
-};
-
-// body(T()) for the signed integer of a width.
-template <class Body>
-void with_width(int width, const Body &body) {
-  switch (width) {
-    case 1: return body(int8_t());
-    case 2: return body(int16_t());
-    case 4: return body(int32_t());
-    default: return body(int64_t());
-  }
-}
-
-// One row, whose pixels lie `step` elements apart. Bits that `counts` leaves out make no pixel nonzero.
-template <class T>
-CONTEXTRAST_HD void mark_zeros(const T *__restrict here, int64_t step, int width, T counts, int bit,
-                               uint32_t *__restrict seeds) {
-  for (int64_t x = 0; x < width; ++x) seeds[x] |= static_cast<uint32_t>((here[x * step] & counts) == 0) << bit;
-}
-
-// How far the neighbours of a pixel lie in memory, 0 beyond a border of the image. For several rows of a band at once,
-// `up` is the first row's and `down` is the last row's.
-struct Neighbours {
-  int64_t up, down, above, below;
-};
-
-// One pixel of each of ROWS rows, `across` elements apart. Rows of maps are not BESIDE others.
-template <int ROWS, bool BESIDE, class T>
-CONTEXTRAST_HD void mark_edge(const T *here, int64_t across, const Neighbours &to, int64_t left, int64_t right,
-                              bool has_sign, int bit, uint32_t &seeds, uint32_t &wanted) {
-  uint32_t own_seeds = 0, own_wanted = 0;
-  for (int row = 0; row < ROWS; ++row, here += across) {
-    const T own = *here, up = here[row == 0 ? to.up : -across], down = here[row == ROWS - 1 ? to.down : across];
-    const bool is_wanted = !has_sign | (own >= T(0));
-    auto differing = (own ^ up) | (own ^ down) | (own ^ here[left]) | (own ^ here[right]);
-    if constexpr (BESIDE) differing |= (own ^ here[to.above]) | (own ^ here[to.below]);
-    own_seeds |= static_cast<uint32_t>(is_wanted & (differing != 0)) << row;
-    own_wanted |= static_cast<uint32_t>(is_wanted) << row;
-  }
-  seeds |= own_seeds << bit;
-  wanted |= own_wanted << bit;
-}
-
-template <int ROWS, bool BESIDE, class T>
-CONTEXTRAST_HD void mark_edges(const T *__restrict here, int64_t across, int64_t step, const Neighbours &to, int width,
-                               bool has_sign, int bit, uint32_t *__restrict seeds, uint32_t *__restrict wanted) {
-  const int64_t last = width - 1;
-  for (int64_t x = 1; x < last; ++x)
-    mark_edge<ROWS, BESIDE>(here + x * step, across, to, -step, step, has_sign, bit, seeds[x], wanted[x]);
-  for (const int64_t x : {int64_t(0), last})
-    mark_edge<ROWS, BESIDE>(here + x * step, across, to, x > 0 ? -step : 0, x < last ? step : 0, has_sign, bit,
-                            seeds[x], wanted[x]);
-}
-
-// Rows z..z+ROWS-1 of a band.
-template <int ROWS, class T>
-CONTEXTRAST_HD void mark_edges(const Volume &volume, bool has_sign, const T *here, int z, int y, int bit,
-                               uint32_t *seeds, uint32_t *wanted) {
-  const int width = volume.size[2];
-  const int64_t across = volume.stride[0], along = volume.stride[1], step = volume.stride[2];
-  const Neighbours to{z > 0 ? -across : 0, z + ROWS < volume.size[0] ? across : 0, y > 0 ? -along : 0,
-                      y + 1 < volume.size[1] ? along : 0};
-  if (step != 1)
-    mark_edges<ROWS, true>(here, across, step, to, width, has_sign, bit, seeds, wanted);
-  else if (volume.size[1] > 1)
-    mark_edges<ROWS, true>(here, across, 1, to, width, has_sign, bit, seeds, wanted);
-  else
-    mark_edges<ROWS, false>(here, across, 1, to, width, has_sign, bit, seeds, wanted);
-}
-
-// The words of row y of one band, which starts at plane `top`.
-template <class T>
-CONTEXTRAST_CLONES void mark_words(const Volume &volume, const Meaning &meaning, const T *image, int top, int y,
-                                   uint32_t *seeds, uint32_t *wanted, uint32_t *far) {
-  const int width = volume.size[2];
-  const int64_t across = volume.stride[0], along = volume.stride[1], step = volume.stride[2];
-  const T counts = meaning.ignores_sign ? std::numeric_limits<T>::max() : T(-1);
-  memset(seeds, 0, static_cast<size_t>(width) * sizeof *seeds);
-  if (wanted) memset(wanted, 0, static_cast<size_t>(width) * sizeof *wanted);
-  const int end = lesser(top + BAND, volume.size[0]);
-  for (int z = top; z < end;) {
-    const T *here = image + z * across + y * along;
-    const int bit = z - top;
-    if (wanted && z + MARKED <= end) {
-      mark_edges<MARKED>(volume, meaning.has_sign, here, z, y, bit, seeds, wanted);
-      z += MARKED;
-      continue;
-    }
-    if (wanted)
-      mark_edges<1>(volume, meaning.has_sign, here, z, y, bit, seeds, wanted);
-    else if (step == 1)
-      mark_zeros(here, 1, width, counts, bit, seeds);
-    else
-      mark_zeros(here, step, width, counts, bit, seeds);
-    ++z;
-  }
-  for (int group = 0; group < Words::groups(width); ++group) {
-    uint32_t found = 0;
-    for (int x = 8 * group; x < lesser(8 * group + 8, width); ++x)
-      found |= (wanted ? wanted[x] : ~uint32_t(0)) & ~seeds[x];
-    far[group] = found;
-  }
-}
-
-// ---- 2. Carry: columns first..last-1 of one image
-
-CONTEXTRAST_CLONES void carry_columns(const uint32_t *seeds, uint32_t *carries, int64_t bands, int64_t plane,
-                                      int64_t first, int64_t last) {
-  for (int64_t x = first; x < last; ++x) carries[x] = pack_carry(NO_SEED, 0);
-  for (int64_t band = 1; band < bands; ++band) {
-    const uint32_t *word = seeds + (band - 1) * plane, *from = carries + (band - 1) * plane;
-    uint32_t *to = carries + band * plane;
-    for (int64_t x = first; x < last; ++x) to[x] = pack_carry(pass_down(word[x], carry_above(from[x])), 0);
-  }
-  for (int64_t x = first; x < last; ++x) carries[(bands - 1) * plane + x] |= pack_carry(0, NO_SEED);
-  for (int64_t band = bands - 2; band >= 0; --band) {
-    const uint32_t *word = seeds + (band + 1) * plane, *from = carries + (band + 1) * plane;
-    uint32_t *to = carries + band * plane;
-    for (int64_t x = first; x < last; ++x) to[x] |= pack_carry(0, pass_up(word[x], carry_below(from[x])));
-  }
-}
 
 // ---- 3. Solve
-
-// Eight 32-bit lanes, and a block of 64 bytes of costs. The compiler splits them where registers are shorter.
-using Ints = int32_t __attribute__((vector_size(32), aligned(4), may_alias));
-using Words8 = uint32_t __attribute__((vector_size(32), aligned(4), may_alias));
-using Floats = float __attribute__((vector_size(32), aligned(4), may_alias));
-using Doubles = double __attribute__((vector_size(32), aligned(8), may_alias));
-using HalfInts = int32_t __attribute__((vector_size(16), aligned(4), may_alias));
-
-template <class Cost>
-struct Vectors;
-template <>
-struct Vectors<int32_t> {
-  using Costs = Ints;
-  using Keys = Ints;
-  using Places = Ints;
-  static CONTEXTRAST_HD Ints ramp() { return Ints{0, 1, 2, 3, 4, 5, 6, 7}; }
-  static CONTEXTRAST_HD Ints narrow(Ints mask) { return mask; }
-};
-template <>
-struct Vectors<double> {
-  using Costs = Doubles;
-  using Keys = HalfInts;
-  using Places = int64_t __attribute__((vector_size(32), aligned(8), may_alias));
-  static CONTEXTRAST_HD Places ramp() { return Places{0, 1, 2, 3}; }
-  static CONTEXTRAST_HD HalfInts narrow(Places mask) { return __builtin_convertvector(mask, HalfInts); }
-};
-
-template <class Cost>
-constexpr int LANES = 64 / sizeof(Cost);  // pixels of a block: two vectors
-
-template <class V>
-CONTEXTRAST_HD V least(V a, V b) {
-  return a < b ? a : b;
-}
-template <class V>
-CONTEXTRAST_HD V most(V a, V b) {
-  return a > b ? a : b;
-}
-template <class V, class T>
-CONTEXTRAST_HD V load(const T *from) {
-  return *reinterpret_cast<const V *>(from);
-}
-template <class V, class T>
-CONTEXTRAST_HD void store(V value, T *to) {
-  *reinterpret_cast<V *>(to) = value;
-}
-CONTEXTRAST_HD bool any(Ints mask) {
-  using Long = int64_t __attribute__((vector_size(32), may_alias));
-  const Long all = reinterpret_cast<Long>(mask);
-  return (all[0] | all[1] | all[2] | all[3]) != 0;
-}
-CONTEXTRAST_HD bool any(Vectors<double>::Places mask) { return any(reinterpret_cast<Ints>(mask)); }
-
-// Stage by stage, exchanges the blocks of S lanes beside the diagonal: the square of vectors is transposed.
-template <int S, class V>
-CONTEXTRAST_HD void transpose(V (&rows)[sizeof(V) / sizeof(V{}[0])]) {
-  constexpr int COUNT = sizeof(V) / sizeof(V{}[0]);
-  using Lanes = decltype(V{} == V{});
-  Lanes low, high;
-  for (int i = 0; i < COUNT; ++i) {
-    low[i] = i & S ? COUNT + i - S : i;
-    high[i] = i & S ? COUNT + i : i + S;
-  }
-  for (int i = 0; i < COUNT; ++i) {
-    if (i & S) continue;
-    const V a = rows[i], b = rows[i + S];
-    rows[i] = __builtin_shuffle(a, b, low);
-    rows[i + S] = __builtin_shuffle(a, b, high);
-  }
-  if constexpr (S > 1) transpose<S / 2>(rows);
-}
-
-template <class Cost>
-struct Block {
-  using V = typename Vectors<Cost>::Costs;
-  static constexpr int HALF = LANES<Cost> / 2;
-  V a, b;
-
-  static CONTEXTRAST_HD Block of(Cost value) { return {V{} + value, V{} + value}; }
-  static CONTEXTRAST_HD Block at(const Cost *from) { return {load<V>(from), load<V>(from + HALF)}; }
-  CONTEXTRAST_HD void put(Cost *to) const {
-    store(a, to);
-    store(b, to + HALF);
-  }
-  CONTEXTRAST_HD Block operator+(Cost value) const { return {a + value, b + value}; }
-};
-template <class Cost>
-CONTEXTRAST_HD Block<Cost> least(const Block<Cost> &x, const Block<Cost> &y) {
-  return {least(x.a, y.a), least(x.b, y.b)};
-}
-
-template <class Cost>
-struct Keys {
-  using V = typename Vectors<Cost>::Keys;
-  static constexpr int HALF = LANES<Cost> / 2;
-  V a, b;
-
-  static CONTEXTRAST_HD Keys of(int32_t value) { return {V{} + value, V{} + value}; }
-  static CONTEXTRAST_HD Keys at(const int32_t *from) { return {load<V>(from), load<V>(from + HALF)}; }
-  CONTEXTRAST_HD void put(int32_t *to) const {
-    store(a, to);
-    store(b, to + HALF);
-  }
-};
-
-// What a block has found so far. `keys` stays unused without KEYS.
-template <bool KEYS, class Cost>
-struct Best {
-  Block<Cost> costs;
-  Keys<Cost> keys;
-
-  CONTEXTRAST_HD void try_candidate(const Block<Cost> &other, const Keys<Cost> &other_keys) {
-    if constexpr (KEYS) {
-      const auto a = Vectors<Cost>::narrow(other.a < costs.a) |
-                     (Vectors<Cost>::narrow(other.a == costs.a) & (other_keys.a < keys.a));
-      const auto b = Vectors<Cost>::narrow(other.b < costs.b) |
-                     (Vectors<Cost>::narrow(other.b == costs.b) & (other_keys.b < keys.b));
-      keys.a = a ? other_keys.a : keys.a;
-      keys.b = b ? other_keys.b : keys.b;
-    }
-    costs = least(costs, other);
-  }
-
-  // Whether a pixel at the cost `next` away could still improve the block: a seed there, or with keys one as near that
-  // comes first.
-  CONTEXTRAST_HD bool is_open(Cost next) const {
-    const auto worst = most(costs.a, costs.b);
-    if constexpr (KEYS)
-      return any(worst >= next);
-    else
-      return any(worst > next);
-  }
-};
-
-// apart(steps) along one axis for -steps..steps, steps being the axis and a block more.
-template <class Cost>
-struct Apart {
-  Cost *zero;
-
-  static int64_t reach(int size) { return size + MARGIN; }
-  Apart(Scratch &scratch, int size) {
-    Cost *start = scratch.take<Cost>(2 * reach(size) + 1);
-    zero = start ? start + reach(size) : nullptr;
-  }
-  void fill(Cost side, int size) const {
-    for (int64_t steps = 0; steps <= reach(size); ++steps)
-      zero[steps] = zero[-steps] = Costs<Cost>::apart(side, static_cast<int>(steps));
-  }
-};
-
-// A line of a plane, or several abreast: costs and keys of the axes before, with MARGIN pixels without a seed on either
-// side; and results. `best` starts as the costs, and below 0 where no distance is wanted, which stays.
-template <class Cost>
-struct Line {
-  Cost *costs, *best;
-  int32_t *keys, *best_keys;
-
-  Line(Scratch &scratch, int64_t size, int64_t abreast, bool with_keys) {
-    const int64_t count = size > 0 ? (size + 2 * MARGIN) * abreast : 0, margin = MARGIN * abreast;
-    costs = scratch.take<Cost>(count);
-    best = scratch.take<Cost>(count);
-    keys = with_keys ? scratch.take<int32_t>(count) : nullptr;
-    best_keys = with_keys ? scratch.take<int32_t>(count) : nullptr;
-    if (!costs || size == 0) return;
-    for (int64_t i = 0; i < margin; ++i) costs[i] = costs[count - 1 - i] = Costs<Cost>::none;
-    for (int64_t i = 0; with_keys && i < margin; ++i) keys[i] = keys[count - 1 - i] = INT32_MAX;
-    costs += margin;
-    if (with_keys) keys += margin;
-  }
-
-  CONTEXTRAST_HD Line from(int64_t start) const {
-    Line line = *this;
-    line.costs += start;
-    line.best += start;
-    if (keys) line.keys += start, line.best_keys += start;
-    return line;
-  }
-};
-
-// The window of one block, `steps` pixels to either side, which lie `step` elements apart. True if the block is settled.
-template <bool KEYS, class Cost>
-CONTEXTRAST_HD bool window(const Cost *costs, const int32_t *keys, int64_t step, const Cost *apart, int steps,
-                           Cost *best, int32_t *best_keys) {
-  Best<KEYS, Cost> found{};
-  found.costs = Block<Cost>::at(best);
-  if (!found.is_open(apart[1])) return true;
-  if constexpr (KEYS) found.keys = Keys<Cost>::at(best_keys);
-  bool is_open = true;
-  for (int k = 1; k <= steps && is_open; ++k) {
-    const Block<Cost> before = Block<Cost>::at(costs - k * step), after = Block<Cost>::at(costs + k * step);
-    if constexpr (KEYS) {
-      found.try_candidate(before + apart[k], Keys<Cost>::at(keys - k * step));
-      found.try_candidate(after + apart[k], Keys<Cost>::at(keys + k * step));
-    } else {
-      found.try_candidate(least(before, after) + apart[k], Keys<Cost>{});
-    }
-    if (k % 2 == 0) is_open = found.is_open(apart[k + 1]);
-    if (k == steps && is_open && !found.is_open(apart[LONG_WINDOW + 1])) steps = LONG_WINDOW;
-  }
-  found.costs.put(best);
-  if constexpr (KEYS) found.keys.put(best_keys);
-  return !is_open;
-}
-
-// Every lane gets the least place among the lanes of least cost.
-template <int S = 0, class V, class Places>
-CONTEXTRAST_HD Places place_of_least(V low, Places place) {
-  constexpr int COUNT = sizeof(V) / sizeof(V{}[0]);
-  constexpr int STEP = S ? S : COUNT / 2;
-  Places turned;
-  for (int i = 0; i < COUNT; ++i) turned[i] = i ^ STEP;
-  const V other = __builtin_shuffle(low, turned);
-  const Places other_place = __builtin_shuffle(place, turned);
-  const auto is_better = (other < low) | ((other == low) & (other_place < place));
-  place = is_better ? other_place : place;
-  if constexpr (STEP == 1)
-    return place;
-  else
-    return place_of_least<STEP / 2>(least(low, other), place);
-}
-
-// The first pixel of first..last that is best for pixel x. What it looks at beyond `last` cannot be better.
-template <class Cost>
-CONTEXTRAST_HD int first_best(const Cost *costs, const Cost *apart, int x, int first, int last) {
-  using V = typename Vectors<Cost>::Costs;
-  using Places = typename Vectors<Cost>::Places;
-  constexpr int HALF = LANES<Cost> / 2;
-  V low = V{} + Costs<Cost>::none, low_b = low;
-  Places chunk{}, chunk_b{}, here = Places{} + first;
-  const Cost *to = costs + last, *away = apart + (first - x);
-  for (const Cost *from = costs + first; from <= to; from += 2 * HALF, away += 2 * HALF, here += 2 * HALF) {
-    const V a = load<V>(from) + load<V>(away), b = load<V>(from + HALF) + load<V>(away + HALF);
-    chunk = a < low ? here : chunk;
-    chunk_b = b < low_b ? here + HALF : chunk_b;
-    low = least(low, a);
-    low_b = least(low_b, b);
-  }
-  const auto is_b = (low_b < low) | ((low_b == low) & (chunk_b < chunk));
-  low = is_b ? low_b : low;
-  chunk = (is_b ? chunk_b : chunk) + Vectors<Cost>::ramp();
-  const Places place = place_of_least(low, chunk);
-  return static_cast<int>(place[0]);
-}
-
-// best = the least cost of the block's pixels x.. over the pixels first..last of the line, where a distance is wanted.
-template <bool KEYS, class Cost>
-CONTEXTRAST_HD void sweep(const Cost *costs, const int32_t *keys, const Cost *apart, int x, int first, int last,
-                          Cost *best, int32_t *best_keys) {
-  Best<KEYS, Cost> found{Block<Cost>::of(Costs<Cost>::none), Keys<Cost>::of(INT32_MAX)};
-  for (int u = first; u <= last; ++u)
-    found.try_candidate(Block<Cost>::at(apart + (x - u)) + costs[u], KEYS ? Keys<Cost>::of(keys[u]) : Keys<Cost>{});
-  const Block<Cost> old = Block<Cost>::at(best);
-  const Cost none = 0;
-  Block<Cost>{old.a < none ? old.a : found.costs.a, old.b < none ? old.b : found.costs.b}.put(best);
-  if constexpr (KEYS) found.keys.put(best_keys);
-}
-
-// What the window leaves of a block.
-enum State : uint8_t { WITHOUT_FAR, SETTLED, OPEN };
-
-// Solves the open blocks of a line, run after run of blocks with far pixels. The pixels beside a run are the farthest
-// that matter to it. Anchors, which are the first pixels of blocks, are solved by bisection, then each block between
-// its own anchor's best and the next one's.
-template <bool KEYS, class Cost>
-CONTEXTRAST_HD void search_line(const Line<Cost> &line, const Cost *apart, int size, bool bisects,
-                                const uint8_t *states) {
-  constexpr int lanes = LANES<Cost>;
-  const int blocks = (size - 1) / lanes + 1;
-  int lows[BLOCKS + 1], highs[BLOCKS + 1];  // bounds of each anchor's best
-  for (int end = 0; end < blocks;) {
-    while (end < blocks && states[end] == WITHOUT_FAR) ++end;
-    int from = end;
-    while (end < blocks && states[end] != WITHOUT_FAR) ++end;
-    int to = end - 1, first = greater(from * lanes - 1, 0), last = lesser(end * lanes, size - 1);
-    while (from <= to && states[from] != OPEN) ++from;
-    if (from > to) continue;
-    while (states[to] != OPEN) --to;
-    while (first <= last && !has_seed(line.costs[first])) ++first;
-    if (first > last) continue;
-    while (!has_seed(line.costs[last])) --last;
-
-    const int count = to - from + 1;
-    if (bisects) {
-      lows[0] = first_best(line.costs, apart, from * lanes, first, last);
-      highs[count] = first_best(line.costs, apart, (to + 1) * lanes, lows[0], last);
-      for (int step = first_step(count); step; step /= 2)
-        for (int j = step; j < count; j += 2 * step) {
-          lows[j] = lows[j - step];
-          highs[j] = highs[lesser(j + step, count)];
-          if (highs[j] - lows[j] >= NARROW)
-            lows[j] = highs[j] = first_best(line.costs, apart, (from + j) * lanes, lows[j], highs[j]);
-        }
-    }
-    for (int j = 0; j < count; ++j) {
-      if (states[from + j] != OPEN) continue;
-      const int x = (from + j) * lanes;
-      sweep<KEYS>(line.costs, line.keys, apart, x, bisects ? lows[j] : first, bisects ? highs[j + 1] : last,
-                  line.best + x, KEYS ? line.best_keys + x : nullptr);
-    }
-  }
-}
 
 // The bits of one row of a plane.
 struct Row {
@@ -639,10 +123,15 @@ CONTEXTRAST_HD void read_row(const Row &row, int x, int count, Cost side, int32_
   for (int i = 0; i < count; i += 8)  // beyond the row are other words, or room
     read_columns<KEYS>(row, x + i, side, number, static_cast<int32_t>(plane), costs + i, KEYS ? keys + i : nullptr,
                        best + i, KEYS ? best_keys + i : nullptr);
-  for (int i = count; i < count + LANES<int32_t>; ++i) {
-    costs[i] = Costs<Cost>::none;
-    best[i] = Cost(CONTEXTRAST_OUTSIDE);
-    if constexpr (KEYS) keys[i] = best_keys[i] = INT32_MAX;
+}
+
+// No seed and no pixel that is wanted from pixel `end` on, as far as a block reaches that starts before it.
+template <bool KEYS, class Cost>
+CONTEXTRAST_HD void end_line(const Line<Cost> &line, int64_t end) {
+  for (int64_t i = end; i < end + LANES<int32_t>; ++i) {
+    line.costs[i] = Costs<Cost>::none;
+    line.best[i] = Cost(CONTEXTRAST_OUTSIDE);
+    if constexpr (KEYS) line.keys[i] = line.best_keys[i] = INT32_MAX;
   }
 }
 
@@ -658,10 +147,10 @@ struct Work {
   Work(Scratch &scratch, const Volume &volume)
       : strip(lesser(STRIP, (volume.size[2] + LANES<int32_t> - 1) / LANES<int32_t> * LANES<int32_t>)),
         costs(has_rows(volume) ? scratch.take<Cost>(volume.plane()) : nullptr),
-        keys(has_rows(volume) && volume.keys() ? scratch.take<int32_t>(volume.plane()) : nullptr),
-        strips(scratch, has_rows(volume) ? volume.size[1] : 0, pitch(), volume.keys()),
-        columns(scratch, has_rows(volume) ? column_size(volume) * LANES<Cost> : 0, 1, volume.keys()),
-        row(scratch, volume.size[2], 1, volume.keys()),
+        keys(has_rows(volume) && volume.has_keys() ? scratch.take<int32_t>(volume.plane()) : nullptr),
+        strips(scratch, has_rows(volume) ? volume.size[1] : 0, pitch(), volume.has_keys()),
+        columns(scratch, has_rows(volume) ? column_size(volume) * LANES<Cost> : 0, 1, volume.has_keys()),
+        row(scratch, volume.size[2], 1, volume.has_keys()),
         states(scratch.take<uint8_t>(volume.size[1])),
         block_states(scratch.take<uint8_t>(int64_t(LANES<Cost>) * blocks(greater(volume.size[1], volume.size[2])))) {}
 
@@ -751,6 +240,7 @@ CONTEXTRAST_HD void solve_strip(const Volume &volume, const Words &words, int64_
     read_row<KEYS>(Row(words, rows + y, width, z % BAND), x, count, side,
                    static_cast<int32_t>(z * volume.plane() + start), volume.plane(), strips.costs + at,
                    KEYS ? strips.keys + at : nullptr, strips.best + at, KEYS ? strips.best_keys + at : nullptr);
+    end_line<KEYS>(strips, at + count);
   }
   for (int lane = 0; lane < count; lane += LANES<Cost>) {
     bool is_open = false, any_open = false;
@@ -780,13 +270,14 @@ CONTEXTRAST_HD int32_t quotient(int32_t number, int32_t divisor, double inverse)
   return rest < 0 ? guess - 1 : rest >= divisor ? guess + 1 : guess;
 }
 
+// Pixels at..at+count-1 of the output, which lie in one row.
 template <class Cost>
-CONTEXTRAST_HD void write_nearest(const Volume &volume, const Cost *best, const int32_t *keys, int64_t at) {
+CONTEXTRAST_HD void write_nearest(const Volume &volume, const Cost *best, const int32_t *keys, int64_t at, int count) {
   const int width = volume.size[2];
   const int32_t plane = static_cast<int32_t>(volume.plane());
   const double per_plane = 1.0 / plane, per_row = 1.0 / width;
   int32_t *const *nearest = volume.wanted.nearest;
-  for (int x = 0; x < width; ++x) {
+  for (int x = 0; x < count; ++x) {
     const bool is_known = has_seed(best[x]);  // without a seed the key may be any number
     const int32_t key = is_known ? keys[x] : 0, none = is_known ? 0 : -1;
     const int32_t z = quotient(key, plane, per_plane), in_plane = key - z * plane;
@@ -799,59 +290,132 @@ CONTEXTRAST_HD void write_nearest(const Volume &volume, const Cost *best, const 
 
 constexpr int32_t EXACT_IN_FLOAT = 1 << 24;
 
-CONTEXTRAST_HD void write_distances(const Metric &metric, const int32_t *best, int width, float *distance) {
-  int32_t most = 0;
-  for (int x = 0; x < width; ++x) most = greater(most, best[x]);
+CONTEXTRAST_HD void write_distances(const Metric &metric, const int32_t *best, int count, float *distance) {
   const double unit_length = sqrt(metric.unit);  // exact: an even power of two
-  if (most < EXACT_IN_FLOAT && unit_length > 1e-15 && unit_length < 1e15) {
+  if (metric.largest < EXACT_IN_FLOAT && unit_length > 1e-15 && unit_length < 1e15) {
     // A float's square root in float is what the double's becomes when it is rounded.
     const float length = static_cast<float>(unit_length);
-    for (int x = 0; x < width; ++x)
-      distance[x] = best[x] < 0 ? -1.0f : sqrtf(static_cast<float>(greater(best[x], 0))) * length;
+    for (int x = 0; x < count; ++x) {
+      const float root = sqrtf(static_cast<float>(greater(best[x], 0))) * length;
+      distance[x] = best[x] < 0 ? -1.0f : has_seed(best[x]) ? root : INFINITY;
+    }
   } else {
-    for (int x = 0; x < width; ++x)
+    for (int x = 0; x < count; ++x)
       distance[x] = best[x] < 0          ? -1.0f
                     : has_seed(best[x]) ? static_cast<float>(sqrt(static_cast<double>(best[x])) * unit_length)
                                          : INFINITY;
   }
 }
 
-CONTEXTRAST_HD void write_distances(const Metric &, const double *best, int width, float *distance) {
-  for (int x = 0; x < width; ++x)
+CONTEXTRAST_HD void write_distances(const Metric &, const double *best, int count, float *distance) {
+  for (int x = 0; x < count; ++x)
     distance[x] = best[x] < 0 ? -1.0f : static_cast<float>(sqrt(greater(best[x], 0.0)));
 }
 
 template <class Cost>
-CONTEXTRAST_HD void write_row(const Volume &volume, const Cost *best, int64_t at) {
-  const int width = volume.size[2];
+CONTEXTRAST_HD void write_costs(const Volume &volume, const Cost *best, int64_t at, int count) {
   if (!volume.wanted.squared) {
-    write_distances(volume.metric, best, width, static_cast<float *>(volume.wanted.distance) + at);
+    write_distances(volume.metric, best, count, static_cast<float *>(volume.wanted.distance) + at);
   } else if (volume.wanted.sampled) {
     double *const distance = static_cast<double *>(volume.wanted.distance) + at;
-    for (int x = 0; x < width; ++x) distance[x] = best[x] < 0 ? -1.0 : in_pixels_squared(best[x], volume.metric);
+    for (int x = 0; x < count; ++x) distance[x] = best[x] < 0 ? -1.0 : in_pixels_squared(best[x], volume.metric);
   } else {
     int32_t *const distance = static_cast<int32_t *>(volume.wanted.distance) + at;
-    for (int x = 0; x < width; ++x)
+    for (int x = 0; x < count; ++x)
       distance[x] = has_seed(best[x]) ? static_cast<int32_t>(best[x]) : CONTEXTRAST_NO_EDGE;
   }
 }
 
-// The same of a row without far pixels.
+// The same where no pixel is far: those that are wanted are seeds.
 template <class T>
-CONTEXTRAST_HD void write_seeds(const Row &row, int width, T *distance) {
-  const uint32_t *const wanted = row.wanted;
-  const int bit = row.bit;
-  for (int x = 0; x < width; ++x) distance[x] = !wanted || wanted[x] >> bit & 1 ? T(0) : T(CONTEXTRAST_OUTSIDE);
+CONTEXTRAST_HD void write_seeds(const uint32_t *wanted, int bit, int count, T *distance) {
+  for (int x = 0; x < count; ++x)
+    distance[x] = !wanted || wanted[x] >> bit & 1 ? T(0) : T(CONTEXTRAST_OUTSIDE);
 }
 
-CONTEXTRAST_HD void write_seeds(const Volume &volume, const Row &row, int64_t at) {
+template <bool KEYS>
+CONTEXTRAST_HD void write_seeds(const Volume &volume, const Row &row, int z, int y, int x, int64_t at, int count) {
   const ContextrastDistance &to = volume.wanted;
+  const uint32_t *const wanted = row.wanted ? row.wanted + x : nullptr;
   if (!to.squared)
-    write_seeds(row, volume.size[2], static_cast<float *>(to.distance) + at);
+    write_seeds(wanted, row.bit, count, static_cast<float *>(to.distance) + at);
   else if (to.sampled)
-    write_seeds(row, volume.size[2], static_cast<double *>(to.distance) + at);
+    write_seeds(wanted, row.bit, count, static_cast<double *>(to.distance) + at);
   else
-    write_seeds(row, volume.size[2], static_cast<int32_t *>(to.distance) + at);
+    write_seeds(wanted, row.bit, count, static_cast<int32_t *>(to.distance) + at);
+  if constexpr (KEYS)  // every seed is its own nearest one
+    for (int i = 0; i < count; ++i) {
+      if (to.nearest[0]) to.nearest[0][at + i] = z;
+      if (to.nearest[1]) to.nearest[1][at + i] = y;
+      if (to.nearest[2]) to.nearest[2][at + i] = x + i;
+    }
+}
+
+template <class Cost>
+CONTEXTRAST_HD Cost least_of(const Cost *from, const Cost *end) {
+  Cost least = Costs<Cost>::none;
+  for (; from < end; ++from) least = lesser(least, *from);
+  return least;
+}
+
+// Blocks beside a run that its window reads.
+template <class Cost>
+constexpr int BESIDE = (LONG_WINDOW + LANES<Cost> - 1) / LANES<Cost>;
+
+// Row y of plane z, run after run of blocks with far pixels and of blocks without. `at`: its first output element.
+template <bool KEYS, class Cost>
+CONTEXTRAST_HD void solve_row(const Volume &volume, const Row &row, const Apart<Cost> &apart, const Work<Cost> &work,
+                              int z, int y, int64_t at) {
+  constexpr int lanes = LANES<Cost>;
+  const int width = volume.size[2], blocks = Work<Cost>::blocks(width);
+  const Line<Cost> &line = work.row;
+  const auto read = [&](int x, int end) {  // of the row's costs
+    if (volume.size[1] == 1) {
+      const Line<Cost> from = line.from(x);
+      read_row<KEYS>(row, x, end - x, Costs<Cost>::side(volume.metric, 0), static_cast<int32_t>(z * volume.plane()),
+                     volume.plane(), from.costs, from.keys, from.best, from.best_keys);
+    } else {
+      const int64_t start = int64_t(y) * width;
+      for (int u = x; u < lesser(end, width); ++u) {
+        const Cost cost = work.costs[start + u];
+        line.costs[u] = cost < 0 ? Costs<Cost>::none : cost;
+        line.best[u] = cost;
+        if constexpr (KEYS) line.keys[u] = line.best_keys[u] = work.keys[start + u];
+      }
+    }
+    if (end >= width) end_line<KEYS>(line, width);
+  };
+  for (int from = 0, end, known = 0; from < blocks; from = end) {  // blocks before `known` have been read
+    const int x = from * lanes;
+    const bool any_far = row.any_far(x, lanes);
+    for (end = from + 1; end < blocks && row.any_far(end * lanes, lanes) == any_far;) ++end;
+    const int count = lesser(end * lanes, width) - x;
+    if (!any_far) {
+      write_seeds<KEYS>(volume, row, z, y, x, at + x, count);
+      continue;
+    }
+    const int last = lesser(end + BESIDE<Cost>, blocks);
+    read(greater(known, from - BESIDE<Cost>) * lanes, last * lanes);
+    known = last;
+    if (!has_seed(least_of(line.costs + greater(x - 1, 0), line.costs + x + count + 1))) {
+      write_costs(volume, line.best + x, at + x, count);
+      if constexpr (KEYS) write_nearest(volume, line.best + x, line.best_keys + x, at + x, count);
+      continue;
+    }
+    bool is_open = false, any_open = false;
+    for (int block = from; block < end; ++block) {
+      const Line<Cost> own = line.from(block * lanes);
+      const bool is_hopeless = is_open && is_open_at<KEYS>(own.best, apart.zero[LONG_WINDOW + 1]);
+      is_open = is_hopeless || !window<KEYS>(own.costs, own.keys, 1, apart.zero,
+                                             is_open ? WINDOW_BESIDE_OPEN : WINDOW, own.best, own.best_keys);
+      work.block_states[block] = is_open ? OPEN : SETTLED;
+      any_open |= is_open;
+    }
+    if (any_open)
+      search_run<KEYS>(line, apart.zero, width, volume.metric.search[2] != 0, work.block_states, from, end);
+    write_costs(volume, line.best + x, at + x, count);
+    if constexpr (KEYS) write_nearest(volume, line.best + x, line.best_keys + x, at + x, count);
+  }
 }
 
 // Planes first..last-1 of an image.
@@ -860,49 +424,14 @@ CONTEXTRAST_CLONES void solve_planes(const Volume &volume, const Words &words, c
                                      const Apart<Cost> &apart_x, const Work<Cost> &work, int64_t image, int first,
                                      int last) {
   const int height = volume.size[1], width = volume.size[2];
-  const Line<Cost> &line = work.row;
   for (int z = first; z < last; ++z) {
     const int64_t rows = (image * volume.bands() + z / BAND) * height;
     if (height > 1)
       for (int x = 0; x < width; x += work.strip)
         solve_strip<KEYS>(volume, words, rows, z, x, lesser(work.strip, width - x), apart_y, work);
-    for (int y = 0; y < height; ++y) {
-      const int64_t start = int64_t(y) * width;
-      const int64_t at = image * volume.image() + z * volume.plane() + start;
-      const Row row(words, rows + y, width, z % BAND);
-      if (!KEYS && !row.any_far(0, width)) {
-        write_seeds(volume, row, at);
-        continue;
-      }
-      if (height > 1) {
-        for (int x = 0; x < width; ++x) {
-          const Cost cost = work.costs[start + x];
-          line.costs[x] = cost < 0 ? Costs<Cost>::none : cost;
-          line.best[x] = cost;
-        }
-        for (int x = width; x < width + LANES<int32_t>; ++x) line.best[x] = Cost(CONTEXTRAST_OUTSIDE);
-        if constexpr (KEYS) {
-          memcpy(line.keys, work.keys + start, static_cast<size_t>(width) * sizeof(int32_t));
-          memcpy(line.best_keys, work.keys + start, static_cast<size_t>(width) * sizeof(int32_t));
-        }
-      } else {
-        read_row<KEYS>(row, 0, width, Costs<Cost>::side(volume.metric, 0),
-                       static_cast<int32_t>(z * volume.plane()), volume.plane(), line.costs, line.keys, line.best,
-                       line.best_keys);
-      }
-      bool is_open = false, any_open = false;
-      for (int x = 0, block = 0; x < width; x += LANES<Cost>, ++block) {
-        const bool any_far = row.any_far(x, LANES<Cost>);
-        is_open = any_far && !window<KEYS>(line.costs + x, KEYS ? line.keys + x : nullptr, 1, apart_x.zero,
-                                is_open ? WINDOW_BESIDE_OPEN : WINDOW, line.best + x,
-                                KEYS ? line.best_keys + x : nullptr);
-        work.block_states[block] = is_open ? OPEN : any_far ? SETTLED : WITHOUT_FAR;
-        any_open |= is_open;
-      }
-      if (any_open) search_line<KEYS>(line, apart_x.zero, width, volume.metric.search[2] != 0, work.block_states);
-      write_row(volume, line.best, at);
-      if constexpr (KEYS) write_nearest(volume, line.best, line.best_keys, at);
-    }
+    for (int y = 0; y < height; ++y)
+      solve_row<KEYS>(volume, Row(words, rows + y, width, z % BAND), apart_x, work, z, y,
+                      image * volume.image() + z * volume.plane() + int64_t(y) * width);
   }
 }
 
@@ -984,10 +513,10 @@ int transform(const char *name, const ContextrastVolume &given, bool edges, cons
   if (volume.batch <= 0 || volume.image() == 0) return CONTEXTRAST_OK;
   Scratch scratch(memory);
   if (volume.metric.integral)
-    volume.keys() ? transform<true, int32_t>(volume, edges, scratch, threads)
+    volume.has_keys() ? transform<true, int32_t>(volume, edges, scratch, threads)
                   : transform<false, int32_t>(volume, edges, scratch, threads);
   else
-    volume.keys() ? transform<true, double>(volume, edges, scratch, threads)
+    volume.has_keys() ? transform<true, double>(volume, edges, scratch, threads)
                   : transform<false, double>(volume, edges, scratch, threads);
   return CONTEXTRAST_OK;
 }

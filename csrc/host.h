@@ -96,11 +96,10 @@ constexpr int MARGIN = 32;  // pixels without a seed around each line of the CPU
 
 // The arguments have been checked.
 inline Metric metric_of(const ContextrastVolume &volume, const ContextrastDistance &wanted) {
-  Metric metric = {{1, 1, 1}, {1, 1, 1}, 1, 1, {1, 1, 1}};
-  if (!wanted.sampled) return metric;
+  Metric metric = {{1, 1, 1}, {1, 1, 1}, 1, 1, {1, 1, 1}, 0};
   // The largest power of two of which all sides are multiples; sides of axes of one pixel never count.
   int exponent = INT_MAX;
-  for (int axis = 0; axis < 3; ++axis) {
+  for (int axis = 0; wanted.sampled && axis < 3; ++axis) {
     metric.side[axis] = volume.size[axis] > 1 ? wanted.sampling[axis] : 0;
     if (metric.side[axis] == 0) continue;
     int own;
@@ -108,7 +107,7 @@ inline Metric metric_of(const ContextrastVolume &volume, const ContextrastDistan
     for (own -= 53; digits % 2 == 0; digits /= 2) ++own;
     exponent = lesser(exponent, own);
   }
-  if (exponent == INT_MAX) return metric;
+  if (exponent == INT_MAX) exponent = 0;  // no sampling, or a single pixel
   bool fits = true;
   double largest = 0, largest_integral = 0;
   for (int axis = 0; axis < 3; ++axis) {
@@ -123,6 +122,7 @@ inline Metric metric_of(const ContextrastVolume &volume, const ContextrastDistan
   }
   metric.unit = ldexp(1.0, 2 * exponent);
   metric.integral = fits && largest_integral < NO_COST;
+  metric.largest = metric.integral ? static_cast<int32_t>(largest_integral) : 0;
   return metric;
 }
 
@@ -155,8 +155,16 @@ inline int check_pixels(const char *name, int64_t height, int64_t width, char *e
                 static_cast<long long>(height), static_cast<long long>(width), static_cast<long long>(most));
 }
 
+inline int check_num_classes(int64_t num_classes, char *error) {
+  if (num_classes >= 0 && num_classes <= CONTEXTRAST_MAX_CLASSES) return CONTEXTRAST_OK;
+  return refuse(error, "num_classes must be from 0 to %d, got %lld", CONTEXTRAST_MAX_CLASSES,
+                static_cast<long long>(num_classes));
+}
+
 // classes and distance_sq of one selection
-inline int check_selection(const ContextrastMap &classes, const ContextrastMap &distance_sq, char *error) {
+inline int check_selection(const ContextrastMap &classes, const ContextrastMap &distance_sq, int64_t num_classes,
+                           char *error) {
+  if (const int code = check_num_classes(num_classes, error)) return code;
   if (const int code = check_integers("classes", classes, error)) return code;
   if (const int code = check_pixels("classes", classes.height, classes.width, error)) return code;
   if (distance_sq.type != CONTEXTRAST_INT32 || distance_sq.channels != 0 || distance_sq.batch != classes.batch ||
@@ -170,12 +178,13 @@ inline int check_selection(const ContextrastMap &classes, const ContextrastMap &
 // The layers of one call
 inline int check_layers(const ContextrastMap &labels, int64_t num_classes, const ContextrastLayer *layers,
                         int num_layers, int type, char *error) {
+  if (const int code = check_num_classes(num_classes, error)) return code;
   if (num_layers < 0 || num_layers > CONTEXTRAST_MAX_LAYERS)
     return refuse(error, "at most %d layers are supported, got %d", CONTEXTRAST_MAX_LAYERS, num_layers);
   if (type != CONTEXTRAST_INT32) {
     if (type != CONTEXTRAST_UINT8 && type != CONTEXTRAST_INT16)
       return refuse(error, "negatives must be of uint8, int16 or int32, got type %d", type);
-    if (num_classes < 0 || num_classes > none_of(type))
+    if (num_classes > none_of(type))
       return refuse(error, "negatives of type %d hold 0 to %d classes, got %lld", type, none_of(type),
                     static_cast<long long>(num_classes));
   }

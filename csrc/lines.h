@@ -1,5 +1,5 @@
-// The lines of an exact Euclidean distance transform: what edt.cpp and edt.cu compute for one pixel, one column strip,
-// one line.
+// The lines of an exact Euclidean distance transform: what edt.cpp, edt.cu and volume.cu compute for one pixel, one
+// column and one line.
 //
 // 1. Seeds. One bit a pixel. An edge pixel of class n is a pixel of n with a neighbour inside the image that is not in
 //    n. Only edges need the classes: leaving the region of p on any monotone staircase towards a farther seed q passes
@@ -28,19 +28,16 @@
 
 #if defined(__CUDACC__)
 #define CONTEXTRAST_HD __host__ __device__ __forceinline__
-#elif defined(_MSC_VER)
-#include <intrin.h>
-#define CONTEXTRAST_HD __forceinline
 #else
 #define CONTEXTRAST_HD inline __attribute__((always_inline))  // so that it takes on the instruction set of its caller
 #endif
 
 namespace contextrast {
 
-constexpr uint32_t NO_SEED =
-    0x7FFF;  // "no seed in this column": above every distance, and a 16-bit number after adding 31
-constexpr int32_t NO_SEED_SQ =
-    1 << 29;  // above every squared distance (2 · 16383² < 2^29); any cost from here up means "no seed"
+// No seed in this column: above every distance, and still a 16-bit number after adding 31.
+constexpr uint32_t NO_SEED = 0x7FFF;
+// Above every squared distance in a map (2 · 16383² < 2^29); any cost from here up means "no seed".
+constexpr int32_t NO_SEED_SQ = 1 << 29;
 static_assert(2LL * (CONTEXTRAST_MAX_SIDE - 1) * (CONTEXTRAST_MAX_SIDE - 1) < NO_SEED_SQ,
               "a squared distance must stay below NO_SEED_SQ");
 
@@ -54,14 +51,10 @@ CONTEXTRAST_HD T greater(T a, T b) {
   return a < b ? b : a;
 }
 
-// Of a word that is not 0.
+// Undefined for 0.
 CONTEXTRAST_HD int leading_zeros(uint32_t word) {
 #if defined(__CUDA_ARCH__)
   return __clz(static_cast<int>(word));
-#elif defined(_MSC_VER)
-  unsigned long top;
-  _BitScanReverse(&top, word);
-  return 31 - static_cast<int>(top);
 #else
   return __builtin_clz(word);
 #endif
@@ -70,10 +63,6 @@ CONTEXTRAST_HD int leading_zeros(uint32_t word) {
 CONTEXTRAST_HD int trailing_zeros(uint32_t word) {
 #if defined(__CUDA_ARCH__)
   return __ffs(static_cast<int>(word)) - 1;
-#elif defined(_MSC_VER)
-  unsigned long low;
-  _BitScanForward(&low, word);
-  return static_cast<int>(low);
 #else
   return __builtin_ctz(word);
 #endif
@@ -139,6 +128,7 @@ struct Metric {
   double unit;        // the cost of 1 in integer units
   int32_t integral;   // which of the two
   int32_t search[3];  // along each axis: 1 if the best u never decreases, also in rounded costs; 0: look at every u
+  int32_t largest;    // the largest cost between two pixels of the image in integer units
 };
 
 constexpr int32_t NO_COST = 1 << 30;  // no seed: above every integer cost, and no overflow when such a cost is added
@@ -212,7 +202,8 @@ CONTEXTRAST_HD float in_pixels(Cost cost, const Metric &metric) {  // sqrt, roun
   return static_cast<float>(sqrt(in_pixels_squared(cost, metric)));
 }
 
-// ---- 3. Rows of square pixels, in 32-bit integers. `parabolas` holds parabola(g(u), u) for each column u; ranges of columns include both ends.
+// ---- 3. Rows of square pixels, in 32-bit integers. `parabolas` holds parabola(g(u), u) for each column u. Ranges of
+// columns include both ends.
 
 CONTEXTRAST_HD int32_t parabola(uint32_t g, int u) {
   return (g >= NO_SEED ? NO_SEED_SQ : static_cast<int32_t>(g * g)) + u * u;

@@ -17,20 +17,14 @@ struct Ranked {
   uint32_t pixel;
 };
 
-// A thread's memory for images of up to `pixels` pixels. Groups are numbered by class where all classes are below the
-// number of groups, else by the class's place among those that occur.
+// A thread's memory for images of up to `pixels` pixels: the pixels of each class, one class after the other.
 struct Groups {
-  int64_t count;
-  Ranked *ranked;     // (pixels)
-  int32_t *starts;    // (count + 1)
-  int64_t *distinct;  // (pixels)
+  Ranked *ranked;   // (pixels)
+  int32_t *starts;  // (num_classes + 1)
 
-  static constexpr int64_t USUAL_CLASSES = 1024;  // so many groups even for the smallest layer
-
-  Groups(Scratch &scratch, int64_t pixels) : count(greater(pixels, USUAL_CLASSES)) {
+  Groups(Scratch &scratch, int64_t pixels, int64_t num_classes) {
     ranked = scratch.take<Ranked>(pixels);
-    starts = scratch.take<int32_t>(count + 1);
-    distinct = scratch.take<int64_t>(pixels);
+    starts = scratch.take<int32_t>(num_classes + 1);
   }
 };
 
@@ -42,14 +36,14 @@ struct Image {
   const int32_t *distance_sq;
   int64_t distance_row, distance_column;
   int height, width;
-  int64_t num_classes;  // -1: every value >= 0
+  int64_t num_classes;
 
   template <class Body>
   void for_pixels(const Body &body) const {  // body(class, row, column) for the pixels that belong to a class
     for (int r = 0; r < height; ++r)
       for (int c = 0; c < width; ++c) {
         const int64_t n = classes[r * class_row + c * class_column];
-        if (n >= 0 && (num_classes < 0 || n < num_classes)) body(n, r, c);
+        if (n >= 0 && n < num_classes) body(n, r, c);
       }
   }
 };
@@ -57,34 +51,20 @@ struct Image {
 // decide(pixel, selected) for every pixel of the image that belongs to a class; returns their number.
 template <class T, class Decide>
 int64_t select(const Image<T> &image, double ratio, uint32_t key, const Groups &groups, const Decide &decide) {
-  int64_t largest = -1;
-  image.for_pixels([&](int64_t n, int, int) { largest = greater(largest, n); });
-  const bool numbered_by_class = largest < groups.count;
-  int64_t count = numbered_by_class ? largest + 1 : 0;  // of groups in use
-  if (!numbered_by_class) {
-    int64_t *end = groups.distinct;
-    image.for_pixels([&](int64_t n, int, int) { *end++ = n; });
-    std::sort(groups.distinct, end);
-    count = std::unique(groups.distinct, end) - groups.distinct;
-  }
-  const auto group = [&](int64_t n) {
-    return numbered_by_class ? n : std::lower_bound(groups.distinct, groups.distinct + count, n) - groups.distinct;
-  };
-
-  int32_t *const starts = groups.starts;  // counts, then where each group starts, then where it ends
-  std::fill(starts, starts + count + 1, 0);
-  image.for_pixels([&](int64_t n, int, int) { ++starts[group(n) + 1]; });
-  for (int64_t i = 0; i < count; ++i) starts[i + 1] += starts[i];
+  int32_t *const starts = groups.starts;  // counts, then where each class starts, then where it ends
+  std::fill(starts, starts + image.num_classes + 1, 0);
+  image.for_pixels([&](int64_t n, int, int) { ++starts[n + 1]; });
+  for (int64_t n = 0; n < image.num_classes; ++n) starts[n + 1] += starts[n];
   image.for_pixels([&](int64_t n, int r, int c) {
     const uint32_t pixel = static_cast<uint32_t>(r * image.width + c);
     const int32_t distance_sq =
         image.distance_sq ? image.distance_sq[r * image.distance_row + c * image.distance_column] : 0;
-    groups.ranked[starts[group(n)]++] = {rank(distance_sq, hash(pixel, key)), pixel};
+    groups.ranked[starts[n]++] = {rank(distance_sq, hash(pixel, key)), pixel};
   });
 
   Ranked *start = groups.ranked;
-  for (int64_t i = 0; i < count; ++i) {
-    Ranked *const stop = groups.ranked + starts[i], *const parting = start + quota(ratio, stop - start);
+  for (int64_t n = 0; n < image.num_classes; ++n) {
+    Ranked *const stop = groups.ranked + starts[n], *const parting = start + quota(ratio, stop - start);
     if (start < parting && parting < stop)
       std::nth_element(start, parting, stop, [](const Ranked &a, const Ranked &b) { return a.rank < b.rank; });
     for (; start < parting; ++start) decide(start->pixel, true);
@@ -93,9 +73,9 @@ int64_t select(const Image<T> &image, double ratio, uint32_t key, const Groups &
   return start - groups.ranked;
 }
 
-int64_t group_bytes(int64_t pixels) {
+int64_t group_bytes(int64_t pixels, int64_t num_classes) {
   Scratch scratch(nullptr);
-  Groups(scratch, pixels);
+  Groups(scratch, pixels, num_classes);
   return scratch.used();
 }
 
@@ -106,10 +86,10 @@ int workers(int64_t batch, int64_t pixels, int threads) {
 
 // body(image, groups) for every image; a worker's groups lie in its own part of the memory.
 template <class Body>
-void for_images(int64_t batch, int64_t pixels, int threads, void *memory, const Body &body) {
+void for_images(int64_t batch, int64_t pixels, int64_t num_classes, int threads, void *memory, const Body &body) {
   const Step images{batch, [&](int64_t image, int worker) {
-                      Scratch own(static_cast<char *>(memory) + worker * group_bytes(pixels));
-                      body(image, Groups(own, pixels));
+                      Scratch own(static_cast<char *>(memory) + worker * group_bytes(pixels, num_classes));
+                      body(image, Groups(own, pixels, num_classes));
                     }};
   share(workers(batch, pixels, threads), images);
 }
@@ -157,20 +137,24 @@ extern "C" {
 
 using namespace contextrast;
 
-int64_t contextrast_select_nearest_scratch_cpu(int64_t batch, int64_t height, int64_t width, int64_t, int threads) {
-  return group_bytes(height * width) * workers(batch, height * width, threads);
+// The scratch of a call that will be refused is none.
+int64_t contextrast_select_nearest_scratch_cpu(int64_t batch, int64_t height, int64_t width, int64_t num_classes,
+                                               int threads) {
+  char error[CONTEXTRAST_ERROR_SIZE];
+  if (check_pixels("classes", height, width, error) || check_num_classes(num_classes, error)) return 0;
+  return group_bytes(height * width, num_classes) * workers(batch, height * width, threads);
 }
 
 int contextrast_select_nearest_cpu(const ContextrastMap *classes, const ContextrastMap *distance_sq, double ratio,
                                    int64_t num_classes, const int64_t *seed, uint8_t *selected, void *scratch,
                                    int threads, char *error) {
-  if (const int code = check_selection(*classes, *distance_sq, error)) return code;
+  if (const int code = check_selection(*classes, *distance_sq, num_classes, error)) return code;
   const int64_t batch = classes->batch, pixels = classes->height * classes->width;
   if (batch <= 0 || pixels == 0) return CONTEXTRAST_OK;
 
   const uint32_t key = hash_key(*seed, TIES);
   memset(selected, 0, static_cast<size_t>(batch * pixels));
-  for_images(batch, pixels, threads, scratch, [&](int64_t b, const Groups &groups) {
+  for_images(batch, pixels, num_classes, threads, scratch, [&](int64_t b, const Groups &groups) {
     with_integer(classes->type, [&](auto zero) {
       using T = decltype(zero);
       const Image<T> image{static_cast<const T *>(classes->data) + b * classes->stride_batch,
@@ -192,8 +176,11 @@ int contextrast_select_nearest_cpu(const ContextrastMap *classes, const Contextr
 // Scratch: with AT_FULL errors and distances at the labels' size; then, for one layer after the other in the same
 // memory, its errors where they cannot lie in the result, its distances, and either what edge_distance or what the
 // selection needs.
-int64_t contextrast_bane_negatives_scratch_cpu(const ContextrastMap *labels, int64_t, const ContextrastLayer *layers,
-                                               int num_layers, int type, int distance_at, int threads) {
+int64_t contextrast_bane_negatives_scratch_cpu(const ContextrastMap *labels, int64_t num_classes,
+                                               const ContextrastLayer *layers, int num_layers, int type,
+                                               int distance_at, int threads) {
+  char error[CONTEXTRAST_ERROR_SIZE];
+  if (check_layers(*labels, num_classes, layers, num_layers, type, error)) return 0;
   const int64_t batch = labels->batch, pixels = batch * labels->height * labels->width;
   const bool full = distance_at == CONTEXTRAST_AT_FULL;
   Scratch memory(nullptr);
@@ -205,7 +192,8 @@ int64_t contextrast_bane_negatives_scratch_cpu(const ContextrastMap *labels, int
     if (type != CONTEXTRAST_INT32) own.take<int32_t>(batch * h * w);
     own.take<int32_t>(batch * h * w);
     const int64_t distances = full ? 0 : edge_distance_scratch(batch, h, w, threads);
-    most = greater(most, own.used() + greater(distances, group_bytes(h * w) * workers(batch, h * w, threads)));
+    const int64_t groups = group_bytes(h * w, num_classes) * workers(batch, h * w, threads);
+    most = greater(most, own.used() + greater(distances, groups));
   }
   return memory.used() + most;
 }
@@ -250,7 +238,7 @@ int contextrast_bane_negatives_cpu(const ContextrastMap *predictions, const Cont
       if (bane) distances_of(classes, h, w, distances, own);
     }
     std::atomic<int64_t> count{0};
-    for_images(batch, pixels, threads, own.rest(), [&](int64_t b, const Groups &groups) {
+    for_images(batch, pixels, num_classes, threads, own.rest(), [&](int64_t b, const Groups &groups) {
       const int64_t start = b * pixels;
       const Image<int32_t> image{classes + start,
                                  w,
@@ -260,7 +248,7 @@ int contextrast_bane_negatives_cpu(const ContextrastMap *predictions, const Cont
                                  1,
                                  static_cast<int>(h),
                                  static_cast<int>(w),
-                                 -1};
+                                 num_classes};
       count += select(image, ratio, key, groups, [&](uint32_t pixel, bool selected) {
         if (!selected) classes[start + pixel] = NO_CLASS;
       });

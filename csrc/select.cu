@@ -19,19 +19,16 @@ struct Segment {
   uint32_t start, size;
 };
 
-// One layer of a selection. Segments have slots: the class itself where there are few classes, else the place of the
-// class in a hash table with linear probing.
+// One layer of a selection. A segment's slot is its class.
 struct Layer {
   int32_t height, width;
   int32_t type;           // of classes, as the negatives of bane_negatives have them
-  void *classes;          // (B, height, width): the class, or the slot if `selected` is asked for; or none
+  void *classes;          // (B, height, width): the class, or none
   int64_t *errors;        // one number, a result: the pixels that belong to a class; or null
   int32_t *distance_sq;  // likewise, or null: all equal
   uint8_t *selected;     // likewise: the result; or null: the result is left in classes
 
-  bool hashed;
-  int32_t slots;          // a power of two if hashed
-  uint64_t *keys;         // if hashed (B, slots): class + 1, or 0 for a free slot
+  int32_t slots;          // the number of classes, at least 1
   uint32_t *sizes;        // (B, slots): pixels; after the layout, where the segment's next pixel goes
   uint32_t *num_present;  // (B)
   uint32_t *tickets;      // (B)
@@ -89,34 +86,15 @@ struct Spot {
   }
 };
 
-__device__ uint32_t slot_of(const Layer &layer, int image, int64_t n) {
-  if (!layer.hashed) return static_cast<uint32_t>(n);
-  const uint64_t key = static_cast<uint64_t>(n) + 1;
-  const uint32_t mask = static_cast<uint32_t>(layer.slots) - 1;
-  uint64_t *const keys = layer.keys + static_cast<int64_t>(image) * layer.slots;
-  for (uint32_t slot = mix(static_cast<uint32_t>(n) ^ static_cast<uint32_t>(n >> 32)) & mask;;
-       slot = (slot + 1) & mask) {
-    const auto found = static_cast<uint64_t>(
-        atomicCAS(reinterpret_cast<unsigned long long *>(keys + slot), 0ull, static_cast<unsigned long long>(key)));
-    if (found == 0 || found == key) return slot;
-  }
-}
-
-// The warp counts its pixels of classes n. The slot, or NO_CLASS.
-template <class Class>
-__device__ int32_t count_pixels(const Layer &layer, int image, Class n) {
+// The warp counts its pixels of classes n.
+__device__ void count_pixels(const Layer &layer, int image, int32_t n) {
   const unsigned peers = __match_any_sync(ALL_LANES, n);
-  const int leader = trailing_zeros(peers);
-  int32_t slot = NO_CLASS;
-  if (n >= 0 && static_cast<int>(threadIdx.x % WARP) == leader) {
-    slot = static_cast<int32_t>(slot_of(layer, image, n));
-    const uint32_t peers_count = static_cast<uint32_t>(__popc(peers));
-    if (atomicAdd(layer.sizes + static_cast<int64_t>(image) * layer.slots + slot, peers_count) == 0) {
-      const uint32_t i = atomicAdd(layer.num_present + image, 1u);
-      layer.present[static_cast<int64_t>(image) * layer.most_present() + i].start = static_cast<uint32_t>(slot);
-    }
+  if (n < 0 || static_cast<int>(threadIdx.x % WARP) != trailing_zeros(peers)) return;
+  const uint32_t count = static_cast<uint32_t>(__popc(peers));
+  if (atomicAdd(layer.sizes + static_cast<int64_t>(image) * layer.slots + n, count) == 0) {
+    const uint32_t i = atomicAdd(layer.num_present + image, 1u);
+    layer.present[static_cast<int64_t>(image) * layer.most_present() + i].start = static_cast<uint32_t>(n);
   }
-  return __shfl_sync(ALL_LANES, slot, leader);
 }
 
 struct LayoutShared {
@@ -227,7 +205,7 @@ __global__ void __launch_bounds__(BLOCK)
   const Spot spot(work, BLOCK * COUNT);
   const Layer &layer = spot.layer;
   const int64_t start = static_cast<int64_t>(spot.image) * layer.num_pixels();
-  int64_t classes[COUNT];
+  int32_t classes[COUNT];
 #pragma unroll
   for (int i = 0; i < COUNT; ++i) {
     const int pixel = spot.first + i * BLOCK + static_cast<int>(threadIdx.x);
@@ -235,19 +213,15 @@ __global__ void __launch_bounds__(BLOCK)
     if (pixel >= layer.num_pixels()) continue;
     const int r = pixel / layer.width, c = pixel % layer.width;
     const int64_t n = value_at(source.classes, sampled_at(source.classes, spot.image, r, c, layer));
-    if (static_cast<uint64_t>(n) < source.limit) classes[i] = n;
+    if (static_cast<uint64_t>(n) < source.limit) classes[i] = static_cast<int32_t>(n);
+    layer.set_class(start + pixel, classes[i]);
     if (layer.distance_sq)
       layer.distance_sq[start + pixel] = __ldg(static_cast<const int32_t *>(source.distance_sq.data) +
                                                sampled_at(source.distance_sq, spot.image, r, c, layer));
     if (layer.selected) layer.selected[start + pixel] = 0;
   }
 #pragma unroll
-  for (int i = 0; i < COUNT; ++i) {
-    const int pixel = spot.first + i * BLOCK + static_cast<int>(threadIdx.x);
-    const int32_t slot = count_pixels(layer, spot.image, classes[i]);
-    if (pixel < layer.num_pixels())
-      layer.set_class(start + pixel, layer.selected ? slot : static_cast<int32_t>(classes[i]));
-  }
+  for (int i = 0; i < COUNT; ++i) count_pixels(layer, spot.image, classes[i]);
   if (is_last_block(layer.tickets + spot.image, static_cast<uint32_t>(spot.blocks))) lay_out(layer, spot.image);
 }
 
@@ -262,11 +236,9 @@ __global__ void __launch_bounds__(BLOCK) place(const __grid_constant__ LayersWor
   const unsigned peers = __match_any_sync(ALL_LANES, n);
   const int leader = trailing_zeros(peers);
   uint32_t first = 0;
-  if (n >= 0 && lane == leader) {
-    const uint32_t slot = layer.selected ? static_cast<uint32_t>(n) : slot_of(layer, spot.image, n);
-    first = atomicAdd(layer.sizes + static_cast<int64_t>(spot.image) * layer.slots + slot,
+  if (n >= 0 && lane == leader)
+    first = atomicAdd(layer.sizes + static_cast<int64_t>(spot.image) * layer.slots + n,
                       static_cast<uint32_t>(__popc(peers)));
-  }
   first = __shfl_sync(ALL_LANES, first, leader);
   if (n >= 0)
     layer.pixels[start + first + static_cast<uint32_t>(__popc(peers & ((1u << lane) - 1)))] =
@@ -457,20 +429,13 @@ __global__ void __launch_bounds__(CHOOSERS, 3)
 
 // ---- Memory
 
-// Up to here, or up to the number of pixels, every class has a slot of its own.
-constexpr int64_t FEW_CLASSES = 1024;
-
 void Layer::shape(int64_t h, int64_t w, int64_t num_classes) {
   height = static_cast<int32_t>(h);
   width = static_cast<int32_t>(w);
-  hashed = num_classes < 0 || num_classes > greater(h * w, FEW_CLASSES);
-  slots = hashed ? 1 : static_cast<int32_t>(greater<int64_t>(num_classes, 1));
-  if (hashed)
-    while (slots < 2 * h * w) slots *= 2;
+  slots = static_cast<int32_t>(greater<int64_t>(num_classes, 1));
 }
 
 void Layer::take_zeroed(Scratch &scratch, int64_t batch) {
-  keys = hashed ? scratch.take<uint64_t>(batch * slots) : nullptr;
   sizes = scratch.take<uint32_t>(batch * slots);
   num_present = scratch.take<uint32_t>(batch);
   tickets = scratch.take<uint32_t>(batch);
@@ -668,7 +633,7 @@ int contextrast_error_map_cuda(const ContextrastMap *predictions, const Contextr
 // The scratch of a call that will be refused is none.
 int64_t contextrast_select_nearest_scratch_cuda(int64_t batch, int64_t height, int64_t width, int64_t num_classes) {
   char error[CONTEXTRAST_ERROR_SIZE];
-  if (check_pixels("classes", height, width, error)) return 0;
+  if (check_pixels("classes", height, width, error) || check_num_classes(num_classes, error)) return 0;
   Scratch scratch(nullptr);
   SelectMemory(scratch, batch, height, width, num_classes);
   return scratch.used();
@@ -677,7 +642,7 @@ int64_t contextrast_select_nearest_scratch_cuda(int64_t batch, int64_t height, i
 int contextrast_select_nearest_cuda(const ContextrastMap *classes, const ContextrastMap *distance_sq, double ratio,
                                     int64_t num_classes, const int64_t *seed, uint8_t *selected, void *scratch,
                                     int device, void *stream, char *error) {
-  if (const int code = check_selection(*classes, *distance_sq, error)) return code;
+  if (const int code = check_selection(*classes, *distance_sq, num_classes, error)) return code;
   if (classes->batch <= 0 || classes->height * classes->width == 0) return CONTEXTRAST_OK;
   Scratch pieces(scratch);
   SelectMemory memory(pieces, classes->batch, classes->height, classes->width, num_classes);

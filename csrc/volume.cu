@@ -1,5 +1,5 @@
 // The distance functions on CUDA where edt.cu's kernels for maps of square pixels do not serve: lines and volumes,
-// sampling, indices, any type. The volume is taken as (columns' length, y, x), as edt.cpp does.
+// sampling, indices, any type.
 //   1. mark    a thread reads 32 pixels of a column and writes their words.
 //   2. carry   a thread carries the nearest seeds along a column.
 //   3. solve   a warp computes one line: its costs go to shared memory, a window settles what is near, and the tiles of
@@ -7,45 +7,23 @@
 #include <type_traits>
 
 #include "edt.cuh"
+#include "volume.h"
 
 namespace contextrast {
 namespace {
 
-constexpr int BAND = 32;
 constexpr int TILE = WARP;
 constexpr int WINDOW = 8, WINDOW_BESIDE_OPEN = 2;  // steps before a tile is left to the search
 constexpr int MOST_WARPS = 4;                      // of a block that solves lines
 
-// Axes of one pixel come last.
-struct Volume {
-  const void *data;
-  int64_t batch, stride_batch;
-  int32_t size[3];
-  int64_t stride[3];
-  Metric metric;
-  ContextrastDistance wanted;
+struct VolumeWork : Volume {
   uint32_t *seeds, *carries, *wishes;  // (B, bands, y, x); carries null for one band, wishes null: all pixels
   void *costs;                         // (B, z, y, x) after the search along y; null for maps
   int32_t *keys;                       // likewise, if indices are asked for
 
-  Volume(const ContextrastVolume &volume, const ContextrastDistance &asked)
-      : data(volume.data), batch(volume.batch), stride_batch(volume.stride_batch), wanted(asked) {
-    metric = metric_of(volume, asked);
-    for (int axis = 0; axis < 3; ++axis) {
-      size[axis] = static_cast<int32_t>(volume.size[axis]);
-      stride[axis] = volume.stride[axis];
-    }
-    if (size[2] == 1) exchange(1, 2);
-    if (size[2] == 1) exchange(0, 2);
-    if (size[0] == 1) exchange(0, 1);
-  }
-
-  __host__ __device__ int64_t plane() const { return static_cast<int64_t>(size[1]) * size[2]; }
-  __host__ __device__ int64_t bands() const { return (size[0] + BAND - 1) / BAND; }
-  bool has_keys() const { return wanted.nearest[0] || wanted.nearest[1] || wanted.nearest[2]; }
-
-  void take(Scratch &scratch, bool edges) {
-    const int64_t words = batch * bands() * plane(), pixels = size[1] > 1 ? batch * size[0] * plane() : 0;
+  VolumeWork(const ContextrastVolume &volume, const ContextrastDistance &asked, Scratch &scratch, bool edges)
+      : Volume(volume, asked) {
+    const int64_t words = batch * bands() * plane(), pixels = size[1] > 1 ? batch * image() : 0;
     seeds = scratch.take<uint32_t>(words);
     carries = bands() > 1 ? scratch.take<uint32_t>(words) : nullptr;
     wishes = edges ? scratch.take<uint32_t>(words) : nullptr;
@@ -54,31 +32,15 @@ struct Volume {
     if (pixels && !metric.integral) costs = scratch.take<double>(pixels);
     keys = pixels && has_keys() ? scratch.take<int32_t>(pixels) : nullptr;
   }
-
- private:
-  template <class T>
-  static void exchange(T (&values)[3], int a, int b) {
-    const T value = values[a];
-    values[a] = values[b];
-    values[b] = value;
-  }
-  void exchange(int a, int b) {
-    exchange(size, a, b);
-    exchange(stride, a, b);
-    exchange(metric.side, a, b);
-    exchange(metric.weight, a, b);
-    exchange(metric.search, a, b);
-    exchange(wanted.nearest, a, b);
-  }
 };
-static_assert(sizeof(Volume) <= 4096, "parameters of a kernel");
+static_assert(sizeof(VolumeWork) <= 4096, "parameters of a kernel");
 
 // ---- 1. Mark
 
 // `counted`: the bits of a value that make it nonzero. `negative`: the bit of negative classes, or 0.
 template <class Bits>
 __global__ void __launch_bounds__(BLOCK)
-    mark_volume(const __grid_constant__ Volume volume, Bits counted, Bits negative) {
+    mark_volume(const __grid_constant__ VolumeWork volume, Bits counted, Bits negative) {
   const int64_t word = static_cast<int64_t>(blockIdx.x) * BLOCK + threadIdx.x, plane = volume.plane();
   if (word >= volume.batch * volume.bands() * plane) return;
   const int64_t band = word / plane, image = band / volume.bands(), in_plane = word % plane;
@@ -114,7 +76,7 @@ __global__ void __launch_bounds__(BLOCK)
 
 // ---- 2. Carry
 
-__global__ void __launch_bounds__(BLOCK) carry_volume(const __grid_constant__ Volume volume) {
+__global__ void __launch_bounds__(BLOCK) carry_volume(const __grid_constant__ VolumeWork volume) {
   const int64_t column = static_cast<int64_t>(blockIdx.x) * BLOCK + threadIdx.x, plane = volume.plane();
   if (column >= volume.batch * plane) return;
   const int bands = static_cast<int>(volume.bands());
@@ -141,7 +103,7 @@ struct Line {
 
 // The cost of a pixel over its column alone, and its key.
 template <class Cost>
-__device__ Found<Cost> of_column(const Volume &volume, const Line &line, int u) {
+__device__ Found<Cost> of_column(const VolumeWork &volume, const Line &line, int u) {
   const int64_t word = line.word + static_cast<int64_t>(u) * line.step;
   const uint32_t carry = volume.carries ? volume.carries[word] : pack_carry(NO_SEED, NO_SEED);
   const int32_t offset = column_offset(volume.seeds[word], line.bit, carry);
@@ -237,7 +199,7 @@ __host__ __device__ inline int line_bytes(int size) {
 }
 
 template <class Cost, bool KEYS>
-__global__ void __launch_bounds__(MOST_WARPS *WARP) solve_along_y(const __grid_constant__ Volume volume) {
+__global__ void __launch_bounds__(MOST_WARPS *WARP) solve_along_y(const __grid_constant__ VolumeWork volume) {
   const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, width = volume.size[2], size = volume.size[1];
   const int64_t number = static_cast<int64_t>(blockIdx.x) * (blockDim.x / WARP) + warp;
   if (number >= volume.batch * volume.size[0] * width) return;
@@ -269,7 +231,7 @@ __global__ void __launch_bounds__(MOST_WARPS *WARP) solve_along_y(const __grid_c
 }
 
 template <class Cost>
-__device__ void write_result(const Volume &volume, int64_t at, bool asked, Cost cost) {
+__device__ void write_result(const VolumeWork &volume, int64_t at, bool asked, Cost cost) {
   if (!volume.wanted.squared)
     static_cast<float *>(volume.wanted.distance)[at] =
         asked ? in_pixels(cost, volume.metric) : static_cast<float>(CONTEXTRAST_OUTSIDE);
@@ -283,7 +245,7 @@ __device__ void write_result(const Volume &volume, int64_t at, bool asked, Cost 
 }
 
 template <class Cost>
-__device__ void write_nearest(const Volume &volume, int64_t at, const Found<Cost> &found) {
+__device__ void write_nearest(const VolumeWork &volume, int64_t at, const Found<Cost> &found) {
   const bool none = !has_seed(found.cost);
   const int64_t plane = volume.plane();
   const int32_t z = static_cast<int32_t>(found.key / plane), in_plane = static_cast<int32_t>(found.key % plane);
@@ -294,7 +256,7 @@ __device__ void write_nearest(const Volume &volume, int64_t at, const Found<Cost
 }
 
 template <class Cost, bool KEYS>
-__global__ void __launch_bounds__(MOST_WARPS *WARP) solve_along_x(const __grid_constant__ Volume volume) {
+__global__ void __launch_bounds__(MOST_WARPS *WARP) solve_along_x(const __grid_constant__ VolumeWork volume) {
   const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, size = volume.size[2], height = volume.size[1];
   const int64_t number = static_cast<int64_t>(blockIdx.x) * (blockDim.x / WARP) + warp;
   if (number >= volume.batch * volume.size[0] * height) return;
@@ -328,12 +290,12 @@ __global__ void __launch_bounds__(MOST_WARPS *WARP) solve_along_x(const __grid_c
 // ---- Launches
 
 template <class Bits>
-cudaError_t enqueue_mark(const Volume &volume, uint64_t counted, uint64_t negative, cudaStream_t stream) {
+cudaError_t enqueue_mark(const VolumeWork &volume, uint64_t counted, uint64_t negative, cudaStream_t stream) {
   return launch(mark_volume<Bits>, divide_up(volume.batch * volume.bands() * volume.plane(), BLOCK), BLOCK, 0, stream,
                 volume, static_cast<Bits>(counted), static_cast<Bits>(negative));
 }
 
-cudaError_t enqueue_mark(const Volume &volume, int32_t type, cudaStream_t stream) {
+cudaError_t enqueue_mark(const VolumeWork &volume, int32_t type, cudaStream_t stream) {
   constexpr uint64_t ALL = ~uint64_t(0);
   switch (type) {
     case CONTEXTRAST_UINT8: return enqueue_mark<uint8_t>(volume, ALL, 0, stream);
@@ -352,7 +314,8 @@ cudaError_t enqueue_mark(const Volume &volume, int32_t type, cudaStream_t stream
 }
 
 template <class Cost>
-cudaError_t enqueue_lines(void (*kernel)(Volume), const Volume &volume, int axis, int device, cudaStream_t stream) {
+cudaError_t enqueue_lines(void (*kernel)(VolumeWork), const VolumeWork &volume, int axis, int device,
+                          cudaStream_t stream) {
   int limit = 0;  // of a block's shared memory; more than the usual 48 KiB must be asked for
   cudaError_t status = cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   if (status != cudaSuccess) return status;
@@ -366,7 +329,7 @@ cudaError_t enqueue_lines(void (*kernel)(Volume), const Volume &volume, int axis
 }
 
 template <class Cost, bool KEYS>
-cudaError_t enqueue_solve(const Volume &volume, int device, cudaStream_t stream) {
+cudaError_t enqueue_solve(const VolumeWork &volume, int device, cudaStream_t stream) {
   if (volume.size[1] > 1) {
     const cudaError_t status = enqueue_lines<Cost>(solve_along_y<Cost, KEYS>, volume, 1, device, stream);
     if (status != cudaSuccess) return status;
@@ -377,17 +340,15 @@ cudaError_t enqueue_solve(const Volume &volume, int device, cudaStream_t stream)
 }  // namespace
 
 int64_t volume_scratch(const ContextrastVolume &given, const ContextrastDistance &wanted, bool edges) {
-  Volume volume(given, wanted);
   Scratch scratch(nullptr);
-  volume.take(scratch, edges);
+  VolumeWork(given, wanted, scratch, edges);
   return scratch.used();
 }
 
 cudaError_t enqueue_volume(const ContextrastVolume &given, const ContextrastDistance &wanted, bool edges, void *memory,
                            int device, cudaStream_t stream) {
-  Volume volume(given, wanted);
   Scratch scratch(memory);
-  volume.take(scratch, edges);
+  const VolumeWork volume(given, wanted, scratch, edges);
   cudaError_t status = enqueue_mark(volume, given.type, stream);
   if (status == cudaSuccess && volume.carries)
     status = launch(carry_volume, divide_up(volume.batch * volume.plane(), BLOCK), BLOCK, 0, stream, volume);

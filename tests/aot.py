@@ -4,9 +4,9 @@ Runs in a process of its own, because Triton decides at import whether kernels a
 
     python tests/aot.py --dtype bfloat16 --arch 90 --channels 256 --classes 19      a table
     python tests/aot.py --matrix 0/12                                               a twelfth of every case there is
-    python tests/aot.py ... --json                                                  rows for tests/test_resources.py
+    python tests/aot.py ... --json                                                  rows for test_resources.py
 
-Blocks a multiprocessor holds follow from registers, shared memory and warps by arithmetic; nothing is run.
+The number of blocks per multiprocessor is calculated from registers, shared memory and warps. Nothing is run.
 """
 
 import argparse
@@ -43,7 +43,7 @@ POINTERS = {
 }  # fmt: skip
 ARCHITECTURES = (80, 90, 100)
 SHARED_MEMORY = {80: 164, 90: 228, 100: 228}
-"""KiB of a multiprocessor."""
+"""The shared memory of a multiprocessor in KiB, by architecture."""
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 
 
@@ -51,7 +51,7 @@ DTYPES = ("bfloat16", "float16", "float32", "float64")
 
 
 class Case(NamedTuple):
-    """What an op is called with, as far as its compiled kernels depend on it."""
+    """The arguments of an op that its compiled kernels depend on."""
 
     op: str
     dtype: str = "bfloat16"
@@ -60,14 +60,14 @@ class Case(NamedTuple):
     layout: str = "nchw"
     sizes: str = "cityscapes"
     negatives: str = "hard"
-    """hard: a given map (or BANE's); base: a given map, or drawn; both; all: every pixel of another class. Of info_nce:
-    its positives."""
+    """hard: a map of negatives, given or BANE's; base: a map of base pixels, given or drawn; both: both of them; all:
+    every pixel of a different class. For info_nce, its positives."""
     normalize: bool = True
     normalize_anchors: bool = False
     detach_anchors: bool = False
     arch: int = 90
     only: str = ""
-    """The one kernel to compile, of those that are launched."""
+    """The name of the only kernel to compile; "" compiles all that are launched."""
 
 
 OPS = ("class_anchors", "pixel_anchor_loss", "contextrast_loss", "info_nce")
@@ -84,8 +84,9 @@ ROWS_AND_COLUMNS = {"1024 x 20000": (1024, 20000), "24 x 190000": (24, 190000), 
 
 
 def matrix():
-    """Every kernel in every dtype on each architecture, with 256 channels, 512 and more; with each option that changes
-    what is compiled, dtype and architecture take turns; the paths of cityscapes and ade20k in both layouts."""
+    """All cases: every kernel in every dtype on each architecture with 256, 512 and 720 channels; the paths of
+    cityscapes and ade20k in both layouts; and each option that changes what is compiled, with dtype and architecture in
+    turn."""
     layouts = itertools.cycle(LAYOUTS[:2])
     for dtype, arch in itertools.product(DTYPES, ARCHITECTURES):
         case = Case("contextrast_loss", dtype, layout=next(layouts), arch=arch)
@@ -141,7 +142,7 @@ def matrix():
 
 
 def paths():
-    """What cityscapes and ade20k take."""
+    """The cases of cityscapes and ade20k."""
     for arch, layout in itertools.product(ARCHITECTURES, LAYOUTS[:2]):
         yield Case("contextrast_loss", layout=layout, arch=arch)
         yield Case("contextrast_loss", N=150, sizes="ade20k", layout=layout, arch=arch)
@@ -160,14 +161,14 @@ def feature_map(case: Case, i: int, batch: int, h: int, w: int) -> torch.Tensor:
 
 
 def launches(case: Case) -> list[_launch.Launch]:
-    """What an op launches, forward and backward, as far as the case asks for it."""
+    """The launches of an op, forward and backward, that the case asks for."""
     with compiling_for(GPUTarget("cuda", case.arch, 32)):
         recorded = all_launches(case)
     return [launch for launch in recorded if case.only in ("", launch.kernel.fn.__name__)]
 
 
 def compiling_for(target: GPUTarget):
-    """Kernels and their tiles ask the driver which architecture they are for."""
+    """Replace the driver, which kernels and their tiles ask for the architecture."""
     return mock.patch.object(triton.runtime.driver, "_active", SimpleNamespace(get_current_target=lambda: target))
 
 
@@ -198,7 +199,7 @@ def all_launches(case: Case) -> list[_launch.Launch]:
             rate = {"hard": 0.0, "base": 0.3, "all": 1.0}[case.negatives]
             seed, weights = empty(1, dtype=torch.int64), (1.0,) * len(sizes)
             outcome, y, terms = contextrast.forward(
-                *(features, labels, e, seed, case.N, 255, weights, 0.1, 0.7, rate),
+                *(features, labels, e, [], seed, case.N, 255, weights, 0.1, 0.7, rate),
                 *(case.normalize, case.normalize_anchors),
             )
             pull = None if case.detach_anchors else outcome.pull
@@ -230,8 +231,8 @@ def walk(value, path):
 
 
 def source_of(launch: _launch.Launch) -> tuple[dict, dict]:
-    """Signature, constants and attributes of a launch, and the compiler's options. Addresses that 16 divides are
-    known to; integers are not specialised."""
+    """Signature, constants and attributes of a launch, and the compiler's options. Addresses that are multiples of 16
+    are marked as such; integers are not specialised."""
     names = list(inspect.signature(launch.kernel.fn).parameters)
     options = {name: value for name, value in launch.constants.items() if name not in names}
     signature, constants, attributes = {}, {}, {}
@@ -256,8 +257,9 @@ def source_of(launch: _launch.Launch) -> tuple[dict, dict]:
 
 
 def blocks_of_a_multiprocessor(registers: int, shared: int, warps: int, arch: int) -> int:
-    """How many programs of a kernel it holds at once: 64 Ki registers, given out to a warp 256 at a time; shared
-    memory, of which each block costs 1 KiB more; 64 warps, 32 blocks."""
+    """The number of blocks that a multiprocessor holds at once. It has 64 Ki registers, which a warp gets 256 at a
+    time; its shared memory, of which each block takes 1 KiB more than it asks for; and room for 64 warps and 32
+    blocks."""
     a_warp = -(-registers * 32 // 256) * 256
     return min(65536 // (a_warp * warps), SHARED_MEMORY[arch] * 1024 // (shared + 1024), 64 // warps, 32)
 
@@ -297,7 +299,8 @@ def resources(launch: _launch.Launch, arch: int) -> dict:
 
 
 def compiled(cases):
-    """Rows of resources, one for each kernel that a case launches; what compiles alike is compiled once."""
+    """One row of resources for each kernel that a case launches. Launches that compile to the same code are compiled
+    once."""
     known = {}
     for case in cases:
         for launch in launches(case):

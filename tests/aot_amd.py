@@ -2,8 +2,8 @@
 
     python tests/aot_amd.py --arch gfx942 gfx1100 --dtype bfloat16 [--kernel _class_anchors_fwd] [--json]
 
-Runs in a process of its own: torch is made to look like one for ROCm before the kernels are imported. No AMD GPU has
-run any of this.
+Runs in a process of its own, because torch must look like a build for ROCm before the kernels are imported. None of
+these kernels has run on an AMD GPU.
 """
 
 import argparse

@@ -1,14 +1,14 @@
-"""What every test shares: the interpreter switch, the backends to run on, and a list of what was skipped."""
+"""Set-up of all tests: the interpreter switch, common fixtures, the order of the files, and a list of skipped tests."""
 
 import os
 from collections import Counter
 
 import torch
 
-# One of several processes of the suite has one core, and so have the processes that its tests start.
+# If the suite runs in several processes, each uses one core, and so do the processes that its tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
 
-# Without it PyTorch refuses, or warns of, every matrix product while deterministic algorithms are asked for.
+# Without this setting PyTorch raises or warns at every CUDA matrix product while deterministic algorithms are on.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 # Triton reads this when a kernel's module is imported, so it is decided before any test is collected.
@@ -17,19 +17,23 @@ if not torch.cuda.is_available():
 
 import numpy as np
 import pytest
+from interpreter import speed_up
 
 import contextrast_kernels as ck
 
 pytest.register_assert_rewrite("kernel_checks")
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+if os.environ.get("TRITON_INTERPRET") == "1":
+    speed_up()
 
 
 LONGEST = (
     *("test_group", "test_kernels", "test_bane", "test_demo", "test_cuda_budgets", "test_compiled_csrc"),
-    *("test_examples", "test_info_nce_kernel", "test_exact", "test_compile", "test_resources", "test_contextrast"),
+    *("test_examples", "test_info_nce_kernel", "test_exact", "test_compile", "test_resources"),
+    *("test_contextrast_inputs", "test_contextrast"),
 )
-"""Files that take longest come first, so that processes of the suite end together."""
+"""The files that take longest. They run first, so that all processes of the suite end at about the same time."""
 
 
 def pytest_collection_modifyitems(items):
@@ -63,14 +67,14 @@ def map_backend(request):
 
 @pytest.fixture
 def reference():
-    """The definitions in plain PyTorch, whatever else is installed."""
+    """Runs a test on the reference in plain PyTorch, whatever else is installed."""
     with ck.backend("reference"):
         yield
 
 
 @pytest.fixture(scope="module")
 def one_thread():
-    """Tensors this small gain nothing from a second thread, and lose where it must wait for a core."""
+    """Runs a test on one thread: its tensors are so small that a second thread would only wait for a core."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

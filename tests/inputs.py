@@ -105,7 +105,8 @@ def families(rng, H, W):
 
 
 def crossed(cases, variants):
-    """Every case in every variant, a dtype say: one of them each time, the others as slow tests."""
+    """Pairs of every case and every variant, such as a dtype. One variant of each case is tested in every run, the
+    others are slow tests."""
     return [
         pytest.param(case, variant, id=f"{case}-{variant}", marks=[pytest.mark.slow] if (i + j) % len(variants) else [])
         for i, case in enumerate(cases)

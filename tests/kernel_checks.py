@@ -16,7 +16,7 @@ DTYPES = [torch.float64, torch.float32, torch.float16]
 if torch.cuda.is_available():
     DTYPES.append(torch.bfloat16)
 ON_COMPILED_CODE = pytest.mark.slow if DEVICE == "cpu" else lambda test: test
-"""Marks tests as slow on a CPU whose cases tests/compiled also runs, on the compiled kernels."""
+"""Marks tests as slow on a CPU, because tests/compiled runs the same cases on the compiled kernels."""
 NEEDS_TRITON = pytest.mark.skipif(ck.available()["triton"] != "ok", reason=f"triton: {ck.available()['triton']}")
 
 
@@ -41,8 +41,8 @@ def labels_and_predictions(rng, B, N, H, W, **options):
 
 
 def run(loss, leaves, dtype=None):
-    """Value and gradients of ``loss(*leaves)`` in a dtype, the gradients of all leaves in one float64 vector. Three
-    is the upstream gradient."""
+    """Value and gradients of ``loss(*leaves)`` in a dtype, the gradients of all leaves in one float64 vector. The
+    upstream gradient is 3."""
     leaves = [x.detach().to(dtype or x.dtype).requires_grad_() for x in leaves]
     value = loss(*leaves)
     weight = torch.linspace(1, 3, value.numel(), dtype=value.dtype, device=value.device).reshape(value.shape)
@@ -59,8 +59,8 @@ def relative(a: Tensor, b: Tensor) -> float:
 
 
 def assert_like_the_reference(loss, leaves):
-    """``loss`` under the Triton backend against the reference in float64, held to the reference in the leaves'
-    dtype."""
+    """Assert that the error of ``loss`` on the Triton backend, against the reference in float64, is allowed. The
+    allowed error follows from that of the reference in the leaves' dtype."""
     before = [x.clone() for x in leaves]
     with ck.backend("reference"):
         value, gradient = run(loss, leaves, torch.float64)
@@ -80,7 +80,7 @@ def assert_like_the_reference(loss, leaves):
 @pytest.fixture(autouse=True)
 def poisoned_memory():
     """``torch.empty`` gives NaN and the largest integers: reading memory that was never written changes the result."""
-    # Warnings alone: on a GPU some of what the references do has no deterministic form, and need not.
+    # Only warn: some ops of the reference have no deterministic version on a GPU and need none.
     torch.use_deterministic_algorithms(True, warn_only=True)
     filled = torch.utils.deterministic.fill_uninitialized_memory
     torch.utils.deterministic.fill_uninitialized_memory = True

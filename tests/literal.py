@@ -1,8 +1,8 @@
-"""The definitions of the Contextrast loss as literal loops, to be read beside the specification.
+"""The equations of the Contextrast loss as literal loops, to be read beside docs/method.md.
 
-One function per definition, Python numbers and NumPy arrays in float64, one pixel at a time, nothing vectorised and
-nothing shared with the package. Feature maps are (B, D, h, w), label maps (B, H, W), class maps (B, H', W'), logits
-(B, N, H', W'); volumes have an axis z, Z or Z' before these. A size has a number for each spatial axis.
+There is one function per equation. They use Python numbers and NumPy arrays in float64, one pixel at a time; nothing is
+vectorised or shared with the package. Feature maps are (B, D, h, w), label maps (B, H, W), class maps (B, H', W'), and
+logits (B, N, H', W'). Volumes have an axis z, Z or Z' before these. A size has a number for each spatial axis.
 """
 
 import math
@@ -31,10 +31,10 @@ def resize_bilinear(logits, size):
     B, N, H, W = logits.shape
     h, w = size
 
-    def between(i, to, of):
-        at = min(max((i + 0.5) * of / to - 0.5, 0.0), of - 1)
+    def between(i, size, source_size):
+        at = min(max((i + 0.5) * source_size / size - 0.5, 0.0), source_size - 1)
         low = math.floor(at)
-        return low, min(low + 1, of - 1), at - low
+        return low, min(low + 1, source_size - 1), at - low
 
     out = np.empty((B, N, h, w))
     for r in range(h):
@@ -48,7 +48,7 @@ def resize_bilinear(logits, size):
 
 
 def predicted_classes(predictions):
-    """A class map as it is; of logits the largest channel, the lowest class among equals."""
+    """A class map as it is. For logits the channel of the largest value, the lowest of equal ones."""
     if predictions.ndim == 3 or predictions.dtype.kind in "iu":
         return predictions
     B, N, *size = predictions.shape
@@ -292,7 +292,7 @@ def softplus(z):
 
 
 def logsumexp(values):
-    """-inf of nothing."""
+    """log Σ e^v; -inf for an empty list."""
     top = max(values, default=-math.inf)
     if top == -math.inf:
         return -math.inf

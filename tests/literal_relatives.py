@@ -28,7 +28,7 @@ def pairs_of(labels, num_classes):
 
 
 def sample(kind, labels, predictions, num_classes, seed, stream, max_samples, max_views, min_pixels):
-    """The set of chosen pixels, by the rules as they are told."""
+    """The set of chosen pixels, following the rules word by word."""
     B, _, w = labels.shape
     pairs = pairs_of(labels, num_classes)
     chosen = []
@@ -132,7 +132,7 @@ def multi_scale(layers, label_maps, weights, cross, temperature, seed, max_sampl
 
 
 def pne(features, labels, logits, temperature, set_size, max_hard, seed=None):
-    """With a seed sets stand in hash order (stream 2003), without in raster order."""
+    """With a seed the sets are in hash order (stream 2003), without one in raster order."""
     B, N, w = len(labels), logits.shape[1], labels.shape[2]
     predictions = logits.argmax(1)
     exp = np.exp(logits - logits.max(1, keepdims=True))
@@ -142,7 +142,7 @@ def pne(features, labels, logits, temperature, set_size, max_hard, seed=None):
         return embedding(features[p[0], :, p[1], p[2]], True)
 
     def full(pixels):
-        """S of them: again and again in their order."""
+        """S pixels: the given ones, repeated in their order."""
         if seed is not None:
             pixels = by_hash(pixels, w, seed, 2003)
         return [pixels[t % len(pixels)] for t in range(set_size)]

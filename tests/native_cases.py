@@ -3,6 +3,7 @@
 import numpy as np
 import torch
 from inputs import families, logits_of, scene
+from scipy import ndimage
 
 from contextrast_kernels import native
 
@@ -16,8 +17,24 @@ def seed(value=0):
     return torch.tensor([value])
 
 
+def scipy_edge_distance_sq(classes):
+    """One SciPy transform for each image and class, on the complement of that class's own edge pixels."""
+    squared = np.full(classes.shape, -1)
+    for image, out in zip(classes, squared, strict=True):
+        for n in np.unique(image[image >= 0]):
+            inside = image == n
+            # With border_value=1 the image border is not an edge, as in Eq. 7.
+            edge = inside & ~ndimage.binary_erosion(inside, border_value=1)
+            if not edge.any():
+                out[inside] = NO_EDGE
+                continue
+            nearest = ndimage.distance_transform_edt(~edge, return_distances=False, return_indices=True)
+            out[inside] = ((nearest - np.indices(image.shape)) ** 2).sum(0)[inside]
+    return squared
+
+
 def call(op, arguments):
-    """All tensors that an op of the native library gives."""
+    """All tensors that an op of the native library returns."""
     result = getattr(native, op)(*arguments)
     if op == "bane_negatives":
         layers, errors = result
@@ -28,7 +45,7 @@ def call(op, arguments):
 
 
 def stridden(tensor):
-    """The same values, every axis in steps and turned round, from an odd offset."""
+    """The same values at an odd offset, with the axes in reverse memory order and a step of 2."""
     flat = torch.zeros(2 * tensor.numel() + 3, dtype=tensor.dtype)
     view = flat[3::2][: tensor.numel()].reshape(tensor.shape[::-1]).permute(*reversed(range(tensor.ndim)))
     return view.copy_(tensor)
@@ -99,12 +116,14 @@ def selections(rng):
     for ratio in (0.0, 1e-9, 0.07, 1 / 3, 0.5, 1.0, float("nan")):
         yield f"ratio {ratio}", "select_nearest", (classes, distance, ratio, 4, seed(3))
     for dtype in INTEGERS:
-        yield f"{dtype}", "select_nearest", (stridden(classes.to(dtype)), stridden(distance), 0.4, -1, seed(4))
-    for num_classes in (0, 1, 3, 1024, 1025, 5000, -1):
+        yield f"{dtype}", "select_nearest", (stridden(classes.to(dtype)), stridden(distance), 0.4, 256, seed(4))
+    for num_classes in (0, 1, 3, 1024, 1025, 5000):
         yield f"{num_classes} classes", "select_nearest", (classes, distance, 0.3, num_classes, seed(2**40 + 5))
     every = torch.arange(2 * 33 * 41).reshape(2, 33, 41)
-    yield "every pixel a class", "select_nearest", (every % (33 * 41), distance, 0.5, -1, seed(-1))
-    yield "far classes", "select_nearest", (every % 7 * 2**59 + 3, distance, 0.5, -1, seed(-1))
+    yield "every pixel a class", "select_nearest", (every % (33 * 41), distance, 0.5, 33 * 41, seed(-1))
+    yield "values beyond the classes", "select_nearest", (every % 7 * 2**59 + 3, distance, 0.5, 2**20, seed(-1))
+    rows = torch.from_numpy(rng.integers(-1, 3, (1, 20000, 2)))  # as those of all planes of a volume
+    yield "more rows than a side has", "select_nearest", (rows, rows.int() + 1, 0.5, 3, seed(6))
     yield "no pixel", "select_nearest", (torch.full((2, 33, 41), -1), distance, 0.5, 4, seed())
     yield "no image", "select_nearest", (classes[:0], distance[:0], 0.5, 4, seed())
 
@@ -129,7 +148,7 @@ def long_segments(rng, H=150, W=200):
                 torch.zeros(shape, dtype=torch.int64), distance, ratio, 1, seed(11),
             )  # fmt: skip
     classes = torch.from_numpy(rng.integers(0, 3, shape))
-    yield "three classes", "select_nearest", (classes, anything % 50, 0.5, -1, seed(12))
+    yield "three classes", "select_nearest", (classes, anything % 50, 0.5, 3, seed(12))
 
 
 def negatives(rng):
@@ -141,7 +160,7 @@ def negatives(rng):
                 yield f"{name}, {which}, {at}", "bane_negatives", (
                     values, labels, 19, sizes, 0.3, which, at, 255, seed(2**33),
                 )  # fmt: skip
-            for num_classes in (-1, 7, 3000):
+            for num_classes in (7, 3000):
                 yield f"{num_classes} classes, {which}, {at}", "bane_negatives", (
                     predictions, labels.to(torch.int16), num_classes, sizes, 0.5, which, at, 255, seed(-9),
                 )  # fmt: skip

@@ -19,7 +19,8 @@ import contextrast_kernels as ck
 
 DTYPES = ("float64", "float32", "float16", "bfloat16")
 LAYOUTS = ("nchw", "channels_last", "slices", "unaligned")
-"""unaligned: contiguous, from an address that 16 does not divide. In info_nce: rows, columns first, neither."""
+"""unaligned: contiguous, from an address that is not a multiple of 16. For the matrices of info_nce the others mean row
+by row, column by column, and no axis of stride 1."""
 CHANNELS = (1, 8, 64, 96, 256, 512, 720, 1024)
 CLASSES = (1, 5, 19, 150, 256)
 SIZES = {
@@ -69,7 +70,7 @@ OPTIONS: dict[str, dict[str, tuple]] = {
         "reduction": ("mean", "none"),
     },
 }
-"""The first value is the one that a case has unless it says otherwise."""
+"""The values of every option. A case that does not name an option has its first value."""
 
 OTHER_ARGUMENTS = {
     "class_anchors": ("features", "labels", "num_classes"),
@@ -77,14 +78,14 @@ OTHER_ARGUMENTS = {
     "contextrast_loss": ("features", "labels", "predictions", "num_classes"),
     "info_nce": ("rows", "row_labels", "column_labels"),
 }
-"""What every case has; column_labels come with columns."""
+"""The arguments that are not options. column_labels are given together with columns."""
 
 
 @dataclass(frozen=True)
 class Case:
     op: str
     options: dict = field(default_factory=dict)
-    """Those that differ from the first value in OPTIONS."""
+    """The options whose value differs from the first one in OPTIONS."""
     dtype: str = "float32"
     layout: str = "nchw"
     D: int = 8
@@ -113,7 +114,7 @@ class Case:
         if self.op != "contextrast_loss":
             return True
         sampled, rate = self.option("base_sampler") is not None, self.option("base_rate")
-        if sampled and (rate > 0 or self.option("group") is not None):
+        if sampled and rate > 0:
             return False
         return self.option("negatives") != "none" or rate > 0 or sampled
 
@@ -155,14 +156,16 @@ QUICK = [
 
 
 def axes(op: str) -> dict[str, tuple]:
-    """Everything that may vary in a case of an op."""
+    """Everything that may vary in a case of an op, and its values."""
     sizes = {"dtype": DTYPES, "layout": LAYOUTS, "D": CHANNELS, "N": CLASSES, "sizes": tuple(SIZES)}
     return {**sizes, "labels": LABELS, "values": VALUES, **OPTIONS[op]}
 
 
 def sweep(op: str) -> Iterator[Case]:
-    """Cases in which any two values of different axes meet, as far as an op takes them together: one pair that is still
-    missing after the other, filled up with what covers most of the others."""
+    """Cases that together hold every pair of values of different axes that an op accepts.
+
+    Each case starts with a pair that is still missing. Its other values are those that add the most missing pairs.
+    """
     table = axes(op)
     names = list(table)
     missing = {
@@ -178,7 +181,7 @@ def sweep(op: str) -> Iterator[Case]:
         for name in names:
             if name in chosen:
                 continue
-            # Most new pairs first; among equals the values take turns.
+            # The value with the most new pairs is tried first. Among equals the values take turns.
             new = [sum(pair in missing for pair in _pairs(names, chosen, name, k)) for k in range(len(table[name]))]
             turn = [(k + len(missing)) % len(new) for k in range(len(new))]
             order = sorted(range(len(new)), key=list(zip((-n for n in new), turn)).__getitem__)
@@ -192,7 +195,7 @@ def sweep(op: str) -> Iterator[Case]:
 
 
 def _pairs(names: list[str], chosen: dict[str, int], name: str, index: int) -> Iterator[tuple]:
-    """What a further choice makes with those before."""
+    """The pairs that a further choice makes with the earlier ones."""
     for other, value in chosen.items():
         pair = ((name, index), (other, value))
         yield pair if names.index(name) < names.index(other) else pair[::-1]
@@ -200,7 +203,7 @@ def _pairs(names: list[str], chosen: dict[str, int], name: str, index: int) -> I
 
 def _possible_so_far(op: str, table: dict[str, tuple], chosen: dict[str, int]) -> bool:
     if op == "contextrast_loss" and "negatives" in chosen and not {"base_rate", "base_sampler"} <= set(chosen):
-        chosen = {"base_rate": 1, **chosen}  # may still be chosen
+        chosen = {"base_rate": 1, **chosen}  # base_rate may still be chosen so that the case is possible
         if chosen.get("base_sampler"):
             chosen["base_rate"] = 0
     return _case(op, **({"dtype": "float32"} | {name: table[name][k] for name, k in chosen.items()})).possible
@@ -213,15 +216,15 @@ def _possible_so_far(op: str, table: dict[str, tuple], chosen: dict[str, int]) -
 class Built:
     loss: Callable[..., Tensor]
     """The loss as a function of the leaves."""
-    definition: Callable[..., Tensor]
-    """The same without the options that leave it unchanged: a group of one rank."""
+    reference: Callable[..., Tensor]
+    """The loss to compare with: the same, without the option that does not change it, a group of one rank."""
     leaves: list[Tensor]
     exact: list[Tensor]
-    """Integers that a call adds, to be equal in every call."""
+    """Integer results, which must be equal in every call."""
 
 
 def build(case: Case, device: str = "cpu") -> Built:
-    """The inputs depend on the case alone."""
+    """The loss and the inputs of a case. The inputs depend only on the case."""
     rng = np.random.default_rng(zlib.crc32(str(case).encode()))
     return {
         "class_anchors": _class_anchors,
@@ -232,7 +235,7 @@ def build(case: Case, device: str = "cpu") -> Built:
 
 
 def laid_out(x: Tensor, layout: str) -> Tensor:
-    """The same numbers in another layout; x has its channels in axis 1."""
+    """The same numbers in a different layout; axis 1 of x holds the channels."""
     if layout == "channels_last":
         return x.transpose(0, 1).contiguous().transpose(0, 1) if x.ndim == 2 else x.contiguous(
             memory_format=torch.channels_last
@@ -256,7 +259,7 @@ def _features(case: Case, rng, device, sizes) -> list[Tensor]:
 
 
 def _maps(case: Case, rng, device) -> tuple[Tensor, Tensor]:
-    """Labels and predictions at twice the first layer's size, with every class there is where N is large."""
+    """Labels and predictions at twice the first layer's size. If N is large they are random, to hold all classes."""
     B, sizes = SIZES[case.sizes]
     H, W = (2 * n for n in sizes[0])
     ignore = case.option("ignore_index")
@@ -268,12 +271,12 @@ def _maps(case: Case, rng, device) -> tuple[Tensor, Tensor]:
     void = ignore if info.min <= ignore <= info.max else info.max
     labels[torch.from_numpy(rng.random((B, H, W)) < 0.1)] = void
     if case.sizes != "one pixel":
-        labels[:, 0, 0] = void  # what the first pixel of every layer is given
+        labels[:, 0, 0] = void  # the first pixel of every layer takes its label from here
     return labels.to(dtype).to(device), predictions.to(device)
 
 
 def _break(case: Case, x: Tensor, labels: Tensor) -> None:
-    """Puts a NaN or inf at the first pixel, whose label is made ignored or valid."""
+    """Put a NaN or inf at the first pixel, and make its label ignored or valid."""
     if case.values == "plain":
         return
     valid = case.N - 1 if case.option("ignore_index") != case.N - 1 else 0
@@ -328,11 +331,11 @@ def _contextrast_loss(case, rng, device):
         given = {**options, "group": group}
         return ck.contextrast_loss(list(xs), labels, predictions, num_classes=max(case.N, 2), **given)
 
-    def definition(*xs):
+    def reference(*xs):
         given = {**options, "group": None}
         return ck.contextrast_loss(list(xs), labels, predictions, num_classes=max(case.N, 2), **given)
 
-    return Built(loss, definition, [laid_out(x, case.layout) for x in xs], [])
+    return Built(loss, reference, [laid_out(x, case.layout) for x in xs], [])
 
 
 ROWS_AND_COLUMNS = {"odd": (37, 70), "wide rows": (5, 300), "long row": (1, 9), "one pixel": (1, 1)}
@@ -382,5 +385,5 @@ def quick_and_sweep() -> list[tuple[Case, bool]]:
 
 
 def smaller(case: Case, D: int = 24, N: int = 19) -> Case:
-    """With no more channels and classes than the interpreter takes in a moment."""
+    """The case with at most D channels and N classes, which the interpreter runs quickly."""
     return replace(case, D=min(case.D, D), N=min(case.N, N))

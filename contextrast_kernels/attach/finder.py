@@ -134,7 +134,8 @@ def _may_be_stages(found: list[Layer]) -> bool:
 
 
 def _of_each_size(layers: list[Layer]) -> list[Layer]:
-    """At most four layers. More than four are blocks: the last of each size is taken, or the last four of one size."""
+    """At most four layers. More than four are blocks, of which the last of each size is taken, or the last four if all
+    have one size."""
     last = list({layer.size: layer for layer in layers}.values())
     return (last if len(layers) > MAX_LAYERS and len(last) > 1 else layers)[-MAX_LAYERS:]
 
@@ -190,7 +191,7 @@ class _Finder:
     # ------------------------------------------------------------------------------------------------------- the graph
 
     def _turns(self) -> list[float]:
-        """For each node, the pixels of the coarsest ancestor whose resolution is raised; inf if there is none."""
+        """For each node, the pixels of the coarsest map on its way whose resolution is raised; inf if there is none."""
         turn = [math.inf] * len(self.graph)
         for n in range(1, len(self.graph)):
             turn[n] = min([self.graph.rise[n] or math.inf, *(turn[s] for s in self.graph.sources[n])])
@@ -211,7 +212,8 @@ class _Finder:
         return dominator, depth
 
     def _logits(self) -> set[int]:
-        """The nodes from a bare product with weights to the model's output, without other parameters in between."""
+        """The nodes between a product with weights and the model's output, with no parameters in between, if no
+        normalisation or activation reads the product."""
         graph, free, todo = self.graph, set(), list(self.graph.outputs)
         while todo:
             n = todo.pop()
@@ -356,10 +358,10 @@ class _Finder:
         """The units up to the encoder's end; empty if the last resolution is not one of an encoder."""
         units = [u for u in units if u.node not in self.logits]
         before = [u for u in units if u.layer.pixels != pixels]
-        here = [u for u in units if u.layer.pixels == pixels]
+        coarsest = [u for u in units if u.layer.pixels == pixels]
         widest = max((u.layer.channels for u in before if u.layer.stride >= _MIN_STRIDE), default=0)
         kept: list[_Unit] = []
-        for u in here:
+        for u in coarsest:
             if not kept and (u.pooled or (before and _step(u.layer, before[-1].layer) > _MAX_STEP + 0.5)):
                 return []
             if kept and u.layer.channels < kept[-1].layer.channels:
@@ -471,22 +473,23 @@ class _Finder:
                 return [u.layer for u in read[-MAX_LAYERS:]], ""
             places = [len(blocks) * (i + 1) // MAX_LAYERS - 1 for i in range(MAX_LAYERS)]
             raise NotFound(
-                f"all but a tenth of the layers work at stride {depths[-1].layer.stride if depths else 1}, as those of "
-                "a plain transformer do, which has depths and no stages",
+                f"at least nine tenths of the layers work at stride {depths[-1].layer.stride if depths else 1}, as in "
+                "a plain transformer, which has depths but no stages",
                 list(dict.fromkeys(blocks[i].layer.name for i in places if i >= 0)),
             )
         layers = [u.layer for u in stages]
         if len({layer.size for layer in layers}) < 2:
             last = {u.layer.size: u.layer.name for u in trunk}
             raise NotFound(
-                "expected at least two stages of stride 4 or more, each coarser than the last", list(last.values())
+                "expected at least two stages of stride 4 or more, each coarser than the one before",
+                list(last.values()),
             )
         if any(_step(b, a) > _MAX_STEP + 0.5 for a, b in pairwise(layers)):
             raise NotFound("the resolution falls to less than a quarter in one step")
         return layers, self._doubt(trunk, stages)
 
     def _read_elsewhere(self, blocks: list[_Unit]) -> list[_Unit]:
-        """The blocks whose output not only the next block reads, but also, for example, a decoder."""
+        """The blocks whose output is read by more than the next block, for example by a decoder."""
         needed = self.graph.ancestors([blocks[-1].node]) if blocks else set()
         read = {s for n, sources in enumerate(self.graph.sources) if n not in needed for s in sources}
         return [u for u in blocks if u.node in read]
@@ -496,10 +499,10 @@ class _Finder:
         passed = [repr(u.layer.name) for u in stages if not u.certain]
         if passed:
             return _BYPASSED.format(", ".join(passed))
-        here = [u for u in trunk if u.kernels and u.layer.size == stages[-1].layer.size]
+        last = [u for u in trunk if u.kernels and u.layer.size == stages[-1].layer.size]
         finer = [u for u in stages if u.layer.size != stages[-1].layer.size]
-        if len(here) > 1 and not self._related(here[-1], finer[-1]) and not self._same_kind(here[-1], here[-2]):
-            return _SAME.format(repr(here[-1].layer.name), repr(here[-2].layer.name))
+        if len(last) > 1 and not self._related(last[-1], finer[-1]) and not self._same_kind(last[-1], last[-2]):
+            return _SAME.format(repr(last[-1].layer.name), repr(last[-2].layer.name))
         return ""
 
     def _same_kind(self, a: _Unit, b: _Unit) -> bool:
@@ -507,6 +510,6 @@ class _Finder:
 
     @staticmethod
     def _related(a: _Unit, b: _Unit) -> bool:
-        """Whether the modules' names differ in numbers alone, or one module is in the other's kind of place."""
+        """Whether two modules' names are equal without their numbers, or one name then continues the other."""
         first, second = sorted((_pattern(a), _pattern(b)), key=len)
         return f"{second}.".startswith(f"{first}.")

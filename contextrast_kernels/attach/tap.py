@@ -74,19 +74,19 @@ class FeatureTap(nn.Module):
             "the maps of the last forward were taken already. Call features() once for each model(images) and keep "
             "the list that it returns"
         )
-        return [self._project(i, taken) for i, taken in enumerate(maps)]
+        return [self._project(i, recorded) for i, recorded in enumerate(maps)]
 
-    def _project(self, i: int, taken: tuple | None) -> Tensor:
+    def _project(self, i: int, recorded: tuple | None) -> Tensor:
         layer = self.layers[i]
         head: Any = self.heads[i]
-        if taken is None:
+        if recorded is None:
             raise RuntimeError(
                 f"features(): layer {layer.name!r} gave no feature map in the last forward. Either the model did not "
-                "call it: choose another layer. Or it was replaced after attach(), as convert_sync_batchnorm does: "
+                "call it: choose a different layer. Or it was replaced after attach(), as convert_sync_batchnorm does: "
                 "convert first. Or the model was compiled before attach(): attach, then compile. Or this is a copy "
                 "made through a module that registers a part before the model: register the model before its parts."
             )
-        x, version, dtype = taken
+        x, version, dtype = recorded
         if version is not None and x._version != version:
             raise RuntimeError(
                 f"features(): layer {layer.name!r} was overwritten in place after it was recorded. Tap the module that "

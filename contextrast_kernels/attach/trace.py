@@ -171,7 +171,7 @@ class _Recorder(TorchDispatchMode):
             for key in keys:
                 self._node[key] = len(self.graph)
             self._add(func, args, kwargs, sources, mass, written)
-        else:  # a result of parameters alone counts as these parameters, such as a standardised weight
+        else:  # a tensor computed from parameters alone, such as a standardised weight, counts as these parameters
             for key in keys:
                 self._mass[key] = mass
         return output
@@ -332,7 +332,9 @@ def _run(
             if not x.is_inference():  # inference tensors cannot be overwritten and have no version counter
                 kept.append((x, x._version, label))
         parametric = any(True for _ in module.parameters())
-        if recorder and parametric:  # a module without parameters may be a padding; upsampling is seen as an operation
+        # A larger output means a rise in resolution, unless a module without parameters only pads its input. Upsampling
+        # without parameters is recorded as an operation instead.
+        if recorder and parametric:
             readings_in = [_read(x, image) for _, x in tensors((inputs, keywords))]
             given = [math.prod(only[0][2]) for only in readings_in if len(only) == 1]
             for layer, node in found:

@@ -91,7 +91,7 @@ def procedural() -> dict[str, Tensor]:
 
 
 class Textures:
-    """One half of every image of a dict such as `photographs()` gives: "train" the left half, "val" the right one.
+    """One half of every image of a dict as `photographs()` returns it: "train" the left half, "val" the right one.
 
     A half smaller than a scene of size x size pixels is continued by its mirror image.
     """
@@ -139,9 +139,10 @@ def _mirrored(count: int, length: int) -> Tensor:
 
 
 class Shapes:
-    """Random shapes for `count` scenes of height x width pixels, described for scenes 128 pixels high.
+    """Random shapes for `count` scenes of height x width pixels. Their sizes are given for scenes 128 pixels high.
 
-    The generator is the CPU's, so that every device draws the same; numbers: how many it is asked for, in one transfer.
+    `numbers` random numbers per scene are drawn at once by a generator on the CPU, so that every device gets the same
+    scenes, and are moved to the device in one transfer.
     """
 
     def __init__(
@@ -180,7 +181,7 @@ class Shapes:
 
 
 def mosaic(textures: Textures, count: int, generator: torch.Generator) -> Batch:
-    """Draw `count` scenes of the textures' size. The generator is the CPU's, so that every device draws the same."""
+    """Draw `count` scenes of the textures' size. The generator is on the CPU, so that every device gets the same."""
     N, S = len(textures), textures.size
     shapes = Shapes(count, S, S, 48 + 6 * N, generator, textures.pixels.device)
     labels = shapes.regions(N)
@@ -203,7 +204,7 @@ class Mosaic:
             self.note = "texture mosaics from scikit-image's CC0 photographs"
         except ImportError as error:
             images = procedural()
-            self.note = f"procedural texture mosaics, as the photographs need scikit-image ({error})"
+            self.note = f"procedural texture mosaics, because the photographs need scikit-image ({error})"
         self.classes = tuple(images)
         self.size = (size, size)
         self.textures = Textures(images, "train", size, device)
@@ -325,14 +326,15 @@ def _pixels(image: Image.Image) -> str:
 
 
 JITTER, HUE, ZOOM, SHIFT, OFTEN = 0.3, 0.05, (0.75, 1.5), 0.1, 0.8
-"""How far brightness, contrast and saturation change; hue, in turns; the range of the scale; the largest shift, as a
-share of the sides; how often colours change, and how often scale and shift do."""
+"""JITTER: the largest change of brightness, contrast and saturation. HUE: that of the hue, in turns. ZOOM: the range of
+the scale. SHIFT: the largest shift, as a share of the sides. OFTEN: the probability that the colours change, and that
+scale and shift change."""
 
 
 def augmentation() -> tuple[Callable[[Tensor, Tensor], Batch], str]:
     """The paper's augmentation (colour jitter, flip, random scale) on the batch's device, and a note that names it.
 
-    By kornia, or where it is missing by ``plain``, from the same ranges. Every image of a batch draws its own
+    kornia does it if it is installed, else ``plain`` with the same ranges. Every image of a batch draws its own
     parameters from torch's global generator.
     """
     try:
@@ -340,7 +342,7 @@ def augmentation() -> tuple[Callable[[Tensor, Tensor], Batch], str]:
     except ImportError as error:
         return (
             plain,
-            f"colour jitter, flips and random scale in plain torch, as those of a library need kornia ({error})",
+            f"colour jitter, flips and random scale in plain torch, because the library's need kornia ({error})",
         )
 
     joint = K.AugmentationSequential(
@@ -358,7 +360,8 @@ def augmentation() -> tuple[Callable[[Tensor, Tensor], Batch], str]:
 
 
 def plain(images: Tensor, labels: Tensor) -> Batch:
-    """``augmentation`` without kornia, and without waiting for the device. Hue turns about the axis of greys."""
+    """``augmentation`` without kornia, and without waiting for the device. A change of hue is a rotation about the axis
+    of the greys."""
     B, device = len(images), images.device
     drawn = torch.rand(B, 10, pin_memory=device.type == "cuda").to(device, non_blocking=True)
     coloured, mirrored, moved = drawn[:, :3].unbind(1)

@@ -33,10 +33,10 @@ try:
 except ImportError:
     tqdm = None
 
-NAME = 26  # characters of a run's name in a line of progress
+NAME = 26  # width of the run's name in a line of progress, in characters
 EMBEDDING = 64  # channels of the projected features
-RADIUS = 3  # of the trimap for the boundary mIoU, in pixels
-AVERAGED = 3  # evaluations at the end, whose mean is reported
+RADIUS = 3  # radius of the trimap for the boundary mIoU, in pixels
+AVERAGED = 3  # number of evaluations at the end whose mean is reported
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Objective:
 
     label: str
     alpha: float = 0.0
-    build: Callable[..., nn.Module] | None = None  # of num_classes, and seed and ignore_index by name
+    build: Callable[..., nn.Module] | None = None  # makes the loss from num_classes, seed= and ignore_index=
 
     @property
     def name(self) -> str:
@@ -131,7 +131,7 @@ class Score:
     step: int
     miou: float
     boundary_miou: float
-    iou: list[float]  # of each class; NaN for one in neither labels nor predictions
+    iou: list[float]  # one per class; NaN for a class in neither labels nor predictions
 
 
 @torch.no_grad()
@@ -161,11 +161,11 @@ class Run:
     name: str
     alpha: float
     seed: int
-    cross_entropy: list[float] = field(default_factory=list)  # of each step
-    contrast: list[float] = field(default_factory=list)  # of each step; empty where alpha is 0
+    cross_entropy: list[float] = field(default_factory=list)  # one per step
+    contrast: list[float] = field(default_factory=list)  # one per step; empty if alpha is 0
     scores: list[Score] = field(default_factory=list)  # before the first step, then ten times
     seconds_per_step: float = math.nan
-    loss_seconds: float = 0.0  # of a step, that the contrastive loss takes
+    loss_seconds: float = 0.0  # the part of a step that the contrastive loss takes
 
     @property
     def before(self) -> float:
@@ -342,14 +342,15 @@ def table(runs: list[Run]) -> str:
         "",
         f"mIoU: mean of the last {len(runs[0].scores[1:][-AVERAGED:])} evaluations. "
         f"Boundary mIoU: the same within {RADIUS} px of a class boundary.",
-        "s/step: with data and augmentation. Share of loss: the contrastive one's part, without projection heads.",
+        "s/step: includes data and augmentation. Share of loss: the contrastive loss's part of a step, without the "
+        "projection heads.",
     ]
     if seeds == 1:
-        lines.append("Noise: the differences, until several seeds agree on them (--seed 0 1 2).")
+        lines.append("The differences are noise until several seeds agree on them (--seed 0 1 2).")
     else:
         lines.append(
             f"±: standard deviation over {seeds} seeds; differences are taken seed by seed. "
-            "Noise: a difference that is not well above its ±."
+            "A difference that is not well above its ± is noise."
         )
     return "\n".join(lines)
 
@@ -367,21 +368,21 @@ def write(
             for run in runs
         ],
     }
-    beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        fresh = beside / "new"
+        fresh = scratch / "new"
         fresh.mkdir()
         (fresh / "metrics.json").write_text(json.dumps(without_nan(facts), indent=1, allow_nan=False) + "\n")
         try:
             pictures.draw(fresh, runs, network, heads, data)
             outcome = f"Wrote {', '.join(sorted(path.name for path in fresh.iterdir()))} to {folder}."
         except ImportError as error:
-            outcome = f"Wrote metrics.json to {folder}; drew nothing, as the pictures need matplotlib ({error})."
+            outcome = f"Wrote metrics.json to {folder}; drew nothing, because the pictures need matplotlib ({error})."
         if folder.exists():
-            folder.rename(beside / "old")
+            folder.rename(scratch / "old")
         fresh.rename(folder)
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(scratch, ignore_errors=True)
     return outcome
 
 
@@ -417,17 +418,25 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         choices=LOSSES,
         default=["contextrast"],
         metavar="LOSS",
-        help=f"one or more of {', '.join(LOSSES)}; a run for each (default: contextrast)",
+        help=f"one or more of {', '.join(LOSSES)}; each is trained in a run of its own (default: contextrast)",
     )
-    parser.add_argument("--data", choices=("mosaic", "camvid"), default="mosaic", help="default: mosaic")
+    parser.add_argument(
+        "--data", choices=("mosaic", "camvid"), default="mosaic", help="training data (default: mosaic)"
+    )
     parser.add_argument("--root", type=Path, help="CamVid's folder, with train, trainannot, val and valannot")
     parser.add_argument("--out", type=Path, default=Path("demo_out"), help="folder of the results (default: demo_out)")
     parser.add_argument("--steps", type=int, help="training steps of each run (default: mosaic 600, camvid 400)")
     parser.add_argument("--batch", type=int, help="images in a batch (default: 8)")
     parser.add_argument("--size", type=int, help="height of the images in pixels (default: mosaic 160, camvid 192)")
-    parser.add_argument("--seed", type=int, nargs="+", default=[0], help="one or more; all runs are made for each")
+    parser.add_argument(
+        "--seed",
+        type=int,
+        nargs="+",
+        default=[0],
+        help="one or more seeds; every run is repeated with each (default: 0)",
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
-    parser.add_argument("--quick", action="store_true", help="seconds instead of minutes: shows that everything works")
+    parser.add_argument("--quick", action="store_true", help="a run of seconds that shows that everything works")
     options = parser.parse_args(argv)
 
     if (options.root is not None) != (options.data == "camvid"):
@@ -464,9 +473,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         tempfile.TemporaryDirectory(prefix=f".{options.out.name}-", dir=options.out.parent).cleanup()
     except OSError as error:
         reason = error.strerror or error
-        parser.error(
-            f"--out: {options.out.parent} is no folder that can be written to ({reason}); give another folder."
-        )
+        parser.error(f"--out: the folder {options.out.parent} cannot be written to ({reason}); give another folder.")
     return options
 
 

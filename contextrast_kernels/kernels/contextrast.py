@@ -31,6 +31,7 @@ def forward(
     features: Sequence[Tensor],
     labels: Tensor,
     e: Tensor,
+    base: Sequence[Tensor],
     seed: Tensor,
     num_classes: int,
     ignore_index: int,
@@ -46,7 +47,8 @@ def forward(
 ) -> tuple[Outcome, Tensor, Terms]:
     """The loss and what ``backward`` needs: label codes and terms.
 
-    e: codes of the hard negatives of all layers; seed: int64, of the base pixels. group: the name of the process group
+    e: codes of the hard negatives of all layers. base: bool maps of the base pixels of every layer, or an empty list
+    where base_rate draws them with the int64 seed. group: the name of the process group
     whose ranks reduce at the seams; ``errors`` (layers,) then becomes a fourth row of the report, added up as well.
     volumes: as in ``codes``.
     """
@@ -57,14 +59,23 @@ def forward(
         errors = errors.clone()
     sums = zeros(features, num_classes, normalize, anchors=True, loss=True)
     code = codes(
-        features, labels, num_classes, ignore_index, sums, hard=e, base_rate=base_rate, seed=seed, volumes=volumes
+        features,
+        labels,
+        num_classes,
+        ignore_index,
+        sums,
+        hard=e,
+        base=base or None,
+        base_rate=base_rate,
+        seed=seed,
+        volumes=volumes,
     )
     if not normalize:
         largest_features(features, code, sums)
         if group is not None:
             sums.max_abs.copy_(ranks.reduced(sums.max_abs, group, "max"))
     norms = None
-    if base_rate == 0 and normalize and keeps_norms(features[0].dtype, features[0].shape[1], num_classes):
+    if code.base is None and normalize and keeps_norms(features[0].dtype, features[0].shape[1], num_classes):
         norms = torch.empty(code.y.shape, dtype=torch.float32, device=code.y.device)
     class_sums(features, code, sums, scale_exponent, norms)
     if group is not None:

@@ -209,7 +209,7 @@ class BoundaryF1(Metric):
 
 
 def _class_maps(metric: Metric, predictions: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """``Metric._class_maps`` of maps or volumes, of which those of depth one become maps."""
+    """``Metric._class_maps`` of maps or volumes. Volumes of depth one become maps."""
     predicted, classes = metric._class_maps(predictions, labels, volumes=True)
     is_plane = classes.ndim == 4 and classes.shape[1] == 1
     return (predicted[:, 0], classes[:, 0]) if is_plane else (predicted, classes)
@@ -252,7 +252,7 @@ def _near_outside(classes: Tensor, width: int) -> Tensor:
     """Pixels with a different class, or the outside of the image, at most ``width`` px away along every axis.
 
     A window holds a different class exactly if its largest or its smallest class differs, so two maps are enough for
-    all classes. Negative values are no class.
+    all classes. Negative values are not classes.
     """
     if classes.numel() == 0:
         return torch.zeros_like(classes, dtype=torch.bool)

@@ -131,8 +131,8 @@ class AlignmentUniformity(Metric):
         counts, x = state["counts"], state["sampled"].double()
         present = counts > 0
         held = state["priority"] > 0
-        # One class at a time, as samples² pairs are enough to hold. cdist without matrix products:
-        # ‖v‖² + ‖v'‖² - 2 v·v' would lose the distance of vectors that nearly agree.
+        # One class at a time, so that only samples² distances are held at once. cdist must not use matrix products:
+        # ‖v‖² + ‖v'‖² - 2 v·v' would lose the distance of vectors that are nearly equal.
         pairs = torch.stack(
             [
                 torch.where(
@@ -153,11 +153,11 @@ class AlignmentUniformity(Metric):
 
         centres = unit(state["sums"])
         C = present.sum()
-        apart = torch.cdist(centres, centres, compute_mode="donot_use_mm_for_euclid_dist")
+        distances = torch.cdist(centres, centres, compute_mode="donot_use_mm_for_euclid_dist")
         others = present.unsqueeze(0) & ~torch.eye(len(centres), dtype=torch.bool, device=centres.device)
-        to_others = torch.where(others, apart, 0.0).sum(1) / (C - 1)
-        results["uniformity"] = _mean_where(to_others, present)  # 0 / 0 for one class, and for none
-        from_nearest = torch.where(others, apart, torch.inf).sort(dim=1).values
+        to_others = torch.where(others, distances, 0.0).sum(1) / (C - 1)
+        results["uniformity"] = _mean_where(to_others, present)  # 0 / 0 = NaN for fewer than two classes
+        from_nearest = torch.where(others, distances, torch.inf).sort(dim=1).values
         for k in self.nearest:
             mean = _mean_where(from_nearest[:, :k].mean(1), present)
             results[f"uniformity_{k}"] = torch.where((k < C) & ~broken.any(), mean, torch.nan)
@@ -258,7 +258,7 @@ class AnchorSimilarity(Metric):
         }
 
 
-_BITS = 30  # of the fixed-point cosines: 2**33 pixels fit into a bin
+_BITS = 30  # fractional bits of the cosines in fixed point, so that 2**33 pixels fit into a bin
 
 
 @unchanged_by_autocast
@@ -271,7 +271,7 @@ def _cosines(features: Tensor, anchors: Tensor) -> Tensor:
 def _highest(priority: Tensor, classes: Tensor, num_classes: int, k: int) -> tuple[Tensor, Tensor]:
     """The k pixels of highest priority of each class: indices and priorities (N, k); priority 0 where there are fewer.
 
-    Class N is none. Sorted by class, then by priority; every shape is known beforehand.
+    Class N means no class. The pixels are sorted by class, then by priority, so all shapes are static.
     """
     N, P = num_classes, len(classes)
     key, order = (classes * 2**33 - priority).sort()
@@ -286,5 +286,5 @@ def _highest(priority: Tensor, classes: Tensor, num_classes: int, k: int) -> tup
 
 
 def _mean_where(values: Tensor, where: Tensor) -> Tensor:
-    """Mean of the values that count, NaN for none; unlike nanmean it keeps their NaN."""
+    """Mean of the values at ``where``, NaN if there are none. Unlike nanmean, it does not skip a NaN among them."""
     return torch.where(where, values, 0.0).sum() / where.sum()

@@ -87,7 +87,7 @@ class Metric(ABC):
         """Predicted and true class of every pixel, at the labels' size: int64 (B, *size) each.
 
         volumes: whether the metric accepts volumes too. The true class is -1 for ignored pixels. The predicted class is
-        N for values that are no class; these are misses. ``ignore_index`` is neither a true nor a predicted class.
+        N for values outside 0..N-1, which are misses. ``ignore_index`` is neither a true nor a predicted class.
         """
         N = self.num_classes
         dims = checks.dims_of(predictions, labels) if volumes else 2
@@ -149,7 +149,7 @@ class Metric(ABC):
         if others:
             raise ValueError(
                 f"{type(self).__name__}: expected the same metric and options on every rank, got others on the ranks "
-                f"{others} than on rank 0, here {kind}; build the metric from the same arguments everywhere"
+                f"{others} than on rank 0, and {kind} on this rank; make the metrics with the same arguments"
             )
         shapes = {name: tuple(value.shape) for name, value in self._state.items()} or nothing
         sizes = [n for name in self._layout for n in shapes[name]]
@@ -159,13 +159,13 @@ class Metric(ABC):
         if len(known) > 1:
             raise ValueError(
                 f"{type(self).__name__}: expected the same channels and layers on every rank, got counts of the sizes "
-                f"{sorted(known)}; give all ranks features of one kind"
+                f"{sorted(known)}; pass features with the same channels and layers on all ranks"
             )
         if not known:
             return self._blank(nothing, "cpu")
-        [left] = known
+        [remaining] = known
         for name, (shape, _) in self._layout.items():
-            shapes[name], left = left[: len(shape)], left[len(shape) :]
+            shapes[name], remaining = remaining[: len(shape)], remaining[len(shape) :]
         state = self._state or self._blank(shapes, device)
         # All ranks reduce in the same order, that of the layout.
         gathered = {name: _gather(state[name].to(device), group) for name in self._layout}

@@ -14,7 +14,7 @@ from contextrast_kernels.state import lasting
 
 
 class RelativeLoss(nn.Module):
-    """num_classes, ignore_index, temperature and normalize, checked; the batch, checked; and ``last``."""
+    """Checks the options that all relatives share and every batch, and holds ``last``."""
 
     def __init__(self, num_classes: int, ignore_index: int, temperature: float, normalize: bool):
         super().__init__()
@@ -44,8 +44,8 @@ class RelativeLoss(nn.Module):
         return targets, maps.predicted_classes(predictions, size, self.ignore_index)
 
     def extra_repr(self) -> str:
-        told = int | float | str | tuple | Rows
-        shown = {name: value for name, value in vars(self).items() if isinstance(value, told)}
+        types = int | float | str | tuple | Rows
+        shown = {name: value for name, value in vars(self).items() if isinstance(value, types)}
         return ", ".join(f"{name}={value!r}" for name, value in shown.items() if name[0] != "_" and name != "training")
 
 
@@ -94,9 +94,9 @@ class Rows:
         """Embeddings (R, D) and labels (R,), -1 in unused rows."""
         chosen = self.sampler(targets, predicted, num_classes, seed, stream)
         checks.chosen("sampler", chosen, targets.shape)
-        of = self.sampler if isinstance(self.sampler, Sampler) else self.default
-        most = of.most(x.shape[0], num_classes, math.prod(x.shape[2:]))
-        if of is not self.sampler:  # a user's sampler may choose more
+        limit = self.sampler if isinstance(self.sampler, Sampler) else self.default
+        most = limit.most(x.shape[0], num_classes, math.prod(x.shape[2:]))
+        if limit is not self.sampler:  # a user's sampler may choose more
             order = image_hash(seed, stream, x.shape[2:], x.device).expand_as(targets)
             chosen = thinned(chosen & (targets >= 0), most, order)
         return sampled_rows(x, targets, chosen, most, normalize)

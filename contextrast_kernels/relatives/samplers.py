@@ -45,7 +45,8 @@ class Sampler:
             instead of random ones.
             "common-count", of MS/CS: V = min(pixels of the rarest pair, max_views, max_samples // T).
             "uniform": max_samples // B of each image's valid pixels, whatever their class.
-        max_samples: the most pixels of a batch. Every pair gives at least one pixel, so more pairs than this choose T.
+        max_samples: the most pixels of a batch. Every pair gives at least one pixel, so more pairs than this give T
+            pixels.
         max_views: the most pixels of a pair.
         min_pixels: pairs with fewer pixels are left out. None: 5 for "common-count", else max_views + 1, as published.
 
@@ -84,7 +85,7 @@ class Sampler:
             labels: (B, h, w) or (B, z, h, w) integers; pixels outside 0..N-1 are ignored.
             predictions: integers of the same shape, the predicted classes.
             num_classes: N.
-            seed, stream: of the draw (``hashing.py``).
+            seed, stream: the two numbers that a draw depends on (``hashing.py``).
 
         Raises:
             TypeError, ValueError: maps of the wrong type or size; the error names the argument.

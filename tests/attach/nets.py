@@ -26,7 +26,7 @@ def call(module, x):
 
 
 class Net(nn.Module):
-    """A stem of stride 2, four stages, a classifier on the first. ``run`` is how a stage is called."""
+    """A stem of stride 2, four stages, and a classifier on the first. ``run(stage, x)`` calls a stage."""
 
     def __init__(self, inplace=False, run=call):
         super().__init__()
@@ -58,13 +58,13 @@ def step(model, tap, images=IMAGES, labels=LABELS):
 
 
 def found(model, **options):
-    """Name to (channels, stride) of what is chosen."""
+    """The chosen layers: name → (channels, stride)."""
     _, tap = attached(model, **options)
     return {layer.name: (layer.channels, layer.stride) for layer in tap.layers}
 
 
 class Wrapped(nn.Module):
-    """``encoder`` with what ``shape`` makes of its maps; the logits come from the first usable one."""
+    """A network whose encoder returns ``shape`` of its maps. The logits come from the first usable map."""
 
     def __init__(self, shape, net=None):
         super().__init__()

@@ -155,7 +155,7 @@ def test_volumes_get_heads_for_volumes():
 
 
 def test_a_model_whose_operations_cannot_be_recorded_is_refused(monkeypatch):
-    """As where an operation takes no part in torch's dispatch modes. Named layers work."""
+    """Some operations do not support torch's dispatch modes. Layers given by name still work."""
     from contextrast_kernels.attach import trace
 
     def refuse(*args):

@@ -125,7 +125,7 @@ def test_medical_models(build, names, maps, dims):
 
 
 def test_the_page_lists_the_medical_models():
-    page = (pathlib.Path(__file__).parent.parent.parent / "docs" / "attach.md").read_text()
+    page = (pathlib.Path(__file__).parents[2] / "docs" / "attach.md").read_text()
     for name, _, names, maps in MODELS:
         row = f"| {name} | `{names[0]}` … `{names[-1]}` | {', '.join(f'{c}@{s}' for c, s in maps)} |"
         assert row in page, row

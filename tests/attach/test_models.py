@@ -199,7 +199,7 @@ MODELS = [
 ]
 
 
-# One of each kind is tried every day, the others among the slow tests.
+# One model of each kind is tried in every run, the others only in the slow tests.
 DAILY = (
     "torchvision lraspp_mobilenet_v3_large",
     "smp PSPNet, resnet50",
@@ -216,7 +216,7 @@ def sampled(models):
 
 @pytest.mark.parametrize(("build", "names", "channels", "strides"), sampled(MODELS))
 def test_popular_models(build, names, channels, strides):
-    """What auto chooses, the sizes of the features, and a gradient to the first parameter."""
+    """attach chooses these layers, the features have their sizes, and the first parameter gets a gradient."""
     model, tap = attached(build(), example_input=torch.zeros(2, 3, 64, 64))
     assert [layer.name for layer in tap.layers] == list(names)
     assert [layer.channels for layer in tap.layers] == list(channels)
@@ -277,7 +277,7 @@ def test_layers_by_name_in_popular_models(build, names, maps):
 
 
 def test_the_page_lists_what_auto_chooses():
-    page = (pathlib.Path(__file__).parent.parent.parent / "docs" / "attach.md").read_text()
+    page = (pathlib.Path(__file__).parents[2] / "docs" / "attach.md").read_text()
     for name, _, names, channels, strides in MODELS:
         row = f"| {name} | `{names[0]}` … `{names[-1]}` | {', '.join(f'{c}@{s}' for c, s in zip(channels, strides))} |"
         assert row in page, row

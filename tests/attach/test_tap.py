@@ -1,5 +1,5 @@
-"""What goes wrong where features are taken out of a model by hooks, and does not here: copies, compilation, in-place
-writes, checkpointing, evaluation, processes, sharding, precision of the heads' owners."""
+"""The tap under everything that commonly breaks hooks: copies, compilation, in-place writes, checkpointing, evaluation,
+several processes, sharding, and changes of the model's precision."""
 
 import copy
 import io
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("reference")
 def test_a_deep_copy_has_a_tap_of_its_own():
     """Exponential moving averages copy the model, hooks included."""
     model, tap = attached()
-    model(IMAGES)  # recorded and not taken: a copy must not trip over it
+    model(IMAGES)  # recorded and not fetched; a copy must not fail because of it
     ema = torch.optim.swa_utils.AveragedModel(model)
     other = ema.module.contextrast_heads
     assert isinstance(other, FeatureTap) and other is not tap
@@ -39,7 +39,7 @@ def test_a_deep_copy_has_a_tap_of_its_own():
 
 
 def test_a_copy_of_a_part_is_only_that_part():
-    """A teacher's encoder: it drags neither the model nor the tap along, and records nothing."""
+    """The copy, such as a teacher's encoder, contains neither the model nor the tap, and records nothing."""
     model, tap = attached(Wrapped(lambda x, maps: maps))
     part = copy.deepcopy(model.encoder)
     model(IMAGES)
@@ -158,7 +158,7 @@ def test_attaching_after_compile_is_refused():
 
 
 def test_a_layer_that_is_overwritten_is_copied():
-    """BatchNorm before ReLU(inplace=True): the tap sees what the layer gave, not what became of it."""
+    """The layer is a BatchNorm before a ReLU(inplace=True): the tap keeps what it returned before the ReLU."""
     model, tap = attached(Net(inplace=True), layers=["stages.0.1", "stages.1.2"])
     assert [layer.overwritten for layer in tap.layers] == [True, False]
     assert "copied" in tap.table().splitlines()[1] and "copied" not in tap.table().splitlines()[2]
@@ -174,21 +174,22 @@ def test_a_layer_that_is_overwritten_is_copied():
 
 
 def test_a_layer_that_is_overwritten_in_training_only_is_refused():
-    class Rude(Net):
+    class Overwriting(Net):
         def forward(self, x):
             maps = self.maps(x)
             if self.training:
                 maps[2].mul_(0.5)
             return self.classifier(maps[0])
 
-    model, tap = attached(Rude())
+    model, tap = attached(Overwriting())
     model(IMAGES)
     with pytest.raises(RuntimeError, match=r"'stages.2' was overwritten in place"):
         tap.features()
 
 
 def test_checkpointing():
-    """Non-reentrant: the same numbers, and the second run leaves nothing behind. Reentrant: no gradient, said so."""
+    """Non-reentrant checkpointing changes no number, and its second run records nothing. With reentrant checkpointing
+    the features have no gradient, which raises an error."""
     values = []
     for run in (call, lambda s, x: checkpoint(s, x, use_reentrant=False)):
         torch.manual_seed(0)
@@ -206,7 +207,7 @@ def test_checkpointing():
 
 
 def test_checkpointing_of_the_whole_model():
-    """Its second run, in the backward pass, takes nothing from the forward that came in between."""
+    """The second run, in the backward pass, does not change what a forward in between recorded."""
     model, tap = attached()
     others = IMAGES.flip(0, 3)
     first = checkpoint(model, IMAGES, use_reentrant=False).sum() + sum(x.sum() for x in tap.features())
@@ -260,7 +261,7 @@ def test_evaluation_records_nothing():
 
 
 def test_ddp_trains_when_a_batch_has_nothing_to_contrast(one_rank):
-    """An all-ignored batch still links every head to the loss; a loss without the heads is what DDP cannot bear."""
+    """With an all-ignored batch the loss still depends on every head. DDP raises an error if it does not."""
     model, tap = attached()
     ddp = nn.parallel.DistributedDataParallel(model)
     for labels in (LABELS, torch.full_like(LABELS, 255), LABELS):
@@ -275,7 +276,7 @@ def test_ddp_trains_when_a_batch_has_nothing_to_contrast(one_rank):
 
 
 def test_sharded_models(one_rank):
-    """FSDP2: the model's own heads are whole after its forward, unless it is told to put them away."""
+    """Under FSDP2 the heads are whole after the model's forward, unless it reshards them."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -301,7 +302,7 @@ def test_sharded_models(one_rank):
 
 
 def test_heads_sharded_away_raise_a_clear_error():
-    """FullyShardedDataParallel leaves flat ones after its forward, on two ranks and more."""
+    """With two or more ranks FullyShardedDataParallel leaves flat parameters after its forward."""
     model, tap = attached()
     model(IMAGES)
     tap.heads[0][0].weight = nn.Parameter(tap.heads[0][0].weight.detach().flatten()[:5])

@@ -1,4 +1,5 @@
-"""The finder of stages on the networks of ``zoo.py``, each found or refused, and a gradient to the encoder's start."""
+"""The finder on the networks of ``zoo.py``: it finds the stages, and the encoder's first parameter gets a gradient, or
+it raises an error."""
 
 import pytest
 import torch

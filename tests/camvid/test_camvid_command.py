@@ -122,7 +122,7 @@ def test_step_times_are_rows_without_scores(root, tmp_path, tiny_protocols):
 
 
 @pytest.mark.slow
-def test_training_that_fails_stops_no_other(root, tmp_path, tiny_protocols, monkeypatch, capsys):
+def test_a_failed_training_does_not_stop_the_others(root, tmp_path, tiny_protocols, monkeypatch, capsys):
     steps = training.Training.step
 
     def failing(run):

@@ -43,8 +43,8 @@ def hold(case: Case, arch: int, record_property, orders=ORDERS, machine_code: bo
     built = build(case)
     before = [x.clone() for x in built.leaves]
     with ck.backend("reference"):
-        value, gradient = run(built.definition, built.leaves, torch.float64)
-        own_value, own_gradient = run(built.definition, built.leaves)
+        value, gradient = run(built.reference, built.leaves, torch.float64)
+        own_value, own_gradient = run(built.reference, built.leaves)
     results, faults = [], []
     for order in orders:
         with emulated(arch, order, machine_code=machine_code) as gpu:

@@ -1,0 +1,171 @@
+"""The native library as a file: opened or not and why, what it exports, and its tests again under AddressSanitizer and
+UndefinedBehaviorSanitizer."""
+
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import contextrast_kernels as ck
+from contextrast_kernels import native
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+pytestmark = pytest.mark.skipif(native.status("cpu") != "ok", reason=f"native, cpu: {native.status('cpu')}")
+
+
+@pytest.fixture
+def unopened(monkeypatch):
+    """The library as if it had not been opened yet; whatever a test finds is forgotten after it."""
+    native._library.cache_clear()
+    native.status.cache_clear()
+    yield monkeypatch
+    monkeypatch.undo()
+    native._library.cache_clear()
+    native.status.cache_clear()
+
+
+def test_a_missing_library_is_a_reason(unopened, tmp_path):
+    unopened.setattr(native, "_PATH", tmp_path / "_native.so")
+    assert "not built" in native.status("cpu")
+    assert "CONTEXTRAST_NATIVE=1" in native.status("cuda")
+    with pytest.raises(RuntimeError, match="not built"):
+        native.edge_distance(torch.zeros(1, 2, 2, dtype=torch.int64), True)
+    assert ck.edge_distance(torch.zeros(1, 2, 2, dtype=torch.int64)).isinf().all()  # the reference takes over
+
+
+@pytest.mark.parametrize("content", [b"", b"not a library"])
+def test_a_broken_library_is_a_reason(unopened, tmp_path, content):
+    path = tmp_path / "_native.so"
+    path.write_bytes(content)
+    unopened.setattr(native, "_PATH", path)
+    assert "cannot be opened" in native.status("cpu")
+
+
+def test_a_library_of_another_version_is_a_reason(unopened):
+    unopened.setattr(native, "_INTERFACE", native._INTERFACE + 1)
+    assert "another version of csrc/" in native.status("cpu")
+
+
+def test_only_the_interface_is_visible():
+    nm = shutil.which("nm")
+    if nm is None:
+        pytest.skip("nm is not installed")
+    lines = subprocess.run(
+        [nm, "-D", "--defined-only", native._PATH], check=True, capture_output=True, text=True
+    ).stdout
+    names = {line.split()[-1] for line in lines.splitlines()}
+    assert {name for name in names if not name.startswith("contextrast_")} == set()
+    assert "contextrast_edge_distance_cpu" in names
+
+
+def test_cpu_call_does_not_initialise_cuda(monkeypatch):
+    """A data loader's worker, forked from a process that uses CUDA, must be able to measure distances."""
+
+    def refuse(*_):
+        raise AssertionError("CUDA was asked")
+
+    for name in ("is_available", "current_device", "current_stream", "device_count", "_lazy_init"):
+        monkeypatch.setattr(torch.cuda, name, refuse)
+    native.status.cache_clear()
+    classes = torch.tensor([[[0, 0, 0, 1]]])
+    with ck.backend("native"):
+        assert ck.edge_distance(classes, squared=True).tolist() == [[[4, 1, 0, 0]]]
+
+
+# ----------------------------------------------------------------------------------------------------------- sanitizers
+
+COMPILER = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
+
+
+@pytest.fixture(scope="session")
+def compiler():
+    if COMPILER is None:
+        pytest.skip("no C++ compiler: neither CXX, c++ nor g++")
+    probe = [COMPILER, "-fsanitize=address,undefined", "-x", "c++", "-", "-o", os.devnull]
+    if subprocess.run(probe, input="int main() {}", capture_output=True, text=True).returncode:
+        pytest.skip(f"{COMPILER} has no -fsanitize=address,undefined")
+    return COMPILER
+
+
+@pytest.fixture(scope="session")
+def sanitized_library(compiler):
+    """csrc/ once more with AddressSanitizer and UBSan, in build/, where the next run finds most of it done."""
+    cmake = shutil.which("cmake", path=os.path.dirname(sys.executable)) or shutil.which("cmake")
+    if cmake is None:
+        pytest.skip("cmake is not installed")
+    folder = ROOT / "build" / "sanitized"
+    options = ["-DCMAKE_BUILD_TYPE=None", "-DCMAKE_CXX_FLAGS=-O1", "-DCONTEXTRAST_SANITIZE=address,undefined"]
+    for command in ([cmake, "-S", ROOT, "-B", folder, *options], [cmake, "--build", folder, "--parallel", "2"]):
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+    return folder / "_native.so"
+
+
+def run_sanitized(compiler, library, program, *arguments):
+    """Python with the sanitizer's run time loaded first, and the sanitized library in place of the package's."""
+
+    def runtime(name):
+        command = [compiler, f"-print-file-name={name}"]
+        path = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+        if not os.path.isabs(path):
+            pytest.skip(f"{compiler} does not say where its {name} is, which must be loaded before Python")
+        return path
+
+    prologue = (
+        f"import pathlib; from contextrast_kernels import native; native._PATH = pathlib.Path({str(library)!r})\n"
+    )
+    environment = os.environ | {
+        # The C++ library too: AddressSanitizer looks for its exceptions, of which torch throws some, when it starts.
+        "LD_PRELOAD": f"{runtime('libasan.so')} {runtime('libstdc++.so.6')}",
+        "ASAN_OPTIONS": "detect_leaks=0",  # of Python and torch there are many
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+        "PYTHONPATH": str(ROOT),
+    }
+    command = [sys.executable, "-c", prologue + program, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
+
+
+RUN_TESTS = "import sys, pytest; sys.exit(pytest.main(['-s', '-p', 'no:cacheprovider', *sys.argv[1:]]))"
+
+
+def test_sanitizers_see_an_overrun(compiler, sanitized_library):
+    """The sanitized runs can fail: an output one row too short is noticed, and so is a scratch 16 bytes too short."""
+    calls = """
+import ctypes, os, torch
+classes = torch.zeros(1, 40, 70, dtype=torch.int64)
+classes[0, 5, 5] = -1
+library = native._library()
+wanted = native._Distance(None, True, torch.empty(1, 40, 70, dtype=torch.int32), None)
+size = library.contextrast_distance_scratch_cpu(native._Volume(classes), wanted, 1, 1)
+text = ctypes.create_string_buffer(256)
+for rows, scratch_bytes in ((40, size), (39, size), (40, size - 16)):
+    child = os.fork()
+    if child == 0:
+        out, scratch = torch.empty(rows, 70, dtype=torch.int32), torch.empty(scratch_bytes, dtype=torch.uint8)
+        wanted.distance = out.data_ptr()
+        library.contextrast_edge_distance_cpu(native._Volume(classes), wanted, scratch.data_ptr(), 1, text)
+        os._exit(0)
+    print("ended", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    done = run_sanitized(compiler, sanitized_library, calls)
+    assert done.stdout.split() == ["ended", "0", "ended", "1", "ended", "1"], done.stdout + done.stderr[-3000:]
+    assert done.stderr.count("ERROR: AddressSanitizer") == 2
+
+
+def test_fuzz_under_sanitizers(compiler, sanitized_library):
+    """The same examples every day, so that a failure can be repeated; the slow test below draws new ones."""
+    tests = ["tests/csrc/test_native.py", "tests/distance", "-k", "fuzzed or nothing_in or extreme or longest"]
+    done = run_sanitized(compiler, sanitized_library, RUN_TESTS, *tests, "--hypothesis-seed=0")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[:3000]  # a finding begins with its line of code
+
+
+@pytest.mark.slow
+def test_everything_under_sanitizers(compiler, sanitized_library):
+    tests = ["tests/csrc/test_native.py", "tests/loss/test_bane.py", "tests/distance"]
+    done = run_sanitized(compiler, sanitized_library, RUN_TESTS, *tests, "-k", "not [reference and not real")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[:3000]
