@@ -25,7 +25,7 @@ SECTOR = 32
 
 WRITTEN = {
     "_label_codes": ("y", "e", "base", "counts", "drawn"),
-    "_largest_features": ("reach",),
+    "_largest_features": ("max_abs",),
     "_class_anchors_fwd": ("sums", "broken", "norms"),
     "_anchor_tables": ("table", "lengths"),
     "_given_table": ("table", "lengths"),

@@ -20,7 +20,7 @@ from triton import language as tl
 from contextrast_kernels.kernels import _launch
 from contextrast_kernels.kernels._sums import Sums
 from contextrast_kernels.kernels._tile_table import PIXELS, next_power_of_2
-from contextrast_kernels.kernels._tiles import layer_of, pick, pick_pointer, plain
+from contextrast_kernels.kernels._tiles import decode_int, layer_of, of_layer, pointer_of_layer
 from contextrast_kernels.native import code_dtype
 
 
@@ -157,10 +157,10 @@ def _label_codes(
     """
     program = tl.program_id(0)
     layer = layer_of(program, geometry.block)
-    number = pick(geometry.number, layer)
-    h = pick(geometry.h, layer)
-    w = pick(geometry.w, layer)
-    pixel = (program - pick(geometry.block, layer)).to(tl.int64) * PIXELS + tl.arange(0, PIXELS)
+    number = of_layer(geometry.number, layer)
+    h = of_layer(geometry.h, layer)
+    w = of_layer(geometry.w, layer)
+    pixel = (program - of_layer(geometry.block, layer)).to(tl.int64) * PIXELS + tl.arange(0, PIXELS)
     image_size = tl.cast(h, tl.int64) * w
     live = pixel < image_size * B
     b = pixel // image_size
@@ -170,18 +170,18 @@ def _label_codes(
 
     # 1. The label at row ⌊r H / h⌋, column ⌊c W / w⌋, and in a volume plane ⌊d Z / z⌋, compared as int64: -100 never
     # meets a uint8 156.
-    source = b * plain(label_strides[0])
+    source = b * decode_int(label_strides[0])
     if depths is not None:
-        z = pick(depths, layer)
+        z = of_layer(depths, layer)
         h = h // z  # was the rows of all planes
         d = r // h
         r = r - d * h
-        source += (d * Z // z).to(tl.int64) * plain(label_strides[1])
-    source += (r * H // h).to(tl.int64) * plain(label_strides[-2])
-    source += (c * W // w).to(tl.int64) * plain(label_strides[-1])
+        source += (d * Z // z).to(tl.int64) * decode_int(label_strides[1])
+    source += (r * H // h).to(tl.int64) * decode_int(label_strides[-2])
+    source += (c * W // w).to(tl.int64) * decode_int(label_strides[-1])
     label = tl.load(labels + source, mask=live, other=0).to(tl.int64)
     valid = live & (label >= 0) & (label < N) & (label != ignore_index)
-    here = tl.cast(pick(geometry.pixel, layer), tl.int64) + pixel
+    here = tl.cast(of_layer(geometry.pixel, layer), tl.int64) + pixel
     tl.store(y + here, tl.where(valid, label, NONE).to(y.dtype.element_ty), mask=live)
     n = tl.arange(0, BINS)
     seen = tl.histogram(tl.where(valid, label, 0).to(tl.int32), BINS, mask=valid)
@@ -191,7 +191,7 @@ def _label_codes(
     if GIVEN:
         hard = live & (tl.load(e + here, mask=live, other=NONE).to(tl.int32) < N)
     elif negatives is not None:
-        negative = tl.load(pick_pointer(negatives, layer) + pixel, mask=live, other=-1).to(tl.int64)
+        negative = tl.load(pointer_of_layer(negatives, layer) + pixel, mask=live, other=-1).to(tl.int64)
         hard = valid & (negative >= 0) & (negative < N)
         tl.store(e + here, tl.where(hard, negative, NONE).to(e.dtype.element_ty), mask=live)
     else:
@@ -199,7 +199,7 @@ def _label_codes(
         tl.store(e + here, tl.full((PIXELS,), NONE, tl.int32).to(e.dtype.element_ty), mask=live)
     if base is not None:
         if base_maps is not None:
-            is_base = valid & (tl.load(pick_pointer(base_maps, layer) + pixel, mask=live, other=0) != 0)
+            is_base = valid & (tl.load(pointer_of_layer(base_maps, layer) + pixel, mask=live, other=0) != 0)
         elif DRAW:
             hashed = _hash(tl.load(seed), (number + 1).to(tl.uint32), inside.to(tl.uint32))
             is_base = valid & (hashed.to(tl.int64) < threshold)

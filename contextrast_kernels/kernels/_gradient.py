@@ -1,4 +1,4 @@
-"""dL/dx: the one sweep that writes, for positives, negatives and the anchors' own path at once.
+"""Backward pass: one kernel writes dL/dx and combines the gradients through positives, negatives and anchors.
 
 With u_p the gradient of the loss by the embedding v_p = r_p x_p,
 
@@ -8,8 +8,8 @@ With u_p the gradient of the loss by the embedding v_p = r_p x_p,
     G_n = mean of σ over the positives of n                k⁻_n = λ G_n / (|C| τ)
     T_n = (dL/da^n) / c_n, the pull through the anchor     g = the upstream gradient, read from memory
 
-⟨v, u⟩ is a sum of products with rows of â and T, so u is never held: the row is read for the products, and again,
-from cache, to be written.
+⟨v, u⟩ is a sum of products with rows of â and T, so u need not be held: a row is read for the products, and again, from
+cache, to be written. Where rows can be copied to shared memory, tensor cores form both from the copy.
 """
 
 from collections.abc import Sequence
@@ -30,6 +30,7 @@ from contextrast_kernels.kernels._tiles import (
     channels,
     class_rows,
     dot_float64,
+    float64_from_bits,
     image_codes,
     image_features,
     inverse_norm,
@@ -37,12 +38,12 @@ from contextrast_kernels.kernels._tiles import (
     is_negative,
     joined,
     layer_of,
-    pick,
-    real,
+    of_layer,
     sigmoid,
     size_term,
     stacked,
     steps_again,
+    summed_size,
     table_rows,
     two_pieces,
     zero_tiles,
@@ -276,7 +277,7 @@ def _features_bwd(
     """
     program = tl.program_id(0)
     layer = layer_of(program, geometry.block)
-    number = pick(geometry.number, layer)
+    number = of_layer(geometry.number, layer)
     b, r0, c0, h, w = block_of(program, geometry, layer, ROWS, P, UNIT, ALIGN)
     image, sH, sW, sD = image_features(x, strides, layer, b, UNIT, ALIGN, WIDE)
     out_image, oH, oW, oD = image_features(out, out_strides, layer, b, OUT_UNIT, OUT_ALIGN, WIDE)
@@ -295,7 +296,7 @@ def _features_bwd(
         table += number * N * D
         Z += number * N
         coefficients += 2 * number * N
-        inverse_temperature = (1.0 / real(temperature)).to(ACC)
+        inverse_temperature = (1.0 / float64_from_bits(temperature)).to(ACC)
     else:
         inverse_temperature = 1.0
 
@@ -451,7 +452,7 @@ def _features_bwd_dense(
     """
     program = tl.program_id(0)
     layer = layer_of(program, geometry.block)
-    number = pick(geometry.number, layer)
+    number = of_layer(geometry.number, layer)
     b, r0, c0, h, w = block_of(program, geometry, layer, ROWS, P, UNIT, ALIGN)
     image, sH, sW, sD = image_features(x, strides, layer, b, UNIT, ALIGN, WIDE)
     out_image, oH, oW, oD = image_features(out, out_strides, layer, b, OUT_UNIT, OUT_ALIGN, WIDE)
@@ -462,7 +463,7 @@ def _features_bwd_dense(
     table += number * N * D
     if pull is not None:
         pull += number * N * D
-    inverse_temperature = (1.0 / real(temperature)).to(ACC)
+    inverse_temperature = (1.0 / float64_from_bits(temperature)).to(ACC)
     toward = coefficients + 2 * number * N
     away = toward + N
 
@@ -473,15 +474,8 @@ def _features_bwd_dense(
         negative = tl.load(e + pixel, mask=live, other=32767).to(tl.int32)
         is_base = tl.load(base + pixel, mask=live, other=0) != 0
         valid = label < N
-        sizes = tl.zeros((CHUNK, P), ACC)
-        to_pull = tl.zeros((CHUNK, P), ACC)
-        for k in tl.range(0, D, CHUNK, loop_unroll_factor=8):
-            tile = channels(row, c * sW, live, k, sD, D, CHUNK).to(ACC)
-            sizes += size_term(tile, NORMALIZE)
-            if pull is not None and NORMALIZE:
-                to_pull += tile * table_rows(pull, label, valid, k, D, CHUNK)
-        norm = inverse_norm(tl.sum(sizes, 0), NORMALIZE)
-        along = tl.sum(to_pull, 0)
+        size = summed_size(row, c * sW, live, sD, D, P, CHUNK, NORMALIZE, ACC)
+        norm = inverse_norm(size, NORMALIZE)
         gradients = zero_tiles((D + COLUMNS - 1) // COLUMNS, COLUMNS, P, ACC)
         for n0 in range(0, N, CLASSES):
             n = n0 + tl.arange(0, CLASSES)
@@ -494,7 +488,6 @@ def _features_bwd_dense(
             pulled = tl.load(toward + classes, mask=classes >= 0, other=0.0)[:, None] * sigmoid(log_sum - s)
             pushed = tl.load(away + classes, mask=classes >= 0, other=0.0)[:, None] * tl.exp(s - log_sum)
             weights = tl.where(own, pulled, 0.0) + tl.where(against, pushed, 0.0)
-            along += tl.sum(tl.where(own | against, weights * products, 0.0), 0)
             grown = ()
             for i in tl.static_range((D + COLUMNS - 1) // COLUMNS):
                 rows = tl.trans(class_rows(table, classes, i * COLUMNS, D, COLUMNS))
@@ -503,14 +496,22 @@ def _features_bwd_dense(
                 else:
                     grown = grown + (tl.dot(rows, weights, gradients[i], input_precision=FLOAT32_DOT),)  # noqa: RUF005
             gradients = grown
-        outer = tl.where(valid, norm * g, 0.0)
-        inner = along * norm * norm
-        out_row = out_image + tl.cast(r, tl.int64) * oH
+        # ⟨x, u⟩ is made of u as it was rounded, so dx is 0 to the last bit where u has no other part.
+        along = tl.zeros((COLUMNS, P), ACC)
+        whole = ()
         for i in tl.static_range((D + COLUMNS - 1) // COLUMNS):
-            tile = channels(row, c * sW, live, i * COLUMNS, sD, D, COLUMNS)
             u = gradients[i]
             if pull is not None:
                 u += table_rows(pull, label, valid, i * COLUMNS, D, COLUMNS)
+            if NORMALIZE:
+                along += channels(row, c * sW, live, i * COLUMNS, sD, D, COLUMNS).to(ACC) * u
+            whole = whole + (u,)  # noqa: RUF005
+        outer = tl.where(valid, norm * g, 0.0)
+        inner = tl.sum(along, 0) / tl.where(norm == 0, 1.0, size)
+        out_row = out_image + tl.cast(r, tl.int64) * oH
+        for i in tl.static_range((D + COLUMNS - 1) // COLUMNS):
+            tile = channels(row, c * sW, live, i * COLUMNS, sD, D, COLUMNS)
+            u = whole[i]
             if NORMALIZE:
                 u -= inner[None, :] * tile.to(ACC)
             u = tl.where(valid[None, :], u * outer[None, :], 0.0)

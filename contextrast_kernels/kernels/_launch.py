@@ -1,8 +1,8 @@
-"""The host's side of a sweep: which layers share a launch, how their memory lies, and the launch itself.
+"""Host side: group layers by memory layout, choose grids, launch.
 
 A Triton kernel sees all layers of a group at once, as tuples of pointers and sizes, picks its own layer first and
-then runs one body. What the compiler knows about that body is what holds for every layer of the group, so layers
-are grouped by how their features lie in memory: the axis of stride 1 and the power of two that divides all other
+then runs one body. The compiler may assume of this body only what holds for every layer of the group, so layers are
+grouped by the memory layout of their features: the axis of stride 1 and the power of two that divides all other
 strides.
 """
 
@@ -34,7 +34,7 @@ CACHED = 256
 
 
 class Geometry(NamedTuple):
-    """Where each layer of a launch lies; every field is a tuple over the layers, made by ``encode_ints``."""
+    """Where each layer of a launch is; every field is a tuple over the layers, made by ``encode_ints``."""
 
     number: Any  # of the layer, in the tables (layers, N, D)
     block: Any  # the layer's first block of the grid
@@ -151,7 +151,7 @@ def ceil_div(a: int, b: int) -> int:
 def encode_ints(numbers: Sequence[int]) -> tuple[int, ...]:
     """Encode integers for a tuple argument. Triton recompiles a kernel when one of them becomes 1 or a multiple of
     16. The odd numbers above one that this makes of them never do, so a kernel once compiled serves every size.
-    ``_tiles.plain`` decodes them in a kernel."""
+    ``_tiles.decode_int`` decodes them in a kernel."""
     return tuple(2 * n + 3 for n in numbers)
 
 
@@ -161,7 +161,8 @@ def decode_int(number: int) -> int:
 
 @functools.lru_cache(CACHED)
 def float64_bits(value: float) -> int:
-    """A Python float reaches a kernel as float32. Its 64 bits, as an integer, reach it whole: see ``_tiles.real``."""
+    """Triton passes a Python float as float32. Its 64 bits are passed as an integer instead, which
+    ``_tiles.float64_from_bits`` decodes."""
     return struct.unpack("<q", struct.pack("<d", value))[0]
 
 
@@ -178,7 +179,7 @@ def triton_type(dtype: torch.dtype):
 
 
 class Place(NamedTuple):
-    """Where a feature map lies."""
+    """The memory of a feature map."""
 
     shape: tuple[int, ...]
     stride: tuple[int, ...]
@@ -244,12 +245,12 @@ def groups(*maps: Sequence[Place]) -> list[Group]:
     for i, of_layer in enumerate(zip(*maps, strict=True)):
         if 0 not in of_layer[0].shape:
             layouts = tuple(layout(x) for x in of_layer)
-            kind = tuple(lies._replace(align=lies.align * x.itemsize == 16) for lies, x in zip(layouts, of_layer))
+            kind = tuple(of_map._replace(align=of_map.align * x.itemsize == 16) for of_map, x in zip(layouts, of_layer))
             layers, members = found.setdefault(kind, ([], []))
             layers.append(i)
             members.append(layouts)
     return [
-        Group(tuple(layers), tuple(min(of_map, key=lambda lies: lies.align) for of_map in zip(*members)))
+        Group(tuple(layers), tuple(min(of_map, key=lambda layout: layout.align) for of_map in zip(*members)))
         for layers, members in found.values()
     ]
 
@@ -292,7 +293,7 @@ def pixels(features: Shapes) -> int:
     return max(B * h * w for B, _, h, w in features)
 
 
-def headroom(pixels: int) -> int:
+def scale_exponent(pixels: int) -> int:
     """Sums of ``pixels`` numbers of size 1 fit into int64 when each is scaled by two to this power."""
     return 61 - max(pixels, 1).bit_length()
 
@@ -313,17 +314,21 @@ class Part(NamedTuple):
 
 
 @functools.lru_cache(CACHED)
-def parts_of(
+def launches_of(
     x: tuple[Place, ...], out: tuple[Place, ...] | None, rows: int, longest: int, copied: tuple[int, int] | None = None
 ) -> list[Part]:
-    """A launch for each group of layers whose memory lies alike, in blocks of ``rows`` x at most ``longest`` pixels.
-    copied: ROWS and P of the blocks where rows can be copied."""
+    """A launch for each group of layers with the same memory layout.
+
+    Args:
+        rows, longest: a block has ``rows`` rows of at most ``longest`` pixels.
+        copied: ROWS and P of the blocks where rows can be copied.
+    """
     features, parts = tuple(place.shape for place in x), []
     starts = pixel_starts(features)
     for group in groups(x) if out is None else groups(x, out):
         picked = [x[i] for i in group.layers]
-        lies = group.layouts[0]
-        readable = lies.align * picked[0].itemsize == 16
+        of_x = group.layouts[0]
+        readable = of_x.align * picked[0].itemsize == 16
         wide = any(of_map.wide for of_map in group.layouts)
         copies = copied is not None and readable and all(of_map.aligned for of_map in group.layouts) and not wide
         P = segment(features, longest if readable else min(longest, NARROW))
@@ -335,16 +340,15 @@ def parts_of(
             B * ceil_div(h, rows_of_block) * ceil_div(w, P) for B, _, h, w in (place.shape for place in picked)
         )
         first = list(itertools.accumulate(blocks, initial=0))[:-1]
-        width_unit = lies.align if lies.unit == "w" else 1
+        width_unit = of_x.align if of_x.unit == "w" else 1
         heights, widths = [place.shape[2] for place in picked], [place.shape[3] // width_unit for place in picked]
-        lying = (group.layers, first, [starts[i] for i in group.layers], heights, widths)
-        arguments = {"strides": strides(picked, lies.align), "geometry": Geometry(*map(encode_ints, lying))}
-        wide = any(of_map.wide for of_map in group.layouts)
-        constants = {"P": P, "D": picked[0].shape[1], "UNIT": lies.unit, "ALIGN": lies.align, "WIDE": wide}
+        fields = (group.layers, first, [starts[i] for i in group.layers], heights, widths)
+        arguments = {"strides": strides(picked, of_x.align), "geometry": Geometry(*map(encode_ints, fields))}
+        constants = {"P": P, "D": picked[0].shape[1], "UNIT": of_x.unit, "ALIGN": of_x.align, "WIDE": wide}
         if out is not None:
-            lies = group.layouts[1]
-            arguments["out_strides"] = strides([out[i] for i in group.layers], lies.align)
-            constants |= {"OUT_UNIT": lies.unit, "OUT_ALIGN": lies.align}
+            of_out = group.layouts[1]
+            arguments["out_strides"] = strides([out[i] for i in group.layers], of_out.align)
+            constants |= {"OUT_UNIT": of_out.unit, "OUT_ALIGN": of_out.align}
         parts.append(Part(group.layers, blocks, arguments, constants, copies))
     return parts
 
@@ -352,7 +356,7 @@ def parts_of(
 def blocks_of_layers(features: Sequence[Tensor], tiles: Mapping[str, int]) -> list[int]:
     """How many blocks of each layer a sweep with these tiles takes, in all of its launches."""
     blocks = [0] * len(features)
-    for part in parts_of(places(features), None, tiles["ROWS"], tiles["P"]):
+    for part in launches_of(places(features), None, tiles["ROWS"], tiles["P"]):
         for layer, of_layer in zip(part.layers, part.blocks, strict=True):
             blocks[layer] = of_layer
     return blocks
@@ -368,7 +372,7 @@ def sweep(
     splits: int = 1,
     copied: tuple[Any, dict, dict] | None = None,
 ) -> None:
-    """Launches a kernel over all blocks of all layers, once for each group of layers whose memory lies alike.
+    """Launches a kernel over all blocks of all layers, once for each group of layers with the same memory layout.
 
     Args:
         arguments, tiles: what the kernel takes besides the layers: tensors and numbers, and constants. ``tiles`` has
@@ -379,7 +383,7 @@ def sweep(
     """
     blocks_of_copies = None if copied is None else (copied[2]["ROWS"], copied[2]["P"])
     general = kernel, arguments, tiles
-    for part in parts_of(
+    for part in launches_of(
         places(features), None if out is None else places(out), tiles["ROWS"], tiles["P"], blocks_of_copies
     ):
         kernel, arguments, tiles = copied if part.copied else general

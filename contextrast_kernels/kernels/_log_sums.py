@@ -21,6 +21,7 @@ from contextrast_kernels.kernels._tiles import (
     block_of,
     channels,
     filled,
+    float64_from_bits,
     from_order,
     image_codes,
     image_features,
@@ -28,9 +29,8 @@ from contextrast_kernels.kernels._tiles import (
     inverse_norm,
     is_negative,
     layer_of,
-    pick,
+    of_layer,
     power_of_two,
-    real,
     size_term,
     summed_size,
     table_rows,
@@ -60,8 +60,8 @@ def log_sums(
             {**tiles("_hard_similarities", dtype, D), **constants},
         )
         runs, blocks = _launch.flat_geometry(shapes, PIXELS)
-        headroom = _launch.headroom(_launch.pixels(shapes))
-        both = {"largest": sums.largest, "total": sums.total, "headroom": headroom, "N": N}
+        scale_exponent = _launch.scale_exponent(_launch.pixels(shapes))
+        both = {"largest": sums.largest, "total": sums.total, "scale_exponent": scale_exponent, "N": N}
         _launch.launch(
             _exponentials,
             (blocks,),
@@ -133,12 +133,12 @@ def _hard_similarities(
     """
     program = tl.program_id(0)
     layer = layer_of(program, geometry.block)
-    number = pick(geometry.number, layer)
+    number = of_layer(geometry.number, layer)
     b, r0, c0, h, w = block_of(program, geometry, layer, ROWS, P, UNIT, ALIGN)
     image, sH, sW, sD = image_features(x, strides, layer, b, UNIT, ALIGN, WIDE)
     codes = image_codes(geometry, layer, b, h, w)
     table += number * N * D
-    inverse_temperature = (1.0 / real(temperature)).to(ACC)
+    inverse_temperature = (1.0 / float64_from_bits(temperature)).to(ACC)
     c = c0 + tl.arange(0, P)
     live = c < w
     for r in range(r0, tl.minimum(r0 + ROWS, h)):
@@ -160,30 +160,30 @@ def _hard_similarities(
         tl.store(similarity + codes + (r * w + c), s, mask=live)
 
 
-@triton.jit(do_not_specialize=["B", "N", "headroom"])
-def _exponentials(e, similarity, largest, total, geometry, B, N, headroom, PIXELS: tl.constexpr):
+@triton.jit(do_not_specialize=["B", "N", "scale_exponent"])
+def _exponentials(e, similarity, largest, total, geometry, B, N, scale_exponent, PIXELS: tl.constexpr):
     """total[n] += Σ exp(s_ep - largest_n) [e_p = n] in fixed point: every term is at most 1 and one of them is 1."""
     program = tl.program_id(0)
     layer = layer_of(program, geometry.block)
-    number = pick(geometry.number, layer)
-    pixel = (program - pick(geometry.block, layer)).to(tl.int64) * PIXELS + tl.arange(0, PIXELS)
-    live = pixel < tl.cast(pick(geometry.h, layer), tl.int64) * pick(geometry.w, layer) * B
-    pixel += tl.cast(pick(geometry.pixel, layer), tl.int64)
+    number = of_layer(geometry.number, layer)
+    pixel = (program - of_layer(geometry.block, layer)).to(tl.int64) * PIXELS + tl.arange(0, PIXELS)
+    live = pixel < tl.cast(of_layer(geometry.h, layer), tl.int64) * of_layer(geometry.w, layer) * B
+    pixel += tl.cast(of_layer(geometry.pixel, layer), tl.int64)
     negative = tl.load(e + pixel, mask=live, other=32767).to(tl.int32)
     is_hard = negative < N
     s = tl.load(similarity + pixel, mask=is_hard, other=0.0)
     top = from_order(tl.load(largest + number * N + negative, mask=is_hard, other=0), s.dtype)
     weight = tl.exp(s - tl.where(is_hard, top, 0.0))
-    add_fixed(total + number * N + negative, weight, power_of_two(headroom), is_hard)
+    add_fixed(total + number * N + negative, weight, power_of_two(scale_exponent), is_hard)
 
 
-@triton.jit(do_not_specialize=["headroom", "N"])
-def _hard_log_sums(largest, total, Z, headroom, N, BINS: tl.constexpr):
+@triton.jit(do_not_specialize=["scale_exponent", "N"])
+def _hard_log_sums(largest, total, Z, scale_exponent, N, BINS: tl.constexpr):
     """Z = largest + log Σ exp(s - largest)."""
     n = tl.arange(0, BINS)
     here = tl.program_id(0) * N + n
     top = from_order(tl.load(largest + here, mask=n < N, other=0), Z.dtype.element_ty)
-    weights = tl.load(total + here, mask=n < N, other=0).to(tl.float64) / power_of_two(headroom)
+    weights = tl.load(total + here, mask=n < N, other=0).to(tl.float64) / power_of_two(scale_exponent)
     log_sum = top + tl.log(tl.maximum(weights, 1.0)).to(top.dtype)
     # An infinite or undefined similarity leaves no Z.
     log_sum = tl.where(top < float("inf"), log_sum, float("nan"))
@@ -224,15 +224,15 @@ def _dense_similarities(
     """
     program = tl.program_id(0)
     layer = layer_of(program, geometry.block)
-    number = pick(geometry.number, layer)
+    number = of_layer(geometry.number, layer)
     b, r0, c0, h, w = block_of(program, geometry, layer, ROWS, P, UNIT, ALIGN)
     image, sH, sW, sD = image_features(x, strides, layer, b, UNIT, ALIGN, WIDE)
     codes = image_codes(geometry, layer, b, h, w)
     table += number * N * D
-    inverse_temperature = (1.0 / real(temperature)).to(ACC)
+    inverse_temperature = (1.0 / float64_from_bits(temperature)).to(ACC)
     c = c0 + tl.arange(0, P)
     live = c < w
-    here = (pick(partial_start, number) + program - pick(geometry.block, layer)).to(tl.int64) * N
+    here = (of_layer(partial_start, number) + program - of_layer(geometry.block, layer)).to(tl.int64) * N
     largest = filled(ROUNDS, CLASSES, -float("inf"), ACC)
     total = filled(ROUNDS, CLASSES, 0.0, ACC)
     for r in range(r0, tl.minimum(r0 + ROWS, h)):
@@ -268,8 +268,8 @@ def _dense_log_sums(partial, first, count, partials, Z, N, RUN: tl.constexpr):
     """Z of one class of one layer from its blocks, in a fixed order."""
     layer = tl.program_id(0)
     n = tl.program_id(1)
-    start = tl.cast(pick(first, layer), tl.int64)
-    blocks = pick(count, layer)
+    start = tl.cast(of_layer(first, layer), tl.int64)
+    blocks = of_layer(count, layer)
     largest = tl.full((RUN,), -float("inf"), partial.dtype.element_ty)
     total = tl.zeros((RUN,), partial.dtype.element_ty)
     for i in range(0, blocks, RUN):

@@ -1,4 +1,4 @@
-"""What programs add to, over all pixels of all ranks: one allocation, set to zero by one fill."""
+"""Accumulators that all programs add to, and that ranks reduce, in one zero-filled allocation."""
 
 import math
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from contextrast_kernels.kernels import _launch
 
 
 class Sums(NamedTuple):
-    """int64 each, but for ``reach``; vectors and terms in fixed point."""
+    """int64 each, but for ``max_abs``; vectors and terms in fixed point."""
 
     vectors: Tensor | None
     """(layers, N, D): Σ v of every class."""
@@ -31,7 +31,7 @@ class Sums(NamedTuple):
     """(layers, N): Σ exp(s - largest) of the hard negatives."""
     terms: Tensor
     """(layers, 3, N): Σ softplus(Z - s), Σ σ; nonzero where a term is not finite."""
-    reach: Tensor | None
+    max_abs: Tensor | None
     """(layers,) floats: the largest |x| of a valid pixel; None when normalised."""
 
 
@@ -49,7 +49,7 @@ def zeros(features: Sequence[Tensor], num_classes: int, normalize: bool, *, anch
         largest=(L, N),
         total=(L, N),
         terms=(L, 3, N),
-        reach=None if normalize else (L,),
+        max_abs=None if normalize else (L,),
     )
     starts = [0]
     for shape in shapes:
@@ -64,7 +64,7 @@ def zeros(features: Sequence[Tensor], num_classes: int, normalize: bool, *, anch
     )
     if normalize:
         return sums
-    return sums._replace(reach=sums.reach.view(_launch.accumulator(features[0].dtype))[:L])
+    return sums._replace(max_abs=sums.max_abs.view(_launch.accumulator(features[0].dtype))[:L])
 
 
 def dense(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""How much of a sweep a program takes at a time: every such choice, in one place.
+"""Tile sizes of all kernels, in one table.
 
 Chosen by what the compiler says, not yet by time: a GPU replaces a row's reason with the measurement that chose it.
 A reason gives, over both layouts at D 256 unless said, registers a thread, stack in bytes a thread (where registers
@@ -51,7 +51,7 @@ class Tiles(NamedTuple):
 
 class Row(NamedTuple):
     bytes: tuple[int, ...]
-    """Element sizes in bytes that the row applies to."""
+    """Element sizes in bytes that this row applies to."""
     D: int
     """The most channels that the row is for."""
     tiles: Tiles
@@ -116,8 +116,8 @@ adds up the same s to the last bit: exp(s - Z) is exactly 1 where one negative i
 
 
 def copies_rows(dtype: torch.dtype, D: int) -> bool:
-    """Whether kernels that copy rows serve these features, where they lie so that rows can be copied. On Hopper:
-    for Ampere it spills 400 B, and for Blackwell it was not tried. A plan without a device is for Hopper."""
+    """Whether kernels copy rows of these features to shared memory, in layers whose layout allows it. On Hopper alone:
+    for Ampere this spills 400 B, and for Blackwell it was not tried. A plan without a device is for Hopper."""
     return dtype == torch.bfloat16 and D in (64, 128, 256) and architecture() in (None, 90)
 
 
@@ -136,7 +136,7 @@ def architecture() -> int | str | None:
 
 
 def copied_tiles() -> dict[str, int]:
-    """P: the least with which wgmma takes pixels as well as channels on the left."""
+    """P is the smallest number of rows that wgmma takes, so that pixels as well as channels can be its rows."""
     return {"ROWS": 8, "P": 64, "num_warps": 4}
 
 

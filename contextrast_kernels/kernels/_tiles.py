@@ -12,7 +12,7 @@ from triton.language.target_info import cuda_capability_geq, is_cuda
 
 ZERO_NORM_SQUARED = tl.constexpr(1e-24)
 """The square of ``embedding.ZERO_NORM``."""
-LARGEST_REACH = tl.constexpr(2.0**100)
+LARGEST_MAX_ABS = tl.constexpr(2.0**100)
 """Unnormalised features beyond this have no fixed-point scale: their sums become NaN."""
 FLOAT64_DOT = tl.constexpr(tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9))
 """Whether tl.dot takes float64. Triton 3.6 cannot compile it for Ampere and Hopper, nor always for Blackwell; 3.9 can;
@@ -25,13 +25,13 @@ FLOAT32_DOT = tl.constexpr("ieee" if torch.version.hip else "tf32x3")
 
 
 @triton.jit
-def real(bits):
+def float64_from_bits(bits):
     """The float64 whose bits a launch passed as an integer."""
     return bits.to(tl.int64).to(tl.float64, bitcast=True)
 
 
 @triton.jit
-def plain(number):
+def decode_int(number):
     """An integer that a launch passed as ``_launch.encode_ints``."""
     return (number - 3) >> 1
 
@@ -49,20 +49,20 @@ def layer_of(program, starts):
     """The layer that a program works on; ``starts`` is the first program of each."""
     layer = 0
     for i in tl.static_range(1, len(starts)):
-        layer += (program >= plain(starts[i])).to(tl.int32)
+        layer += (program >= decode_int(starts[i])).to(tl.int32)
     return layer
 
 
 @triton.jit
-def pick(numbers, layer):
+def of_layer(numbers, layer):
     value = numbers[0]
     for i in tl.static_range(1, len(numbers)):
         value = tl.where(layer == i, numbers[i], value)
-    return plain(value)
+    return decode_int(value)
 
 
 @triton.jit
-def pick_pointer(pointers, layer):
+def pointer_of_layer(pointers, layer):
     value = pointers[0]
     for i in tl.static_range(1, len(pointers)):
         if layer == i:
@@ -74,13 +74,13 @@ def pick_pointer(pointers, layer):
 def block_of(program, geometry, layer, ROWS: tl.constexpr, P: tl.constexpr, UNIT: tl.constexpr, ALIGN: tl.constexpr):
     """The image, first row and first column of a program's block, and the layer's size. The product with ALIGN
     tells the compiler what divides a width, and so the mask at the end of a row."""
-    h = pick(geometry.h, layer)
-    w = pick(geometry.w, layer)
+    h = of_layer(geometry.h, layer)
+    w = of_layer(geometry.w, layer)
     if UNIT == "w":
         w = w * ALIGN
     across = tl.cdiv(w, P)
     blocks = across * tl.cdiv(h, ROWS)
-    block = program - pick(geometry.block, layer)
+    block = program - of_layer(geometry.block, layer)
     b = block // blocks
     block = block % blocks
     return b, (block // across) * ROWS, (block % across) * P, h, w
@@ -89,22 +89,24 @@ def block_of(program, geometry, layer, ROWS: tl.constexpr, P: tl.constexpr, UNIT
 @triton.jit
 def image_codes(geometry, layer, b, h, w):
     """Offset of an image in the code maps (and in every other map with one number a pixel)."""
-    return tl.cast(pick(geometry.pixel, layer), tl.int64) + tl.cast(b, tl.int64) * h * w
+    return tl.cast(of_layer(geometry.pixel, layer), tl.int64) + tl.cast(b, tl.int64) * h * w
 
 
 @triton.jit
 def image_features(pointers, strides, layer, b, UNIT: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr):
     """Pointer to an image's features and the strides of h, w and d. The products with ALIGN tell the compiler what
     divides the strides; offsets inside an image have 32 bits unless WIDE."""
-    image = pick_pointer(pointers, layer) + tl.cast(b, tl.int64) * (tl.cast(pick(strides.b, layer), tl.int64) * ALIGN)
+    image = pointer_of_layer(pointers, layer) + tl.cast(b, tl.int64) * (
+        tl.cast(of_layer(strides.b, layer), tl.int64) * ALIGN
+    )
     if WIDE:
-        sH = tl.cast(pick(strides.h, layer), tl.int64) * ALIGN
-        sW = tl.cast(pick(strides.w, layer), tl.int64) * ALIGN
-        sD = tl.cast(pick(strides.d, layer), tl.int64) * ALIGN
+        sH = tl.cast(of_layer(strides.h, layer), tl.int64) * ALIGN
+        sW = tl.cast(of_layer(strides.w, layer), tl.int64) * ALIGN
+        sD = tl.cast(of_layer(strides.d, layer), tl.int64) * ALIGN
     else:
-        sH = pick(strides.h, layer) * ALIGN
-        sW = pick(strides.w, layer) * ALIGN
-        sD = pick(strides.d, layer) * ALIGN
+        sH = of_layer(strides.h, layer) * ALIGN
+        sW = of_layer(strides.w, layer) * ALIGN
+        sD = of_layer(strides.d, layer) * ALIGN
     if UNIT == "w":
         return image, sH, 1, sD
     elif UNIT == "d":
@@ -291,8 +293,8 @@ def block_classes(
 
 
 # ------------------------------------------------------------------------------------------------------- copied rows
-# Rows of 64 pixels of bfloat16 lie in shared memory, copied there beside the program, one row ahead on Hopper. Tensor
-# cores read them there in both orientations; no element of x goes through a thread. See ``_tile_table.copied_tiles``.
+# Rows of 64 bfloat16 pixels are copied to shared memory asynchronously, one row ahead. Hopper's tensor cores read them
+# there in both orientations. See ``_tile_table.copies_rows``.
 
 
 @triton.jit
@@ -339,8 +341,8 @@ def two_pieces(a):
 
 @triton.jit
 def stacked(a, b):
-    """(2 M, n): one (M, n) above the other. Other than ``side_by_side`` it keeps the n in order in registers, so that
-    they are stored to shared memory many at a time."""
+    """(2 M, n): one (M, n) above the other. Unlike after ``tl.join``, a thread holds neighbouring columns, and stores
+    several of them to shared memory at a time."""
     first = (tl.arange(0, 2) == 0)[:, None, None]
     return tl.reshape(tl.where(first, a[None, :, :], b[None, :, :]), (2 * a.shape[0], a.shape[1]))
 
@@ -409,25 +411,25 @@ def exponent_above(x):
 
 
 @triton.jit
-def vector_scale(reach, layer, headroom, NORMALIZE: tl.constexpr):
+def vector_scale(max_abs, layer, scale_exponent, NORMALIZE: tl.constexpr):
     """What a sum of embeddings is multiplied with before it becomes an int64, so that it may be added in any order
     with the same bits. |v| <= 1 when normalised; else a power of two is taken from the layer's largest |x|."""
     if NORMALIZE:
-        return power_of_two(headroom)
+        return power_of_two(scale_exponent)
     else:
-        return power_of_two(headroom - exponent_above(tl.load(reach + layer)))
+        return power_of_two(scale_exponent - exponent_above(tl.load(max_abs + layer)))
 
 
 @triton.jit
-def pulled_scale(reach, layer, count, NORMALIZE: tl.constexpr):
+def pulled_scale(max_abs, layer, count, NORMALIZE: tl.constexpr):
     """The scale of A⁺, a sum of ``count`` embeddings with weights of at most 1, with room for as many roundings."""
-    return vector_scale(reach, layer, 60 - exponent_above(tl.maximum(count, 1)), NORMALIZE)
+    return vector_scale(max_abs, layer, 60 - exponent_above(tl.maximum(count, 1)), NORMALIZE)
 
 
 @triton.jit
-def pushed_scale(reach, layer, NORMALIZE: tl.constexpr):
+def pushed_scale(max_abs, layer, NORMALIZE: tl.constexpr):
     """The scale of A⁻, a sum of embeddings with weights that add up to 1."""
-    return vector_scale(reach, layer, tl.full((), 60, tl.int32), NORMALIZE)
+    return vector_scale(max_abs, layer, tl.full((), 60, tl.int32), NORMALIZE)
 
 
 @triton.jit

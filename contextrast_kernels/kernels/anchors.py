@@ -19,20 +19,20 @@ from contextrast_kernels.kernels._gradient import feature_gradients
 from contextrast_kernels.kernels._sums import Sums, zeros
 from contextrast_kernels.kernels._tile_table import copied_tiles, copies_rows, next_power_of_2, tiles
 from contextrast_kernels.kernels._tiles import (
-    LARGEST_REACH,
+    LARGEST_MAX_ABS,
     add_fixed,
     block_classes,
     block_of,
     channels,
     dot_features,
+    float64_from_bits,
     image_codes,
     image_features,
     inverse_norm,
     is_finite,
     layer_of,
-    pick,
+    of_layer,
     program_and_part,
-    real,
     size_term,
     steps_again,
     two_pieces,
@@ -54,9 +54,9 @@ def forward(
     code = codes([features], labels, num_classes, ignore_index, sums, volumes=volume)
     if not normalize:
         largest_features([features], code, sums)
-    headroom = _launch.headroom(_launch.pixels((features.shape,)))
-    class_sums([features], code, sums, headroom)
-    table, _ = anchor_tables(sums, _launch.accumulator(features.dtype), headroom)
+    scale_exponent = _launch.scale_exponent(_launch.pixels((features.shape,)))
+    class_sums([features], code, sums, scale_exponent)
+    table, _ = anchor_tables(sums, _launch.accumulator(features.dtype), scale_exponent)
     return table[0], sums.counts[0].clone(), code.y
 
 
@@ -70,18 +70,20 @@ def backward(gradient: Tensor, features: Tensor, counts: Tensor, y: Tensor, norm
 
 
 def largest_features(features: Sequence[Tensor], code: Codes, sums: Sums) -> None:
-    """``sums.reach``: the largest finite |x| of each layer's valid pixels, by which unnormalised sums are scaled."""
+    """``sums.max_abs``: the largest finite |x| of each layer's valid pixels, by which unnormalised sums are scaled."""
     x = features[0]
-    arguments = {"codes": code.y, "reach": sums.reach, "N": sums.counts.shape[1]}
+    arguments = {"codes": code.y, "max_abs": sums.max_abs, "N": sums.counts.shape[1]}
     taken = tiles("_largest_features", x.dtype, x.shape[1])
     _launch.sweep(_largest_features, features, arguments, taken)
 
 
-def class_sums(features: Sequence[Tensor], code: Codes, sums: Sums, headroom: int, norms: Tensor | None = None) -> None:
+def class_sums(
+    features: Sequence[Tensor], code: Codes, sums: Sums, scale_exponent: int, norms: Tensor | None = None
+) -> None:
     """``sums.vectors``: Σ v over the pixels of every class. One read of the features.
 
-    headroom: ``_launch.headroom`` of all the pixels (of all ranks) that the sums will hold. norms: where 1/‖x‖ of
-    every pixel is kept for later sweeps, NaN where x is not finite."""
+    scale_exponent: ``_launch.scale_exponent`` of all the pixels (of all ranks) that the sums will hold. norms: where
+    1/‖x‖ of every pixel is kept for later sweeps, NaN where x is not finite."""
     x = features[0]
     D = x.shape[1]
     arguments = {
@@ -89,26 +91,26 @@ def class_sums(features: Sequence[Tensor], code: Codes, sums: Sums, headroom: in
         "sums": sums.vectors,
         "broken": sums.broken,
         "norms": norms,
-        "reach": sums.reach,
-        "headroom": headroom,
+        "max_abs": sums.max_abs,
+        "scale_exponent": scale_exponent,
         "N": sums.counts.shape[1],
     }
     taken = {
         **tiles("_class_anchors_fwd", x.dtype, D, "K", "COLUMNS", "CLASSES"),
         "BINS": next_power_of_2(sums.counts.shape[1]),
-        "NORMALIZE": sums.reach is None,
+        "NORMALIZE": sums.max_abs is None,
         "COPIED": False,
         "ACC": _launch.triton_type(_launch.accumulator(x.dtype)),
     }
     copied = None
-    if sums.reach is None and copies_rows(x.dtype, D):
+    if sums.max_abs is None and copies_rows(x.dtype, D):
         copied = _class_anchors_fwd, arguments, {**taken, **copied_tiles(), "COPIED": True}
     splits = _launch.ceil_div(D, taken["COLUMNS"])
     _launch.sweep(_class_anchors_fwd, features, arguments, taken, splits=splits, copied=copied)
 
 
 def anchor_tables(
-    sums: Sums, dtype: torch.dtype, headroom: int, fusion_weight: float = 0.0, normalize_anchors: bool = False
+    sums: Sums, dtype: torch.dtype, scale_exponent: int, fusion_weight: float = 0.0, normalize_anchors: bool = False
 ) -> tuple[Tensor, Tensor]:
     """â (layers, N, D) from the sums of all ranks: means, mixed with the last layer's, normalised if asked. A class
     without pixels has a zero row, one with a broken pixel a row of NaN. And ‖â‖ (layers, N) as it was before it was
@@ -122,11 +124,11 @@ def anchor_tables(
         {
             "sums": sums.vectors,
             "broken": sums.broken,
-            "reach": sums.reach,
+            "max_abs": sums.max_abs,
             "counts": sums.counts,
             "table": table,
             "lengths": lengths,
-            "headroom": headroom,
+            "scale_exponent": scale_exponent,
             "fusion_weight": _launch.float64_bits(fusion_weight),
             "N": N,
         },
@@ -134,7 +136,7 @@ def anchor_tables(
             "L": L,
             "D": D,
             "BLOCK": next_power_of_2(D),
-            "NORMALIZE": sums.reach is None,
+            "NORMALIZE": sums.max_abs is None,
             "NORMALIZE_ANCHORS": normalize_anchors,
             **_launch.UNFUSED,
         },
@@ -203,7 +205,7 @@ def _sums_of_copied_rows(
     return totals, tl.max((spoilt != spoilt).to(tl.int32), 0) == 0
 
 
-@triton.jit(do_not_specialize=["headroom", "N"])
+@triton.jit(do_not_specialize=["scale_exponent", "N"])
 def _class_anchors_fwd(
     x,
     strides,
@@ -212,8 +214,8 @@ def _class_anchors_fwd(
     sums,
     broken,
     norms,
-    reach,
-    headroom,
+    max_abs,
+    scale_exponent,
     N,
     D: tl.constexpr,
     ROWS: tl.constexpr,
@@ -241,7 +243,7 @@ def _class_anchors_fwd(
     program, part = program_and_part(D, COLUMNS)
     d0 = part * COLUMNS
     layer = layer_of(program, geometry.block)
-    number = pick(geometry.number, layer)
+    number = of_layer(geometry.number, layer)
     b, r0, c0, h, w = block_of(program, geometry, layer, ROWS, P, UNIT, ALIGN)
     image, sH, sW, sD = image_features(x, strides, layer, b, UNIT, ALIGN, WIDE)
     pixels = image_codes(geometry, layer, b, h, w)
@@ -251,7 +253,7 @@ def _class_anchors_fwd(
     sums += number * N * D
     c = c0 + tl.arange(0, P)
     live = c < w
-    scale = vector_scale(reach, number, headroom, NORMALIZE)
+    scale = vector_scale(max_abs, number, scale_exponent, NORMALIZE)
 
     rank0 = 0
     classes = 1
@@ -313,7 +315,7 @@ def _largest_features(
     strides,
     geometry,
     codes,
-    reach,
+    max_abs,
     N,
     D: tl.constexpr,
     ROWS: tl.constexpr,
@@ -323,7 +325,7 @@ def _largest_features(
     ALIGN: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """reach = max |x| over the finite channels of valid pixels. Unnormalised features alone need this read."""
+    """max_abs = max |x| over the finite channels of valid pixels. Unnormalised features alone need this read."""
     program = tl.program_id(0)
     layer = layer_of(program, geometry.block)
     b, r0, c0, h, w = block_of(program, geometry, layer, ROWS, P, UNIT, ALIGN)
@@ -331,37 +333,37 @@ def _largest_features(
     codes += image_codes(geometry, layer, b, h, w)
     c = c0 + tl.arange(0, P)
     live = c < w
-    largest = tl.zeros((CHUNK, P), reach.dtype.element_ty)
+    largest = tl.zeros((CHUNK, P), max_abs.dtype.element_ty)
     for r in range(r0, tl.minimum(r0 + ROWS, h)):
         row = image + tl.cast(r, tl.int64) * sH
         valid = tl.load(codes + (r * w + c), mask=live, other=255).to(tl.int32) < N
         for k in range(0, D, CHUNK):
-            size = tl.abs(channels(row, c * sW, live, k, sD, D, CHUNK).to(reach.dtype.element_ty))
+            size = tl.abs(channels(row, c * sW, live, k, sD, D, CHUNK).to(max_abs.dtype.element_ty))
             largest = tl.maximum(largest, tl.where(valid[None, :] & (size < float("inf")), size, 0.0))
-    tl.atomic_max(reach + pick(geometry.number, layer), tl.max(tl.max(largest, 0), 0), sem="relaxed")
+    tl.atomic_max(max_abs + of_layer(geometry.number, layer), tl.max(tl.max(largest, 0), 0), sem="relaxed")
 
 
 @triton.jit
-def _mean(sums, broken, reach, counts, layer, n, d, headroom, N, D: tl.constexpr, NORMALIZE: tl.constexpr):
+def _mean(sums, broken, max_abs, counts, layer, n, d, scale_exponent, N, D: tl.constexpr, NORMALIZE: tl.constexpr):
     """a^n of a layer in float64, and its count."""
     count = tl.load(counts + layer * N + n)
-    scale = vector_scale(reach, layer, headroom, NORMALIZE).to(tl.float64)
+    scale = vector_scale(max_abs, layer, scale_exponent, NORMALIZE).to(tl.float64)
     total = tl.load(sums + (layer * N + n) * D + d, mask=d < D, other=0).to(tl.float64)
     lost = tl.load(broken + layer * N + n) > 0
     if not NORMALIZE:
-        lost = lost | (tl.load(reach + layer) >= LARGEST_REACH)
+        lost = lost | (tl.load(max_abs + layer) >= LARGEST_MAX_ABS)
     return tl.where(lost & (count > 0), float("nan"), total / (scale * tl.maximum(count, 1).to(tl.float64))), count
 
 
-@triton.jit(do_not_specialize=["headroom", "fusion_weight", "N"])
+@triton.jit(do_not_specialize=["scale_exponent", "fusion_weight", "N"])
 def _anchor_tables(
     sums,
     broken,
-    reach,
+    max_abs,
     counts,
     table,
     lengths,
-    headroom,
+    scale_exponent,
     fusion_weight,
     N,
     L: tl.constexpr,
@@ -374,10 +376,10 @@ def _anchor_tables(
     layer i lacks it."""
     n = tl.program_id(0)
     d = tl.arange(0, BLOCK)
-    w_h = real(fusion_weight)
-    top, top_count = _mean(sums, broken, reach, counts, L - 1, n, d, headroom, N, D, NORMALIZE)
+    w_h = float64_from_bits(fusion_weight)
+    top, top_count = _mean(sums, broken, max_abs, counts, L - 1, n, d, scale_exponent, N, D, NORMALIZE)
     for i in tl.static_range(L):
-        anchor, count = _mean(sums, broken, reach, counts, i, n, d, headroom, N, D, NORMALIZE)
+        anchor, count = _mean(sums, broken, max_abs, counts, i, n, d, scale_exponent, N, D, NORMALIZE)
         if i < L - 1:
             anchor = tl.where(top_count > 0, (1 - w_h) * anchor + w_h * top, anchor)
         anchor = tl.where(count > 0, anchor, 0.0)

@@ -1,10 +1,10 @@
 """The whole loss of all layers: three phases, with a seam after each where many ranks can reduce.
 
-    anchors   codes, class_sums   | counts, broken, reach, Σ v | anchor_tables
+    anchors   codes, class_sums   | counts, broken, max_abs, Σ v | anchor_tables
     Z         log_sums            | Z                          |
     loss      moments             | A⁺, A⁻, terms              | finish
 
-What ranks reduce is in ``_sums``, all of it integers but Z and reach: they add up to the same bits however many ranks
+What ranks reduce is in ``_sums``, all of it integers but Z and max_abs: they add up to the same bits however many ranks
 there are and in whatever order. The backward pass needs no more of the other ranks than that.
 
 The features are read once in each phase (hard negatives alone in the second) and once more in the backward pass,
@@ -52,9 +52,10 @@ def forward(
     whose ranks reduce at the seams; ``errors`` (layers,) then becomes a fourth row of the report, added up as well.
     volumes: as in ``codes``.
     """
-    dtype, headroom = _launch.accumulator(features[0].dtype), _launch.headroom(_launch.pixels(_launch.shapes(features)))
+    dtype = _launch.accumulator(features[0].dtype)
+    scale_exponent = _launch.scale_exponent(_launch.pixels(_launch.shapes(features)))
     if group is not None:
-        headroom = _launch.headroom(ranks.size(group) * ranks.MOST_PIXELS)  # the same on every rank
+        scale_exponent = _launch.scale_exponent(ranks.size(group) * ranks.MOST_PIXELS)  # the same on every rank
         errors = errors.clone()
     sums = zeros(features, num_classes, normalize, anchors=True, loss=True)
     code = codes(
@@ -72,20 +73,20 @@ def forward(
     if not normalize:
         largest_features(features, code, sums)
         if group is not None:
-            sums.reach.copy_(ranks.reduced(sums.reach, group, "max"))
+            sums.max_abs.copy_(ranks.reduced(sums.max_abs, group, "max"))
     norms = None
     if code.base is None and normalize and keeps_norms(features[0].dtype, features[0].shape[1], num_classes):
         norms = torch.empty(code.y.shape, dtype=torch.float32, device=code.y.device)
-    class_sums(features, code, sums, headroom, norms)
+    class_sums(features, code, sums, scale_exponent, norms)
     if group is not None:
         ranks.add_up([sums.vectors, sums.counts, sums.broken, sums.drawn, errors], group)
-    table, lengths = anchor_tables(sums, dtype, headroom, fusion_weight, normalize_anchors)
+    table, lengths = anchor_tables(sums, dtype, scale_exponent, fusion_weight, normalize_anchors)
 
     Z, similarity = log_sums(features, code, sums, table, temperature, normalize)
     if group is not None:
         Z = ranks.log_sum_exp(Z, group, 1 / temperature if normalize else None)  # ‖â‖ ≤ 1 and ‖v‖ ≤ 1
 
-    scales = Scales(lengths, sums.reach, temperature, headroom)
+    scales = Scales(lengths, sums.max_abs, temperature, scale_exponent)
     # 16 bits of a gradient ask for no more of its sums.
     chained = features[0].element_size() == 2 and normalize
     moments(features, code, sums, table, Z, similarity, scales, chained, norms)

@@ -40,7 +40,14 @@ from contextrast_kernels.kernels._tile_table import (
     info_nce_gradient_tiles,
     info_nce_tiles,
 )
-from contextrast_kernels.kernels._tiles import FLOAT32_DOT, dot_features, dot_float64, plain, real, zero_tiles
+from contextrast_kernels.kernels._tiles import (
+    FLOAT32_DOT,
+    decode_int,
+    dot_features,
+    dot_float64,
+    float64_from_bits,
+    zero_tiles,
+)
 
 # ----------------------------------------------------------------------------------------------- what a launch is given
 
@@ -281,7 +288,7 @@ def _info_nce_log_sums(
     i = held_first + tl.arange(0, HELD)
     row_label, row_name, valid = row_codes(rows, i, R, ignore_index, LABEL)
     held = vector_tiles(x, held_first, valid, D, HELD, K, X_LAYOUT, HOLD)
-    inverse_temperature = (1.0 / real(temperature)).to(ACC)
+    inverse_temperature = (1.0 / float64_from_bits(temperature)).to(ACC)
     largest = tl.full((HELD,), float("-inf"), ACC)
     total = tl.zeros((HELD,), tl.float64)
     largest_positive = tl.full((HELD,), float("-inf"), ACC)
@@ -354,7 +361,7 @@ def _info_nce_terms(
     i = held_first + tl.arange(0, HELD)
     row_label, row_name, valid = row_codes(rows, i, R, ignore_index, LABEL)
     held = vector_tiles(x, held_first, valid, D, HELD, K, X_LAYOUT, HOLD)
-    inverse_temperature = (1.0 / real(temperature)).to(ACC)
+    inverse_temperature = (1.0 / float64_from_bits(temperature)).to(ACC)
     log_sum = _log_sum(log_sums, 0, splits, i, R, HELD, NUMBERS).to(ACC)
     mass = tl.zeros((HELD,), tl.float64)
     loss = tl.zeros((HELD,), tl.float64)
@@ -469,7 +476,7 @@ def _row_gradients(rows, kept, gradient, gradient_stride, i, R, ignore_index, LA
     push = _kept(kept, 2, i, R)
     pull = _kept(kept, 3, i, R)
     if not MEAN:
-        g = tl.load(gradient + i.to(tl.int64) * plain(gradient_stride), mask=valid, other=0.0)
+        g = tl.load(gradient + i.to(tl.int64) * decode_int(gradient_stride), mask=valid, other=0.0)
         push *= g
         pull *= g
     return label, name, valid, _kept(kept, 0, i, R), _kept(kept, 1, i, R), push, pull
@@ -539,7 +546,7 @@ def _info_nce_bwd(
     if TOWARD != "rows":
         own_label, own_name, own_candidate, own_weight, valid = column_codes(columns, a, n, ignore_index, LABEL, ACC)
     held = vector_tiles(x, held_first, valid, D, HELD, K, X_LAYOUT, HOLD)
-    inverse_temperature = (1.0 / real(temperature)).to(ACC)
+    inverse_temperature = (1.0 / float64_from_bits(temperature)).to(ACC)
     d0 = tl.program_id(2) * CHANNELS
     gradients = zero_tiles(CHANNELS // K, HELD, K, ACC)
     start = tl.program_id(1) * span
@@ -607,8 +614,8 @@ def _add_splits(
         split = first + tl.arange(0, SPLITS)
         here = partial + split.to(tl.int64)[:, None] * size + e[None, :]
         total += tl.sum(tl.load(here, mask=(split < splits)[:, None] & (e < size)[None, :], other=0.0), 0)
-    row_stride = 1 if OUT_LAYOUT[0] == "r" else plain(out.row_stride) * OUT_LAYOUT[1]
-    channel_stride = 1 if OUT_LAYOUT[0] == "d" else plain(out.channel_stride) * OUT_LAYOUT[1]
+    row_stride = 1 if OUT_LAYOUT[0] == "r" else decode_int(out.row_stride) * OUT_LAYOUT[1]
+    channel_stride = 1 if OUT_LAYOUT[0] == "d" else decode_int(out.channel_stride) * OUT_LAYOUT[1]
     tl.store(
         out.start + e // D * row_stride + e % D * channel_stride, total.to(out.start.dtype.element_ty), mask=e < size
     )
@@ -626,8 +633,8 @@ def addresses(matrix, first, d0, N: tl.constexpr, K: tl.constexpr, LAYOUT: tl.co
     if LAYOUT[2]:
         v = v.to(tl.int64)
         d = d.to(tl.int64)
-    row_stride = plain(matrix.row_stride) * LAYOUT[1]
-    channel_stride = plain(matrix.channel_stride) * LAYOUT[1]
+    row_stride = decode_int(matrix.row_stride) * LAYOUT[1]
+    channel_stride = decode_int(matrix.channel_stride) * LAYOUT[1]
     if LAYOUT[0] == "d":
         return matrix.start + tl.cast(first, tl.int64) * row_stride, v[:, None] * row_stride + d[None, :]
     elif LAYOUT[0] == "r":
@@ -716,7 +723,7 @@ def products(
 @triton.jit
 def _codes(codes, stride, at, live, ignore_index, LABEL: tl.constexpr):
     """Integers as they are, ignore_index beyond the end."""
-    code = tl.load(codes + at.to(tl.int64) * plain(stride), mask=live, other=0).to(LABEL)
+    code = tl.load(codes + at.to(tl.int64) * decode_int(stride), mask=live, other=0).to(LABEL)
     return tl.where(live, code, tl.cast(ignore_index, LABEL))
 
 
@@ -740,7 +747,7 @@ def column_codes(columns, j, C, ignore_index, LABEL: tl.constexpr, ACC: tl.const
     candidate = valid
     weight = valid.to(ACC)
     if columns.weights is not None:
-        given = tl.load(columns.weights + j.to(tl.int64) * plain(columns.weights_stride), mask=valid, other=0.0)
+        given = tl.load(columns.weights + j.to(tl.int64) * decode_int(columns.weights_stride), mask=valid, other=0.0)
         weight = given.to(ACC)
         weight = tl.where((weight >= 0) & (weight < float("inf")), weight, float("nan"))
         candidate = valid & (weight != 0)

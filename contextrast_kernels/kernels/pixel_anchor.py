@@ -36,22 +36,22 @@ from contextrast_kernels.kernels._tiles import (
     channels,
     chosen,
     class_pieces,
+    decode_int,
     dot_features,
     exponent_above,
+    float64_from_bits,
     image_codes,
     image_features,
     inverse_norm,
     is_finite,
     is_negative,
     layer_of,
-    pick,
+    of_layer,
     piece_products,
-    plain,
     power_of_two,
     program_and_part,
     pulled_scale,
     pushed_scale,
-    real,
     row_pieces,
     side_by_side,
     sigmoid,
@@ -82,9 +82,9 @@ class Scales(NamedTuple):
 
     lengths: Tensor
     """(layers, N): ‖â‖, as it was before it was normalised if it was."""
-    reach: Tensor | None
+    max_abs: Tensor | None
     temperature: float
-    headroom: int
+    scale_exponent: int
 
     def arguments(self) -> dict:
         return self._asdict() | {"temperature": _launch.float64_bits(self.temperature)}
@@ -119,7 +119,7 @@ def forward(
     if not normalize:
         largest_features([features], code, sums)
     Z, similarity = log_sums([features], code, sums, table, temperature, normalize)
-    scales = Scales(lengths, sums.reach, temperature, _launch.headroom(_launch.pixels((features.shape,))))
+    scales = Scales(lengths, sums.max_abs, temperature, _launch.scale_exponent(_launch.pixels((features.shape,))))
     moments([features], code, sums, table, Z, similarity, scales)
     outcome = finish(sums, table, Z, scales, (1.0,))
     terms = Terms(code.e, code.base, similarity, table, Z, outcome.coefficients)
@@ -181,7 +181,7 @@ def moments(
     copied = None
     if norms is not None:
         arguments = {**shared, "norms": norms}
-        del arguments["reach"]
+        del arguments["max_abs"]
         copied = _pixel_anchor_copied_fwd, arguments, {**copied_tiles(), "BINS": next_power_of_2(N)}
     taken = tiles("_pixel_anchor_fwd", features[0].dtype, D, "K", "COLUMNS", "CLASSES")
     _launch.sweep(
@@ -191,7 +191,7 @@ def moments(
         {
             **taken,
             "BINS": next_power_of_2(N),
-            "NORMALIZE": scales.reach is None,
+            "NORMALIZE": scales.max_abs is None,
             "ACC": _launch.triton_type(table.dtype),
             "CHAINED": chained,
         },
@@ -235,7 +235,7 @@ def finish(
             "D": D,
             "BLOCK": next_power_of_2(D),
             "BINS": next_power_of_2(N),
-            "NORMALIZE": scales.reach is None,
+            "NORMALIZE": scales.max_abs is None,
             "NORMALIZE_ANCHORS": normalize_anchors,
             "GIVEN": fusion_weight is None,
             **_launch.UNFUSED,
@@ -252,27 +252,31 @@ def _given_table(anchors, strides, counts, table, lengths, D: tl.constexpr, BLOC
     """One program, one class: a row of any strides and dtype into the table, and its length."""
     n = tl.program_id(0)
     d = tl.arange(0, BLOCK)
-    anchor = tl.load(anchors + tl.cast(n, tl.int64) * plain(strides[0]) + d * plain(strides[1]), mask=d < D, other=0.0)
+    anchor = tl.load(
+        anchors + tl.cast(n, tl.int64) * decode_int(strides[0]) + d * decode_int(strides[1]), mask=d < D, other=0.0
+    )
     anchor = tl.where(tl.load(counts + n) > 0, anchor.to(table.dtype.element_ty), 0.0)
     tl.store(table + n * D + d, anchor, mask=d < D)
     tl.store(lengths + n, tl.sqrt(tl.sum(anchor * anchor, 0)))
 
 
 @triton.jit
-def term_scale(Z, length, reach, layer, inverse_temperature, headroom, D: tl.constexpr, NORMALIZE: tl.constexpr):
+def term_scale(
+    Z, length, max_abs, layer, inverse_temperature, scale_exponent, D: tl.constexpr, NORMALIZE: tl.constexpr
+):
     """The fixed-point scale of Σ softplus(Z_n - s_np), whose terms are below |Z| + ‖â‖ max‖v‖ / τ + 1, and whether
     there is one: not where Z or â is not finite or an s may overflow."""
     longest = 1.0
     if not NORMALIZE:
-        longest = tl.load(reach + layer) * (D * 1.0)
+        longest = tl.load(max_abs + layer) * (D * 1.0)
     # An anchor that was normalised is longer than the ``length`` that it had.
     longest *= tl.maximum(length, 1.0)
     bound = tl.where(-float("inf") == Z, 0.0, tl.abs(Z)) + longest * inverse_temperature + 1.0
     known = bound < 2.0**60
-    return power_of_two(headroom - exponent_above(tl.where(known, bound, 1.0))), known
+    return power_of_two(scale_exponent - exponent_above(tl.where(known, bound, 1.0))), known
 
 
-@triton.jit(do_not_specialize=["temperature", "headroom", "N"])
+@triton.jit(do_not_specialize=["temperature", "scale_exponent", "N"])
 def _pixel_anchor_fwd(
     x,
     strides,
@@ -288,9 +292,9 @@ def _pixel_anchor_fwd(
     counts,
     terms,
     lengths,
-    reach,
+    max_abs,
     temperature,
-    headroom,
+    scale_exponent,
     N,
     D: tl.constexpr,
     ROWS: tl.constexpr,
@@ -318,14 +322,14 @@ def _pixel_anchor_fwd(
     program, part = program_and_part(D, COLUMNS)
     d0 = part * COLUMNS
     layer = layer_of(program, geometry.block)
-    number = pick(geometry.number, layer)
+    number = of_layer(geometry.number, layer)
     b, r0, c0, h, w = block_of(program, geometry, layer, ROWS, P, UNIT, ALIGN)
     image, sH, sW, sD = image_features(x, strides, layer, b, UNIT, ALIGN, WIDE)
     codes = image_codes(geometry, layer, b, h, w)
     table += number * N * D
     Z += number * N
     terms += 3 * number * N
-    inverse_temperature = (1.0 / real(temperature)).to(ACC)
+    inverse_temperature = (1.0 / float64_from_bits(temperature)).to(ACC)
     c = c0 + tl.arange(0, P)
     live = c < w
 
@@ -396,12 +400,12 @@ def _pixel_anchor_fwd(
             pushed = more_pushed
 
         count = tl.load(counts + number * N + labels, mask=labels >= 0, other=1)
-        scale = pulled_scale(reach, number, count, NORMALIZE)[:, None]
+        scale = pulled_scale(max_abs, number, count, NORMALIZE)[:, None]
         for k in tl.static_range(COLUMNS // K):
             d = d0 + k * K + tl.arange(0, K)
             here = pulled_sums + (number * N + labels[:, None]) * D + d[None, :]
             add_fixed(here, pulled[k], scale, (labels >= 0)[:, None] & (d < D)[None, :])
-        scale = pushed_scale(reach, number, NORMALIZE)
+        scale = pushed_scale(max_abs, number, NORMALIZE)
         for k in tl.static_range(COLUMNS // K):
             d = d0 + k * K + tl.arange(0, K)
             here = pushed_sums + (number * N + others[:, None]) * D + d[None, :]
@@ -411,11 +415,11 @@ def _pixel_anchor_fwd(
             length = tl.load(lengths + number * N + labels, mask=used, other=0.0)
             log_sum = tl.load(Z + labels, mask=used, other=0.0)
             scale_of_terms, known = term_scale(
-                log_sum, length, reach, number, inverse_temperature, headroom, D, NORMALIZE
+                log_sum, length, max_abs, number, inverse_temperature, scale_exponent, D, NORMALIZE
             )
             known = known & (tl.abs(losses) < float("inf"))
             add_fixed(terms + labels, losses, scale_of_terms, used & known)
-            add_fixed(terms + N + labels, shares, power_of_two(headroom), used & known)
+            add_fixed(terms + N + labels, shares, power_of_two(scale_exponent), used & known)
             mark = tl.full((CLASSES,), 1, tl.int64)
             tl.atomic_max(terms + 2 * N + labels, mark, mask=used & (known == 0), sem="relaxed")
         rank0 += CLASSES
@@ -528,7 +532,7 @@ def _add_copied_sums(
     lengths,
     Z,
     inverse_temperature,
-    headroom,
+    scale_exponent,
     N,
     D: tl.constexpr,
     C: tl.constexpr,
@@ -547,16 +551,16 @@ def _add_copied_sums(
         add_fixed(pushed_sums + here, pushed, pushed_by, used[None, :] & (pushed != 0.0))
     length = tl.load(lengths + slots, mask=used, other=0.0)
     log_sum = tl.load(Z + slots, mask=used, other=0.0)
-    scale_of_terms, known = term_scale(log_sum, length, None, 0, inverse_temperature, headroom, D, True)
+    scale_of_terms, known = term_scale(log_sum, length, None, 0, inverse_temperature, scale_exponent, D, True)
     loss = tl.sum(losses, 0)
     known = known & (tl.abs(loss) < float("inf"))
     add_fixed(terms + slots, loss, scale_of_terms, used & known)
-    add_fixed(terms + N + slots, tl.sum(shares, 0), power_of_two(headroom), used & known)
+    add_fixed(terms + N + slots, tl.sum(shares, 0), power_of_two(scale_exponent), used & known)
     mark = tl.full((16,), 1, tl.int64)
     tl.atomic_max(terms + 2 * N + slots, mark, mask=used & (known == 0), sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["temperature", "headroom", "N"])
+@triton.jit(do_not_specialize=["temperature", "scale_exponent", "N"])
 def _pixel_anchor_copied_fwd(
     x,
     strides,
@@ -573,7 +577,7 @@ def _pixel_anchor_copied_fwd(
     terms,
     lengths,
     temperature,
-    headroom,
+    scale_exponent,
     N,
     D: tl.constexpr,
     ROWS: tl.constexpr,
@@ -593,7 +597,7 @@ def _pixel_anchor_copied_fwd(
     C: tl.constexpr = 64  # channels of a product: see ``piece_products``
     program = tl.program_id(0)
     layer = layer_of(program, geometry.block)
-    number = pick(geometry.number, layer)
+    number = of_layer(geometry.number, layer)
     b, r0, c0, h, w = block_of(program, geometry, layer, ROWS, P, UNIT, ALIGN)
     image, sH, sW, sD = image_features(x, strides, layer, b, UNIT, ALIGN, WIDE)
     codes = image_codes(geometry, layer, b, h, w)
@@ -609,7 +613,7 @@ def _pixel_anchor_copied_fwd(
     lengths += number * N
     terms += 3 * number * N
     broken = terms + 2 * N
-    inverse_temperature = (1.0 / real(temperature)).to(tl.float32)
+    inverse_temperature = (1.0 / float64_from_bits(temperature)).to(tl.float32)
     c = c0 + tl.arange(0, P)
 
     slots, classes = block_classes(y, e, r0, h, c, w, 0, N, ROWS, P, BINS, 16)
@@ -653,7 +657,7 @@ def _pixel_anchor_copied_fwd(
             lengths,
             Z,
             inverse_temperature,
-            headroom,
+            scale_exponent,
             N,
             D,
             C,
@@ -700,7 +704,7 @@ def _pixel_anchor_copied_fwd(
                 lengths,
                 Z,
                 inverse_temperature,
-                headroom,
+                scale_exponent,
                 N,
                 D,
                 C,
@@ -713,9 +717,9 @@ def _dL_dfused(
     pushed_sums,
     terms,
     counts,
-    reach,
+    max_abs,
     temperature,
-    headroom,
+    scale_exponent,
     layer_weight,
     layer,
     n,
@@ -731,18 +735,18 @@ def _dL_dfused(
     present = tl.maximum(tl.sum((all_counts > 0).to(tl.int32), 0), 1).to(tl.float64)
     count = tl.load(counts + layer * N + n)
     pixels = tl.maximum(count, 1).to(tl.float64)
-    share = tl.load(terms + (3 * layer + 1) * N + n).to(tl.float64) / power_of_two(headroom) / pixels  # G
+    share = tl.load(terms + (3 * layer + 1) * N + n).to(tl.float64) / power_of_two(scale_exponent) / pixels  # G
     pulled = tl.load(pulled_sums + (layer * N + n) * D + d, mask=d < D, other=0)
     pushed = tl.load(pushed_sums + (layer * N + n) * D + d, mask=d < D, other=0)
-    pulled = pulled.to(tl.float64) / pulled_scale(reach, layer, count, NORMALIZE)
-    pushed = pushed.to(tl.float64) / pushed_scale(reach, layer, NORMALIZE)
-    strength = tl.where(count > 0, real(layer_weight) / (present * real(temperature)), 0.0)
+    pulled = pulled.to(tl.float64) / pulled_scale(max_abs, layer, count, NORMALIZE)
+    pushed = pushed.to(tl.float64) / pushed_scale(max_abs, layer, NORMALIZE)
+    strength = tl.where(count > 0, float64_from_bits(layer_weight) / (present * float64_from_bits(temperature)), 0.0)
     slope = strength * (share * pushed - pulled / pixels)
     slope = tl.where(tl.load(terms + (3 * layer + 2) * N + n) > 0, float("nan"), slope)
     return tl.where(count > 0, slope, 0.0), -strength / pixels, strength * share, count
 
 
-@triton.jit(do_not_specialize=["temperature", "headroom", "layer_weights", "fusion_weight", "N"])
+@triton.jit(do_not_specialize=["temperature", "scale_exponent", "layer_weights", "fusion_weight", "N"])
 def _finish(
     pulled_sums,
     pushed_sums,
@@ -752,9 +756,9 @@ def _finish(
     table,
     Z,
     lengths,
-    reach,
+    max_abs,
     temperature,
-    headroom,
+    scale_exponent,
     loss,
     losses,
     report,
@@ -775,7 +779,7 @@ def _finish(
     count. The first program also adds up the loss."""
     n = tl.program_id(0)
     d = tl.arange(0, BLOCK)
-    w_h = real(fusion_weight)
+    w_h = float64_from_bits(fusion_weight)
     top_count = tl.load(counts + (L - 1) * N + n)
     from_below = tl.zeros((BLOCK,), tl.float64)
     for i in tl.static_range(L):
@@ -784,9 +788,9 @@ def _finish(
             pushed_sums,
             terms,
             counts,
-            reach,
+            max_abs,
             temperature,
-            headroom,
+            scale_exponent,
             layer_weights[i],
             i,
             n,
@@ -818,16 +822,16 @@ def _finish(
         for i in tl.static_range(L):
             pixels = tl.load(counts + i * N + every, mask=exists, other=0)
             present = tl.sum((pixels > 0).to(tl.int64), 0)
-            inverse_temperature = (1.0 / real(temperature)).to(Z.dtype.element_ty)
+            inverse_temperature = (1.0 / float64_from_bits(temperature)).to(Z.dtype.element_ty)
             log_sum = tl.load(Z + i * N + every, mask=exists, other=0.0)
             length = tl.load(lengths + i * N + every, mask=exists, other=0.0)
-            scale, _ = term_scale(log_sum, length, reach, i, inverse_temperature, headroom, D, NORMALIZE)
+            scale, _ = term_scale(log_sum, length, max_abs, i, inverse_temperature, scale_exponent, D, NORMALIZE)
             sums = tl.load(terms + 3 * i * N + every, mask=exists, other=0).to(tl.float64)
             mean = tl.where(pixels > 0, sums / scale / tl.maximum(pixels, 1).to(tl.float64), 0.0)
             broken = tl.load(terms + (3 * i + 2) * N + every, mask=exists, other=0) > 0
             layer_loss = tl.sum(mean, 0) / tl.maximum(present, 1).to(tl.float64)
             layer_loss = tl.where(tl.max((broken & (pixels > 0)).to(tl.int32), 0) > 0, float("nan"), layer_loss)
-            total_loss += real(layer_weights[i]) * layer_loss
+            total_loss += float64_from_bits(layer_weights[i]) * layer_loss
             tl.store(losses + i, layer_loss.to(losses.dtype.element_ty))
             tl.store(report + i, present)
             tl.store(report + L + i, tl.sum(pixels, 0))

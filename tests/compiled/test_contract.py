@@ -124,10 +124,10 @@ def test_offsets_cut_to_32_bits_are_seen(tmp_path):
 
     built, layout = build(LARGE), _launch.layout
     leaves = [far_apart(built.leaves[0], "channels", tmp_path), *built.leaves[1:]]
-    _launch.parts_of.cache_clear()  # it remembers layouts
+    _launch.launches_of.cache_clear()  # it remembers layouts
     with emulated(90, ORDERS[0]) as gpu, mock.patch.object(_launch, "layout", lambda x: layout(x)._replace(wide=False)):
         run(built.loss, leaves)
-    _launch.parts_of.cache_clear()
+    _launch.launches_of.cache_clear()
     found = {fault.kernel for fault in gpu.faults() if fault.kind.startswith("outside of every tensor")}
     assert found >= {"_class_anchors_fwd", "_hard_similarities", "_pixel_anchor_fwd", "_features_bwd"}
 
