@@ -286,7 +286,7 @@ def table(rows: list[Row]) -> str:
     spoken = {"distance_transform": "mask", "edge_distance": "32 labels"}
     cells: dict[tuple, dict[int | None, list[Row]]] = {}
     for row in rows:
-        size = "512 × 1024 labels" if row.case == "cityscapes" else f"256³ {spoken[row.what]}"
+        size = "512 × 1024 labels" if row.case == "cityscapes" else f"{row.case.replace('^3', '³')} {spoken[row.what]}"
         cells.setdefault((f"{size}, {row.regime}", row.mode), {}).setdefault(row.threads, []).append(row)
     lines = ["| input | sampling | 1 thread | fastest peer | ratio | 2 threads | fastest peer | ratio |"]
     lines.append("|---|---|--:|--:|--:|--:|--:|--:|")

@@ -60,8 +60,9 @@ class Job:
 class Machine:
     """Where the rows are measured, how long each, and the inputs of the case at hand."""
 
-    def __init__(self, device: str, *, tiny: bool, seconds: float):
+    def __init__(self, device: str, *, tiny: bool, seconds: float, side: int = distances.SIDE):
         self.device, self.tiny, self.seconds = torch.device(device), tiny, seconds
+        self.side = 16 if tiny else side
         self.on_gpu = self.device.type == "cuda"
         self.time = measure.time_calls
         self.environment = results.environment(self.device)
@@ -302,7 +303,7 @@ def run_negatives(machine: Machine, case: Case, distance_at: str, mode: str) -> 
 
 def distances_part(machine: Machine, names: Sequence[str]) -> Iterator[Job]:
     """Distance transforms and edge distances of volumes, and edge distances of maps: they have cases of their own."""
-    inputs = distances.cases(16) if machine.tiny else distances.cases()
+    inputs = distances.cases(machine.side)
     if machine.tiny:
         inputs = {(case.what, case.is_volume): case for case in reversed(inputs)}.values()
     for case in inputs:

@@ -167,7 +167,7 @@ def assert_volume_equals_the_reference(data):
     assert torch.equal(*labels)
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(st.data())
 def test_fuzzed_volumes_equal_the_reference(data):
     assert_volume_equals_the_reference(data)

@@ -119,12 +119,26 @@ def loss_of(name, **more):
     return ck.ContextrastLoss(N, **options | CASES[name].options | more)
 
 
-def one_step(criterion, features, labels, predictions):
-    """The loss, its gradients, and ``criterion.last``."""
+def one_step(criterion, features, labels, predictions, reduced=None):
+    """The loss, its gradients, and what the criterion says of it. ``reduced`` receives the shapes of the tensors that
+    the collectives of the forward and of the backward pass reduce."""
     features = leaves(features)
-    loss = criterion(features, labels, predictions)
-    loss.backward()
+    if reduced is None:
+        loss = criterion(features, labels, predictions)
+        loss.backward()
+    else:
+        loss = counted(lambda: criterion(features, labels, predictions), reduced)
+        counted(loss.backward, reduced)
     return loss.detach(), [x.grad for x in features], criterion.last
+
+
+def counted(step, reduced):
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
+        result = step()
+    reduced.append([e.input_shapes[0] for e in profile.events() if e.name == "_c10d_functional::all_reduce"])
+    names = {e.name for e in profile.events() if "c10d" in e.name}
+    assert not [name for name in names if any(other in name for other in OTHERS)], names
+    return result
 
 
 # -------------------------------------------------------------------------------------------------- what a rank does
@@ -140,23 +154,6 @@ def ranks_of(rank):
     return groups
 
 
-def cases_of(rank, groups, runs):
-    results = {}
-    for name, backend in runs:
-        case = CASES[name]
-        group = groups.get(len(case.images))
-        if group is None:
-            continue
-        start = sum(case.images[:rank])
-        mine = slice(start, start + case.images[rank])
-        features, labels, predictions = batch(name)
-        with ck.backend(backend):
-            results[name, backend] = one_step(
-                loss_of(name, group=group), [x[mine] for x in features], labels[mine], predictions[mine]
-            )
-    return results
-
-
 COUNTED = {
     "float64": {},
     "float32": {"dtype": torch.float32},
@@ -165,23 +162,37 @@ COUNTED = {
     "a cold temperature": {"temperature": 0.001},
 }
 """Kinds of losses whose reductions are counted."""
-QUICKLY_COUNTED = ("float16", "features as they are")
-"""Of these, every run counts on the fused kernels the one with fewer numbers and the one with more reductions."""
+QUICKLY_COUNTED = {"float16": "float16", "features as they are": "some base pixels, features as they are"}
+"""Of these, every run counts on the fused kernels the one with fewer numbers and the one with more reductions, each
+while it runs a case of that kind."""
 
 
-def counted(rank, group, dtype=torch.float64, **options):
-    """The numbers of elements that the collectives of the forward and of the backward pass reduce."""
+def cases_of(rank, groups, runs):
+    results, reductions = {}, {}
+    for name, backend in runs:
+        case = CASES[name]
+        group = groups.get(len(case.images))
+        if group is None:
+            continue
+        start = sum(case.images[:rank])
+        mine = slice(start, start + case.images[rank])
+        features, labels, predictions = batch(name)
+        reduced = [] if backend == "triton" and name in QUICKLY_COUNTED.values() else None
+        with ck.backend(backend):
+            results[name, backend] = one_step(
+                loss_of(name, group=group), [x[mine] for x in features], labels[mine], predictions[mine], reduced
+            )
+        reductions[name] = reduced
+    return results, reductions
+
+
+def reductions_of(rank, group, dtype=torch.float64, **options):
     features, labels, predictions = share_of(rank)
-    features = leaves([x.to(dtype) for x in features])
-    counts, losses = [], []
-    criterion = loss_of("two ranks", group=group, **options)
-    for step in (lambda: losses.append(criterion(features, labels, predictions)), lambda: losses[0].backward()):
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profile:
-            step()
-        counts.append([e.input_shapes[0] for e in profile.events() if e.name == "_c10d_functional::all_reduce"])
-        names = {e.name for e in profile.events() if "c10d" in e.name}
-        assert not [name for name in names if any(other in name for other in OTHERS)], names
-    return counts
+    reduced = []
+    one_step(
+        loss_of("two ranks", group=group, **options), [x.to(dtype) for x in features], labels, predictions, reduced
+    )
+    return reduced
 
 
 class Net(torch.nn.Module):
@@ -365,14 +376,18 @@ def run_rank(rank, folder, runs, whole):
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=4)
     groups = ranks_of(rank)
     new = [dist.new_group([0, 1]) for _ in range(8)]
-    results = {"cases": cases_of(rank, groups, runs)}
+    cases, reductions = cases_of(rank, groups, runs)
+    results = {"cases": cases}
     if rank < 2:
+        if whole:
+            for name, case in QUICKLY_COUNTED.items():
+                results["counted", "triton", name] = reductions[case]
         pair = groups[2]
         for backend in BACKENDS if whole else ("triton",):
             with ck.backend(backend):
                 for name, options in COUNTED.items():
-                    if backend == "reference" or (name in QUICKLY_COUNTED) == whole:
-                        results["counted", backend, name] = counted(rank, pair, **options)
+                    if backend == "reference" or not (whole or name in QUICKLY_COUNTED):
+                        results["counted", backend, name] = reductions_of(rank, pair, **options)
         for backend in BACKENDS if whole else ():
             results["compiled", backend] = compiled(rank, pair, backend)
         results["trained"] = trained(rank, pair, "reference" if whole else "triton")

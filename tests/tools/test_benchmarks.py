@@ -211,7 +211,7 @@ def test_the_runner_measures_distances_and_peers_once(tmp_path, capsys):
 def test_a_cpu_times_the_reference_in_each_layout_with_the_threads_of_the_row(tmp_path, monkeypatch):
     seen, [case, *_] = set(), run.distances.cases(16)
     monkeypatch.setattr(run.Machine, "sized", lambda self, name: replace(cases.CASES[name].tiny(), dtype=torch.float32))
-    monkeypatch.setattr(run.distances, "cases", lambda: [case])
+    monkeypatch.setattr(run.distances, "cases", lambda side: [case])
     monkeypatch.setattr(run.measure, "peak_mib", lambda *_: seen.add(torch.get_num_threads()) or 0)
     for counted in ("launches", "syncs"):  # a profiler's start takes seconds
         monkeypatch.setattr(measure, counted, lambda *_: 0)
