@@ -13,7 +13,7 @@ SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*)
 demo: $(VENV)/.demo
 	$(RUN) -m contextrast_kernels demo $(if $(DATA),--data $(DATA)) $(if $(ROOT),--root "$(ROOT)") $(if $(LOSS),--loss $(LOSS)) $(ARGS)
 
-# Two processes, each with whole files; beside them one for the compiled kernels, in which Triton must not interpret.
+# The tests run in two processes, each with whole files. A third one runs the compiled kernels without the interpreter.
 test: $(VENV)/.all
 	@mkdir -p build; \
 	TRITON_INTERPRET=0 $(RUN) -m pytest tests/compiled --durations 10 $(ARGS) > build/compiled.log 2>&1 & compiled=$$!; \
@@ -30,7 +30,7 @@ test-floor: .venv-floor/.all
 	.venv-floor/bin/python -m pytest $(ARGS)
 
 bench: $(VENV)/.all
-	$(RUN) -m pytest benchmarks --benchmark-enable --benchmark-only $(ARGS)
+	$(RUN) -m pytest benchmarks --benchmark-enable --benchmark-only --benchmark-columns median,iqr,rounds $(ARGS)
 
 # On a machine with a GPU: build the CUDA kernels, run the tests that need a device, and time everything.
 # make gpu RUN=python3         in an environment that already has torch, Triton, CMake, Ninja and nvcc

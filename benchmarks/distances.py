@@ -1,22 +1,14 @@
-"""Distances of maps and volumes on a CPU, side by side with the transforms that people use today.
+"""Distances of maps and volumes: the inputs, and the transforms that people use today.
 
-    python -m benchmarks.distances [--only WORDS] [--seconds S] [--threads 1 2] [--record]
-    python -m benchmarks.distances --page       writes the table of docs/distance.md from results/distances.csv
-
-``cases()`` lists the inputs, ``rows(case)`` lists what is timed on one of them: this library first, then its peers. All
-of them get the same voxels in the layout and type that serves them best. A peer that computes the same function is
-compared with our result before it is timed. Rows of one case are timed in turn, so that they meet the same machine.
+``cases()`` lists the inputs, ``transforms(case, image)`` what is timed on one of them: this library first, then its
+peers. All of them get the same pixels in the layout and type that serves them best. `python -m benchmarks.run --parts
+distances` times them, and `python -m benchmarks.report` writes the table of docs/distance.md.
 """
 
-import argparse
 import functools
-import pathlib
-import re
-import statistics
-import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,16 +16,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import contextrast_kernels as ck
-from benchmarks import peers, results
-from benchmarks.peers import Peer
-from benchmarks.results import Row
+from benchmarks.results import Absent, Row
 from contextrast_kernels import cases as maps
 
 OURS = "contextrast native"
 SIDE, CLASSES = 256, 32
 ANISOTROPIC = (2.5, 1.0, 1.0)
-SLOW = ("SciPy", "MONAI", "kornia")
-"""What takes seconds: timed once, with one thread."""
 
 
 @dataclass(frozen=True)
@@ -47,30 +35,50 @@ class DistanceCase:
     indices: bool = False
     is_volume: bool = True
     side: int = SIDE
-    """The number of voxels along each side of a volume."""
+    """The number of voxels along each side of a volume, or a quarter of a map's width."""
 
-    def __str__(self):
-        size = f"{self.side}^3" if self.is_volume else "512 x 1024"
-        sampling = f", sampling {' x '.join(f'{s:g}' for s in self.sampling)}" if self.sampling else ""
-        return f"{self.what} {size} {self.regime}{sampling}{', indices' if self.indices else ''}"
+    @property
+    def columns(self) -> dict:
+        """The columns of a row that the case fills."""
+        sampling = " x ".join(f"{s:g}" for s in self.sampling or ()) or "isotropic"
+        height, width = (
+            (self.side, self.side) if self.is_volume else (512 * self.side // SIDE, 1024 * self.side // SIDE)
+        )
+        return {
+            "what": self.what,
+            "mode": f"{sampling}, indices" if self.indices else sampling,
+            "case": f"{self.side}^3" if self.is_volume else "cityscapes",
+            "regime": self.regime,
+            "batch": 1,
+            "height": height,
+            "width": width,
+            "dtype": str(self.dtype).removeprefix("torch."),
+        }
+
+    @property
+    def dtype(self) -> torch.dtype:
+        if not self.is_volume:
+            return torch.int64
+        return torch.int8 if self.what == "edge_distance" else torch.uint8
 
 
-def cases() -> list[DistanceCase]:
+def cases(side: int = SIDE) -> list[DistanceCase]:
     found = []
     for regime in MASKS:
-        mask = DistanceCase("distance_transform", regime)
+        mask = DistanceCase("distance_transform", regime, side=side)
         found += [mask, replace(mask, sampling=ANISOTROPIC), replace(mask, indices=True)]
         found += [replace(mask, sampling=ANISOTROPIC, indices=True)]
     for regime in LABELS:
-        found += [DistanceCase("edge_distance", regime), DistanceCase("edge_distance", regime, ANISOTROPIC)]
-    found += [DistanceCase("edge_distance", regime, is_volume=False) for regime in maps.REGIMES]
+        labels = DistanceCase("edge_distance", regime, side=side)
+        found += [labels, replace(labels, sampling=ANISOTROPIC)]
+    found += [DistanceCase("edge_distance", regime, is_volume=False, side=side) for regime in maps.REGIMES]
     return found
 
 
-# --- inputs
+# --------------------------------------------------------------------------------------------------------------- inputs
 
 
-@functools.cache
+@functools.lru_cache(2)
 def organs(side: int, classes: int) -> Tensor:
     """uint8 (side, side, side): regions with smooth borders, some 30 voxels wide in 256."""
     generator = torch.Generator().manual_seed(0)
@@ -132,176 +140,169 @@ def image_of(case: DistanceCase) -> Tensor:
         return LABELS[case.regime](case.side)[None]
     if case.is_volume:
         return MASKS[case.regime](case.side)[None].byte()
-    inputs = replace(maps.CASES["cityscapes"], batch=1, regime=case.regime)
+    size = {name: case.columns[name] for name in ("height", "width")}
+    inputs = replace(maps.CASES["cityscapes"], batch=1, regime=case.regime, **size)
     labels, predictions = inputs.label_maps()
     return ck.error_map(predictions, labels, num_classes=inputs.num_classes).long()
 
 
-# --- rows
+# ----------------------------------------------------------------------------------------------------------- transforms
 
 
-def rows(case: DistanceCase, image: Tensor) -> list[Peer]:
+class Transform(NamedTuple):
+    name: str
+    make: Callable[[Any], Callable[[], Any]]
+    """From the library's module, the call that is timed."""
+    needs: str = "torch"
+    note: str = ""
+    exact: bool = True
+    """Whether it computes the same function; the note says what else it does."""
+
+    @property
+    def is_slow(self) -> bool:
+        """It takes seconds, whatever the number of threads."""
+        return self.name.startswith(("SciPy", "MONAI", "kornia"))
+
+
+def names(case: DistanceCase, device: torch.device) -> list[tuple[str, bool]]:
+    """What there is to time on a device, and whether it is slow."""
+    nothing = torch.zeros((1, *(4,) * (3 if case.is_volume else 2)), dtype=case.dtype, device=device)
+    return [(row.name, row.is_slow) for row in transforms(case, nothing)]
+
+
+def ours(case: DistanceCase, image: Tensor) -> Any:
+    """One call of this library, on the image's device. Distances come first where there are indices too."""
+    if case.what == "edge_distance":
+        return ck.edge_distance(image, sampling=case.sampling)
+    dims = image.ndim - 1
+    return ck.distance_transform(image, spatial_dims=dims, sampling=case.sampling, return_indices=case.indices)
+
+
+def transforms(case: DistanceCase, image: Tensor) -> list[Transform]:
     """This library, then everything that can be asked the same. Calls read torch's number of threads."""
+    found = [Transform(OURS, lambda _: lambda: ours(case, image), note=f"{case.columns['dtype']} in")]
     if not case.is_volume:
-        ours = Peer(OURS, lambda: ck.edge_distance(image), "int64 in", True)
-        return [ours, *peers.edge_distances(image)]
+        return found + _of_maps(image)
+    if image.is_cuda:
+        peer = Transform("CuPy", lambda m: _cupy(m, image, case.sampling, case.indices), "cupy")
+        return found if case.what == "edge_distance" else [*found, peer]
     volume, sampling = image[0].numpy(), case.sampling
     if case.what == "edge_distance":
-        given = np.where(volume < 0, 0, volume + 1).astype(np.uint8)
         note = "multi-label: distance to the nearest voxel outside, a different order of voxels"
-        ours = Peer(OURS, lambda: ck.edge_distance(image, sampling=sampling)[0], "int8 in", True)
-        return [ours, peers._row("edt", "edt", note, False, functools.partial(_edt, given, case))]
+        given = np.where(volume < 0, 0, volume + 1).astype(np.uint8)
+        return [*found, Transform("edt", lambda m: lambda: _edt(m, given, sampling), "edt", note, False)]
     asked = {"sampling": sampling, "return_indices": case.indices}
-    ours = Peer(OURS, lambda: ck.distance_transform(image[0], spatial_dims=3, **asked), "uint8 in", True)
+    scipy = Transform("SciPy", lambda m: lambda: m.distance_transform_edt(volume, **asked), "scipy.ndimage")
+    if case.indices:  # the others give distances alone
+        return [*found, scipy]
+    return [*found, Transform("edt", lambda m: lambda: _edt(m, volume, sampling), "edt"), scipy]
+
+
+def _edt(module, volume: np.ndarray, sampling=None) -> np.ndarray:
+    sides = sampling or (1.0,) * volume.ndim
+    return module.edt(volume, anisotropy=sides, black_border=False, parallel=torch.get_num_threads())
+
+
+def _cupy(cupy, image: Tensor, sampling=None, indices=False) -> Callable[[], Tensor]:
+    from cupyx.scipy import ndimage
+
+    options = {"sampling": sampling, "return_indices": indices, "float64_distances": False}
+
+    def call():
+        found = ndimage.distance_transform_edt(cupy.from_dlpack(image[0]), **options)
+        return torch.from_dlpack(found[0] if indices else found)
+
+    return call
+
+
+def _of_maps(classes: Tensor) -> list[Transform]:
+    """Edge distances of a class map (1, h, w), -1 outside. Those "on edges" are given the edges, which is most of the
+    work of a naive user."""
+    on_edges = ~edges(classes)
+    note = "the reference: mask, edges and transform of each class"
+    if classes.is_cuda:
+        return [Transform("CuPy on edges", lambda m: _cupy(m, on_edges.byte()), "cupy", "given edges")]
+    image, labels = on_edges[0].numpy(), (classes[0] + 1).clamp(min=0).int().numpy()
+    outside = "multi-label: distance to the nearest pixel outside, another order of pixels"
     found = [
-        peers._row("SciPy", "scipy.ndimage", "", True, lambda m: lambda: m.distance_transform_edt(volume, **asked))
+        Transform("SciPy on edges", lambda m: lambda: m.distance_transform_edt(image), "scipy.ndimage", "given edges"),
+        Transform(
+            "SciPy for each class", lambda m: lambda: for_each_class(m, classes[0].numpy()), "scipy.ndimage", note
+        ),
+        Transform(
+            "OpenCV precise on edges",
+            lambda m: lambda: m.distanceTransform(image.view(np.uint8), m.DIST_L2, m.DIST_MASK_PRECISE),
+            *("cv2", "given edges, DIST_MASK_PRECISE"),
+        ),
+        Transform("edt on edges", lambda m: lambda: _edt(m, image), "edt", "given edges"),
+        Transform("edt multi-label", lambda m: lambda: _edt(m, labels), "edt", outside, False),
+        Transform(
+            "kornia on edges",
+            lambda m: lambda: m.contrib.distance_transform((~on_edges).float()[:, None])[:, 0],
+            *("kornia", "given edges; approximate, by repeated convolution", False),
+        ),
     ]
-    if not case.indices:  # the others give distances alone
-        found.insert(0, peers._row("edt", "edt", "", True, functools.partial(_edt, volume, case)))
-        found.append(
-            peers._row("MONAI", "monai", "SciPy's code on a CPU", True, functools.partial(_monai, volume, case))
-        )
-    return [ours, *found]
+
+    def with_edges(row: Transform) -> Transform:
+        def make(module):
+            if bool(on_edges.all()):
+                raise Absent("an image without an edge, for which its result means nothing")
+            return row.make(module)
+
+        return row._replace(make=make)
+
+    return [row if row.name == "edt multi-label" else with_edges(row) for row in found]
 
 
-def _edt(volume: np.ndarray, case: DistanceCase, module) -> Callable:
-    sides = case.sampling or (1.0, 1.0, 1.0)
-    return lambda: module.edt(volume, anisotropy=sides, black_border=False, parallel=torch.get_num_threads())
+def edges(classes: Tensor) -> Tensor:
+    """Edge pixels of a class map (B, H, W), -1 outside: a 4-neighbour inside the image has another number."""
+    x = F.pad(classes.double()[:, None], (1, 1, 1, 1), mode="replicate")[:, 0]
+    here = x[:, 1:-1, 1:-1]
+    different = (x[:, :-2, 1:-1] != here) | (x[:, 2:, 1:-1] != here) | (x[:, 1:-1, :-2] != here)
+    return (different | (x[:, 1:-1, 2:] != here)) & (classes >= 0)
 
 
-def _monai(mask: np.ndarray, case: DistanceCase, module) -> Callable:
-    return lambda: module.transforms.utils.distance_transform_edt(mask[None], sampling=case.sampling)[0]
+def for_each_class(ndimage, classes: np.ndarray) -> np.ndarray:
+    distance = np.full(classes.shape, -1.0)
+    for n in np.unique(classes[classes >= 0]):
+        inside = classes == n
+        edge = inside & ~ndimage.binary_erosion(inside, border_value=1)
+        distance[inside] = ndimage.distance_transform_edt(~edge)[inside]
+    return distance
 
 
-def check(case: DistanceCase, name: str, result, expected) -> None:
-    """Raises where a peer that computes the same function has another result."""
-    if isinstance(result, tuple):
-        result, expected = result[0], expected[0]
-    difference = np.abs(np.asarray(result, dtype=np.float64) - np.asarray(expected, dtype=np.float64)).max()
-    if not difference <= 1e-4:
-        raise AssertionError(f"{case}: {name} differs by {difference:g}")
+def difference(found: Any, expected: Any, image: Tensor) -> float:
+    """The largest difference of two results where the image has a class: peers may have any number elsewhere."""
+    found, expected = (x[0] if isinstance(x, tuple) else x for x in (found, expected))
+    found, expected = (torch.as_tensor(x).double().cpu().view(image.shape) for x in (found, expected))
+    return torch.where(found == expected, 0.0, (found - expected).abs())[image.cpu() >= 0].max().item()
 
 
-def measure(case: DistanceCase, threads: int, seconds: float, with_slow: bool) -> Iterator[Row]:
-    """Times all rows of a case in turn for about so many seconds; slow ones once."""
-    image = image_of(case)
-    timed = [row for row in rows(case, image) if row.call is not None]
-    timed = [row for row in timed if with_slow or not row.name.startswith(SLOW)]
-    expected = timed[0].call()
-    spent: dict[str, list[float]] = {row.name: [] for row in timed}
-    for row in timed[1:]:
-        start = time.perf_counter()
-        result = row.call()
-        if row.name.startswith(SLOW):
-            spent[row.name].append(time.perf_counter() - start)
-        if row.exact and case.is_volume:
-            check(case, row.name, result, expected)
-    del expected
-    end, turns = time.perf_counter() + seconds, 0
-    while turns < 3 or time.perf_counter() < end:
-        for row in timed:
-            if row.name.startswith(SLOW):
-                continue
-            start = time.perf_counter()
-            result = row.call()
-            spent[row.name].append(time.perf_counter() - start)
-            del result
-        turns += 1
-    for row in timed:
-        times = sorted(1e3 * one for one in spent[row.name])
-        quartiles = statistics.quantiles(times, n=4) if len(times) > 2 else (0.0, 0.0, 0.0)
-        yield Row(
-            what=case.what,
-            by=row.name,
-            mode=", ".join(
-                [" x ".join(f"{s:g}" for s in case.sampling or ()) or "isotropic", *["indices"] * case.indices]
-            ),
-            case=f"{case.side}^3" if case.is_volume else "cityscapes",
-            regime=case.regime,
-            batch=1,
-            height=image.shape[-2],
-            width=image.shape[-1],
-            dtype=str(image.dtype).removeprefix("torch."),
-            threads=threads,
-            exact="yes" if row.exact else "no",
-            median_ms=statistics.median(times),
-            iqr_ms=quartiles[2] - quartiles[0],
-            note=row.note,
-            **results.environment(),
-        )
+# ---------------------------------------------------------------------------------------------------------------- table
 
 
-# ----------------------------------------------------------------------------------------------------------------- page
-
-PAGE = pathlib.Path(__file__).parents[1] / "docs/distance.md"
-BLOCK = re.compile(r"(<!-- measured: distances -->\n).*?(<!-- end -->)", re.DOTALL)
-SPOKEN = {"distance_transform": "mask", "edge_distance": "32 labels"}
-
-
-def with_table(text: str) -> str:
-    """The page's text with the table that the results file gives."""
-    found = results.read(results.DISTANCES)
-    return BLOCK.sub(lambda match: f"{match[1]}{table(found)}\n{match[2]}", text)
-
-
-def table(found: list[Row]) -> str:
+def table(rows: list[Row]) -> str:
     """A line for each input and question: our time with one and two threads, and the fastest peer's with as many."""
-    cells: dict[tuple, dict[int, list[Row]]] = {}
-    for row in found:
-        size = "512 × 1024 labels" if row.case == "cityscapes" else f"256³ {SPOKEN[row.what]}"
-        key = (f"{size}, {row.regime}", row.mode)
-        cells.setdefault(key, {}).setdefault(row.threads, []).append(row)
+    spoken = {"distance_transform": "mask", "edge_distance": "32 labels"}
+    cells: dict[tuple, dict[int | None, list[Row]]] = {}
+    for row in rows:
+        size = "512 × 1024 labels" if row.case == "cityscapes" else f"256³ {spoken[row.what]}"
+        cells.setdefault((f"{size}, {row.regime}", row.mode), {}).setdefault(row.threads, []).append(row)
     lines = ["| input | sampling | 1 thread | fastest peer | ratio | 2 threads | fastest peer | ratio |"]
     lines.append("|---|---|--:|--:|--:|--:|--:|--:|")
     for (name, mode), by_threads in sorted(cells.items()):
         values = []
         for threads in (1, 2):
             of_threads = by_threads.get(threads, [])
-            ours = next((row for row in of_threads if row.by == OURS), None)
+            mine = next((row for row in of_threads if row.by == OURS), None)
             others = sorted((row for row in of_threads if row.by != OURS), key=lambda row: row.median_ms)
-            values += [_ms(ours)] if ours else ["–"]
+            values += [_ms(mine)] if mine else ["–"]
             values += [f"{_ms(others[0])}, {others[0].by}"] if others else ["–"]
-            values += [f"{others[0].median_ms / ours.median_ms:.1f}"] if ours and others else ["–"]
+            values += [f"{others[0].median_ms / mine.median_ms:.1f}"] if mine and others else ["–"]
         lines.append(f"| {name} | {mode.replace(' x ', ' × ')} | {' | '.join(values)} |")
-    of = sorted({f"{row.device}, PyTorch {row.torch}, commit {row.commit}" for row in found})
-    return "\n".join([*lines, "", f"Measured on {'; '.join(of)}."])
+    sources = sorted({f"{row.device}, PyTorch {row.torch}, commit {row.commit}" for row in rows})
+    return "\n".join([*lines, "", f"Measured on {'; '.join(sources)}."])
 
 
 def _ms(row: Row) -> str:
     return f"{row.median_ms:.3g} ms" if row.median_ms < 100 else f"{row.median_ms:.0f} ms"
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", nargs="*", default=(), metavar="WORD", help="cases whose name has all of these words")
-    parser.add_argument("--seconds", type=float, default=2.0, help="to time each case for")
-    parser.add_argument("--threads", type=int, nargs="*", default=(1, 2))
-    parser.add_argument("--slow", action="store_true", help="also what takes seconds a call: SciPy, MONAI, kornia")
-    parser.add_argument("--no-indices", action="store_true", help="leave out cases with indices")
-    parser.add_argument("--record", action="store_true", help="write the rows to results/distances.csv")
-    parser.add_argument("--page", action="store_true", help="write the table of docs/distance.md, and time nothing")
-    options = parser.parse_args()
-    if options.page:
-        PAGE.write_text(with_table(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
-        return 0
-    for case in cases():
-        words = str(case).replace(",", "").split()
-        if not all(word in words for word in options.only) or (options.no_indices and case.indices):
-            continue
-        for threads in options.threads:
-            torch.set_num_threads(threads)
-            cv2, _ = peers.module("cv2")
-            if cv2:
-                cv2.setNumThreads(threads)
-            measured = list(measure(case, threads, options.seconds, options.slow and threads == 1))
-            ours = measured[0].median_ms
-            others = ", ".join(f"{row.by} {row.median_ms:.4g} ({row.median_ms / ours:.2f})" for row in measured[1:])
-            print(f"{case}, {threads} thread(s): {ours:.4g} ms; {others}", flush=True)
-            if options.record:
-                for row in measured:
-                    results.record(results.DISTANCES, row)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,24 +1,23 @@
 """What a call of the fused loss costs the host: Python, dispatch, and the preparation of launches.
 
-    python -m benchmarks.host [--out FOLDER]
+    python -m benchmarks.host
 
-Sizes are so small that arithmetic vanishes. Costs are multiples of a plain `torch.library.custom_op` with a gradient,
-called in turn with the loss in the same run, so that the machine's speed drops out. On a GPU the calls are the real
-ones, and what is timed is how soon they return. Without one, everything up to the launch is real, Triton's binding of
-arguments included; the driver's call and the device's allocator are missing, and the time is the thread's own, without
-what other processes take.
+Sizes are so small that the arithmetic takes no time. Costs are multiples of a plain `torch.library.custom_op` with a
+gradient, called in turn with the loss in the same run, so that the machine's speed cancels out. On a GPU the calls are
+the real ones, and the time until they return is measured. Without a GPU everything up to the launch is real, including
+Triton's binding of arguments. The driver's call and the device's allocator are missing, and the time is the CPU time of
+the thread.
 """
 
 import argparse
 import contextlib
 import os
-import pathlib
 import statistics
 import sys
 import time
 import types
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 from unittest import mock
 
@@ -26,11 +25,8 @@ import torch
 from torch import Tensor
 
 import contextrast_kernels as ck
-from benchmarks import results
 from contextrast_kernels import bane
 
-AIM = 8
-"""Multiples of the plain op, forward and backward together."""
 PLAIN = "plain custom_op"
 
 
@@ -114,7 +110,7 @@ def launching(device: torch.device):
 
 
 def calls(device: torch.device) -> dict[str, Callable[[], Tensor]]:
-    """Forward calls by name, the yardstick first. Those that return a tensor with a graph are also taken backward."""
+    """Forward calls by name, the plain op first. Those that return a tensor with a graph also run backward."""
     # A row of 64 pixels, then 32, 16, 8: as with real sizes, every row can be read 16 bytes at a time.
     features = [torch.randn(1, 16, 1, 64 >> i, device=device).requires_grad_() for i in range(4)]
     labels = torch.randint(0, 4, (1, 4, 256), device=device)
@@ -174,8 +170,8 @@ class Cost(NamedTuple):
 
 
 def measure(device: torch.device, rounds: int = 30, repeats: int = 20) -> list[Cost]:
-    """Every round takes all calls in turn, so that a change of the machine's speed meets them alike. A round's time is
-    the median of its ``repeats``."""
+    """Every round takes all calls in turn, so that a change of the machine's speed affects all of them. A round's time
+    is the median of its ``repeats``."""
     named, samples = calls(device), {}
     for call in named.values():
         for _ in range(3):
@@ -215,48 +211,26 @@ def _round(call: Callable[[], Tensor], device: torch.device, repeats: int) -> di
     return {phase: statistics.median(times) for phase, times in phases.items()}
 
 
-def rows(device: torch.device, rounds: int) -> Iterator[results.Row]:
-    environment = results.environment(device)
-    by = "launched" if device.type == "cuda" else "not launched"
-    with launching(device) as launched:
-        counts = {name: count(call, launched) for name, call in calls(device).items()}
-        for cost in measure(device, rounds):
-            of_step = counts[cost.name]
-            ops = f"a step: {sum(of_step.ops.values())} ATen ops, {of_step.allocations} allocations"
-            yield results.Row(
-                what=f"host cost of {cost.name}",
-                by=by,
-                mode=cost.phase,
-                median_ms=cost.median_ms,
-                iqr_ms=cost.iqr_ms,
-                launches=len(of_step.launches) or None,
-                value=cost.multiple,
-                unit=f"x {PLAIN}",
-                expected=f"<= {AIM}" if cost[:2] == ("contextrast_loss", "forward+backward") else "",
-                note=ops if cost.phase == "forward+backward" else "",
-                **environment,
-            )
-
-
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.host", description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=pathlib.Path, metavar="FOLDER", help="add rows to FOLDER/<device>.csv")
     parser.add_argument("--rounds", type=int, default=30, help="of 20 calls each (default: %(default)s)")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if options.rounds < 1:
         parser.error(f"--rounds: expected at least 1, got {options.rounds}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(1)
-    print(f"{'call':24}{'phase':18}{'x plain':>9}{'median us':>12}{'iqr us':>9}")
     try:
-        for row in rows(device, options.rounds):
-            name = row.what.removeprefix("host cost of ")
-            times = f"{1e3 * row.median_ms:12.1f}{1e3 * row.iqr_ms:9.1f}"
-            print(f"{name:24}{row.mode:18}{row.value:9.1f}{times}  {row.note}", flush=True)
-            if options.out:
-                results.record(results.path_of(row.device, options.out), row)
+        with launching(device) as launched:
+            counts = {name: count(call, launched) for name, call in calls(device).items()}
+            costs = measure(device, options.rounds)
     except (RuntimeError, ImportError) as error:
         sys.exit(f"host.py: {error}")
+    for name, of_step in counts.items():
+        launches = "" if device.type == "cuda" else f"{len(of_step.launches)} launches, "
+        print(f"{name:24}{launches}{sum(of_step.ops.values())} ATen ops, {of_step.allocations} allocations a step")
+    print(f"\n{'call':24}{'phase':18}{'x plain':>9}{'median us':>12}{'iqr us':>9}")
+    for cost in costs:
+        print(f"{cost.name:24}{cost.phase:18}{cost.multiple:9.1f}{1e3 * cost.median_ms:12.1f}{1e3 * cost.iqr_ms:9.1f}")
     return 0
 
 

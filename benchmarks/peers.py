@@ -1,6 +1,6 @@
-"""What people use today, on the same maps: the relatives' public code, and distance transforms.
+"""The relatives' public code, on the same maps.
 
-The relatives are imported from checkouts in a folder that the user names, under their repositories' names; nothing of
+It is imported from checkouts in a folder that the user names, under their repositories' names; nothing of
 theirs is in this tree:
 
     ContrastiveSeg    tfzhou/ContrastiveSeg      PixelContrastLoss, one layer (stride 4)
@@ -28,24 +28,19 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 from unittest import mock
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import contextrast_kernels as ck
-from contextrast_kernels.hashing import STREAM_TIES, image_hash
 
 
 class Peer(NamedTuple):
     name: str
     call: Callable[[], Any] | None
-    """A loss returns its scalar with a live graph; a distance transform (B, H, W) distances; a selection a mask. None:
-    not here, and ``note`` says why."""
+    """It returns the loss, a scalar with a live graph. None: not here, and ``note`` says why."""
     note: str
-    """What the row computes, what it is given for nothing, how it differs from ours."""
-    exact: bool = False
-    """The result must equal ours: see ``squared``."""
+    """What the row computes, and how it differs from ours."""
 
 
 # ------------------------------------------------------------------------------------------------- other people's code
@@ -92,7 +87,7 @@ def is_below(module: types.ModuleType, root: pathlib.Path) -> bool:
 
 @contextlib.contextmanager
 def cuda_means(device: torch.device) -> Iterator[None]:
-    """The relatives put tensors on the GPU by name. Without one, that name means the CPU inside the block."""
+    """The relatives call ``.cuda()``. Inside the block it leaves tensors on the CPU if there is no GPU."""
     if device.type == "cuda":
         with torch.cuda.device(device):
             yield
@@ -171,7 +166,7 @@ def region_contrast(root, features, labels, logits, num_classes, ignore_index):
     decoder.to(x.device)
 
     def call():
-        # The queues remember every step's graph: a step is timed, not the age of the run.
+        # The queues keep the graph of every step. They are detached, so that the time does not grow from step to step.
         for name, queue in decoder.named_buffers():
             decoder._buffers[name] = queue.detach()
         return decoder(x)[1]
@@ -221,7 +216,7 @@ def official(
             call, note = RELATIVES[name](root.resolve(), *given)
     except Exception as error:
         return Peer(name, failing(error), "does not load")
-    return Peer(name, here(call, features[0].device), note)
+    return Peer(name, on_device(call, features[0].device), note)
 
 
 def ours(name: str, features: Sequence[Tensor], labels: Tensor, logits: Tensor) -> Peer:
@@ -238,7 +233,7 @@ def ours(name: str, features: Sequence[Tensor], labels: Tensor, logits: Tensor) 
     return Peer(name, lambda: loss(features, labels, logits), "")
 
 
-def here(call: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
+def on_device(call: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
     def run():
         with cuda_means(device):
             return call()
@@ -261,48 +256,10 @@ def failure(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Warnings of old code about newer libraries are not news to the reader of a benchmark."""
+    """Silence the warnings of old code about newer libraries."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
-
-
-# -------------------------------------------------------------------------------------------------- distance transforms
-
-
-def edges(classes: Tensor) -> Tensor:
-    """Edge pixels of a class map (B, H, W), -1 outside: a 4-neighbour inside the image has another number."""
-    x = F.pad(classes.double()[:, None], (1, 1, 1, 1), mode="replicate")[:, 0]
-    here = x[:, 1:-1, 1:-1]
-    different = (x[:, :-2, 1:-1] != here) | (x[:, 2:, 1:-1] != here) | (x[:, 1:-1, :-2] != here)
-    return (different | (x[:, 1:-1, 2:] != here)) & (classes >= 0)
-
-
-def squared(distances: Any, classes: Tensor) -> Tensor:
-    """A peer's distances as ours: int32 squares (B, H, W) on the CPU, -1 outside."""
-    if isinstance(distances, (list, tuple)):
-        distances = torch.stack([as_tensor(image) for image in distances])
-    values = as_tensor(distances).double().cpu().view(classes.shape)
-    return torch.where(classes.cpu() >= 0, values.square().round(), -1.0).int()
-
-
-def as_tensor(array: Any) -> Tensor:
-    return torch.from_numpy(array) if isinstance(array, np.ndarray) else torch.as_tensor(array)
-
-
-def edge_distances(classes: Tensor) -> list[Peer]:
-    """Edge distance of a class map (B, H, W), negative = outside, on its device. Peers "on edges" are given the edges,
-    which is most of the work of a naive user, and pay for one transform an image."""
-    on_edges = ~edges(classes)
-    by_device = {"cpu": _cpu_transforms, "cuda": _cuda_transforms}
-    rows = [*by_device[classes.device.type](classes, on_edges), *_any_device(classes, on_edges)]
-    return [_checked(row, on_edges) for row in rows]
-
-
-def _checked(row: Peer, on_edges: Tensor) -> Peer:
-    if row.call is not None and row.exact and bool(on_edges.flatten(1).all(1).any()):
-        return Peer(row.name, None, "an image without an edge, for which its result means nothing")
-    return row
 
 
 def module(name: str) -> tuple[Any, str]:
@@ -311,169 +268,3 @@ def module(name: str) -> tuple[Any, str]:
         return importlib.import_module(name), ""
     except ImportError as error:
         return None, f"{name} is not installed ({error})"
-
-
-def _row(name: str, needs: str, note: str, exact: bool, make: Callable[[Any], Callable[[], Any]]) -> Peer:
-    found, why = module(needs)
-    return Peer(name, make(found), note, exact) if found else Peer(name, None, why)
-
-
-def _cpu_transforms(classes: Tensor, on_edges: Tensor) -> list[Peer]:
-    images = [np.ascontiguousarray(image) for image in on_edges.numpy()]
-    bytes_ = [image.astype(np.uint8) for image in images]
-    labels = [np.ascontiguousarray(image, dtype=np.int32) for image in (classes + 1).clamp(min=0).numpy()]
-    maps = classes.numpy()
-    outside = "multi-label: distance to the nearest pixel outside, another order of pixels"
-    return [
-        _row("SciPy on edges", "scipy.ndimage", "given edges", True, lambda m: each(m.distance_transform_edt, images)),
-        _row(
-            "SciPy for each class",
-            "scipy.ndimage",
-            "the definition: mask, edges and transform of each class of each image",
-            True,
-            lambda m: lambda: [scipy_for_each_class(m, image) for image in maps],
-        ),
-        _row(
-            "OpenCV precise on edges",
-            "cv2",
-            "given edges, DIST_MASK_PRECISE",
-            True,
-            lambda m: each(lambda image: m.distanceTransform(image, m.DIST_L2, m.DIST_MASK_PRECISE), bytes_),
-        ),
-        _row(
-            "edt on edges",
-            "edt",
-            "given edges",
-            True,
-            lambda m: each(lambda x: m.edt(x, black_border=False, parallel=torch.get_num_threads()), images),
-        ),
-        _row(
-            "edt multi-label",
-            "edt",
-            outside,
-            False,
-            lambda m: each(lambda x: m.edt(x, black_border=False, parallel=torch.get_num_threads()), labels),
-        ),
-    ]
-
-
-def each(transform: Callable, images: Sequence) -> Callable[[], list]:
-    return lambda: [transform(image) for image in images]
-
-
-def scipy_for_each_class(ndimage, classes: np.ndarray) -> np.ndarray:
-    distance = np.full(classes.shape, -1.0)
-    for n in np.unique(classes[classes >= 0]):
-        inside = classes == n
-        edge = inside & ~ndimage.binary_erosion(inside, border_value=1)
-        distance[inside] = ndimage.distance_transform_edt(~edge)[inside]
-    return distance
-
-
-def _cuda_transforms(classes: Tensor, on_edges: Tensor) -> list[Peer]:
-    images = on_edges.byte()
-
-    def of_images(module):
-        transform = cupy_transform(module)
-        return lambda: [torch.from_dlpack(transform(image)) for image in images]
-
-    def of_classes(module):
-        transform = cupy_transform(module)
-        return lambda: cupy_for_each_class(transform, classes)
-
-    note = "the definition: mask, edges and transform of each class of each image"
-    return [
-        _row("CuPy on edges", "cupy", "given edges, one call an image", True, of_images),
-        _row("CuPy for each class", "cupy", note, True, of_classes),
-    ]
-
-
-def cupy_transform(cupy):
-    from cupyx.scipy import ndimage
-
-    return lambda mask: ndimage.distance_transform_edt(cupy.from_dlpack(mask), float64_distances=False)
-
-
-def cupy_for_each_class(transform, classes: Tensor) -> Tensor:
-    distances = torch.full(classes.shape, -1.0, device=classes.device)
-    for image, distance in zip(classes, distances, strict=True):
-        for n in torch.unique(image[image >= 0]).tolist():
-            inside = image == n
-            edge = edges(torch.where(inside, 0, -1)[None])[0]
-            if bool(edge.any()):
-                result = torch.from_dlpack(transform((~edge).byte())).to(distance.dtype)
-                torch.where(inside, result, distance, out=distance)
-    return distances
-
-
-def _any_device(classes: Tensor, on_edges: Tensor) -> list[Peer]:
-    images = on_edges.float()
-    seeds = (~on_edges).float()[:, None]
-
-    def monai(module):
-        return lambda: module.transforms.utils.distance_transform_edt(images)
-
-    return [
-        _row("MONAI on edges", "monai", "given edges; cuCIM on a GPU where it is installed, else SciPy", True, monai),
-        _row(
-            "kornia on edges",
-            "kornia",
-            "given edges; approximate, by repeated convolution",
-            False,
-            lambda m: lambda: m.contrib.distance_transform(seeds)[:, 0],
-        ),
-    ]
-
-
-# ------------------------------------------------------------------------------------------------------------ selection
-
-
-def selections(classes: Tensor, distance_sq: Tensor, ratio: float, num_classes: int, seed: int) -> list[Peer]:
-    """The nearest ceil(ratio · n) pixels of each class of each image, from the class map and squared distances
-    (B, h, w) on their device."""
-    rows = [
-        Peer(
-            "torch.topk for each class",
-            lambda: topk_for_each_class(classes, distance_sq, ratio, num_classes),
-            "ties fall anyhow",
-        )
-    ]
-    if distance_sq.numel() and int(distance_sq.max()) < 2**21:
-        hashed = image_hash(seed, STREAM_TIES, classes.shape[1:], classes.device).flatten()
-        rows.append(
-            Peer(
-                "sort of 64-bit keys",
-                lambda: sort_of_keys(classes, distance_sq, hashed, ratio, num_classes),
-                "class, distance and hash as one integer; the hashes are given",
-                True,
-            )
-        )
-    return rows
-
-
-def topk_for_each_class(classes, distance_sq, ratio, num_classes):
-    selected = torch.zeros(classes.shape, dtype=torch.bool, device=classes.device)
-    maps = (classes.flatten(1), distance_sq.flatten(1), selected.flatten(1))
-    for image, distance, chosen in zip(*maps, strict=True):
-        for n in range(num_classes):
-            pixels = (image == n).nonzero()[:, 0]
-            k = int(np.ceil(ratio * len(pixels)))
-            chosen[pixels[distance[pixels].topk(k, largest=False).indices]] = True
-    return selected
-
-
-def sort_of_keys(classes, distance_sq, hashed, ratio, num_classes):
-    """Class, distance (21 bits) and hash (32 bits) of every pixel as one integer, sorted image by image."""
-    keys = (classes.long().flatten(1) << 53) | (distance_sq.flatten(1).long() << 32) | hashed
-    order = keys.argsort(1)
-    batch, pixels = keys.shape
-    image, n = torch.arange(batch, device=classes.device)[:, None], torch.arange(-1, num_classes, device=classes.device)
-    sorted_classes = classes.long().flatten(1).gather(1, order)
-    starts = torch.searchsorted(sorted_classes.contiguous(), n.expand(batch, -1).contiguous())
-    counts = torch.diff(starts, append=torch.full_like(starts[:, :1], pixels))
-    quotas = (counts.double() * ratio).ceil().long()
-    place = torch.arange(pixels, device=classes.device) - starts.gather(1, sorted_classes + 1)
-    chosen = (sorted_classes >= 0) & (place < quotas.gather(1, sorted_classes + 1))
-    selected = torch.zeros_like(chosen)
-    selected[image, order] = chosen
-    return selected.view(classes.shape)

@@ -1,11 +1,11 @@
-"""Results to words: the tables of README.md, docs/performance.md, docs/camvid.md and their plots, from results/*.csv.
+"""Generate the tables of README.md and docs/ and the plots of docs/camvid.md from results/*.csv.
 
     python -m benchmarks.report            writes them
-    python -m benchmarks.report --check    ends with 1 if something is not what the results say
+    python -m benchmarks.report --check    exits with 1 if a page or plot does not match the results
 
-In README.md and docs/method.md the text between ``<!-- measured: NAME -->`` and ``<!-- end -->`` is generated,
-performance.md and camvid.md as a whole.
-A plot carries in its metadata what it was drawn from, so that it is compared without drawing it again.
+In README.md, docs/method.md and docs/distance.md the text between ``<!-- measured: NAME -->`` and ``<!-- end -->`` is
+generated. performance.md and camvid.md are generated as a whole. The metadata of a plot hold a digest of the rows that
+it was drawn from, so it can be checked without drawing it again.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from dataclasses import astuple
 
 import torch
 
-from benchmarks import results
+from benchmarks import distances, results
 from benchmarks.camvid import page as camvid
 from benchmarks.camvid.rows import FILE, Result
 from benchmarks.results import IDENTITY, Row
@@ -28,7 +28,7 @@ from contextrast_kernels.cases import CASES, ERROR_SHARES, LAYER_SETS, REGIMES, 
 ROOT = pathlib.Path(__file__).parents[1]
 BLOCK = re.compile(r"(<!-- measured: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 BOTH = "contextrast_loss forward+backward"
-OURS = ("contextrast native", "contextrast", "triton")
+OURS = (distances.OURS, "contextrast", "triton")
 NOT_YET = "Not measured yet."
 COUNTED, TRIED = "counted.md", "tried.md"
 """Written by ``python -m tests.compiled.counts --write``, and by hand: what was tried for the kernels."""
@@ -63,17 +63,17 @@ def grouped(rows: Iterable[Row], key: Callable[[Row], object]) -> dict:
 
 
 def of_the_paper(row: Row) -> bool:
-    """A case with its own sizes."""
+    """Whether the row has the sizes of one of the paper's settings."""
     return (row.batch, row.height, row.width, row.classes, row.channels) in PAPER
 
 
 def on_a_curve(row: Row) -> bool:
-    """What is measured to see how cost grows."""
+    """Whether the row was measured to show how the cost grows."""
     return not of_the_paper(row) or row.regime not in REGIMES or row.strides not in STRIDES
 
 
 def place(row: Row) -> tuple:
-    """Times from two devices, versions or commits make no ratio."""
+    """The device, version and commit of a row. Ratios are formed only of times from the same place."""
     return row.device, row.torch, row.commit
 
 
@@ -87,7 +87,7 @@ def setting(row: Row) -> tuple:
 
 
 def of_one_device(rows: Sequence[Row]) -> list[Row]:
-    """The rows of the device that has most of them: a picture shows one device."""
+    """The rows of the device that has most of them."""
     return max(grouped(rows, lambda row: row.device).values(), key=len, default=[])
 
 
@@ -139,24 +139,26 @@ def with_sources(text: str, rows: Sequence[Row]) -> str:
 
 def edge_distance_on_cpu(rows: Sequence[Row]) -> str:
     """One map, one thread: ours, the fastest of the others whatever it computes, and the reference."""
-    rows = [row for row in pick(rows, what="edge_distance", threads=1, batch=1) if not row.driver]
-    devices = {row.device for row in rows}
-    lines = []
-    for (regime, device, *_), of_regime in grouped(rows, lambda row: (row.regime, *place(row))).items():
+    rows = [row for row in pick(rows, what="edge_distance", case="cityscapes", threads=1, batch=1) if not row.driver]
+    rows, lines = of_one_device(rows), []
+    for of_regime in grouped(rows, lambda row: (row.regime, *place(row))).values():
         ours = first(row for row in of_regime if row.by in OURS)
-        others = sorted((row for row in of_regime if row.by not in OURS), key=lambda row: row.median_ms)
-        fastest = first(others)
+        fastest = first(sorted((row for row in of_regime if row.by not in OURS), key=lambda row: row.median_ms))
         scipy = first(row for row in of_regime if row.by == "SciPy for each class")
         if ours and fastest:
             theirs = f"{ms(fastest, False)} ({fastest.by})"
-            on = f"{spoken(regime)}, {device}" if len(devices) > 1 else spoken(regime)
-            lines.append((on, ms(ours, False), theirs, ratio(fastest, ours), ms(scipy, False)))
+            lines.append((spoken(ours.regime), ms(ours, False), theirs, ratio(fastest, ours), ms(scipy, False)))
     head = ("predictions", "this library", "fastest peer", "times faster", "SciPy, class by class")
     return with_sources(table(head, lines), rows)
 
 
+def distances_on_cpu(rows: Sequence[Row]) -> str:
+    rows = [row for row in pick(rows) if row.mode.startswith(("isotropic", "2.5")) and not row.driver]
+    return distances.table(of_one_device(rows)) if rows else NOT_YET
+
+
 def spoken(regime: str) -> str:
-    """For readers who do not know the cases."""
+    """A regime in words that a reader understands without the cases."""
     words = {"mid": "half trained", "collapsed": "collapsed to one class", "whole-image": "one wrong class everywhere"}
     share = f" ({ERROR_SHARES[regime]:.0%} errors)".replace("%", " %") if regime in ERROR_SHARES else ""
     return words.get(regime, regime) + share
@@ -169,8 +171,8 @@ def described(row: Row) -> str:
 
 
 def times_floor(row: Row) -> float | None:
-    """Its time over that of a copy of four times the features' bytes, three reads and a write: what forward and
-    backward cannot do without."""
+    """The time divided by that of a copy of four times the features' bytes: three reads and a write are the least that
+    forward and backward need."""
     if row.median_ms is None or row.copy_gb_s is None:
         return None
     strides, dtype = map(int, row.strides.split("-")), getattr(torch, row.dtype)
@@ -218,106 +220,31 @@ def loss_on_gpu(rows: Sequence[Row]) -> str:
 
 def everything(rows: Sequence[Row], chosen: Callable[[Row], bool]) -> str:
     """A line for each row, within each setting the fastest first; failures and absences stay. A relative's loss is
-    listed beside ours, which on a CPU is the reference."""
+    listed beside ours, which on a CPU is the reference; a training step beside that with cross-entropy alone."""
     rows = [row for row in rows if chosen(row)]
     lines = []
 
     def compared(row: Row) -> tuple:
-        return row.what.replace("relative's loss", "contextrast_loss"), *sizes(row), *place(row)
+        network = row.by if row.what == "training step" else ""
+        return row.what.replace("relative's loss", "contextrast_loss"), network, *sizes(row), *place(row)
 
     for of_setting in grouped(rows, compared).values():
         timed = sorted(pick(of_setting), key=lambda row: row.median_ms)
-        ours = first(row for row in timed if row.by in OURS)
+        ours = first(row for row in timed if row.by in OURS or row.mode == "cross-entropy")
         ours = ours or first(row for row in timed if row.by == "reference" and not row.driver)
         for row in sorted(of_setting, key=lambda row: (row.median_ms is None, row.median_ms or 0.0)):
             name = f"{row.case} {row.regime}".strip()
             threads = f", {row.threads} threads" if row.threads else ""
-            counts = f"{number(row.launches)} / {number(row.syncs)}"
             size = f"{row.batch}×{row.height}×{row.width}, N {row.classes}" if row.batch else ""
-            lines.append(
-                (
-                    *(
-                        row.what,
-                        f"{row.by}, {row.mode}{threads}",
-                        " ".join(filter(None, (name, size, row.dtype, row.layout))),
-                        ms(row),
-                    ),
-                    *(ratio(row, ours), counts, number(row.peak_mib), row.exact),
-                )
-            )
+            on = " ".join(filter(None, (name, size, row.dtype, row.layout)))
+            counts = f"{number(row.launches)} / {number(row.syncs)}"
+            cells = (row.what, f"{row.by}, {row.mode}{threads}", on, ms(row), ratio(row, ours), counts)
+            lines.append((*cells, number(row.peak_mib), row.exact))
     head = ("what", "by", "on", "time", "× ours", "launches / syncs", "MiB", "exact")
     return with_sources(table(head, lines), [row for row in rows if row.status == "ok"])
 
 
-def steps(rows: Sequence[Row]) -> str:
-    """A training step without and with the loss."""
-    rows = [row for row in rows if row.what == "training step"]
-    lines = []
-    for (device, backbone, *_), of_one in grouped(rows, lambda row: (row.device, row.by, *setting(row))).items():
-        plain = first(pick(of_one, mode="cross-entropy"))
-        cells = []
-        for mode in ("with contextrast", "with the reference"):
-            row = first(pick(of_one, mode=mode))
-            share = f"{100 * (1 - plain.median_ms / row.median_ms):.1f} %" if plain and row else "–"
-            cells += [ms(row), share]
-        status = "" if plain else of_one[0].status
-        lines.append((backbone, f"{of_one[0].case}, {device}", ms(plain) if plain else status, *cells))
-    head = (
-        "network",
-        "on",
-        "cross-entropy alone",
-        "with the fused loss",
-        "its share",
-        "with the reference",
-        "its share",
-    )
-    return with_sources(table(head, lines), pick(rows))
-
-
-def values(rows: Sequence[Row], chosen: Callable[[Row], bool]) -> str:
-    """What is not a time."""
-    rows = [row for row in rows if chosen(row)]
-    lines = [
-        (
-            *(row.what, f"{row.by}, {row.mode}", row.status if row.value is None else f"{row.value:.3g} {row.unit}"),
-            *(ms(row) if row.median_ms is not None else "–", row.expected or "–", row.note),
-        )
-        for row in rows
-    ]
-    head = ("what", "by", "measured", "time", "expected", "note")
-    return with_sources(table(head, lines), [row for row in rows if row.status == "ok"])
-
-
 # ---------------------------------------------------------------------------------------------------------------- plots
-
-
-def plot_edge_distance(axes_of, rows: Sequence[Row]):
-    regimes = list(dict.fromkeys(row.regime for row in rows))
-    names = sorted({row.by for row in rows}, key=lambda name: min(row.median_ms for row in rows if row.by == name))
-    [axes] = axes_of(1, (8, 1.2 + 0.28 * len(names) * len(regimes) ** 0.5))
-    for j, name in enumerate(names):
-        times = [first(row for row in rows if row.by == name and row.regime == regime) for regime in regimes]
-        here = [(i, row) for i, row in enumerate(times) if row]
-        axes.plot(
-            [row.median_ms for _, row in here],
-            [i for i, _ in here],
-            "o" if name in OURS else "s",
-            markersize=9 if name in OURS else 6,
-            color=f"C{j}",
-            label=name,
-        )
-    axes.set_yticks(range(len(regimes)), regimes)
-    axes.invert_yaxis()
-    axes.set_xscale("log")
-    axes.set_xlabel("ms for one map, one thread")
-    axes.grid(axis="x", alpha=0.3)
-    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
-
-
-def plots(rows: Sequence[Row]) -> dict[str, tuple[Callable, list[Row]]]:
-    """Name → how it is drawn and from which rows; those without rows are left out."""
-    of_one = of_one_device([row for row in pick(rows, what="edge_distance", threads=1, batch=1) if not row.driver])
-    return {"edge_distance": (plot_edge_distance, of_one)} if of_one else {}
 
 
 def digest(draw: Callable, rows: Sequence[Row]) -> str:
@@ -385,14 +312,11 @@ compiled ahead of time for sm_80, 90 and 100. `python -m contextrast_kernels ben
 bytes of the fused loss."""
 
 
-def performance(rows: Sequence[Row], drawn: Iterable[str], counted: str = "") -> str:
+def performance(rows: Sequence[Row], counted: str = "") -> str:
     """docs/performance.md. counted: what ``python -m tests.compiled.counts --write`` wrote."""
 
     def gpu(*names: str) -> Callable[[Row], bool]:
         return lambda row: bool(row.driver) and row.what.startswith(names)
-
-    def cpu(*names: str) -> Callable[[Row], bool]:
-        return lambda row: not row.driver and row.what.startswith(names)
 
     def beside_relatives(row: Row) -> bool:
         form = (row.dtype, row.layout, row.mode, row.by)
@@ -409,13 +333,13 @@ def performance(rows: Sequence[Row], drawn: Iterable[str], counted: str = "") ->
         "### Its parts",
         everything(rows, gpu("class_anchors", "pixel_anchor", "bane_negatives")),
         "### The relatives' published code",
-        "Other losses on the same maps: what a step costs, not which is better.",
+        "Other losses on the same maps. The table compares the cost of a step, not which loss is better.",
         everything(relatives, bool),
         "### In a training step",
-        "Cross-entropy alone, and with the loss and the projection heads that it needs.",
-        steps(rows),
-        "### Distance transforms and selections",
-        everything(rows, gpu("edge_distance", "select_nearest")),
+        "With the loss and the projection heads that it needs. × is the time over that of cross-entropy alone.",
+        everything(rows, gpu("training step")),
+        "### Distance transforms",
+        everything(rows, gpu("edge_distance", "distance_transform")),
     ]
     sections = [
         "# Performance",
@@ -428,19 +352,14 @@ def performance(rows: Sequence[Row], drawn: Iterable[str], counted: str = "") ->
         "## On a CPU",
         ON_CPU,
         edge_distance_on_cpu(rows),
-        "![Time of the edge distance of one map, by regime](performance/edge_distance.png)" if drawn else "",
-        "### All rows",
-        everything(rows, cpu("edge_distance", "select_nearest", "contextrast_loss", "relative's loss")),
-        "## The host's cost of a call",
-        values(rows, lambda row: row.what.startswith("host cost")),
-        "## Open questions and measurements on a device",
-        values(rows, lambda row: row.what.startswith("probe")),
+        "### The loss",
+        everything(rows, lambda row: not row.driver and row.what.startswith(("contextrast_loss", "relative's loss"))),
     ]
     return "\n\n".join(filter(None, sections)) + "\n"
 
 
 def blocks(rows: Sequence[Row]) -> dict[str, str]:
-    """The generated parts of README.md."""
+    """The generated parts of README.md and docs/distance.md."""
     paper = [
         row
         for row in rows
@@ -449,6 +368,7 @@ def blocks(rows: Sequence[Row]) -> dict[str, str]:
     on_gpu = any(row.driver for row in rows)
     return {
         "edge-distance-cpu": edge_distance_on_cpu(rows),
+        "distances": distances_on_cpu(rows),
         "loss-gpu": loss_on_gpu(paper) if on_gpu else NOTHING_ON_GPU,
     }
 
@@ -460,7 +380,7 @@ def filled(text: str, parts: dict[str, str]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="write nothing; end with 1 if something is stale")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if something is stale")
     parser.add_argument("--results", type=pathlib.Path, default=results.FOLDER, metavar="FOLDER", help="the CSV files")
     parser.add_argument("--root", type=pathlib.Path, default=ROOT, metavar="FOLDER", help="holds README.md and docs/")
     options = parser.parse_args(arguments)
@@ -468,19 +388,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     written = [options.results / name for name in (COUNTED, TRIED)]
     counted = "\n".join(path.read_text() for path in written if path.exists())
     docs = options.root / "docs"
-    drawings = {"performance": plots(rows), "camvid": camvid.plots(trainings)}
+    drawings = camvid.plots(trainings)
+    pages = (options.root / "README.md", docs / "method.md", docs / "distance.md")
     parts = blocks(rows) | {"camvid-evidence": camvid.evidence(trainings)}
-    texts = {path: filled(path.read_text(), parts) for path in (options.root / "README.md", docs / "method.md")}
+    texts = {path: filled(path.read_text(), parts) for path in pages}
     texts |= {
-        docs / "performance.md": performance(rows, drawings["performance"], counted),
-        docs / "camvid.md": camvid.page(trainings, drawings["camvid"]),
+        docs / "performance.md": performance(rows, counted),
+        docs / "camvid.md": camvid.page(trainings, drawings),
     }
-    pictures = {
-        docs / folder / f"{name}.png": drawing
-        for folder, of_page in drawings.items()
-        for name, drawing in of_page.items()
-    }
-    left_over = {path for folder in drawings for path in (docs / folder).glob("*.png")} - set(pictures)
+    pictures = {docs / "camvid" / f"{name}.png": drawing for name, drawing in drawings.items()}
+    left_over = set((docs / "camvid").glob("*.png")) - set(pictures)
     stale = [path for path, text in texts.items() if not path.exists() or path.read_text() != text]
     stale += [path for path, drawing in pictures.items() if drawn_from(path) != digest(*drawing)]
     stale += sorted(left_over)

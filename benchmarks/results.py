@@ -1,4 +1,4 @@
-"""The one schema of measurements, ``benchmarks/results/<device>.csv``: a row is what was measured, with what, where.
+"""The schema of all measurements, ``benchmarks/results/<device>.csv``: a row says what was measured, how, and where.
 
 An empty cell means not measured or not applicable; nothing is filled in afterwards. Two files in that folder hold
 accuracies of trainings and have schemas of their own: ``demo.csv``, and ``camvid.csv`` (``camvid/rows.py``).
@@ -20,12 +20,10 @@ from contextrast_kernels.cases import Case
 
 FOLDER = pathlib.Path(__file__).parent / "results"
 OTHER_SCHEMA = ("demo.csv", "camvid.csv")
-DISTANCES = FOLDER / "distances.csv"
-"""The rows of ``distances.py``, which make a table of their own."""
 
 
 class Absent(Exception):
-    """What a row needs is not here: a library, a checkout, a device. The message is one sentence."""
+    """Something that a row needs is missing: a library, a checkout, a device. The message is one sentence."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +35,7 @@ class Row:
     by: str
     """Whose, or which implementation: "triton", "reference", "torch.compile", "edt multi-label"."""
     mode: str = "eager"
-    """"eager", "graph" (a replayed CUDA graph), or what else distinguishes the call, such as "full" or "1 thread"."""
+    """"eager", "graph" (a replayed CUDA graph), or what else distinguishes the call, such as the sampling."""
 
     case: str = ""
     regime: str = ""
@@ -69,14 +67,9 @@ class Row:
     peak_mib: float | None = None
     """The most memory that torch holds during the call, above its inputs and results."""
     plan_mb: float | None = None
-    """10⁶ bytes by the launches' plan: at most, since of the similarities of negatives not all are needed."""
+    """10⁶ bytes that the planned launches move at most. Not all similarities of negatives are needed."""
     copy_gb_s: float | None = None
-    """Read and written bytes a second of a large copy in the same run."""
-    value: float | None = None
-    """A measurement that is not a time; ``unit`` says what."""
-    unit: str = ""
-    expected: str = ""
-    """What was predicted or is aimed at."""
+    """Bytes per second, read and written, of a large copy in the same run."""
     note: str = ""
 
     device: str = ""
@@ -94,23 +87,19 @@ class Row:
 
     @property
     def measured(self) -> tuple:
-        """What tells rows apart: all but the outcome."""
+        """The columns that identify a row: all but the outcome."""
         return tuple(getattr(self, name) for name in IDENTITY)
 
     def flaw(self) -> str | None:
-        """What it lacks, as a sentence."""
+        """What is wrong with the row, as a sentence; None if nothing is."""
         if not self.what or not self.by or not self.device or not self.torch:
             return "expected what, by, device and torch to be filled."
         if not STATUS.fullmatch(self.status):
             return f"status: expected ok, untimed, 'failed: why' or 'absent: why', got {self.status!r}."
-        if self.status == "ok" and self.median_ms is None and self.value is None:
-            return "expected a time or a value where the status is ok."
-        if self.status != "ok" and self.median_ms is not None:
-            return f"expected no time where the status is {self.status!r}."
+        if (self.status == "ok") == (self.median_ms is None):
+            return f"expected a time where the status is ok, none elsewhere, got {self.median_ms} and {self.status!r}."
         if (self.median_ms is None) != (self.iqr_ms is None):
             return "expected a median with its spread, or neither."
-        if self.value is not None and not self.unit:
-            return "expected the unit of the value."
         return None
 
 
@@ -154,7 +143,7 @@ def environment(device: str | torch.device = "cpu") -> dict:
 
 
 def driver() -> str:
-    """Never empty, since a row that has one is a GPU's."""
+    """The driver's version. It is never empty, because a row with a driver counts as one of a GPU."""
     version = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "-i", "0")
     return version or "unknown"
 
@@ -185,7 +174,7 @@ def _output(*command: str) -> str:
 
 
 def version(library: str) -> str:
-    """The installed version, or "". Nothing is imported, as a library that does not fit torch may raise any error."""
+    """The installed version, or "". Nothing is imported: a library that does not fit torch may raise any error."""
     for name in (library, f"pytorch-{library}"):  # as torch's nightly builds call Triton
         try:
             return importlib.metadata.version(name)
@@ -224,17 +213,12 @@ def read(path: pathlib.Path, kind: type = Row) -> list:
 
 
 def read_all(folder: pathlib.Path = FOLDER) -> list[Row]:
-    return [
-        row
-        for path in sorted(folder.glob("*.csv"))
-        if path.name not in (*OTHER_SCHEMA, DISTANCES.name)
-        for row in read(path)
-    ]
+    return [row for path in sorted(folder.glob("*.csv")) if path.name not in OTHER_SCHEMA for row in read(path)]
 
 
 def record(path: pathlib.Path, row) -> None:
-    """Writes a row at once, so that a run that ends early keeps what it has measured; it takes the place of an earlier
-    one that measured the same."""
+    """Write a row at once, so that a run that ends early keeps what it has measured. The row replaces an earlier one of
+    the same measurement."""
     earlier = [known for known in read(path, type(row)) if known.measured != row.measured]
     write(path, [*earlier, row], type(row))
 

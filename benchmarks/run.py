@@ -1,14 +1,15 @@
 """Measure everything: the fused loss, its parts, the reference, compilers, other people's code, a training step.
 
-    python -m benchmarks.run --out FOLDER                      what is not yet in FOLDER/<device>.csv at this commit
-    python -m benchmarks.run --out FOLDER --parts loss edt     some parts
-    python -m benchmarks.run --out FOLDER --tiny               every path, small, untimed
+    python -m benchmarks.run --out FOLDER                      the rows that FOLDER/<device>.csv lacks at this commit
+    python -m benchmarks.run --out FOLDER --parts loss step    some parts
+    python -m benchmarks.run --out FOLDER --tiny               every path, on small inputs and untimed
 
-Without a GPU it times what a CPU is for: the loss in plain PyTorch and compiled, the relatives, distance transforms.
+Without a GPU it times only what is used on a CPU: the loss in plain PyTorch and compiled, the relatives, distance
+transforms.
 
-Every row is compared with the reference in float64 (integers with ==) before it is timed; one that differs is written
-down as failed. Rows go to the file one by one. --minutes ends a run early: the next one goes on from there, looks again
-for what was absent and, last, tries again what failed. The exit status is 1 if a row failed.
+Every row is compared with the reference in float64 (integers with ==) before it is timed. A row that differs is
+recorded as failed. Rows are written one by one. --minutes ends a run early. The next run continues there, tries absent
+rows again, and tries failed rows again last. The exit status is 1 if a row failed.
 """
 
 import argparse
@@ -33,12 +34,12 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported
 
 import contextrast_kernels as ck
-from benchmarks import peers, results
+from benchmarks import distances, peers, results
 from benchmarks.camvid.networks import NETWORKS
 from benchmarks.results import Absent, Row
 from contextrast_kernels import bane, cases, measure
 from contextrast_kernels.cases import CASES, Case, Inputs
-from contextrast_kernels.demo.scenes import VOID, CamVid, DataError
+from contextrast_kernels.demo.scenes import VOID
 from contextrast_kernels.demo.training import mixed_precision
 
 FORWARD, BACKWARD, BOTH = "forward", "backward", "forward+backward"
@@ -53,14 +54,14 @@ class Job:
     row: Row
     run: Callable[[], dict]
     ours: bool = True
-    """Whether its failure is ours."""
+    """True if this package is at fault when the row fails."""
 
 
 class Machine:
     """Where the rows are measured, how long each, and the inputs of the case at hand."""
 
-    def __init__(self, device: str, *, tiny: bool, seconds: float, frames: pathlib.Path | None):
-        self.device, self.tiny, self.seconds, self.frames = torch.device(device), tiny, seconds, frames
+    def __init__(self, device: str, *, tiny: bool, seconds: float):
+        self.device, self.tiny, self.seconds = torch.device(device), tiny, seconds
         self.on_gpu = self.device.type == "cuda"
         self.time = measure.time_calls
         self.environment = results.environment(self.device)
@@ -71,7 +72,7 @@ class Machine:
         return ("eager", "graph") if self.on_gpu else ("eager",)
 
     def some(self, rows: Sequence) -> Sequence:
-        """One of each kind where nothing is timed."""
+        """The rows, or only the first one if nothing is timed."""
         return rows[:1] if self.tiny else rows
 
     def sized(self, name: str) -> Case:
@@ -80,12 +81,8 @@ class Machine:
             return CASES[name].tiny() if self.tiny else CASES[name]
         return replace(CASES[name], batch=2, height=256, width=384, dtype=torch.float32)
 
-    def maps_of(self, name: str) -> Case:
-        """For class maps alone, of full size also on a CPU, which gets one at a time."""
-        return self.sized(name) if self.tiny or self.on_gpu else replace(CASES[name], batch=1)
-
     def keep(self, name: str, key: Any, make: Callable[[], Any]) -> Any:
-        """The latest of its name is kept for the rows that follow; another key frees it first."""
+        """Keep the latest value of each name for the rows that follow. A new key frees the old value first."""
         if name not in self.kept or self.kept[name][0] != key:
             self.kept.pop(name, None)
             gc.collect()
@@ -93,22 +90,22 @@ class Machine:
         return self.kept[name][1]
 
     def inputs(self, case: Case) -> Inputs:
-        return self.keep("inputs", case, lambda: case.inputs(self.device, SEED, self.frames))
+        return self.keep("inputs", case, lambda: case.inputs(self.device, SEED))
 
-    def truth(self, case: Case) -> measure.Truth:
+    def truth(self, case: Case, function: Callable[[Case, Inputs], Tensor]) -> measure.Truth:
         def make():
             inputs = self.inputs(case)
             with ck.backend("reference"):
-                return measure.truth(lambda x: loss(case, inputs._replace(features=x)), inputs.features)
+                return measure.truth(lambda x: function(case, inputs._replace(features=x)), inputs.features)
 
-        return self.keep("truth", case, make)
+        return self.keep("truth", (case, function), make)
 
     @functools.cached_property
     def bandwidth(self) -> float | None:
         return measure.copy_gb_s(self.device) if self.on_gpu and not self.tiny else None
 
     def copies(self, inputs: Inputs) -> list[Inputs]:
-        """Inputs that the caches do not hold, each with leaves of its own."""
+        """Copies of the inputs that together exceed the caches, each with its own leaves."""
         count = 1 if self.tiny else measure.copies(measure.nbytes(inputs.features), self.device)
         return [
             Inputs([x.detach().clone().requires_grad_() for x in inputs.features], *(t.clone() for t in inputs[1:]))
@@ -135,13 +132,7 @@ class Machine:
 
     def row(self, case: Case, **columns) -> Row:
         threads = {} if self.on_gpu else {"threads": torch.get_num_threads()}
-        of_case = results.of_case(case)
-        labels = {"case": f"{case.name} on CamVid"} if self.frames else {}
-        return Row(**{**of_case, **labels, **threads, **columns}, **self.environment)
-
-
-def captured(call: Callable[[], Any]) -> Callable[[], Any]:
-    return measure.graphed(lambda: call)
+        return Row(**{**results.of_case(case), **threads, **columns}, **self.environment)
 
 
 # ------------------------------------------------------------------------------------------------------------ the loss
@@ -170,22 +161,28 @@ def run_loss(
     machine: Machine,
     case: Case,
     by: str,
-    pass_: str,
-    mode: str,
-    function: Callable[[Inputs], Tensor],
-    count: bool = True,
+    pass_: str = BOTH,
+    mode: str = "eager",
+    function: Callable[[Case, Inputs], Tensor] = loss,
+    compiler: dict | None = None,
 ) -> dict:
-    exact = machine.truth(case)
+    """``compiler``: options of torch.compile, which the function goes through."""
+    exact = machine.truth(case, function)
+    call = functools.partial(function, case)
+    if compiler:
+        torch.compiler.reset()
+        call = torch.compile(call, fullgraph=True, **compiler)
     with ck.backend("triton" if by == "triton" else "reference"):
-        makers = [functools.partial(prepared, pass_, function, copy) for copy in machine.copies(machine.inputs(case))]
+        makers = [functools.partial(prepared, pass_, call, copy) for copy in machine.copies(machine.inputs(case))]
         calls = [measure.graphed(make) if mode == "graph" else make() for make in makers]
         result = calls[0]()
         value, gradients = {FORWARD: (result, None), BACKWARD: (None, result)}.get(pass_, result)
         found = measure.check(value, gradients, exact)
-        outcome = machine.outcome(calls, count=count and mode == "eager")
+        # On a CPU a dispatch mode counts, which would keep the compiler out.
+        outcome = machine.outcome(calls, count=mode == "eager" and (machine.on_gpu or not compiler))
     if pass_ == BOTH:
         outcome["note"] = f"relative error of loss {found.value:.0e}, gradient {found.gradient:.0e}"
-    if pass_ == BOTH and by == "triton":
+    if (pass_, by, function) == (BOTH, "triton", loss):
         outcome["plan_mb"] = planned_mb(case)
     return outcome
 
@@ -198,13 +195,13 @@ def planned_mb(case: Case) -> float:
 
 
 def loss_jobs(machine: Machine, case: Case, passes: Sequence[str] = (BOTH,)) -> Iterator[Job]:
-    """The reference is timed forward and backward together only. A CPU interprets the kernels: no time is worth it."""
+    """The reference is timed only forward and backward together. The kernels are timed only on a GPU, because a CPU
+    interprets them."""
     fused = passes if machine.on_gpu or machine.tiny else ()
     for name, pass_ in [*(("triton", pass_) for pass_ in fused), ("reference", BOTH)]:
         for mode in machine.modes:
             row = machine.row(case, what=f"{LOSS} {pass_}", by=name, mode=mode)
-            function = functools.partial(loss, case)
-            yield Job(row, functools.partial(run_loss, machine, case, name, pass_, mode, function))
+            yield Job(row, functools.partial(run_loss, machine, case, name, pass_, mode))
 
 
 def loss_part(machine: Machine, names: Sequence[str]) -> Iterator[Job]:
@@ -227,15 +224,8 @@ def compiled_part(machine: Machine, names: Sequence[str]) -> Iterator[Job]:
     for name in names:
         case = machine.sized(name)
         for by in tuple(settings) if machine.on_gpu else ("torch.compile",):
-            options = settings[by]
-
-            def run(case=case, by=by, options=options):
-                torch.compiler.reset()
-                options = {"backend": "eager"} if machine.tiny else options
-                function = torch.compile(functools.partial(loss, case), fullgraph=True, **options)
-                # What counts on a CPU, a dispatch mode, would keep the compiler out.
-                return run_loss(machine, case, by, BOTH, "eager", function, count=machine.on_gpu)
-
+            options = {"backend": "eager"} if machine.tiny else settings[by]
+            run = functools.partial(run_loss, machine, case, by, compiler=options)
             yield Job(machine.row(case, what=f"{LOSS} {BOTH}", by=by), run)
 
 
@@ -259,27 +249,14 @@ SIDES = ((2, 2), (2, 4), (4, 8), (8, 8))
 # ----------------------------------------------------------------------------------------------------------- its parts
 
 
-def equal(found: Any, expected: Any) -> None:
-    """Integers, with ==."""
-    for a, b in zip(found, expected, strict=True):
-        if not torch.equal(a.cpu().long(), b.cpu().long()):
-            raise measure.Differs(f"{int((a.cpu() != b.cpu()).sum())} of {b.numel()} pixels differ")
-
-
-def negatives_of(case: Case, inputs: Inputs, distance_at: str = "layer") -> list[Tensor]:
-    options = (case.num_classes, 0.5, "bane", distance_at, VOID, SEED)
-    chosen, _ = bane.layer_negatives(inputs.logits, inputs.labels, case.sizes, *options)
-    return list(chosen)
-
-
 def parts_part(machine: Machine, names: Sequence[str]) -> Iterator[Job]:
     """Anchors, negatives and the pixel-anchor loss, each over all layers as the public functions do them."""
     for name in names:
         case = machine.sized(name)
-        for by in ("triton", "reference"):
-            for part, function in (("class_anchors", anchors_of), ("pixel_anchor_loss", pixel_anchor_of)):
-                row = machine.row(case, what=f"{part} of all layers {BOTH}", by=by)
-                yield Job(row, functools.partial(run_part, machine, case, by, function))
+        for function in (class_anchors, pixel_anchor_loss):
+            for by in ("triton", "reference"):
+                row = machine.row(case, what=f"{function.__name__} of all layers {BOTH}", by=by)
+                yield Job(row, functools.partial(run_loss, machine, case, by, BOTH, "eager", function))
         for distance_at in ("layer", "full"):
             for mode in machine.modes:
                 what = f"bane_negatives of all layers, distance at {distance_at}"
@@ -287,60 +264,73 @@ def parts_part(machine: Machine, names: Sequence[str]) -> Iterator[Job]:
                 yield Job(row, functools.partial(run_negatives, machine, case, distance_at, mode))
 
 
-def anchors_of(case: Case, inputs: Inputs, given: list) -> Tensor:
-    anchors = [ck.class_anchors(x, inputs.labels, case.num_classes)[0] for x in inputs.features]
-    return torch.stack([(a * direction).sum() for a, (direction, _, _) in zip(anchors, given)]).sum()
+def class_anchors(case: Case, inputs: Inputs) -> Tensor:
+    """The anchors' projections on one direction, summed."""
+    anchors = torch.stack([ck.class_anchors(x, inputs.labels, case.num_classes)[0] for x in inputs.features])
+    return (anchors * torch.linspace(-1, 1, case.channels, dtype=anchors.dtype, device=anchors.device)).sum()
 
 
-def pixel_anchor_of(case: Case, inputs: Inputs, given: list) -> Tensor:
-    losses = [
-        ck.pixel_anchor_loss(x, inputs.labels, anchors, negatives=negatives)
-        for x, (_, anchors, negatives) in zip(inputs.features, given)
-    ]
-    return torch.stack(losses).sum()
+def pixel_anchor_loss(case: Case, inputs: Inputs) -> Tensor:
+    """With given anchors, and every pixel of another class as a negative."""
+    generator, dtype = torch.Generator().manual_seed(SEED), inputs.features[0].dtype
+    anchors = F.normalize(torch.randn(case.num_classes, case.channels, generator=generator, dtype=torch.float64))
+    anchors = anchors.to(inputs.labels.device, dtype if dtype == torch.float64 else torch.float32)
+    return torch.stack([ck.pixel_anchor_loss(x, inputs.labels, anchors) for x in inputs.features]).sum()
 
 
-def run_part(machine: Machine, case: Case, by: str, part: Callable[[Case, Inputs, list], Tensor]) -> dict:
-    inputs = machine.inputs(case)
-    generator = torch.Generator().manual_seed(SEED)
-    with ck.backend("reference"):
-        negatives = negatives_of(case, inputs)
-        given = [
-            (
-                torch.randn(case.num_classes, case.channels, generator=generator).to(machine.device),
-                ck.class_anchors(x, inputs.labels, case.num_classes)[0],
-                chosen,
-            )
-            for x, chosen in zip(inputs.features, negatives)
-        ]
-
-        def of(features: list[Tensor]) -> Tensor:
-            dtype = torch.float64 if features[0].dtype == torch.float64 else torch.float32
-            typed = [(direction.to(dtype), anchors.to(dtype), chosen) for direction, anchors, chosen in given]
-            return part(case, inputs._replace(features=features), typed)
-
-        exact = measure.truth(of, inputs.features)
-    with ck.backend(by):
-        found = measure.check(*measure.evaluate(of, inputs.features), exact)
-        calls = [
-            functools.partial(lambda copy: torch.autograd.grad(part(case, copy, given), copy.features), copy)
-            for copy in machine.copies(inputs)
-        ]
-        outcome = machine.outcome(calls)
-    return outcome | {"note": f"relative error of value {found.value:.0e}, gradient {found.gradient:.0e}"}
+def negatives_of(case: Case, inputs: Inputs, distance_at: str) -> list[Tensor]:
+    options = (case.num_classes, 0.5, "bane", distance_at, VOID, SEED)
+    return list(bane.layer_negatives(inputs.logits, inputs.labels, case.sizes, *options)[0])
 
 
 def run_negatives(machine: Machine, case: Case, distance_at: str, mode: str) -> dict:
     inputs = machine.inputs(case)
     with ck.backend("reference"):
         expected = negatives_of(case, inputs, distance_at)
-    equal(negatives_of(case, inputs, distance_at), expected)
     copies = [inputs] if machine.tiny else [inputs._replace(labels=inputs.labels.clone()) for _ in range(4)]
     calls = [functools.partial(negatives_of, case, copy, distance_at) for copy in copies]
     if mode == "graph":
-        calls = [captured(call) for call in calls]
-        equal(calls[0](), expected)
+        calls = [measure.graphed(lambda call=call: call) for call in calls]
+    for found, wanted in zip(calls[0](), expected, strict=True):
+        if not torch.equal(found.long(), wanted.long()):
+            raise measure.Differs(f"{int((found != wanted).sum())} of {wanted.numel()} pixels differ")
     return machine.outcome(calls, count=mode == "eager")
+
+
+# ----------------------------------------------------------------------------------------------------------- distances
+
+
+def distances_part(machine: Machine, names: Sequence[str]) -> Iterator[Job]:
+    """Distance transforms and edge distances of volumes, and edge distances of maps: they have cases of their own."""
+    inputs = distances.cases(16) if machine.tiny else distances.cases()
+    if machine.tiny:
+        inputs = {(case.what, case.is_volume): case for case in reversed(inputs)}.values()
+    for case in inputs:
+        for threads in (None,) if machine.on_gpu else (1,) if machine.tiny else (1, 2):
+            for name, slow in distances.names(case, machine.device):
+                if threads != 2 or not slow:
+                    row = Row(by=name, threads=threads, **case.columns, **machine.environment)
+                    yield Job(row, functools.partial(run_distance, machine, case, name), name == distances.OURS)
+
+
+def run_distance(machine: Machine, case: distances.DistanceCase, name: str) -> dict:
+    image = machine.keep("image", case, lambda: distances.image_of(case).to(machine.device))
+
+    def by_reference():
+        """A volume of full size would take it minutes: there it is the library's CPU code."""
+        with ck.backend("auto" if case.is_volume and not machine.tiny else "reference"):
+            return distances.ours(case, image.cpu())
+
+    expected = machine.keep("distances", case, by_reference)
+    [found] = [row for row in distances.transforms(case, image) if row.name == name]
+    library, why = peers.module(found.needs)
+    if library is None:
+        raise Absent(why)
+    call = found.make(library)
+    difference = distances.difference(call(), expected, image) if found.exact else 0.0
+    if not difference <= (0.0 if name == distances.OURS else 1e-4):
+        raise measure.Differs(f"a distance by {difference:g}")
+    return machine.outcome([call]) | {"exact": "yes" if found.exact else "no", "note": found.note}
 
 
 # ------------------------------------------------------------------------------------------------- other people's code
@@ -378,120 +368,6 @@ def run_relative(machine: Machine, case: Case, name: str, folder: pathlib.Path |
     return outcome | {"exact": "another loss", "note": found.note}
 
 
-def edt_part(machine: Machine, names: Sequence[str]) -> Iterator[Job]:
-    """Edge distances and selections of label maps of full size, in every regime; benchmarks.distances has volumes."""
-    for name in names[:1]:
-        for regime in machine.some(cases.REGIMES):
-            case = replace(machine.maps_of(name), regime=regime)
-            for threads in (None,) if machine.on_gpu or machine.tiny else (1, 2):
-                for job in (*edge_distance_jobs(machine, case), *selection_jobs(machine, case)):
-                    if threads is None:
-                        yield job
-                    elif threads == 1 or not job.row.by.startswith(ONE_THREAD):
-                        yield replace(job, row=replace(job.row, threads=threads))
-
-
-ONE_THREAD = ("SciPy", "MONAI", "kornia")
-"""Peers that more threads do not help."""
-
-
-def errors_of(machine: Machine, case: Case) -> Tensor:
-    """Error maps of the labels' size, int64 (B, H, W)."""
-
-    def make():
-        labels, predictions = case.label_maps(SEED, machine.frames)
-        return ck.error_map(predictions, labels, num_classes=case.num_classes).long().to(machine.device)
-
-    return machine.keep("errors", case, make)
-
-
-def distances_of(machine: Machine, case: Case) -> Tensor:
-    """Squared distances by the reference, on the CPU."""
-
-    def make():
-        with ck.backend("reference"):
-            return ck.edge_distance(errors_of(machine, case).cpu(), squared=True)
-
-    return machine.keep("distances", case, make)
-
-
-def map_row(machine: Machine, case: Case, dtype: torch.dtype = torch.int64, **columns) -> Row:
-    maps_alone = {"channels": None, "strides": "", "layout": "", "dtype": str(dtype).removeprefix("torch.")}
-    return replace(machine.row(case, **columns), **maps_alone)
-
-
-def edge_distance_jobs(machine: Machine, case: Case) -> Iterator[Job]:
-    what = "edge_distance"
-    for dtype in (torch.int64, torch.int32, torch.int8):
-        for mode in machine.modes:
-
-            def run(dtype=dtype, mode=mode):
-                classes = errors_of(machine, case).to(dtype)
-                count = 1 if machine.tiny else measure.copies(measure.nbytes(classes), machine.device)
-                maps = [classes.clone() for _ in range(count)]
-                calls = [functools.partial(ck.edge_distance, x, squared=True) for x in maps]
-                if mode == "graph":
-                    calls = [captured(call) for call in calls]
-                equal([calls[0]()], [distances_of(machine, case)])
-                return machine.outcome(calls, count=mode == "eager") | {"exact": "yes"}
-
-            yield Job(map_row(machine, case, dtype, what=what, by="contextrast", mode=mode), run)
-    for peer in peers.edge_distances(torch.zeros(1, 4, 4, dtype=torch.int64, device=machine.device)):
-
-        def run_peer(name=peer.name):
-            classes = errors_of(machine, case)
-            [found] = [row for row in peers.edge_distances(classes) if row.name == name]
-            if found.call is None:
-                raise Absent(found.note)
-            if found.exact:
-                equal([peers.squared(found.call(), classes)], [distances_of(machine, case)])
-            return machine.outcome([found.call]) | {"exact": "yes" if found.exact else "no", "note": found.note}
-
-        yield Job(map_row(machine, case, what=what, by=peer.name), run_peer, ours=False)
-
-
-def selection_jobs(machine: Machine, case: Case) -> Iterator[Job]:
-    def given() -> tuple[Tensor, Tensor, Tensor]:
-        classes = errors_of(machine, case)
-        distance_sq = distances_of(machine, case)
-        with ck.backend("reference"):
-            expected = ck.select_nearest(classes.cpu(), distance_sq, 0.5, num_classes=case.num_classes, seed=SEED)
-        return classes, distance_sq.to(machine.device), expected
-
-    def run(mode):
-        classes, distance_sq, expected = given()
-        options = {"num_classes": case.num_classes, "seed": torch.tensor([SEED], device=machine.device)}
-        count = 1 if machine.tiny else measure.copies(measure.nbytes([classes, distance_sq]), machine.device)
-        copies = [(classes.clone(), distance_sq.clone(), 0.5) for _ in range(count)]
-        calls = [functools.partial(ck.select_nearest, *copy, **options) for copy in copies]
-        if mode == "graph":
-            calls = [captured(call) for call in calls]
-        equal([calls[0]()], [expected])
-        return machine.outcome(calls, count=mode == "eager") | {"exact": "yes"}
-
-    what = "select_nearest"
-    for mode in machine.modes:
-        yield Job(map_row(machine, case, what=what, by="contextrast", mode=mode), functools.partial(run, mode))
-    zeros = torch.zeros(1, 4, 4, dtype=torch.int64, device=machine.device)
-    for peer in peers.selections(zeros, zeros.int(), 0.5, case.num_classes, SEED):
-
-        def run_peer(name=peer.name):
-            classes, distance_sq, expected = given()
-            found = [
-                row for row in peers.selections(classes, distance_sq, 0.5, case.num_classes, SEED) if row.name == name
-            ]
-            if not found:
-                raise Absent("its keys do not hold these distances")
-            if found[0].exact:
-                equal([found[0].call()], [expected])
-            return machine.outcome([found[0].call]) | {
-                "exact": "yes" if found[0].exact else "no",
-                "note": found[0].note,
-            }
-
-        yield Job(map_row(machine, case, what=what, by=peer.name), run_peer, ours=False)
-
-
 # ------------------------------------------------------------------------------------------------------- training step
 
 STEPS = {"cross-entropy": None, "with contextrast": "triton", "with the reference": "reference"}
@@ -516,7 +392,7 @@ def step_part(machine: Machine, names: Sequence[str]) -> Iterator[Job]:
 def run_step(machine: Machine, case: Case, name: str, by: str | None) -> dict:
     torch.manual_seed(SEED)
     network = NETWORKS[name](case.num_classes).to(machine.device, memory_format=torch.channels_last)
-    labels, _ = (x.to(machine.device) for x in case.label_maps(SEED, machine.frames))
+    labels, _ = (x.to(machine.device) for x in case.label_maps(SEED))
     images = torch.rand(case.batch, 3, case.height, case.width).to(machine.device, memory_format=torch.channels_last)
     if by:
         with contextlib.redirect_stdout(io.StringIO()):  # the table of layers
@@ -555,13 +431,13 @@ def run_step(machine: Machine, case: Case, name: str, by: str | None) -> dict:
 PARTS = {
     "loss": loss_part,
     "parts": parts_part,
-    "edt": edt_part,
+    "distances": distances_part,
     "compiled": compiled_part,
     "peers": peers_part,
     "step": step_part,
     "scaling": scaling_part,
 }
-ON_CPU = ("loss", "compiled", "peers", "edt")
+ON_CPU = ("loss", "compiled", "peers", "distances")
 """Parts that are timed without a GPU."""
 
 
@@ -573,7 +449,7 @@ def at_most(seconds: float) -> Iterator[None]:
         raise TimeoutError(f"took more than {seconds:g} s")
 
     before = signal.signal(signal.SIGALRM, over)
-    # And again each second: what is raised inside a callback of the garbage collector is lost.
+    # Repeat the signal each second, because an exception inside a callback of the garbage collector is lost.
     signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)
     try:
         yield
@@ -584,7 +460,7 @@ def at_most(seconds: float) -> Iterator[None]:
 
 @contextlib.contextmanager
 def threads_of(count: int | None) -> Iterator[None]:
-    """Inside the block torch and OpenCV use so many threads; None leaves them alone."""
+    """Inside the block torch and OpenCV use this number of threads; None changes nothing."""
     before, (cv2, _) = torch.get_num_threads(), peers.module("cv2") if count else (None, "")
     if count:
         torch.set_num_threads(count)
@@ -619,7 +495,7 @@ def measured(job: Job, machine: Machine, seconds: float) -> Row:
 
 
 def to_do(jobs: Iterable[Job], known: dict[tuple, Row]) -> list[Job]:
-    """What the file does not have, then what failed: what takes the device down would take the rest with it."""
+    """The rows that the file lacks, then the failed ones, because a row that breaks the device stops all after it."""
     states = [(job, known[job.row.measured].status if job.row.measured in known else "absent") for job in jobs]
     return [
         *(job for job, status in states if status.startswith("absent")),
@@ -628,15 +504,13 @@ def to_do(jobs: Iterable[Job], known: dict[tuple, Row]) -> list[Job]:
 
 
 def check(options: argparse.Namespace) -> None:
-    """What would fail every row is said before the first."""
+    """Refuse options with which every row would fail."""
     for name in ("minutes", "row_seconds", "seconds"):
         if not 0 <= getattr(options, name) <= 86400:
             option = f"--{name.replace('_', '-')}"
             raise ValueError(f"{option}: expected 0 to 86400, got {getattr(options, name)}")
     if options.peers is not None and not options.peers.is_dir():
         raise ValueError(f"--peers: expected a folder that holds checkouts, got {options.peers}")
-    if options.frames is not None:
-        CamVid(options.frames, 360, limit=1)
     if options.out.exists() and not options.out.is_dir():
         raise ValueError(f"--out: expected a folder, got the file {options.out}")
 
@@ -647,19 +521,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--parts", nargs="+", choices=PARTS, help=f"default: all; on a CPU {', '.join(ON_CPU)}")
     parser.add_argument("--cases", nargs="+", choices=CASES, help="default: all; on a CPU cityscapes")
     parser.add_argument("--peers", type=pathlib.Path, metavar="DIR", help="checkouts of the relatives: see peers.py")
-    parser.add_argument("--frames", type=pathlib.Path, metavar="DIR", help="CamVid in SegNet's layout, for the labels")
     parser.add_argument("--tiny", action="store_true", help="tiny twins of the cases, untimed, on any device")
-    parser.add_argument("--again", action="store_true", help="also what the file already has")
+    parser.add_argument("--again", action="store_true", help="measure also the rows that the file has")
     parser.add_argument("--minutes", type=float, default=9.0, help="start no row later than this (default: 9)")
     parser.add_argument("--row-seconds", type=float, default=180.0, help="give a row up after this (default: 180)")
-    parser.add_argument("--seconds", type=float, default=0.5, help="of repeats that a row times (default: 0.5)")
+    parser.add_argument("--seconds", type=float, default=0.5, help="duration of a row's measurement (default: 0.5)")
     options = parser.parse_args(arguments)
     try:
         check(options)
-    except (ValueError, DataError) as error:
+    except ValueError as error:
         parser.error(str(error))
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    machine = Machine(device, tiny=options.tiny, seconds=options.seconds, frames=options.frames)
+    machine = Machine(device, tiny=options.tiny, seconds=options.seconds)
     everywhere = machine.on_gpu or machine.tiny
     parts = options.parts or list(PARTS if everywhere else ON_CPU)
     if not everywhere and not set(parts) <= set(ON_CPU):
@@ -683,7 +556,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(line(row), flush=True)
         failures += job.ours and failed
         if failed and not measure.answers(machine.device):
-            print("the device answers nothing any more in this process")
+            print("the device no longer works in this process")
             break
     left = len(jobs)
     print(

@@ -19,7 +19,7 @@ def to_size(values: Tensor, *size: int) -> Tensor:
     source = values.shape[values.ndim - len(size) :]
     if source == size:
         return values
-    index = [torch.arange(n, device=values.device) * of // max(n, 1) for n, of in zip(size, source)]
+    index = [torch.arange(m, device=values.device) * n // max(m, 1) for m, n in zip(size, source)]
     broadcast: list[Any] = [i.view(-1, *(1,) * (len(size) - 1 - axis)) for axis, i in enumerate(index)]
     return values[(..., *broadcast)]
 

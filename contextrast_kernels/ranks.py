@@ -157,7 +157,7 @@ def log_sum_exp(log_sums: Tensor, name: str, bound: float | None = None) -> Tens
 
 
 class Total(torch.autograd.Function):
-    """``reduced`` for a loss of which each rank holds a share. Backward adds up the gradients of all ranks."""
+    """The sum over the ranks. The backward pass adds up the gradients of all ranks."""
 
     @staticmethod
     def forward(ctx, x: Tensor, name: str) -> Tensor:

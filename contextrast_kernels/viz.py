@@ -308,8 +308,8 @@ def anchor_similarity(
     fused = [(fuse_anchors(a, n, top, top_counts, fusion_weight), n) for a, n in of_layers[:-1]] + of_layers[-1:]
 
     side = max(1.8, 0.24 * num_classes)
-    beside = 0.3 + 0.08 * max(map(len, names))  # inches that the names take, at 8 pt
-    figure = Figure(figsize=(0.9 + beside + (0.2 + side) * len(fused), side + beside + 0.3), layout="compressed")
+    margin = 0.3 + 0.08 * max(map(len, names))  # inches that the names take, at 8 pt
+    figure = Figure(figsize=(0.9 + margin + (0.2 + side) * len(fused), side + margin + 0.3), layout="compressed")
     axes = figure.subplots(1, len(fused), squeeze=False)[0]
     colours = colormaps["RdBu_r"].with_extremes(bad=VOID_COLOUR)
     for axis, (a, n), x in zip(axes, fused, features):

@@ -31,7 +31,7 @@ class WithContrast(nn.Module):
 
 class nnUNetTrainerContextrast(nnUNetTrainer):
     alpha = 0.1
-    weights = (1.0, 0.7, 0.4, 0.1)  # of the tapped stages, from high to low resolution
+    weights = (1.0, 0.7, 0.4, 0.1)  # one for each tapped stage, from high to low resolution
 
     @staticmethod
     def build_network_architecture(

@@ -17,12 +17,15 @@ if not torch.cuda.is_available():
 
 import numpy as np
 import pytest
+from interpreter import speed_up
 
 import contextrast_kernels as ck
 
 pytest.register_assert_rewrite("kernel_checks")
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+if os.environ.get("TRITON_INTERPRET") == "1":
+    speed_up()
 
 
 LONGEST = (

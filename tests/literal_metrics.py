@@ -67,7 +67,7 @@ def trimap(labels, radius, N):
 
 
 def erode(mask):
-    """One step of erosion by 3 pixels along every axis; the outside of the image is no part of the mask."""
+    """One step of erosion by 3 pixels along every axis; the outside of the image is not in the mask."""
     padded = np.pad(mask, 1)
     out = np.zeros_like(mask)
     for pixel in np.ndindex(mask.shape):

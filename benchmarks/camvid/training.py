@@ -38,12 +38,12 @@ class Diverged(Exception):
 
 @dataclass
 class Log:
-    """What is seen of the loss at work, from the high-resolution layer to the low one, summed over each fifth.
+    """Figures of the loss in training for each layer, from high to low resolution, summed over each fifth.
 
-    Of every probed iteration: ``at_edge``, the share of error pixels at distance 0; ``errors``, the share of valid
-    pixels that are errors; of the Contextrast loss also ``negatives``, ``classes`` and ``loss``, all of a layer. Of the
-    gradients: ``ratio``, the norm of the weighted loss's over that of the cross-entropy's, and ``cosine`` of the two,
-    at each stage's output, and as the last number over all parameters of the encoder.
+    Every probed iteration adds ``at_edge``, the share of error pixels at distance 0, and ``errors``, the share of valid
+    pixels that are errors. With the Contextrast loss it also adds ``negatives``, ``classes`` and ``loss``. Of the
+    gradients it adds ``ratio``, the norm of the weighted loss's over that of the cross-entropy's, and ``cosine`` of the
+    two, at each stage's output and, as the last number, over all parameters of the encoder.
     """
 
     sums: dict[str, list]

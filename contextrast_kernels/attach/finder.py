@@ -358,10 +358,10 @@ class _Finder:
         """The units up to the encoder's end; empty if the last resolution is not one of an encoder."""
         units = [u for u in units if u.node not in self.logits]
         before = [u for u in units if u.layer.pixels != pixels]
-        here = [u for u in units if u.layer.pixels == pixels]
+        coarsest = [u for u in units if u.layer.pixels == pixels]
         widest = max((u.layer.channels for u in before if u.layer.stride >= _MIN_STRIDE), default=0)
         kept: list[_Unit] = []
-        for u in here:
+        for u in coarsest:
             if not kept and (u.pooled or (before and _step(u.layer, before[-1].layer) > _MAX_STEP + 0.5)):
                 return []
             if kept and u.layer.channels < kept[-1].layer.channels:
@@ -489,7 +489,7 @@ class _Finder:
         return layers, self._doubt(trunk, stages)
 
     def _read_elsewhere(self, blocks: list[_Unit]) -> list[_Unit]:
-        """The blocks whose output is read by something else than the next block, such as a decoder."""
+        """The blocks whose output is read by more than the next block, for example by a decoder."""
         needed = self.graph.ancestors([blocks[-1].node]) if blocks else set()
         read = {s for n, sources in enumerate(self.graph.sources) if n not in needed for s in sources}
         return [u for u in blocks if u.node in read]

@@ -368,21 +368,21 @@ def write(
             for run in runs
         ],
     }
-    beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        fresh = beside / "new"
+        fresh = scratch / "new"
         fresh.mkdir()
         (fresh / "metrics.json").write_text(json.dumps(without_nan(facts), indent=1, allow_nan=False) + "\n")
         try:
             pictures.draw(fresh, runs, network, heads, data)
             outcome = f"Wrote {', '.join(sorted(path.name for path in fresh.iterdir()))} to {folder}."
         except ImportError as error:
-            outcome = f"Wrote metrics.json to {folder}; drew nothing, as the pictures need matplotlib ({error})."
+            outcome = f"Wrote metrics.json to {folder}; drew nothing, because the pictures need matplotlib ({error})."
         if folder.exists():
-            folder.rename(beside / "old")
+            folder.rename(scratch / "old")
         fresh.rename(folder)
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(scratch, ignore_errors=True)
     return outcome
 
 

@@ -28,7 +28,6 @@ from contextrast_kernels.kernels._tiles import (
     block_classes,
     block_of,
     channels,
-    chosen,
     class_rows,
     dot_float64,
     image_codes,
@@ -36,12 +35,13 @@ from contextrast_kernels.kernels._tiles import (
     inverse_norm,
     is_finite,
     is_negative,
+    joined,
     layer_of,
     pick,
     real,
     sigmoid,
     size_term,
-    stacked_pieces,
+    stacked,
     steps_again,
     table_rows,
     two_pieces,
@@ -90,11 +90,11 @@ def feature_gradients(
     if terms is None or terms.base is None:
         arguments |= terms._asdict() if terms is not None else dict.fromkeys(Terms._fields)
         arguments.pop("base")
-        taken = constants | tiles("_features_bwd", features[0].dtype, D)
+        constants |= {**tiles("_features_bwd", features[0].dtype, D), "BINS": next_power_of_2(num_classes)}
         copied = None
         if normalize and copies_rows(features[0].dtype, D):
-            copied = _features_bwd, arguments, {**taken, **copied_tiles(), "BINS": next_power_of_2(num_classes)}
-        _launch.sweep(_features_bwd, features, arguments, {**taken, "BINS": 0}, out=out, copied=copied)
+            copied = _features_bwd, arguments, {**constants, **copied_tiles(), "COPIED": True}
+        _launch.sweep(_features_bwd, features, arguments, {**constants, "COPIED": False}, out=out, copied=copied)
     else:
         arguments |= terms._asdict()
         arguments.pop("similarity")
@@ -139,29 +139,37 @@ def _write_copied_rows(
     """dx of a block of normalised bfloat16 features with at most 16 classes. Returns whether a vector of the block or a
     row of a table is not finite: then 0 · NaN is in dx, and the block has to be written again.
 
-    A row of 64 pixels comes to shared memory once. xᵀ (P, D) · [two pieces of â] (D, 32), and the same for T, give
-    ⟨x, â⟩ and ⟨x, T⟩; W (P, 32) · [two pieces of â]ᵀ (32, C) gives r g u, where W holds a pixel's weights in the
-    columns of its classes. Nothing is gathered.
+    A row of 64 pixels comes to shared memory once. Its product with the rows of â and T of the block's classes,
+    xᵀ (P, D) · Rᵀ (D, 64), gives ⟨x, â⟩ and ⟨x, T⟩; W (P, 64) · R (64, C) gives r g u, where W holds a pixel's weights
+    in the columns of its classes. Nothing is gathered. R and W are in two pieces of bfloat16.
 
-    â' and W', what is left of â and W in two pieces, are also what ⟨x, u⟩ is made of: dx stays orthogonal to x, to
-    float32's precision, however small it is beside u.
+    ⟨x, u⟩ is made of the same R and W, without what their two pieces leave out: dx stays orthogonal to x, to float32's
+    precision, however small it is beside u.
     """
     C: tl.constexpr = min(D, 128)  # channels of dx that are held in registers
     live = c < w
-    both = tl.reshape(tl.broadcast_to(slots[None, :], (2, 16)), (32,))
-    anchors = ()
-    pulls = ()
+    R = ()
     spoilt = tl.zeros((16, C), tl.float32)  # becomes NaN
     for i in tl.static_range(D // C):
         if table is not None:
             rows = class_rows(table, slots, i * C, D, C)
             spoilt += rows * 0.0
-            anchors = anchors + (stacked_pieces(rows),)  # noqa: RUF005
         if pull is not None:
-            rows = class_rows(pull, slots, i * C, D, C)
-            spoilt += rows * 0.0
-            pulls = pulls + (stacked_pieces(rows),)  # noqa: RUF005
+            rows_of_pull = class_rows(pull, slots, i * C, D, C)
+            spoilt += rows_of_pull * 0.0
+            rows = stacked(rows, rows_of_pull) if table is not None else rows_of_pull
+        R = R + (stacked(*two_pieces(rows)),)  # noqa: RUF005
     broken = tl.max(tl.max((spoilt != spoilt).to(tl.int32), 0), 0)
+
+    # The classes of R's rows, -1 where a row is not of that table.
+    no_class = tl.full((16,), -1, tl.int32)
+    anchor_classes = slots
+    pull_classes = slots
+    if table is not None and pull is not None:
+        anchor_classes = joined(slots, no_class)
+        pull_classes = joined(no_class, slots)
+    anchor_classes = joined(anchor_classes, anchor_classes)[None, :]
+    pull_classes = joined(pull_classes, pull_classes)[None, :]
     diagonal = tl.arange(0, P)[:, None] == tl.arange(0, P)[None, :]
     spoilt_pixel = tl.zeros((P,), tl.float32)
 
@@ -170,62 +178,56 @@ def _write_copied_rows(
         pixel = r * w + c
         label = tl.load(y + pixel, mask=live, other=32767).to(tl.int32)
         valid = label < N
-        own = both[None, :] == label[:, None]
         step_w, step_d = steps_again(sW, sD, r, UNIT, ALIGN)
 
         # 1. ‖x‖² and the products of x with the rows of the block's classes.
         tiles = ()
         for i in tl.static_range(D // C):
             tiles = tiles + (channels(row, c * step_w, live, i * C, step_d, D, C),)  # noqa: RUF005
-        sizes = tl.zeros((P, P), tl.float32)  # its diagonal
-        to_anchors = tl.zeros((P, 32), tl.float32)
-        to_pulls = tl.zeros((P, 32), tl.float32)
+        sizes = tl.zeros((P, P), tl.float32)  # on its diagonal
+        products = tl.zeros((P, R[0].shape[0]), tl.float32)
         for i in tl.static_range(D // C):
             sizes = tl.dot(tl.trans(tiles[i]), tiles[i], sizes)
-            if table is not None:
-                to_anchors = tl.dot(tl.trans(tiles[i]), tl.trans(anchors[i]), to_anchors)
-            if pull is not None:
-                to_pulls = tl.dot(tl.trans(tiles[i]), tl.trans(pulls[i]), to_pulls)
+            products = tl.dot(tl.trans(tiles[i]), tl.trans(R[i]), products)
         size = tl.sum(tl.where(diagonal, sizes, 0.0), 1)
         spoilt_pixel += size * 0.0
         norm = inverse_norm(size, True)
         outer = tl.where(valid, norm * g, 0.0)
 
-        # 2. The weights of â_y, â_e and T_y in r g u, in two pieces.
-        along = tl.zeros((P,), tl.float32)  # r g ⟨x, u⟩
+        # 2. The weights of â_y, â_e and T_y in r g u.
+        W_high = tl.zeros(products.shape, tl.bfloat16)
+        W_low = W_high
+        if pull is not None:
+            own = pull_classes == label[:, None]
+            high, low = two_pieces(outer)
+            W_high = tl.where(own, high[:, None], W_high)
+            W_low = tl.where(own, low[:, None], W_low)
         if table is not None:
-            product = tl.sum(tl.where(own, to_anchors, 0.0), 1)
-            share = sigmoid(tl.load(Z + label, mask=valid, other=0.0) - product * norm * inverse_temperature)
+            own = anchor_classes == label[:, None]
+            s = tl.sum(tl.where(own, products, 0.0), 1) * norm * inverse_temperature
+            share = sigmoid(tl.load(Z + label, mask=valid, other=0.0) - s)
             mine = tl.load(coefficients + label, mask=valid, other=0.0) * share * outer
             negative = tl.load(e + pixel, mask=live, other=32767).to(tl.int32)
             is_hard = negative < N
-            against = both[None, :] == negative[:, None]
+            against = anchor_classes == negative[:, None]
             s = tl.load(similarity + pixel, mask=is_hard, other=0.0)
             hard = tl.exp(s - tl.load(Z + negative, mask=is_hard, other=0.0))
             hard *= tl.load(coefficients + N + negative, mask=is_hard, other=0.0) * outer
             mine += tl.where(negative == label, hard, 0.0)  # a given negative of its own class
-            mine_high, mine_low = two_pieces(mine)
-            hard_high, hard_low = two_pieces(hard)
-            weights_high = tl.where(own, mine_high[:, None], chosen(against, hard_high))
-            weights_low = tl.where(own, mine_low[:, None], chosen(against, hard_low))
-            weights = weights_high.to(tl.float32) + weights_low.to(tl.float32)
-            along += tl.sum(weights * to_anchors, 1)
-        if pull is not None:
-            outer_high, outer_low = two_pieces(outer)
-            pulled_high = chosen(own, outer_high)
-            pulled_low = chosen(own, outer_low)
-            along += tl.sum((pulled_high.to(tl.float32) + pulled_low.to(tl.float32)) * to_pulls, 1)
+            high, low = two_pieces(hard)
+            W_high = tl.where(against, high[:, None], W_high)
+            W_low = tl.where(against, low[:, None], W_low)
+            high, low = two_pieces(mine)
+            W_high = tl.where(own, high[:, None], W_high)
+            W_low = tl.where(own, low[:, None], W_low)
 
         # 3. dx = r g u - x r² (r g ⟨x, u⟩).
+        along = tl.sum((W_high.to(tl.float32) + W_low.to(tl.float32)) * products, 1)
         inner = -along * norm * norm
         out_row = out_image + tl.cast(r, tl.int64) * oH
         out_w, out_d = steps_again(oW, oD, r, OUT_UNIT, OUT_ALIGN)
         for i in tl.static_range(D // C):
-            u = tl.zeros((P, C), tl.float32)
-            if table is not None:
-                u = tl.dot(weights_high, anchors[i], tl.dot(weights_low, anchors[i], u))
-            if pull is not None:
-                u = tl.dot(pulled_high, pulls[i], tl.dot(pulled_low, pulls[i], u))
+            u = tl.dot(W_high, R[i], tl.dot(W_low, R[i]))
             # As one fma, x changes its layout as bfloat16, not as a float32 product.
             x = tl.trans(tiles[i]).to(tl.float32)
             u = tl.fma(x, tl.broadcast_to(inner[:, None], (P, C)), u)
@@ -257,6 +259,7 @@ def _features_bwd(
     CHUNK: tl.constexpr,
     BINS: tl.constexpr,
     NORMALIZE: tl.constexpr,
+    COPIED: tl.constexpr,
     UNIT: tl.constexpr,
     ALIGN: tl.constexpr,
     OUT_UNIT: tl.constexpr,
@@ -267,7 +270,7 @@ def _features_bwd(
     """dx of one block where a pixel is a negative of one class at most.
 
     Recomputed: the norm, s_y. Read: s_e, one number a pixel. Rows of â and T are gathered; they stay in cache.
-    BINS: not 0 where rows can be copied. ``_write_copied_rows`` then writes the block, unless it has many classes or
+    COPIED: rows can be copied. ``_write_copied_rows`` then writes the block, unless it has many classes or
     holds something that is not finite.
     Moves: the features once, dx once, 6 bytes a pixel.
     """
@@ -297,7 +300,7 @@ def _features_bwd(
         inverse_temperature = 1.0
 
     gathered = True
-    if BINS > 0:
+    if COPIED:
         slots, classes = block_classes(y, e, r0, h, c, w, 0, N, ROWS, P, BINS, 16)
         gathered = classes > 16
         if classes <= 16:

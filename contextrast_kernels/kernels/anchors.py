@@ -17,7 +17,7 @@ from contextrast_kernels.kernels import _launch
 from contextrast_kernels.kernels._codes import Codes, codes
 from contextrast_kernels.kernels._gradient import feature_gradients
 from contextrast_kernels.kernels._sums import Sums, zeros
-from contextrast_kernels.kernels._tile_table import next_power_of_2, tiles
+from contextrast_kernels.kernels._tile_table import copied_tiles, copies_rows, next_power_of_2, tiles
 from contextrast_kernels.kernels._tiles import (
     LARGEST_REACH,
     add_fixed,
@@ -34,6 +34,8 @@ from contextrast_kernels.kernels._tiles import (
     program_and_part,
     real,
     size_term,
+    steps_again,
+    two_pieces,
     vector_scale,
     zero_tiles,
 )
@@ -82,27 +84,27 @@ def class_sums(features: Sequence[Tensor], code: Codes, sums: Sums, headroom: in
     every pixel is kept for later sweeps, NaN where x is not finite."""
     x = features[0]
     D = x.shape[1]
-    taken = tiles("_class_anchors_fwd", x.dtype, D, "K", "COLUMNS", "CLASSES")
-    _launch.sweep(
-        _class_anchors_fwd,
-        features,
-        {
-            "codes": code.y,
-            "sums": sums.vectors,
-            "broken": sums.broken,
-            "norms": norms,
-            "reach": sums.reach,
-            "headroom": headroom,
-            "N": sums.counts.shape[1],
-        },
-        {
-            **taken,
-            "BINS": next_power_of_2(sums.counts.shape[1]),
-            "NORMALIZE": sums.reach is None,
-            "ACC": _launch.triton_type(_launch.accumulator(x.dtype)),
-        },
-        splits=_launch.ceil_div(D, taken["COLUMNS"]),
-    )
+    arguments = {
+        "codes": code.y,
+        "sums": sums.vectors,
+        "broken": sums.broken,
+        "norms": norms,
+        "reach": sums.reach,
+        "headroom": headroom,
+        "N": sums.counts.shape[1],
+    }
+    taken = {
+        **tiles("_class_anchors_fwd", x.dtype, D, "K", "COLUMNS", "CLASSES"),
+        "BINS": next_power_of_2(sums.counts.shape[1]),
+        "NORMALIZE": sums.reach is None,
+        "COPIED": False,
+        "ACC": _launch.triton_type(_launch.accumulator(x.dtype)),
+    }
+    copied = None
+    if sums.reach is None and copies_rows(x.dtype, D):
+        copied = _class_anchors_fwd, arguments, {**taken, **copied_tiles(), "COPIED": True}
+    splits = _launch.ceil_div(D, taken["COLUMNS"])
+    _launch.sweep(_class_anchors_fwd, features, arguments, taken, splits=splits, copied=copied)
 
 
 def anchor_tables(
@@ -140,6 +142,67 @@ def anchor_tables(
     return table, lengths
 
 
+@triton.jit
+def _sums_of_copied_rows(
+    image,
+    sH,
+    sW,
+    sD,
+    codes,
+    norms,
+    slots,
+    r0,
+    h,
+    c,
+    w,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    P: tl.constexpr,
+    C: tl.constexpr,
+    UNIT: tl.constexpr,
+    ALIGN: tl.constexpr,
+):
+    """Σ r_p x_p of the 16 classes of a block, in tiles (C, 16), and whether all of its vectors are finite.
+
+    A row of 64 pixels comes to shared memory once. x (C, P) · Wᵀ (P, 64) gives its sums, where W holds r in the row of
+    a pixel's class. Three pieces of bfloat16, one below the other, hold all bits of float32; the first of them comes in
+    two halves, each with zeros for the other half's pixels. Tensor cores cut a sum toward zero after every few
+    products, so a long one would shrink: sums over 32 pixels are added in float32.
+    """
+    live = c < w
+    in_second = (tl.arange(0, P) >= P // 2)[None, :]
+    part = tl.arange(0, 4)[:, None]
+    totals = zero_tiles(D // C, C, 16, tl.float32)
+    spoilt = tl.zeros((P,), tl.float32)  # becomes NaN
+    for r in tl.range(r0, tl.minimum(r0 + ROWS, h), num_stages=3):
+        row = image + tl.cast(r, tl.int64) * sH
+        y = tl.load(codes + (r * w + c), mask=live, other=32767).to(tl.int32)
+        step_w, step_d = steps_again(sW, sD, r, UNIT, ALIGN)
+        tiles = ()
+        sizes = tl.zeros((C, P), tl.float32)
+        for i in tl.static_range(D // C):
+            tiles = tiles + (channels(row, c * step_w, live, i * C, step_d, D, C),)  # noqa: RUF005
+            sizes += size_term(tiles[i].to(tl.float32), True)
+        size = tl.sum(sizes, 0)
+        spoilt += size * 0.0
+        norm = inverse_norm(size, True)
+        if norms is not None:
+            tl.store(norms + (r * w + c), tl.where(is_finite(size), norm, float("nan")), mask=live)
+        high, middle = two_pieces(norm)
+        third = (norm - high.to(tl.float32) - middle.to(tl.float32)).to(tl.bfloat16)
+        zero = tl.zeros((4, P), tl.bfloat16)
+        pieces = tl.where((part == 0) & in_second | (part == 1) & (in_second == 0), zero, high[None, :])
+        pieces = tl.where(part == 2, middle[None, :], tl.where(part == 3, third[None, :], pieces))
+        own = (slots[:, None] == y[None, :])[None, :, :]
+        weights = tl.reshape(tl.where(own, pieces[:, None, :], tl.zeros((4, 16, P), tl.bfloat16)), (64, P))
+        grown = ()
+        for i in tl.static_range(D // C):
+            parts = tl.dot(tiles[i], tl.trans(weights))
+            grown = grown + (totals[i] + tl.sum(tl.reshape(parts, (C, 4, 16)), 1),)  # noqa: RUF005
+        totals = grown
+    return totals, tl.max((spoilt != spoilt).to(tl.int32), 0) == 0
+
+
 @triton.jit(do_not_specialize=["headroom", "N"])
 def _class_anchors_fwd(
     x,
@@ -161,6 +224,7 @@ def _class_anchors_fwd(
     CLASSES: tl.constexpr,
     BINS: tl.constexpr,
     NORMALIZE: tl.constexpr,
+    COPIED: tl.constexpr,
     UNIT: tl.constexpr,
     ALIGN: tl.constexpr,
     WIDE: tl.constexpr,
@@ -171,6 +235,8 @@ def _class_anchors_fwd(
     Fused: the norm and the sum by class. A row of the block is read from memory for its norms and again, from
     cache, for the product W · xᵀ with W = r_p [y_p = class of slot], which runs on the tensor cores and touches no
     element of x by hand. Moves: the features once, and 8 bytes x D for each class of each block into the sums.
+    COPIED: rows can be copied. ``_sums_of_copied_rows`` then does the work, unless the block has many classes or a
+    vector that is not finite.
     """
     program, part = program_and_part(D, COLUMNS)
     d0 = part * COLUMNS
@@ -180,12 +246,29 @@ def _class_anchors_fwd(
     image, sH, sW, sD = image_features(x, strides, layer, b, UNIT, ALIGN, WIDE)
     pixels = image_codes(geometry, layer, b, h, w)
     codes += pixels
+    if norms is not None:
+        norms += pixels
+    sums += number * N * D
     c = c0 + tl.arange(0, P)
     live = c < w
     scale = vector_scale(reach, number, headroom, NORMALIZE)
 
     rank0 = 0
     classes = 1
+    if COPIED:
+        slots, found = block_classes(codes, None, r0, h, c, w, 0, N, ROWS, P, BINS, CLASSES)
+        if found <= CLASSES:
+            C: tl.constexpr = 64  # channels of a product: the least with which they are wgmma's rows
+            totals, finite = _sums_of_copied_rows(
+                image, sH, sW, sD, codes, norms, slots, r0, h, c, w, D, ROWS, P, C, UNIT, ALIGN
+            )
+            if finite:
+                for i in tl.static_range(D // C):
+                    d = i * C + tl.arange(0, C)
+                    add_fixed(sums + slots[None, :] * D + d[:, None], totals[i], scale, (slots >= 0)[None, :])
+                classes = 0  # nothing is left to do
+            else:
+                tl.debug_barrier()  # the norms that other threads stored are written again
     while rank0 < classes:
         slots, classes = block_classes(codes, None, r0, h, c, w, rank0, N, ROWS, P, BINS, CLASSES)
         totals = zero_tiles(COLUMNS // K, CLASSES, K, ACC)
@@ -208,7 +291,7 @@ def _class_anchors_fwd(
                 )
             norm = inverse_norm(size, NORMALIZE)
             if norms is not None:
-                tl.store(norms + pixels + (r * w + c), tl.where(sound, norm, float("nan")), mask=live)
+                tl.store(norms + (r * w + c), tl.where(sound, norm, float("nan")), mask=live)
             weight = tl.where((slots[:, None] == y[None, :]) & sound[None, :], norm[None, :], 0.0)
             grown = ()
             for k in tl.static_range(COLUMNS // K):
@@ -219,7 +302,7 @@ def _class_anchors_fwd(
             totals = grown
         for k in tl.static_range(COLUMNS // K):
             d = d0 + k * K + tl.arange(0, K)
-            here = sums + (number * N + slots[:, None]) * D + d[None, :]
+            here = sums + slots[:, None] * D + d[None, :]
             add_fixed(here, totals[k], scale, (slots >= 0)[:, None] & (d < D)[None, :])
         rank0 += CLASSES
 

@@ -504,12 +504,13 @@ def _sums_of_copied_rows(
         # Weighted sums of the embeddings.
         pull, pull_low = two_pieces(share * norm)
         push, push_low = two_pieces(hard)
-        low = side_by_side(chosen(own, pull_low), chosen(against, push_low))
         high = side_by_side(chosen(own, pull), chosen(against, push))
+        low = side_by_side(chosen(own, pull_low), chosen(against, push_low))
+        weights = side_by_side(high, low)
         grown = ()
         for i in tl.static_range(D // C):
             tile = tiles[i] if AHEAD else channels(row, c * step_w, readable, i * C, step_d, D, C)
-            grown = grown + (tl.dot(tile, high, tl.dot(tile, low, sums[i])),)  # noqa: RUF005
+            grown = grown + (sums[i] + tl.sum(tl.reshape(tl.dot(tile, weights), (C, 2, 32)), 1),)  # noqa: RUF005
         sums = grown
     return sums, losses, shares
 

@@ -252,7 +252,7 @@ def _near_outside(classes: Tensor, width: int) -> Tensor:
     """Pixels with a different class, or the outside of the image, at most ``width`` px away along every axis.
 
     A window holds a different class exactly if its largest or its smallest class differs, so two maps are enough for
-    all classes. Negative values are no class.
+    all classes. Negative values are not classes.
     """
     if classes.numel() == 0:
         return torch.zeros_like(classes, dtype=torch.bool)

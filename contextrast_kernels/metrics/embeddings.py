@@ -153,11 +153,11 @@ class AlignmentUniformity(Metric):
 
         centres = unit(state["sums"])
         C = present.sum()
-        apart = torch.cdist(centres, centres, compute_mode="donot_use_mm_for_euclid_dist")
+        distances = torch.cdist(centres, centres, compute_mode="donot_use_mm_for_euclid_dist")
         others = present.unsqueeze(0) & ~torch.eye(len(centres), dtype=torch.bool, device=centres.device)
-        to_others = torch.where(others, apart, 0.0).sum(1) / (C - 1)
+        to_others = torch.where(others, distances, 0.0).sum(1) / (C - 1)
         results["uniformity"] = _mean_where(to_others, present)  # 0 / 0 = NaN for fewer than two classes
-        from_nearest = torch.where(others, apart, torch.inf).sort(dim=1).values
+        from_nearest = torch.where(others, distances, torch.inf).sort(dim=1).values
         for k in self.nearest:
             mean = _mean_where(from_nearest[:, :k].mean(1), present)
             results[f"uniformity_{k}"] = torch.where((k < C) & ~broken.any(), mean, torch.nan)

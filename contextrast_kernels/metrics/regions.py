@@ -222,19 +222,19 @@ class InstanceIoU(Metric):
         nan = float("nan")
         sizes = counts.new_tensor([nan if s is None else s for s in self.instance_sizes], dtype=torch.float64)
         false_alarms = counts[:, :-1].sum(0) - counts.diagonal()
-        # iTP + iFN = s̄ · (number of instances), as the weights of an instance's pixels add up to s̄.
+        # iTP + iFN = s̄ · (number of instances), because the weights of an instance's pixels sum to s̄.
         per_class = sizes * recalled / (sizes * instances + false_alarms)
         results = {"iiou": per_class.nanmean(), "iiou_per_class": per_class}
         if self.categories is not None:
-            among = counts.new_tensor(self.categories) == torch.arange(
+            is_member = counts.new_tensor(self.categories) == torch.arange(
                 max(self.categories) + 1, device=counts.device
             ).unsqueeze(1)
-            among = among.double()  # (categories, classes)
-            confused = among @ counts[:, :-1].double() @ among.T
+            member = is_member.double()  # (categories, classes)
+            confused = member @ counts[:, :-1].double() @ member.T
             false_alarms = confused.sum(0) - confused.diagonal()
-            per_category = among @ (sizes.nan_to_num() * category_recalled)
-            per_category = per_category / (among @ (sizes.nan_to_num() * instances) + false_alarms)
-            unscored = (among @ sizes.isnan().double()) > 0
+            per_category = member @ (sizes.nan_to_num() * category_recalled)
+            per_category = per_category / (member @ (sizes.nan_to_num() * instances) + false_alarms)
+            unscored = (member @ sizes.isnan().double()) > 0
             per_category = torch.where(unscored, nan, per_category)
             results |= {"category_iiou": per_category.nanmean(), "iiou_per_category": per_category}
         return results

@@ -87,7 +87,7 @@ class Metric(ABC):
         """Predicted and true class of every pixel, at the labels' size: int64 (B, *size) each.
 
         volumes: whether the metric accepts volumes too. The true class is -1 for ignored pixels. The predicted class is
-        N for values that are no class; these are misses. ``ignore_index`` is neither a true nor a predicted class.
+        N for values outside 0..N-1, which are misses. ``ignore_index`` is neither a true nor a predicted class.
         """
         N = self.num_classes
         dims = checks.dims_of(predictions, labels) if volumes else 2
@@ -163,9 +163,9 @@ class Metric(ABC):
             )
         if not known:
             return self._blank(nothing, "cpu")
-        [left] = known
+        [remaining] = known
         for name, (shape, _) in self._layout.items():
-            shapes[name], left = left[: len(shape)], left[len(shape) :]
+            shapes[name], remaining = remaining[: len(shape)], remaining[len(shape) :]
         state = self._state or self._blank(shapes, device)
         # All ranks reduce in the same order, that of the layout.
         gathered = {name: _gather(state[name].to(device), group) for name in self._layout}

@@ -44,8 +44,8 @@ class RelativeLoss(nn.Module):
         return targets, maps.predicted_classes(predictions, size, self.ignore_index)
 
     def extra_repr(self) -> str:
-        told = int | float | str | tuple | Rows
-        shown = {name: value for name, value in vars(self).items() if isinstance(value, told)}
+        types = int | float | str | tuple | Rows
+        shown = {name: value for name, value in vars(self).items() if isinstance(value, types)}
         return ", ".join(f"{name}={value!r}" for name, value in shown.items() if name[0] != "_" and name != "training")
 
 

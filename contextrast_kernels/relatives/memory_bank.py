@@ -97,8 +97,8 @@ class MemoryBank(nn.Module):
         labels = check_rows("embeddings", embeddings, "labels", labels)
         self.check_dim("embeddings", embeddings)
         self.follow(embeddings.device)
-        which = self.QUEUES.index(queue)
-        length, offset = self.lengths[which], sum(self.lengths[:which])
+        number = self.QUEUES.index(queue)
+        length, offset = self.lengths[number], sum(self.lengths[:number])
         if length == 0:
             return
         embeddings, labels = embeddings.to(self.storage.dtype), labels.long()
@@ -113,10 +113,10 @@ class MemoryBank(nn.Module):
         rank, count = rank_in_segment(label, N, order), segment_counts(label, N)
         label = torch.where(kept, labels, 0)
         kept = kept & (rank >= count[label] - length)
-        place = (self.written[which, label] + rank) % length
+        place = (self.written[number, label] + rank) % length
         block = sum(self.lengths)
         self.storage.index_copy_(0, torch.where(kept, label * block + offset + place, N * block), embeddings)
-        self.written[which].add_(count)
+        self.written[number].add_(count)
 
     def check_dim(self, name: str, embeddings: Tensor) -> None:
         if embeddings.shape[1] != self.dim:

@@ -57,7 +57,7 @@ class PixelContrastLoss(SampledLoss):
         ignore_index: the label of ignored pixels.
         temperature: τ.
         sampler: "hard-easy" (the published quota), "bane", "common-count" or "uniform" (see ``Sampler``), or any
-            callable with the same signature. If it chooses more pixels than "hard-easy" can, that number is drawn.
+            callable with the same signature. If it chooses more pixels than "hard-easy" can, as many of them are drawn.
         max_samples, max_views, min_pixels: as in ``Sampler``. As published, a class with at most ``max_views`` pixels
             in an image is left out there; for small images set ``min_pixels``.
         bank: a MemoryBank. Its entries replace the batch's pixels as columns, and each training forward writes the

@@ -54,8 +54,8 @@ class PNELoss(SampledLoss):
         temperature: τ.
         set_size: S.
         max_hard: pairs with a larger |H| are left out.
-        max_samples: the most rows of a batch. If there are more hard pixels, that number is drawn, and the mean is
-            taken over these.
+        max_samples: the most rows of a batch. If there are more hard pixels, this number of them is drawn, and the mean
+            is taken over these.
         layer: the index of the layer, if the features are a list; 0 is the highest resolution.
         parity: give the official code's value and gradient (its ``loss_weight`` is 1.3 times that), as long as there
             are at most ``max_samples`` hard pixels.

@@ -39,7 +39,7 @@ def test_features_are_the_heads_of_the_stages():
     assert [tuple(x.shape) for x in features] == [(2, 8, 16, 16), (2, 8, 8, 8), (2, 8, 4, 4), (2, 8, 2, 2)]
 
 
-def test_images_of_another_size_than_the_example_train():
+def test_images_of_a_different_size_than_the_example_train():
     model, tap = attached()
     model(torch.randn(3, 3, 96, 160))
     assert [tuple(x.shape[2:]) for x in tap.features()] == [(24, 40), (12, 20), (6, 10), (3, 5)]
@@ -412,7 +412,7 @@ def test_stages_win_over_a_pyramid_of_equal_width_around_them():
 
 
 def test_layers_inside_a_block_are_not_stages():
-    """There are two stages, and inside the second block are more sizes than stages, as in PSPNet's shallow encoder."""
+    """There are two stages. The second one's layers have more sizes than there are stages, as with a shallow PSPNet."""
     model = nn.Sequential(
         nn.Conv2d(3, 6, 3, 2, 1),
         nn.Sequential(nn.Conv2d(6, 8, 3, 2, 1), nn.ReLU()),

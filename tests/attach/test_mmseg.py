@@ -126,7 +126,7 @@ def test_the_contrast_ignores_what_the_head_ignores(registry):
     torch.testing.assert_close(loss, 0.1 * expected, rtol=1e-4, atol=0)
 
 
-def test_checkpoints_and_predictions_of_the_plain_head_stay_good(registry):
+def test_checkpoints_and_predictions_are_those_of_the_plain_head(registry):
     plain = registry.build(PLAIN)
     head = registry.build(
         {"type": "ContextrastHead", "head": PLAIN, "in_channels": [8, 16], "in_index": [1, 3], "layer_weights": (1, 1)}

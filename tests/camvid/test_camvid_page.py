@@ -114,7 +114,7 @@ def test_log_is_averaged_without_missing_layers():
     assert page.logged(rows)["errors"][0] == pytest.approx([0.2, 0.1, 0.1, 0.4])
 
 
-def test_evidence_is_against_our_default():
+def test_evidence_compares_with_our_default():
     rows = study(0.0, 3)
     text = page.evidence(rows)
     assert len(text.splitlines()) == 2 + len(page.CHOICES)

@@ -63,7 +63,7 @@ def test_only_the_interface_is_visible():
     assert "contextrast_edge_distance_cpu" in names
 
 
-def test_a_call_on_the_cpu_has_no_word_with_cuda(monkeypatch):
+def test_cpu_call_does_not_initialise_cuda(monkeypatch):
     """A data loader's worker, forked from a process that uses CUDA, must be able to measure distances."""
 
     def refuse(*_):

@@ -20,7 +20,7 @@ def chosen():
     return choose(MAP, ("native",))
 
 
-def test_threads_choose_their_backend_by_themselves():
+def test_each_thread_has_its_own_backend():
     """Two blocks that overlap in time, neither inside the other."""
     usual, seen, entered, left = chosen(), {}, threading.Event(), threading.Event()
 
@@ -53,7 +53,7 @@ def test_threads_choose_their_backend_by_themselves():
     assert chosen() == usual
 
 
-def test_asyncio_tasks_choose_their_backend_by_themselves():
+def test_each_asyncio_task_has_its_own_backend():
     async def first(entered, left):
         with ck.backend("reference"):
             entered.set()
@@ -209,7 +209,7 @@ def rocm(monkeypatch):
     _warn_once.cache_clear()
 
 
-def test_auto_takes_the_reference_on_amd_and_says_so_once(rocm):
+def test_auto_takes_the_reference_on_amd_and_warns_once(rocm):
     with pytest.warns(RuntimeWarning, match=r"triton backend cannot run.*AMD GPUs but have never been run") as told:
         assert [choose(rocm, ("triton",)) for _ in range(3)] == ["reference"] * 3
     assert len(told) == 1

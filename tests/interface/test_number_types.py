@@ -39,7 +39,7 @@ def test_selection_compares_distances_of_every_type_exactly(map_backend, rng, dt
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-def test_a_distance_that_is_no_number_is_selected_last(map_backend, dtype):
+def test_nan_distances_are_selected_last(map_backend, dtype):
     distances = torch.tensor([[[float("nan"), float("inf"), 2.0, float("nan")]]], dtype=dtype)
     classes = torch.zeros(1, 1, 4, dtype=torch.int64)
     assert ck.select_nearest(classes, distances, 0.25, num_classes=1).tolist() == [[[False, False, True, False]]]
@@ -70,7 +70,7 @@ def test_selection_by_wide_distances_does_not_depend_on_the_batch(map_backend, r
 
 
 def scene_in(dtype, rng, N=4):
-    """Labels, class map and logits; one label in ten is the type's largest number, which is no class."""
+    """Labels, class map and logits. One label in ten is the type's largest number, which is outside the classes."""
     labels = rng.integers(0, N, (2, 12, 16))
     labels[rng.random(labels.shape) < 0.1] = min(torch.iinfo(dtype).max, 2**63 - 1)
     predictions = rng.integers(0, N, (2, 12, 16))
@@ -143,7 +143,7 @@ def test_maps_of_unsigned_types_give_what_int64_gives(name, dtype, rng):
         assert torch.equal(a.nan_to_num(-7.0), b.nan_to_num(-7.0))
 
 
-def test_the_largest_unsigned_numbers_are_no_class(map_backend):
+def test_the_largest_unsigned_numbers_are_outside_the_classes(map_backend):
     """2**64 - 1 must not be taken for -1, the number of no error, nor for a class."""
     labels = torch.tensor([[[0, 1, 1, 0]]], dtype=torch.uint64)
     predictions = torch.from_numpy(np.array([[[0, 2**64 - 1, 0, 2**63]]], dtype=np.uint64))

@@ -177,7 +177,7 @@ def test_the_gradient_reaches_a_subclass():
     assert torch.equal(x.grad.as_subclass(torch.Tensor), plain.grad)
 
 
-def test_subclasses_that_dispatch_by_themselves_stay():
+def test_subclasses_with_their_own_dispatch_are_not_unwrapped():
     """A FakeTensor must not be unwrapped: it holds nothing."""
     from torch._subclasses import FakeTensorMode
 

@@ -29,10 +29,9 @@ MOST_STACK = {"bfloat16": 1024, "float16": 1024, "float32": 1024, "float64": 307
 tensor cores."""
 MOST_STACK_OF_PATHS = 32
 """The most bytes of stack a thread on the paths of cityscapes and ade20k, in bfloat16."""
-MOST_STACK_OF_COPIES = 256
-"""The most bytes of stack a thread of ``_pixel_anchor_copied_fwd``. On sm_90 its loop over rows loads and stores the
-stack six times. The other accesses are outside the loop, or in the branch for blocks with many classes or non-finite
-vectors."""
+MOST_STACK_OF_COPIES = {"_pixel_anchor_copied_fwd": 256, "_features_bwd": 64}
+"""The most bytes of stack a thread on the same paths, of kernels with a branch for copied rows and one for all other
+blocks. On sm_90 the loop of ``_pixel_anchor_copied_fwd`` over rows loads and stores the stack six times."""
 SWEEPS = {
     "_class_anchors_fwd", "_hard_similarities", "_dense_similarities", "_pixel_anchor_fwd", "_features_bwd",
     "_features_bwd_dense",
@@ -96,8 +95,7 @@ def assert_hardly_spilled(rows: list[dict]) -> None:
     assert kernels >= {"_class_anchors_fwd", "_hard_similarities"}
     assert kernels & {"_pixel_anchor_fwd", "_pixel_anchor_copied_fwd"}
     for row in rows:
-        most = MOST_STACK_OF_COPIES if row["kernel"] == "_pixel_anchor_copied_fwd" else MOST_STACK_OF_PATHS
-        assert row["stack"] <= most, name_of(row)
+        assert row["stack"] <= MOST_STACK_OF_COPIES.get(row["kernel"], MOST_STACK_OF_PATHS), name_of(row)
 
 
 def test_the_matrix_has_both_values_of_every_switch():

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 from inputs import leaves, pyramid, scene
+from interpreter import speed_up
 from torch import distributed as dist
-from torch._dynamo.testing import CompileCounterWithBackend
 
 import contextrast_kernels as ck
 
@@ -243,6 +243,8 @@ COMPILED = "random negatives at full size"
 
 
 def compiled(rank, group, backend):
+    from torch._dynamo.testing import CompileCounterWithBackend  # its import takes as long as torch's
+
     features, *maps = share_of(rank)
     criterion = loss_of(COMPILED, group=group)
 
@@ -358,6 +360,8 @@ def copies(group):
 def run_rank(rank, folder, runs, whole):
     """whole: run everything, not only the cases."""
     torch.set_num_threads(1)
+    if any(backend == "triton" for _, backend in runs):
+        speed_up()
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=4)
     groups = ranks_of(rank)
     new = [dist.new_group([0, 1]) for _ in range(8)]

@@ -144,7 +144,7 @@ def test_zero_and_tiny_vectors_have_a_zero_embedding_and_pass_no_gradient():
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("normalize", [True, False])
-def test_nan_stays_in_its_class_and_out_when_ignored(rng, bad, normalize):
+def test_nan_affects_only_its_class_and_nothing_when_ignored(rng, bad, normalize):
     features = features_like(rng, 1, 3, 2, 2)
     labels = torch.tensor([[[0, 1], [1, 255]]])
     clean, _ = ck.class_anchors(features, labels, 2, normalize=normalize)

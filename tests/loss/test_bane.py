@@ -30,7 +30,7 @@ def edge_distance_sq(classes):
 
 
 def test_hand_worked_errors(map_backend):
-    """Right, wrong, ignored, a label that is no class (7), a prediction that is no class (5), wrong."""
+    """Right, wrong, ignored, a label outside the classes (7), a prediction outside the classes (5), wrong."""
     labels = torch.tensor([[[0, 1, 255, 7, 2, 2]]])
     predictions = torch.tensor([[[0, 2, 1, 1, 5, 0]]])
     assert ck.error_map(predictions, labels, num_classes=3).tolist() == [[[-1, 2, -1, -1, -1, 0]]]
@@ -99,7 +99,7 @@ def test_uint8_156_is_not_taken_for_ignore_index_minus_100(map_backend):
 @pytest.mark.parametrize(
     "wild", [2**8, 2**8 + 1, 2**16 + 1, 2**31, 2**32, 2**32 + 1, -(2**32) + 1, 2**63 - 1, -(2**63)]
 )
-def test_huge_values_are_no_class_and_never_wrap(map_backend, wild):
+def test_huge_values_are_outside_the_classes_and_never_wrap(map_backend, wild):
     labels, predictions = torch.tensor([[[wild, 0, 1]]]), torch.tensor([[[1, wild, 0]]])
     assert ck.error_map(predictions, labels, num_classes=2).tolist() == [[[-1, -1, 0]]]
 
@@ -124,7 +124,7 @@ def test_hand_worked_edge_distance(map_backend):
 
 
 def test_a_class_that_fills_the_image_has_no_edge(map_backend):
-    """The image border is no edge, so there is nothing to be near to; the other image is not touched."""
+    """The image border is not an edge, so the class has no edge pixel. The other image is not affected."""
     classes = torch.stack((torch.full((5, 6), 3), torch.full((5, 6), -1)))
     classes[1, 2, 2] = 3
     assert ck.edge_distance(classes, squared=True)[0].tolist() == [[NO_EDGE] * 6] * 5
@@ -400,7 +400,7 @@ def test_neighbouring_ties_are_chosen_independently(map_backend):
     assert abs(pairs.mean() - expected) < 5 * pairs.std() / seeds**0.5
 
 
-def test_selection_keeps_to_its_image_and_class(map_backend, rng):
+def test_selection_depends_only_on_its_image_and_class(map_backend, rng):
     """Neither other classes or images nor the order of images or the names of classes change a choice."""
     classes = torch.from_numpy(rng.integers(-1, 4, (3, 15, 16)))
     squared = ck.edge_distance(classes, squared=True)

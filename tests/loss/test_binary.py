@@ -91,7 +91,7 @@ METRICS = {
 
 
 @pytest.mark.parametrize("name", METRICS)
-def test_metrics_resize_binary_logits_before_the_sign(name):
+def test_metrics_resize_binary_logits_before_taking_the_sign(name):
     _, y, z = batch()
     resized = literal.resize_bilinear(z.numpy().astype(np.float64), (16, 20))
     of_maps, of_logits = METRICS[name](), METRICS[name]()

@@ -54,7 +54,7 @@ def test_labels_outside_the_classes_count_as_ignored(rng, wild):
 
 
 @pytest.mark.parametrize("wild", [4, 255, -1, 2**32 + 1, -(2**63)])
-def test_predictions_outside_the_classes_are_no_errors(rng, wild):
+def test_predictions_outside_the_classes_are_not_errors(rng, wild):
     features, labels, predictions = case(rng)
     predictions = torch.where(predictions == 3, wild, predictions)
     loss = ck.contextrast_loss(features, labels, predictions, num_classes=4)

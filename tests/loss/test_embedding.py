@@ -40,7 +40,7 @@ def test_ignored_pixels_of_any_value_change_no_bit(value):
     features, labels, predictions = inputs()
     expected = loss_and_gradients(features, labels, predictions)
     for x in features:
-        rows, columns = (torch.arange(n) * of // n for n, of in zip(x.shape[2:], labels.shape[1:]))
+        rows, columns = (torch.arange(m) * n // m for m, n in zip(x.shape[2:], labels.shape[1:]))
         ignored = labels[:, rows[:, None], columns] == 255
         assert ignored.any()
         x.data[ignored.unsqueeze(1).expand_as(x)] = value

@@ -141,7 +141,7 @@ def test_ddp_steps_are_the_steps_of_one_process(request, ranks):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_compiled_in_one_graph_it_is_the_same(seen, backend):
+def test_the_loss_compiled_in_one_graph_equals_eager(seen, backend):
     for rank in range(2):
         loss, gradients, _ = seen[rank]["cases"][COMPILED, "reference"]
         compiled_loss, compiled_gradients, frames = seen[rank]["compiled", backend]

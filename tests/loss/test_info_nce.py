@@ -138,7 +138,7 @@ def test_an_invalid_weight_gives_nan_unless_ignored(rng, positives, weight):
     assert torch.equal(of_rows.isnan(), row_labels != -1)  # every valid row, whether or not the column is in a term
 
 
-def test_supcon_of_rows_without_a_negative_still_evens_out_their_positives(rng):
+def test_supcon_of_rows_without_a_negative_contrasts_their_positives(rng):
     """As published, the loss is the log of the sum over the positives divided by each of them. The two other forms are
     0 here."""
     rows, _, columns, _ = case(rng)

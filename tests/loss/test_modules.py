@@ -79,7 +79,7 @@ def test_seed_wraps_instead_of_failing(rng):
     assert criterion(*batch).isfinite()
 
 
-def test_backward_after_the_seed_moved_on(rng):
+def test_backward_after_the_seed_advanced(rng):
     """Gradient accumulation: two forwards, then one backward, is the sum of both gradients."""
     batch = case(rng)
     features = leaves(batch[0])
@@ -115,7 +115,7 @@ def test_module_has_no_parameters_and_copies(rng):
     assert [twin(*batch).item() for twin in twins] == [expected, expected]
 
 
-def test_casting_the_module_leaves_the_seed_whole(rng):
+def test_casting_the_module_does_not_change_the_seed(rng):
     """model.half() and model.bfloat16() cast buffers, but only those of floating point."""
     criterion = ck.ContextrastLoss(4, seed=2**40 + 1).half().bfloat16().double()
     assert criterion.seed.dtype == torch.int64
@@ -168,7 +168,7 @@ def test_options_are_shown(rng):
 
 
 @pytest.mark.parametrize("bad", [4, 37, -1, 2**32 + 1])
-def test_debug_finds_a_label_that_is_no_class(rng, bad):
+def test_debug_finds_a_label_outside_the_classes(rng, bad):
     features, labels, predictions = case(rng)
     labels[1, 3, 4] = bad
     assert ck.ContextrastLoss(4)(features, labels, predictions).isfinite()
@@ -176,7 +176,7 @@ def test_debug_finds_a_label_that_is_no_class(rng, bad):
         ck.ContextrastLoss(4, debug=True)(features, labels, predictions)
 
 
-def test_debug_finds_a_prediction_that_is_no_class(rng):
+def test_debug_finds_a_prediction_outside_the_classes(rng):
     features, labels, predictions = case(rng)
     predictions[0, 3, 4] = 99
     with pytest.raises(ValueError, match=r"^predictions.*99"):
@@ -191,7 +191,7 @@ def test_debug_finds_a_feature_that_is_not_finite_and_names_its_layer(rng, bad):
         ck.ContextrastLoss(4, debug=True)(features, labels, predictions)
 
 
-def test_debug_accepts_what_is_right_and_changes_no_number(rng):
+def test_debug_accepts_valid_input_and_changes_no_result(rng):
     features, labels, predictions = case(rng)
     labels[0, :9] = 255
     features[0][0, :, :2] = float("nan")  # at ignored pixels, where it has no effect
@@ -274,7 +274,7 @@ def test_criterion_without_a_valid_pixel_is_zero_with_a_live_graph(rng, batch, w
     assert all(torch.equal(x.grad, torch.zeros_like(x)) for x in (*features, logits))
 
 
-def test_criterion_leaves_out_labels_that_are_no_class(rng):
+def test_criterion_ignores_labels_outside_the_classes(rng):
     """With such labels torch's cross-entropy would read out of bounds, or stop the device."""
     features, labels, predictions = case(rng)
     logits = logits_of(predictions, 4, rng)
@@ -283,7 +283,7 @@ def test_criterion_leaves_out_labels_that_are_no_class(rng):
     assert torch.equal(*values)
 
 
-def test_criterion_hides_no_nan(rng):
+def test_criterion_does_not_hide_nan(rng):
     features, labels, predictions = case(rng)
     logits = logits_of(predictions, 4, rng)
     logits[0, 0][labels[0] != 255] = float("nan")
@@ -316,7 +316,7 @@ def test_projection_head_maps_channels_and_keeps_the_size():
     assert all(parameter.grad is not None for parameter in small.parameters())
 
 
-def test_projection_head_sees_each_pixel_alone():
+def test_projection_head_maps_each_pixel_independently():
     """Only 1x1 convolutions: in evaluation a pixel's embedding depends on that pixel."""
     head = ck.ProjectionHead(6, dim=3).eval()
     x = torch.randn(1, 6, 4, 4)

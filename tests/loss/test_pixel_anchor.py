@@ -158,7 +158,7 @@ def test_every_label_and_negatives_dtype(rng, dtype):
 
 
 def test_uint8_negatives_mean_classes_and_255_means_none(rng):
-    """uint8 holds no -1; a value that is no class (here 255) names no class."""
+    """uint8 has no -1. A value outside the classes, here 255, makes a pixel a negative of none."""
     features, labels, anchors, negatives, _ = case(rng)
     expected = literal_loss(features, labels, anchors, negatives)
     loss = ck.pixel_anchor_loss(features, labels, anchors, negatives=negatives.to(torch.uint8))
@@ -166,7 +166,7 @@ def test_uint8_negatives_mean_classes_and_255_means_none(rng):
 
 
 @pytest.mark.parametrize("wild", [4, 255, 2**31, 2**32, 2**32 + 1, -(2**32), 2**63 - 1, -(2**63)])
-def test_values_that_are_no_class_change_nothing(rng, wild):
+def test_values_outside_the_classes_change_nothing(rng, wild):
     features, labels, anchors, negatives, base = case(rng)
     expected = literal_loss(features, labels, anchors, negatives, base)
     labels = torch.where(labels == 255, wild, labels)
@@ -175,7 +175,7 @@ def test_values_that_are_no_class_change_nothing(rng, wild):
     assert loss.item() == pytest.approx(expected, **TIGHT)
 
 
-def test_an_ignored_pixel_takes_no_part_even_when_named(rng):
+def test_an_ignored_pixel_has_no_effect_even_as_a_negative(rng):
     """Its features, NaN included, change neither value nor gradient, though negatives and base both name it."""
     features, labels, anchors, negatives, base = case(rng, h=11, w=13)
     ignored = (labels == 255).unsqueeze(1).expand_as(features)

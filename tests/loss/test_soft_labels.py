@@ -112,7 +112,7 @@ def test_nan_at_ignored_pixels_reaches_no_gradient(with_soft, small):
         (lambda s: s.to("meta"), ValueError, "meta"),
     ],
 )
-def test_unusable_soft_labels_are_named(change, error, words):
+def test_unusable_soft_labels_raise_a_clear_error(change, error, words):
     features, labels, logits, soft = batch()
     with pytest.raises(error, match=rf"soft_labels: expected.*{words}"):
         ck.ContextrastCriterion(N)(features, labels, logits, soft_labels=change(soft))

@@ -132,7 +132,7 @@ def test_bane_negatives_equal_the_loops(rng, map_backend, options):
 
 @pytest.mark.parametrize("sampling", [2.0, (0.5, 3.0)])
 @pytest.mark.parametrize("distance_at", ["layer", "full"])
-def test_bane_of_maps_measures_by_the_size_of_a_pixel(rng, map_backend, sampling, distance_at):
+def test_bane_of_maps_uses_the_sampling(rng, map_backend, sampling, distance_at):
     labels, predictions = scene(rng)
     options = {"size": (8, 9), "distance_at": distance_at}
     chosen = ck.bane_negatives(predictions, labels, num_classes=N, sampling=sampling, **options)

@@ -40,7 +40,7 @@ def test_boundary_mask_against_literal_loops(radius):
             assert {tuple(pixel) for pixel in mask.nonzero().tolist()} == loops.trimap(image.numpy(), radius, 3)
 
 
-def test_the_border_of_void_is_no_boundary():
+def test_the_border_of_void_is_not_a_boundary():
     labels = torch.zeros(1, 8, 8, dtype=torch.long)
     labels[:, :, 4] = 255
     assert not boundary_mask(labels, 3).any()

@@ -42,7 +42,7 @@ def test_any_split_into_batches_gives_the_same(name):
 
 
 @every_metric
-def test_merged_reset_saved_and_copied(name):
+def test_metrics_can_be_merged_reset_saved_and_copied(name):
     first, second = arguments(name, 1), arguments(name, 2)
     both = evaluated(name, first, second)
     one, other = (METRICS[name][0]() for _ in range(2))
@@ -67,7 +67,7 @@ def test_merged_reset_saved_and_copied(name):
 
 
 @every_metric
-def test_nothing_seen_is_nan_not_zero(name):
+def test_results_without_a_batch_are_nan_and_not_zero(name):
     everything_ignored = arguments(name)
     everything_ignored = tuple(torch.full_like(a, 255) if i == 1 else a for i, a in enumerate(everything_ignored))
     no_images = images_of(arguments(name), slice(0, 0))
@@ -160,7 +160,7 @@ def test_half_precision_is_computed_in_float32_under_autocast_too(name):
 
 
 @every_metric
-def test_counts_made_in_inference_mode_are_added_to_outside_of_it(name):
+def test_counts_from_inference_mode_can_be_added_to_outside_it(name):
     batch = arguments(name)
     metric = METRICS[name][0]()
     with torch.inference_mode():
@@ -282,7 +282,7 @@ def on_rank(rank, folder, ranks):
     dist.destroy_process_group()
 
 
-def test_two_ranks_see_what_one_process_sees(tmp_path):
+def test_two_ranks_give_the_results_of_one_process(tmp_path):
     torch.multiprocessing.spawn(on_rank, (str(tmp_path), 2), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     for name in METRICS:

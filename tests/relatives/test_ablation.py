@@ -64,9 +64,9 @@ def test_samplers_are_interchangeable():
     values = {s: LOSSES["pixel"](sampler=s)(layers, halves, wrong).item() for s in ("uniform", "hard-easy", "bane")}
     assert len(set(values.values())) == 3
     for name in ("pixel", "multi-scale"):
-        of = LOSSES[name](sampler=BASE)
+        loss = LOSSES[name](sampler=BASE)
         assert torch.equal(
-            of(layers, labels, logits), LOSSES[name](sampler=lambda *inputs: BASE(*inputs))(layers, labels, logits)
+            loss(layers, labels, logits), LOSSES[name](sampler=lambda *inputs: BASE(*inputs))(layers, labels, logits)
         )
 
 
@@ -76,10 +76,10 @@ def test_a_sampler_above_the_limit_is_thinned_over_all_images():
     labels = torch.arange(4).reshape(4, 1, 1).expand(4, 18, 24).contiguous()  # an image, a class
     labels[:, :, ::4] = 255  # at the layer, every second column; these take no place
     loss = LOSSES["pixel"](sampler=everywhere, max_samples=40)
-    of = leaves(x)
-    loss(of, labels, logits).backward()
+    features = leaves(x)
+    loss(features, labels, logits).backward()
     assert loss.last["samples"] == 40
-    drawn = of[0].grad.any(1)
+    drawn = features[0].grad.any(1)
     assert drawn.sum() == 40
     assert drawn.flatten(1).any(1).all()
     assert drawn[:, 5:].any()

@@ -84,7 +84,7 @@ def test_unwritten_places_are_not_columns():
     assert bank.columns()[1].tolist() == [-1, -1, -1, 0, -1] + [-1] * 5 + [-1, -1, -1, 2, -1]
 
 
-def test_a_cpu_copies_the_written_places_alone():
+def test_only_written_places_are_copied_on_a_cpu():
     bank = ck.MemoryBank(N, D, pixels=3, regions=2)
     rows = torch.zeros(1, D, dtype=torch.float64)
     assert bank.copied_columns(rows)[0].shape == (0, D)
@@ -130,7 +130,7 @@ def test_state_dict_round_trip_continues_the_same_numbers(tmp_path):
     assert set(loss.state_dict()) == {"seed", "bank.storage", "bank.written"}
 
 
-def test_a_state_of_another_bank_is_refused_in_a_sentence():
+def test_a_state_of_a_different_bank_raises_a_clear_error():
     state = criterion().state_dict()
     other = ck.PixelContrastLoss(N, bank=ck.MemoryBank(N, D, pixels=41, regions=7))
     with pytest.raises(RuntimeError, match=r"bank\.storage: expected shape \(145, 2\).*2 channels.*\(142, 2\)"):
@@ -150,7 +150,7 @@ def test_saving_does_not_follow_later_writes_into_a_copy():
         assert [twin(*batch(seed)).item() for seed in (1, 2)] == expected
 
 
-def test_casting_the_module_leaves_the_bank_whole():
+def test_casting_the_module_does_not_change_the_bank():
     loss = criterion()
     loss(*batch())
     before = contents(loss.bank)
@@ -170,7 +170,7 @@ def test_evaluation_reads_the_bank_and_writes_nothing():
 
 
 @pytest.mark.parametrize(("backend", "mining"), [("reference", "none"), ("reference", "semi-hard"), ("triton", "none")])
-def test_backward_after_the_bank_moved_on(backend, mining):
+def test_backward_after_the_bank_was_written_again(backend, mining):
     """Gradient accumulation: two forwards, then one backward, is the sum of both gradients."""
     if ck.available()[backend] != "ok":
         pytest.skip(f"backend {backend}: {ck.available()[backend]}")
@@ -285,7 +285,7 @@ def test_buffer_broadcast_leaves_every_rank_its_own_bank(ranks):
     assert not torch.equal(ranks["own", 0][1], ranks["own", 1][1])
 
 
-def test_with_a_group_all_ranks_hold_what_any_of_them_wrote(ranks):
+def test_with_a_group_all_ranks_hold_the_entries_of_all_ranks(ranks):
     (first, *bank, weights), (second, *other, other_weights) = (ranks["shared", rank] for rank in (0, 1))
     assert all(torch.equal(a, b) for a, b in zip(bank, other, strict=True))
     in_rank_order = [

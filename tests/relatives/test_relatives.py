@@ -163,7 +163,7 @@ def test_mining_holds_three_matrices_at_once(rng):
     assert 3 <= watch.peak / (4 * R * C) < 3.2
 
 
-def test_mining_all_columns_is_no_mining(rng):
+def test_mining_all_columns_equals_no_mining(rng):
     rows, labels = torch.from_numpy(rng.standard_normal((15, D))), torch.from_numpy(rng.integers(0, 3, 15))
     mined = semi_hard_nce(rows, labels, None, None, 0.5, 1.0, 15, 15, 0)
     assert mined.item() == pytest.approx(ck.info_nce(rows, labels, temperature=0.5).item(), **CLOSE)
@@ -197,9 +197,9 @@ def test_detach_deepest_stops_the_gradient_of_the_columns_alone():
     layers, labels, logits = batch()
     gradients = []
     for options in ({"detach_deepest": True}, {"detach_deepest": True, "cross_weights": (0, 0)}, {}):
-        of = leaves(layers)
-        LOSSES["multi-scale"](**options)(of, labels, logits).backward()
-        gradients.append([x.grad for x in of])
+        tracked = leaves(layers)
+        LOSSES["multi-scale"](**options)(tracked, labels, logits).backward()
+        gradients.append([x.grad for x in tracked])
     detached, without, full = gradients
     assert not torch.equal(detached[0], without[0])  # rows
     torch.testing.assert_close(detached[3], without[3], rtol=1e-12, atol=1e-15)
@@ -260,9 +260,9 @@ def test_pne_draws_from_all_images_alike():
 
     def hard(**options):
         """Pixels that get a gradient."""
-        [of] = leaves([x])
-        ck.PNELoss(N, set_size=40, **options)(of, labels, logits).backward()
-        return of.grad.any(1)
+        [tracked] = leaves([x])
+        ck.PNELoss(N, set_size=40, **options)(tracked, labels, logits).backward()
+        return tracked.grad.any(1)
 
     every = hard()
     drawn = [hard(max_samples=int(every.sum()) // 2, seed=seed) for seed in range(20)]
@@ -301,10 +301,10 @@ def test_parity_holds_the_norms_of_hard_pixels_constant():
     y, p = (torch.from_numpy(a) for a in at_layer(labels, logits, SIZES[0]))
     radial = []
     for parity in (False, True):
-        [of] = leaves([x])
-        ck.PNELoss(N, set_size=7, parity=parity)(of, labels, logits).backward()
-        assert not of.grad.movedim(1, -1)[y == p].any()
-        radial.append(((of.grad * x).sum(1).abs().max() / of.grad.norm()).item())
+        [tracked] = leaves([x])
+        ck.PNELoss(N, set_size=7, parity=parity)(tracked, labels, logits).backward()
+        assert not tracked.grad.movedim(1, -1)[y == p].any()
+        radial.append(((tracked.grad * x).sum(1).abs().max() / tracked.grad.norm()).item())
     assert radial[0] < 1e-12
     assert radial[1] > 1e-3
 
@@ -340,13 +340,13 @@ def test_nothing_to_contrast_gives_a_finite_loss_with_a_live_graph(name, case, d
     layers, labels, logits = batch(dtype=dtype)
     layers, labels, predictions = CRASHES[case](layers, labels, logits)
     options = {"normalize": False} if "not normalised" in case and "pne" not in name else {}
-    of = leaves(layers)
+    tracked = leaves(layers)
     loss = LOSSES[name](**options)
     for _ in range(2):  # the second time with what the first has written into the bank
-        value = loss(of, labels, predictions)
+        value = loss(tracked, labels, predictions)
         assert value.dtype == torch.float32
         assert value.isfinite()
-        gradients = torch.autograd.grad(value, of, allow_unused=True)
+        gradients = torch.autograd.grad(value, tracked, allow_unused=True)
         assert gradients[0] is not None
         assert all(g.isfinite().all() for g in gradients if g is not None)
     nothing = ("no valid class", "labels beyond the classes", "an empty batch")
@@ -379,10 +379,10 @@ def test_one_class_in_all():
         ck.PNELoss(2),
     ):
         for _ in range(2):
-            of = leaves(layers)
-            value = loss(of, labels, torch.zeros_like(labels))
+            tracked = leaves(layers)
+            value = loss(tracked, labels, torch.zeros_like(labels))
             assert value == 0
-            assert not torch.autograd.grad(value, of[0])[0].any()
+            assert not torch.autograd.grad(value, tracked[0])[0].any()
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -395,11 +395,11 @@ def test_nan_at_ignored_pixels_has_no_effect(name):
     assert any(x.isnan().any() for x in poisoned)
     results = []
     for features in (layers, poisoned):
-        of, loss = leaves(features), LOSSES[name]()
+        tracked, loss = leaves(features), LOSSES[name]()
         for _ in range(2):
-            value = loss(of, labels, logits)
+            value = loss(tracked, labels, logits)
         value.backward()
-        results.append((value, of[0].grad))
+        results.append((value, tracked[0].grad))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
@@ -425,11 +425,11 @@ def test_scaled_features_give_the_same_loss(name, scale):
 def test_half_precision(name, dtype):
     """Computed in float32: against float64 on the same inputs. Gradients come back in the input's dtype."""
     layers, labels, logits = batch(dtype=dtype)
-    of, exact = leaves(layers), leaves([x.double() for x in layers])
-    value, expected = (LOSSES[name]()(x, labels, logits) for x in (of, exact))
+    tracked, exact = leaves(layers), leaves([x.double() for x in layers])
+    value, expected = (LOSSES[name]()(x, labels, logits) for x in (tracked, exact))
     assert value.dtype == torch.float32
     assert value.item() == pytest.approx(expected.item(), rel=1e-5)
-    got, want = (torch.autograd.grad(v, x, allow_unused=True)[0] for v, x in ((value, of), (expected, exact)))
+    got, want = (torch.autograd.grad(v, x, allow_unused=True)[0] for v, x in ((value, tracked), (expected, exact)))
     assert got.dtype == dtype
     assert (got.double() - want).norm() <= torch.finfo(dtype).eps * want.norm() + 1e-4 * want.abs().max()
 
@@ -439,10 +439,10 @@ def test_autocast_and_layout_change_nothing(name):
     layers, labels, logits = batch(dtype=torch.float32)
     results = []
     for enabled, memory_format in ((False, torch.contiguous_format), (True, torch.channels_last)):
-        of = [x.to(memory_format=memory_format) for x in leaves(layers)]
+        tracked = [x.to(memory_format=memory_format) for x in leaves(layers)]
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            value = LOSSES[name]()(of, labels, logits)
-        results.append((value, torch.autograd.grad(value, of[0])[0]))
+            value = LOSSES[name]()(tracked, labels, logits)
+        results.append((value, torch.autograd.grad(value, tracked[0])[0]))
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
 
@@ -533,10 +533,10 @@ def test_one_graph_equal_to_eager_and_no_second_compilation(name):
     compiled = torch.compile(loss, fullgraph=True, backend=backend, dynamic=False)
     for seed in range(3):
         layers, labels, logits = batch(seed, dtype=torch.float32)
-        of, other = leaves(layers), leaves(layers)
-        value, expected = compiled(of, labels, logits), eager(other, labels, logits)
+        tracked, other = leaves(layers), leaves(layers)
+        value, expected = compiled(tracked, labels, logits), eager(other, labels, logits)
         torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-7)
-        got, want = (torch.autograd.grad(v, x[0])[0] for v, x in ((value, of), (expected, other)))
+        got, want = (torch.autograd.grad(v, x[0])[0] for v, x in ((value, tracked), (expected, other)))
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
     assert backend.count == 1
     torch.compiler.reset()
@@ -550,11 +550,11 @@ def assert_kernels_agree(name, device="cpu", dtype=torch.float32, **options):
     layers, labels, logits = batch(dtype=dtype, **options)
     results = []
     for backend in ("reference", "triton"):
-        of, loss = leaves([x.to(device) for x in layers]), LOSSES[name]()
+        tracked, loss = leaves([x.to(device) for x in layers]), LOSSES[name]()
         with ck.backend(backend):
             for _ in range(2):
-                value = loss(of, labels.to(device), logits.to(device))
-            results.append((value.detach(), torch.autograd.grad(value, of[0])[0].double()))
+                value = loss(tracked, labels.to(device), logits.to(device))
+            results.append((value.detach(), torch.autograd.grad(value, tracked[0])[0].double()))
     (expected, want), (value, got) = results
     torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-6)
     # Gradients of half precision are rounded once in both, but not always to the same side.
@@ -581,14 +581,14 @@ def test_the_kernels_give_the_reference_on_a_gpu(name, dtype):
 def test_a_step_on_a_gpu_does_not_synchronise(name):
     """Forward, backward and the writing of the bank, on the fused kernels, from the second step on."""
     layers, labels, logits = batch(dtype=torch.float32)
-    of, loss = leaves([x.cuda() for x in layers]), LOSSES[name]()
+    tracked, loss = leaves([x.cuda() for x in layers]), LOSSES[name]()
     labels, logits = labels.cuda(), logits.cuda()
     with ck.backend("auto"):
-        loss(of, labels, logits).backward()
+        loss(tracked, labels, logits).backward()
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")
         try:
-            loss(of, labels, logits).backward()
+            loss(tracked, labels, logits).backward()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    assert of[0].grad.isfinite().all()
+    assert tracked[0].grad.isfinite().all()

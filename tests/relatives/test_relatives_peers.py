@@ -61,8 +61,8 @@ def assert_same(ours, ours_of, official, official_of):
     assert official.item() > 0
     torch.testing.assert_close(ours, official, **TIGHT)
     got, want = (
-        torch.cat([g.flatten() for g in torch.autograd.grad(loss, of)])
-        for loss, of in ((ours, ours_of), (official, official_of))
+        torch.cat([g.flatten() for g in torch.autograd.grad(loss, tracked)])
+        for loss, tracked in ((ours, ours_of), (official, official_of))
     )
     assert want.any()
     assert (got - want).norm() <= 1e-11 * want.norm()
@@ -151,7 +151,7 @@ def test_pne_equals_the_official_code(wrong, set_size, gate):
         file = importlib.import_module("mmseg.models.losses.reverse_contrastive_loss")
     rng = np.random.default_rng(1)
     labels, predictions = scene(rng, B=2, N=N, H=24, W=32, wrong=wrong)
-    predictions[0][labels[0] == 2] = 3  # nothing right of class 2: it is nobody's P, and an empty N
+    predictions[0][labels[0] == 2] = 3  # no pixel of class 2 is right: its P and N are empty
     [x], logits = pyramid(rng, sizes=((24, 32),)), logits_of(predictions, N, rng).double()
     official = file.ReverseContrastiveLoss(
         patch_size=set_size, temp=1, loss_weight=1.3, cal_function="EQUAL", cal_gate=[0, gate]

@@ -151,7 +151,7 @@ def test_bane_takes_hard_pixels_at_the_edge_of_their_error_region():
         assert (spread & ~rim).any()
 
 
-def test_rank_in_segment_counts_those_before(rng):
+def test_rank_in_segment_counts_the_elements_before(rng):
     segment = torch.from_numpy(rng.integers(0, 6, (4, 17)))
     # With equal ones: two images give the pixels of one place the same hash.
     order = torch.from_numpy(rng.integers(0, 30, (4, 17)))
@@ -163,7 +163,7 @@ def test_rank_in_segment_counts_those_before(rng):
     assert rank_in_segment(segment[:0], 5, order[:0]).shape == (0, 17)
 
 
-def test_thinned_keeps_the_first_of_the_chosen_and_all_where_they_are_few(rng):
+def test_thinned_keeps_the_first_chosen_pixels_or_all_if_they_are_few(rng):
     chosen, order = torch.from_numpy(rng.random((3, 9)) < 0.4), torch.from_numpy(rng.permutation(27).reshape(3, 9))
     total = int(chosen.sum())
     for most in (0, 1, total - 1, total, 27):

@@ -36,7 +36,7 @@ def test_every_committed_result_follows_the_schema():
     assert len({row.measured for row in rows}) == len(rows)
     for row in rows:
         assert row.commit and not row.commit.endswith("+")
-        assert results.path_of(row.device).exists()
+        assert row in results.read(results.path_of(row.device))
 
 
 def test_rows_come_back_as_they_were_written(tmp_path):
@@ -60,11 +60,10 @@ def test_rows_come_back_as_they_were_written(tmp_path):
         {"median_ms": None},
         {"iqr_ms": None},
         {"device": ""},
-        {"value": 2.0},
         {"batch": 1.5},
     ],
 )
-def test_a_row_against_the_schema_is_refused(tmp_path, change):
+def test_rows_that_violate_the_schema_are_refused(tmp_path, change):
     with pytest.raises(results.SchemaError, match="expected"):
         results.record(tmp_path / "x.csv", replace(ROW, **change))
     assert not (tmp_path / "x.csv").exists()
@@ -189,8 +188,8 @@ def small(monkeypatch):
 
 
 @cpu_only
-def test_the_runner_measures_maps_and_peers_once(tmp_path, capsys):
-    parts = ("--parts", "edt", "peers")
+def test_the_runner_measures_distances_and_peers_once(tmp_path, capsys):
+    parts = ("--parts", "distances", "peers")
     assert runs(tmp_path, *parts, "--minutes", "0") == 0
     assert rows_in(tmp_path) == []
     expected = int(capsys.readouterr().out.split(";")[-1].split()[0])
@@ -200,30 +199,29 @@ def test_the_runner_measures_maps_and_peers_once(tmp_path, capsys):
     assert len(rows) == expected > 10
     for row in rows:
         assert row.status == "untimed" or row.status.startswith("absent: "), row
-        assert row.case == "camvid tiny" and row.device and row.torch
+        assert row.case in ("camvid tiny", "cityscapes", "16^3") and row.device and row.torch
     ran = {(row.what, row.by) for row in rows if row.status == "untimed"}
-    assert {("edge_distance", "contextrast"), ("select_nearest", "sort of 64-bit keys")} <= ran
+    ours = run.distances.OURS
+    assert {("edge_distance", ours), ("distance_transform", ours), ("distance_transform", "SciPy")} <= ran
     runs(tmp_path, *parts)
     assert capsys.readouterr().out == "0 rows failed; complete\n"
 
 
 @cpu_only
 def test_a_cpu_times_the_reference_in_each_layout_with_the_threads_of_the_row(tmp_path, monkeypatch):
-    seen = set()
-    peer = run.peers.Peer("a peer", lambda: seen.add(torch.get_num_threads()), "")
+    seen, [case, *_] = set(), run.distances.cases(16)
     monkeypatch.setattr(run.Machine, "sized", lambda self, name: replace(cases.CASES[name].tiny(), dtype=torch.float32))
-    monkeypatch.setattr(run.Machine, "maps_of", run.Machine.sized)
-    monkeypatch.setattr(run.peers, "edge_distances", lambda classes: [peer])
-    monkeypatch.setattr(cases, "REGIMES", ("trained",))
-    for counted in ("peak_mib", "launches", "syncs"):  # a profiler's start takes seconds
+    monkeypatch.setattr(run.distances, "cases", lambda: [case])
+    monkeypatch.setattr(run.measure, "peak_mib", lambda *_: seen.add(torch.get_num_threads()) or 0)
+    for counted in ("launches", "syncs"):  # a profiler's start takes seconds
         monkeypatch.setattr(measure, counted, lambda *_: 0)
     before = torch.get_num_threads()
-    assert run.main(["--out", str(tmp_path), "--parts", "loss", "edt", "--seconds", "0.001"]) == 0
+    assert run.main(["--out", str(tmp_path), "--parts", "loss", "distances", "--seconds", "0.001"]) == 0
     rows = rows_in(tmp_path)
-    assert {row.status for row in rows} == {"ok"}
+    assert all(row.status == "ok" or row.status.startswith("absent: ") for row in rows), rows
     of_loss = [row for row in rows if row.what == f"{run.LOSS} {run.BOTH}"]
     assert {(row.by, row.layout) for row in of_loss} == {("reference", layout) for layout in cases.LAYOUTS}
-    assert {row.threads for row in rows if row.by == "contextrast"} == seen == {1, 2}
+    assert {row.threads for row in rows if row.by == run.distances.OURS} == seen == {1, 2}
     assert torch.get_num_threads() == before
 
 
@@ -271,7 +269,6 @@ def test_the_runner_goes_through_every_case(tmp_path):
     ("arguments", "sentence"),
     [
         (["--peers", "/nowhere"], "--peers: expected a folder"),
-        (["--frames", "/nowhere"], "no folder /nowhere"),
         (["--minutes", "nan"], "--minutes: expected 0 to 86400"),
         (["--row-seconds", "-1"], "--row-seconds: expected 0 to 86400"),
         (["--parts", "everything"], "invalid choice"),
@@ -293,24 +290,24 @@ def test_results_of_a_different_schema_are_not_changed(tmp_path, capsys):
 
 
 @cpu_only
-def test_a_row_that_differs_or_crashes_is_written_down_as_failed(tmp_path, monkeypatch, capsys):
+def test_rows_that_differ_or_crash_are_recorded_as_failed(tmp_path, monkeypatch, capsys):
     exact = ck.edge_distance
 
-    def broken(classes, squared=False):
+    def broken(classes, **options):
+        if _requested() == "reference":
+            return exact(classes, **options)
         if classes.dtype == torch.int8:
             raise RuntimeError("no\nsuch luck")
-        return exact(classes, squared=squared) + (classes.dtype == torch.int32)
+        return exact(classes, **options) + 1
 
     monkeypatch.setattr(ck, "edge_distance", broken)
-    assert runs(tmp_path, "--parts", "edt") == 1
-    found = {
-        row.dtype: row.status for row in rows_in(tmp_path) if row.by == "contextrast" and row.what == "edge_distance"
-    }
-    assert found["int64"] == "untimed"
-    assert found["int32"].startswith("failed: differs from the reference: ")
-    assert found["int8"] == "failed: RuntimeError: no"
+    assert runs(tmp_path, "--parts", "distances") == 1
+    found = {(row.what, row.dtype): row.status for row in rows_in(tmp_path) if row.by == run.distances.OURS}
+    assert found["distance_transform", "uint8"] == "untimed"
+    assert found["edge_distance", "int64"].startswith("failed: differs from the reference: ")
+    assert found["edge_distance", "int8"] == "failed: RuntimeError: no"
     monkeypatch.undo()
-    assert runs(tmp_path, "--parts", "edt") == 0  # what failed is tried again, and takes its row
+    assert runs(tmp_path, "--parts", "distances") == 0  # what failed is tried again, and takes its row
     assert not any(row.status.startswith("failed") for row in rows_in(tmp_path))
     assert len({row.measured for row in rows_in(tmp_path)}) == len(rows_in(tmp_path))
 
@@ -336,18 +333,18 @@ def test_a_loss_that_differs_from_the_reference_is_not_timed(tmp_path, monkeypat
 
 @cpu_only
 def test_rows_after_a_device_failure_run_first_in_the_next_call(tmp_path, monkeypatch, capsys):
-    def broken(classes, squared=False):
+    def broken(*_, **__):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-    monkeypatch.setattr(ck, "edge_distance", broken)
+    monkeypatch.setattr(run.distances, "ours", broken)
     monkeypatch.setattr(measure, "answers", lambda device: False)
-    assert runs(tmp_path, "--parts", "edt") == 1
+    assert runs(tmp_path, "--parts", "distances") == 1
     [first] = rows_in(tmp_path)
     assert first.status.startswith("failed: RuntimeError: CUDA error") and "rows left" in capsys.readouterr().out
     monkeypatch.undo()
-    assert runs(tmp_path, "--parts", "edt") == 0
+    assert runs(tmp_path, "--parts", "distances") == 0
     printed = capsys.readouterr().out.splitlines()
-    assert len(printed) > 5 and printed[-2].startswith("edge_distance") and " int64 " in printed[-2]
+    assert len(printed) > 5 and printed[-2].startswith(first.what) and first.by in printed[-2]
     assert rows_in(tmp_path)[-1].measured == first.measured and rows_in(tmp_path)[-1].status == "untimed"
 
 
@@ -366,18 +363,10 @@ def test_absent_rows_are_retried(tmp_path, capsys):
     assert [row.by for row in rows_in(tmp_path) if row.status.startswith("failed: ModuleNotFoundError")] == ["PNE_Loss"]
 
 
-def test_rows_of_real_labels_are_not_those_of_scenes(tmp_path):
-    names = set()
-    for frames in (None, tmp_path):
-        machine = run.Machine("cpu", tiny=True, seconds=1.0, frames=frames)
-        names |= {job.row.case for part in ("loss", "edt", "step") for job in run.PARTS[part](machine, ["camvid"])}
-    assert names == {"camvid tiny", "camvid tiny on CamVid"}
-
-
 @cpu_only
-def test_a_row_that_takes_too_long_is_given_up(tmp_path, monkeypatch):
-    monkeypatch.setattr(ck, "edge_distance", lambda *_, **__: time.sleep(10))
-    assert runs(tmp_path, "--parts", "edt", "--row-seconds", "0.2", "--minutes", "2") == 1
+def test_rows_that_take_too_long_are_stopped(tmp_path, monkeypatch):
+    monkeypatch.setattr(run.distances, "ours", lambda *_: time.sleep(10))
+    assert runs(tmp_path, "--parts", "distances", "--row-seconds", "0.2") == 1
     assert rows_in(tmp_path)[0].status == "failed: TimeoutError: took more than 0.2 s"
 
 
@@ -394,7 +383,7 @@ def test_row_timeout_is_signalled_repeatedly():
 
 def made_up_rows():
     """Rows of a made-up GPU: every kind of row that the report knows, from the runner's own list."""
-    machine = run.Machine("cpu", tiny=False, seconds=1.0, frames=None)
+    machine = run.Machine("cpu", tiny=False, seconds=1.0)
     machine.on_gpu = True
     gpu = {"device": "A GPU", "driver": "580.1", "torch": "2.11.0", "triton": "3.6.0", "commit": "0123456"}
     rows = []
@@ -414,7 +403,6 @@ def made_up_rows():
             continue
         plan = {"plan_mb": 900 * work, "copy_gb_s": 4300.0} if row.by == "triton" else {}
         rows.append(replace(row, **outcome, **plan))
-    rows.append(replace(rows[0], what="probe: reads", value=1.5, unit="x", expected="1.0", median_ms=None, iqr_ms=None))
     return rows
 
 
@@ -439,7 +427,7 @@ def report_into(root, *devices):
     """README.md and docs/ of the repository in a folder of their own, and as results the rows of these devices."""
     (root / "docs").mkdir()
     (root / "results").mkdir()
-    for name in ("README.md", "docs/method.md"):
+    for name in ("README.md", "docs/method.md", "docs/distance.md"):
         (root / name).write_text((report.ROOT / name).read_text())
     for name in results.OTHER_SCHEMA:
         (root / "results" / name).write_text((results.FOLDER / name).read_text())
@@ -461,12 +449,11 @@ def test_stale_pages_and_plots_are_found(tmp_path, capsys):
     assert "| 0.5 ms | 6 ms (edt multi-label) | 12 | 500 ms |" in (tmp_path / "README.md").read_text()
     faster = [replace(row, median_ms=0.3) if row.median_ms == 0.5 else row for row in rows]
     results.write(results.path_of("A CPU", tmp_path / "results"), faster)
-    (tmp_path / "docs" / "performance" / "of_nothing.png").write_bytes(b"")
+    (tmp_path / "docs" / "camvid" / "of_nothing.png").write_bytes(b"")
     capsys.readouterr()
     assert report.main([*where, "--check"]) == 1
     found = {line.split()[0] for line in capsys.readouterr().out.splitlines()}
-    pictures = {"docs/performance/edge_distance.png", "docs/performance/of_nothing.png"}
-    assert found == {"README.md", "docs/performance.md"} | pictures
+    assert found == {"README.md", "docs/performance.md", "docs/camvid/of_nothing.png"}
     assert "| 0.5 ms |" in (tmp_path / "README.md").read_text()
     assert report.main(where) == 0
     assert report.main([*where, "--check"]) == 0
@@ -478,9 +465,7 @@ def test_a_report_of_every_kind_of_row(tmp_path):
     where = report_into(tmp_path, rows, made_up_cpu_rows())
     assert report.main(where) == 0
     page, readme = (tmp_path / "docs" / "performance.md").read_text(), (tmp_path / "README.md").read_text()
-    assert page.count(report.NOT_YET) == 1 and "nan" not in page  # the host's cost is another program's
-    assert "performance/edge_distance.png" in page
-    assert report.drawn_from(tmp_path / "docs" / "performance" / "edge_distance.png")
+    assert page.count(report.NOT_YET) == 1 and "nan" not in page  # there is no loss on the CPU among these rows
     [line] = [line for line in readme.splitlines() if line.startswith("| cityscapes, trained | bfloat16, nchw")]
     fused, reference = (
         next(row for row in rows if (row.what, row.by) == (report.BOTH, by) and row.mode == "eager")
@@ -500,20 +485,29 @@ def columns_of(page, what, by):
     return [cells for cells in lines if cells[0] == what and cells[1].startswith(by)]
 
 
-def test_a_ratio_is_of_one_device_and_one_commit(tmp_path):
-    """Another CPU, and ours measured again at a later commit, change no line of the first."""
+def test_ratios_are_within_one_device_and_commit(tmp_path):
+    """Another CPU with fewer rows, and ours measured again at a later commit, change no line of the first."""
     here = made_up_cpu_rows()
-    there = [replace(row, device="Another CPU", median_ms=row.median_ms / 1000) for row in here]
+    there = [replace(row, device="Another CPU", median_ms=row.median_ms / 1000) for row in here[1:]]
     where = report_into(tmp_path, here, there)
     later = next(row for row in here if row.by in report.OURS)
     path = results.path_of("A CPU", tmp_path / "results")
     results.record(path, replace(later, commit="fedcba9", median_ms=later.median_ms / 10))
     assert report.main(where) == 0
     readme = (tmp_path / "README.md").read_text()
-    assert "| noise, A CPU | 0.4 ms | 5 ms (OpenCV precise on edges) | 12.5 |" in readme
-    assert "| noise, Another CPU | 0.0004 ms | 0.005 ms (OpenCV precise on edges) | 12.5 |" in readme
-    lines = [line for line in readme.splitlines() if line.startswith(f"| {report.spoken(later.regime)}")]
-    assert any("Another CPU" in line for line in lines) and not any(", A CPU" in line for line in lines)
+    assert "| noise | 0.4 ms | 5 ms (OpenCV precise on edges) | 12.5 |" in readme
+    assert not any(line.startswith(f"| {report.spoken(later.regime)}") for line in readme.splitlines())
+
+
+def test_distances_are_listed_beside_the_fastest_peer_with_as_many_threads(tmp_path):
+    [case, *_] = run.distances.cases()
+    rows = [
+        results.Row(by=by, threads=threads, median_ms=time, iqr_ms=0.0, **case.columns, device="A CPU", torch="2.11.0")
+        for by, threads, time in ((report.OURS[0], 1, 200.0), ("edt", 1, 500.0), ("SciPy", 1, 3e3), ("edt", 2, 300.0))
+    ]
+    assert report.main(report_into(tmp_path, rows)) == 0
+    line = "| 256³ mask, trained-like | isotropic | 200 ms | 500 ms, edt | 2.5 | – | 300 ms, edt | – |"
+    assert line in (tmp_path / "docs" / "distance.md").read_text()
 
 
 def test_relative_times_are_ratios_to_ours(tmp_path):
@@ -531,7 +525,7 @@ def test_relative_times_are_ratios_to_ours(tmp_path):
     assert {cells[4] for cells in columns_of(page, f"relative's loss {run.BOTH}", "PNE_Loss")} == {"–"}
 
 
-def test_a_later_trial_without_times_hides_no_measurement():
+def test_a_later_untimed_row_does_not_hide_a_measurement():
     later = replace(ROW, commit="7654321", status="untimed", median_ms=None, iqr_ms=None)
     again = replace(ROW, commit="7654321", median_ms=3.0)
     assert report.latest([ROW, later]) == [ROW]

@@ -312,7 +312,7 @@ def test_the_plain_augmentation_reaches_its_scale_and_shift_limits(monkeypatch):
 # ---------------------------------------------------------------------------------------------------------- training
 
 
-def test_the_runs_differ_by_the_term_alone(mosaic):
+def test_the_runs_differ_only_by_the_contrastive_term(mosaic):
     """With a vanishing weight, heads and Contextrast change nothing: same weights, same batches, same augmentation."""
     augment, _ = scenes.augmentation()
     alone, *_ = training.train(training.ALONE, mosaic, augment, seed=2, steps=3, batch=2)

@@ -11,16 +11,13 @@ import sys
 
 import pytest
 
-from benchmarks import results
-
 pytest.importorskip("triton")
 
 ROOT = pathlib.Path(__file__).parents[2]
 PROGRAM = """
 import json, sys, torch
 from benchmarks import host
-sys.argv = ["host.py", "--rounds", "2", "--out", sys.argv[1]]
-code = host.main()
+code = host.main(["--rounds", "2"])
 device = torch.device("cpu")
 with host.launching(device) as launched:
     counts = {name: host.count(call, launched)._asdict() for name, call in host.calls(device).items()}
@@ -81,12 +78,11 @@ def run(*arguments, **environment):
 
 
 @pytest.fixture(scope="module")
-def outcome(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("out")
-    done = run("-c", PROGRAM, str(folder))
+def outcome():
+    done = run("-c", PROGRAM)
     assert done.returncode == 0, done.stdout + done.stderr
-    [counts] = [line for line in done.stdout.splitlines() if line.startswith("{")]
-    return json.loads(counts), results.read_all(folder)
+    *printed, counts = done.stdout.splitlines()
+    return json.loads(counts), printed
 
 
 @pytest.mark.parametrize(
@@ -107,13 +103,11 @@ def test_the_module_adds_two_ops_to_the_function(outcome):
     assert of_module - of_function <= 2
 
 
-def test_every_cost_becomes_a_row(outcome):
-    rows = {(row.what, row.mode): row for row in outcome[1]}
-    row = rows["host cost of contextrast_loss", "forward+backward"]
-    assert row.expected == "<= 8" and row.unit == "x plain custom_op" and row.launches <= 9 and "ATen ops" in row.note
-    assert row.value > 1 and row.median_ms > 0
-    assert rows["host cost of plain custom_op", "forward"].value == 1
-    assert {mode for what, mode in rows if what.endswith("native")} == {"forward"}
+def test_every_cost_is_printed(outcome):
+    costs = {line[:42].strip(): float(line[42:].split()[0]) for line in outcome[1] if line[42:51].strip()[-2:-1] == "."}
+    assert costs["plain custom_op         forward"] == 1
+    assert costs["contextrast_loss        forward+backward"] > 1
+    assert [name.split()[-1] for name in costs if name.startswith("negatives, native")] == ["forward"]
 
 
 def test_the_host_benchmark_refuses_the_interpreter():

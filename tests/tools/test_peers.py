@@ -1,5 +1,4 @@
-"""benchmarks/peers.py: other people's code leaves no module behind, its crashes become lines of the table, and exact
-peers are exact.
+"""benchmarks/peers.py: other people's code leaves no module behind, and its crashes become lines of the table.
 
 The relatives' files are replaced here by a few lines with the same names and signatures. If CONTEXTRAST_PEERS names a
 folder of checkouts, the real ones run too.
@@ -12,7 +11,6 @@ import sys
 import pytest
 import torch
 
-import contextrast_kernels as ck
 from benchmarks import peers
 from contextrast_kernels import measure
 
@@ -106,7 +104,7 @@ def assert_every_loss_runs(folder):
             x.grad = None
 
 
-def test_every_relative_is_loaded_called_and_forgotten(checkouts):
+def test_every_relative_is_loaded_called_and_unloaded(checkouts):
     modules, path, cuda = set(sys.modules), list(sys.path), torch.Tensor.cuda
     assert_every_loss_runs(checkouts)
     left = {name.split(".")[0] for name in set(sys.modules) - modules}
@@ -131,47 +129,13 @@ def test_an_absent_checkout_is_a_note_and_a_broken_one_a_failure(tmp_path):
     assert all(peers.official(name, None, *small_case()).call is None for name in peers.RELATIVES)
 
 
-def test_views_are_the_published_ones_wherever_the_code_could_use_them(checkouts):
+def test_views_have_the_published_number_unless_the_code_would_fail(checkouts):
     features, labels, logits = small_case()
     notes = [
         peers.official("ContrastiveSeg", checkouts, features, y, logits).note
         for y in (labels, torch.arange(256 * 384).view(1, 256, 384).expand(2, -1, -1) // 4 % 400 // 4 % 100)
     ]
     assert notes[0].endswith("at most 100 views") and not notes[1].endswith("at most 100 views")
-
-
-def classes_of_the_small_case():
-    _, labels, logits = small_case()
-    wrong = logits.argmax(1)
-    return torch.where(wrong == labels[:, ::4, ::4], -1, wrong)
-
-
-def test_exact_transforms_are_exact():
-    classes = classes_of_the_small_case()
-    expected = ck.edge_distance(classes, squared=True)
-    assert torch.equal(peers.edges(classes), expected == 0)
-    rows = peers.edge_distances(classes)
-    assert {row.name for row in rows if row.exact or row.call is None} >= {"SciPy on edges", "OpenCV precise on edges"}
-    for row in rows:
-        if row.call is not None:
-            assert torch.equal(peers.squared(row.call(), classes), expected) == row.exact, row.name
-
-
-def test_an_image_without_an_edge_is_left_out():
-    classes = classes_of_the_small_case()
-    classes[1] = 3
-    assert all(
-        row.call is None and "edge" in row.note for row in peers.edge_distances(classes) if row.name == "SciPy on edges"
-    )
-
-
-def test_the_sort_selects_what_we_select_and_topk_as_many():
-    classes = classes_of_the_small_case()
-    distance = ck.edge_distance(classes, squared=True)
-    expected = ck.select_nearest(classes, distance, 0.3, num_classes=19, seed=5)
-    topk, sort = peers.selections(classes, distance, 0.3, 19, 5)
-    assert sort.exact and torch.equal(sort.call(), expected)
-    assert not topk.exact and int(topk.call().sum()) == int(expected.sum())
 
 
 @pytest.mark.parametrize(

@@ -184,7 +184,7 @@ def test_every_row_of_the_table_is_produced():
     assert [int(n) for n in re.findall(r"^\| (\d+) \|", PAGE, re.MULTILINE)] == list(range(1, len(ROWS) + 1))
 
 
-def test_the_page_names_what_exists():
+def test_the_names_on_the_page_exist():
     for name in re.findall(r"`ck\.([\w.]+)`", PAGE):
         value = ck
         for part in name.split("."):

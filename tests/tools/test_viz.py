@@ -398,7 +398,7 @@ def picture(**change):
         (lambda: viz.similarity_curve(ck.metrics.AnchorSimilarity(4).compute()), ValueError, "at least one batch"),
     ],
 )
-def test_wrong_arguments_are_named(call, exception, sentence):
+def test_errors_name_the_wrong_argument(call, exception, sentence):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     with pytest.raises(exception, match=sentence):
         call()

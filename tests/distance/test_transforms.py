@@ -1,0 +1,48 @@
+"""benchmarks/distances.py: peers that are said to compute the same function do, and the inputs are what they say."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import contextrast_kernels as ck
+from benchmarks import distances, peers
+from benchmarks.results import Absent
+
+CASES = [replace(case, side=16) for case in distances.cases()]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: " ".join(map(str, case.columns.values())))
+def test_exact_transforms_are_exact(case):
+    image = distances.image_of(case)
+    columns = case.columns
+    assert image.dtype == case.dtype
+    assert image.shape[-2:] == (columns["height"], columns["width"]) and len(image) == columns["batch"]
+    expected = distances.ours(case, image)
+    rows = distances.transforms(case, image)
+    assert [(row.name, row.is_slow) for row in rows] == distances.names(case, image.device)
+    for row in rows:
+        library, _ = peers.module(row.needs)
+        if library is None or row.name.startswith("kornia"):  # an approximation that takes seconds
+            continue
+        try:
+            found = row.make(library)()
+        except Absent:
+            assert case.regime == "whole-image"
+            continue
+        agrees = distances.difference(found, expected, image) <= 1e-4
+        assert agrees or not row.exact, row.name
+
+
+def test_a_wrong_distance_is_a_difference():
+    classes = torch.tensor([[[0, 0, -1, 1]]])
+    expected = ck.edge_distance(classes)
+    assert distances.difference(expected.numpy(), expected, classes) == 0
+    assert distances.difference(torch.where(classes < 0, 7.0, expected), expected, classes) == 0
+    assert distances.difference(expected + 0.5, expected, classes) == 0.5
+    assert not distances.difference(expected * float("nan"), expected, classes) <= 1e-4
+
+
+def test_edges_are_where_the_edge_distance_is_zero():
+    classes = distances.image_of(replace(CASES[-1], regime="mid"))
+    assert torch.equal(distances.edges(classes), ck.edge_distance(classes) == 0)
