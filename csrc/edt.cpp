@@ -370,20 +370,21 @@ CONTEXTRAST_HD void solve_row(const Volume &volume, const Row &row, const Apart<
   const int width = volume.size[2], blocks = Work<Cost>::blocks(width);
   const Line<Cost> &line = work.row;
   const auto read = [&](int x, int end) {  // of the row's costs
+    end = lesser(end, width);
     if (volume.size[1] == 1) {
       const Line<Cost> from = line.from(x);
       read_row<KEYS>(row, x, end - x, Costs<Cost>::side(volume.metric, 0), static_cast<int32_t>(z * volume.plane()),
                      volume.plane(), from.costs, from.keys, from.best, from.best_keys);
     } else {
       const int64_t start = int64_t(y) * width;
-      for (int u = x; u < lesser(end, width); ++u) {
+      for (int u = x; u < end; ++u) {
         const Cost cost = work.costs[start + u];
         line.costs[u] = cost < 0 ? Costs<Cost>::none : cost;
         line.best[u] = cost;
         if constexpr (KEYS) line.keys[u] = line.best_keys[u] = work.keys[start + u];
       }
     }
-    if (end >= width) end_line<KEYS>(line, width);
+    if (end == width) end_line<KEYS>(line, width);
   };
   for (int from = 0, end, known = 0; from < blocks; from = end) {  // blocks before `known` have been read
     const int x = from * lanes;

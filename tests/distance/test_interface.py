@@ -165,6 +165,12 @@ REFUSALS = {
         lambda x: ck.distance_transform(x[:1, :1, :1].expand(2048, 1024, 1025), spatial_dims=3),
         ValueError, r"mask.*2\*\*31",
     ),
+    "a long side of classes": (
+        lambda x: ck.edge_distance(x[:1, None, :1, :1].expand(1, 2, 16385, 1)), ValueError, "classes.*16384",
+    ),
+    "many voxels of classes": (
+        lambda x: ck.edge_distance(x[:1, None, :1, :1].expand(1, 2048, 1024, 1025)), ValueError, r"classes.*2\*\*31",
+    ),
     "squared 1": (lambda x: ck.distance_transform(x, squared=1), TypeError, "squared.*True or False"),
     "return_indices None": (lambda x: ck.distance_transform(x, return_indices=None), TypeError, "return_indices"),
     "classes of floats": (lambda x: ck.edge_distance(x.float()), TypeError, r"classes.*\.long\(\)"),
@@ -179,6 +185,25 @@ def test_invalid_arguments_raise_clear_errors(backend, name):
     with pytest.raises(exception, match=f"^{sentence}") as caught:
         call(torch.zeros(SHAPE, dtype=torch.int64))
     assert "\n" not in str(caught.value)
+
+
+def test_exactly_2_to_the_31_voxels_are_accepted():
+    """Tensors without data; the library describes its scratch for as many voxels and for none more."""
+    for call, shape in ((ck.edge_distance, (1, 2048, 1024, 1024)), (deep_transform, (2048, 1024, 1024))):
+        assert call(torch.empty(shape, dtype=torch.uint8, device="meta")).shape == shape
+    if "native" not in BACKENDS:
+        return
+    output = torch.empty(1, dtype=torch.float32)
+    for width, is_accepted in ((1024, True), (1025, False)):
+        volume = native._Volume(torch.zeros(1, dtype=torch.uint8).expand(1, 2048, 1024, width))
+        for edges in 0, 1:
+            wanted = native._Distance(None, False, output, None)
+            scratch = native._library().contextrast_distance_scratch_cpu(volume, wanted, edges, 1)
+            assert (scratch > 2**31 // 8) == is_accepted and (scratch > 0) == is_accepted
+
+
+def deep_transform(mask):
+    return ck.distance_transform(mask, spatial_dims=3)
 
 
 @pytest.mark.parametrize("side", [0, -1.0, math.nan, math.inf, 1e-101, 1e101])
