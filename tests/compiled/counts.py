@@ -83,25 +83,31 @@ def l1_share(launcher: Launcher) -> int:
     return (L1_BYTES - held * (metadata.shared + 1024)) // held
 
 
-EXPLAINED = """\
-The kernels' PTX was executed on a CPU by `python -m tests.compiled.counts`, on one image of half the height and width,
-and what it executes and moves was counted. No figure here is a time: a bound is what a resource needs at its peak rate
-if it never waits, and nothing says that a device comes near. F is the features' bytes.
-
-* *issue*: warp instructions / (multiprocessors × 4 schedulers × clock). They are PTX's, taken as one machine
-  instruction each, while ptxas drops and adds some.
-* *L1*: (wavefronts of shared memory + sectors of global requests / 4) / (multiprocessors × clock). A wavefront is 128
-  bytes, and a conflict takes one more: "wavefronts an ideal one" is 1 without. What wgmma reads is in it.
-* *L2*: sectors of 32 bytes that pass the L1 cache / 5.5 TB/s. A block has its share of the 256 KiB that shared memory
-  leaves, empty at first; stores and atomics pass.
-* *memory*: sectors that pass an L2 cache which holds all of one launch and nothing of the one before / 85 % of the
-  memory's rate.
-* *tensor*: products / the dense peak of their type.
-
-H100 SXM and H200: 132 multiprocessors at 1.755 GHz, 3.35 and 4.8 TB/s, 989 TFLOP/s in 16 bits, 494 in TF32, 67 in
-float64. Kernels run one after the other, so the sum of each kernel's largest bound is one too. Counts
-are multiplied with the ratio of the pixels, for kernels whose grid depends on them; a smaller image has more padding.
-4 F is the floor: three reads of the features and one write."""
+EXPLAINED = "\n".join(
+    (
+        "`python -m tests.compiled.counts` executes the PTX of the kernels on a CPU, on one image of half the "
+        "height and width, and counts what they execute and move. No figure here is a time. A bound is the time "
+        "that a resource needs at its peak rate if it never waits; a device may take much longer. F is the size "
+        "of the features.",
+        "",
+        "* *issue*: warp instructions / (multiprocessors × 4 schedulers × clock). Each PTX instruction counts as "
+        "one machine instruction, although ptxas adds some and removes others.",
+        "* *L1*: (wavefronts of shared memory + sectors of global requests / 4) / (multiprocessors × clock). A "
+        'wavefront moves 128 bytes, and each bank conflict needs one more; without conflicts "wavefronts an ideal '
+        'one" is 1. The operands that wgmma reads are included.',
+        "* *L2*: sectors of 32 bytes that pass the L1 cache / 5.5 TB/s. A block has its share of the 256 KiB that "
+        "shared memory leaves, and the cache is empty at first. Stores and atomics always pass.",
+        "* *memory*: sectors that pass the L2 cache / 85 % of the memory's rate. The cache holds everything that "
+        "one launch touches and nothing of the launch before.",
+        "* *tensor*: products / the dense peak rate of their type.",
+        "",
+        "An H100 SXM and an H200 have 132 multiprocessors at 1.755 GHz, 3.35 and 4.8 TB/s of memory bandwidth, "
+        "and 989 TFLOP/s in 16 bits, 494 in TF32 and 67 in float64. The kernels run one after the other, so the "
+        "sum of each kernel's largest bound is a bound too. Counts of kernels whose grid depends on the number of "
+        "pixels are scaled to the full image; the smaller image has more padding. The floor is 4 F: three reads "
+        "of the features and one write.",
+    )
+)
 
 KINDS = ("integer", "float", "float64", "special function", "shuffle", "barrier", "tensor core", "control")
 

@@ -85,16 +85,11 @@ def outcome():
     return json.loads(counts), printed
 
 
-@pytest.mark.parametrize(
-    ("name", "launches", "ops", "allocations"),
-    [("plain custom_op", 0, 4, 6), ("contextrast_loss", 9, 42, 25), ("class_anchors", 4, 25, 12)],
-)
-def test_host_ops_and_allocations_do_not_grow(outcome, name, launches, ops, allocations):
-    """What it takes today is the limit: lower it when it falls."""
-    counted = outcome[0][name]
-    assert len(counted["launches"]) <= launches, counted["launches"]
-    assert sum(counted["ops"].values()) <= ops, counted["ops"]
-    assert counted["allocations"] <= allocations, counted["ops"]
+@pytest.mark.parametrize("name", ["contextrast_loss", "class_anchors"])
+def test_a_kernel_is_launched_once_for_all_layers(outcome, name):
+    launches = outcome[0][name]["launches"]
+    assert launches
+    assert len(launches) == len(set(launches)), launches
 
 
 def test_the_module_adds_two_ops_to_the_function(outcome):
