@@ -102,7 +102,7 @@ def test_a_file_of_a_different_schema_is_refused(tmp_path):
             results.read(path)
 
 
-@pytest.mark.parametrize("buffered", [True, False])
+@pytest.mark.parametrize("buffered", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_closed_pipe_is_not_an_error(buffered):
     """The pipe is that of `bench --plan | head -1`."""
     command = [sys.executable, "-m", "contextrast_kernels", "bench", "--plan"]
