@@ -106,7 +106,8 @@ def ms(row: Row | None, spread: bool = True) -> str:
         return "–"
     if row.median_ms is None:
         return row.status
-    return f"{row.median_ms:.3g}" + (f" ± {row.iqr_ms:.2g}" if spread and row.iqr_ms else "") + " ms"
+    median = f"{row.median_ms:.3g}" if row.median_ms < 999.5 else f"{row.median_ms:.0f}"
+    return median + (f" ± {row.iqr_ms:.2g}" if spread and row.iqr_ms else "") + " ms"
 
 
 def ratio(slow: Row | None, fast: Row | None) -> str:
@@ -137,19 +138,20 @@ def with_sources(text: str, rows: Sequence[Row]) -> str:
     return "\n\n".join(filter(None, (text, sources(rows))))
 
 
-def edge_distance_on_cpu(rows: Sequence[Row]) -> str:
-    """One map, one thread: ours, the fastest of the others whatever it computes, and the reference."""
-    rows = [row for row in pick(rows, what="edge_distance", case="cityscapes", threads=1, batch=1) if not row.driver]
-    rows, lines = of_one_device(rows), []
-    for of_regime in grouped(rows, lambda row: (row.regime, *place(row))).values():
-        ours = first(row for row in of_regime if row.by in OURS)
-        fastest = first(sorted((row for row in of_regime if row.by not in OURS), key=lambda row: row.median_ms))
-        scipy = first(row for row in of_regime if row.by == "SciPy for each class")
+def distances_in_short(rows: Sequence[Row]) -> str:
+    """Maps and binary volumes on one thread: ours, and the fastest of the others."""
+    rows = [row for row in pick(rows, mode="isotropic", threads=1) if not row.driver]
+    rows = of_one_device([row for row in rows if (row.case == "cityscapes") == (row.what == "edge_distance")])
+    lines = []
+    for of_input in grouped(rows, lambda row: (row.case, row.regime, *place(row))).values():
+        ours = first(row for row in of_input if row.by in OURS)
+        fastest = first(sorted((row for row in of_input if row.by not in OURS), key=lambda row: row.median_ms))
         if ours and fastest:
+            size = "512 × 1024 labels" if ours.what == "edge_distance" else f"{ours.case.replace('^3', '³')} mask"
             theirs = f"{ms(fastest, False)} ({fastest.by})"
-            lines.append((spoken(ours.regime), ms(ours, False), theirs, ratio(fastest, ours), ms(scipy, False)))
-    head = ("predictions", "this library", "fastest peer", "times faster", "SciPy, class by class")
-    return with_sources(table(head, lines), rows)
+            lines.append((f"{size}, {spoken(ours.regime)}", ms(ours, False), theirs, ratio(fastest, ours)))
+    head = ("input", "this library", "fastest peer", "times faster")
+    return with_sources(table(head, sorted(lines, reverse=True)), rows)
 
 
 def distances_on_cpu(rows: Sequence[Row]) -> str:
@@ -301,10 +303,6 @@ by that of the fused loss, as a CUDA graph if one was measured. The floor is the
 features' bytes (three reads and one write) at the bandwidth measured in the same run. The share of the copy \
 bandwidth is based on the planned bytes, which assume that all features are read once for the similarities of \
 negatives; the kernels read only the rows that hold one."""
-ON_CPU = """\
-One map of 512 × 1024 pixels with 19 classes, int64 in, squared distances out. Transforms "on edges" get the edges as \
-input, so their time does not include finding them. `edt`'s multi-label transform measures a different distance, to \
-the nearest pixel outside, and kornia's is an approximation. The maps are those of `contextrast_kernels/cases.py`."""
 NOTHING_ON_GPU = """\
 Not measured yet. Nothing has run on a GPU so far. The fused Triton kernels of the loss and the CUDA kernels of \
 `csrc/` are executed from their PTX on a CPU and compared with the reference there (`tests/compiled`), and they are \
@@ -350,8 +348,7 @@ def performance(rows: Sequence[Row], counted: str = "") -> str:
         "## Counted, not timed" if counted else "",
         counted.strip(),
         "## On a CPU",
-        ON_CPU,
-        edge_distance_on_cpu(rows),
+        "[Distance transforms](distance.md#speed) have a page of their own.",
         "### The loss",
         everything(rows, lambda row: not row.driver and row.what.startswith(("contextrast_loss", "relative's loss"))),
     ]
@@ -367,7 +364,7 @@ def blocks(rows: Sequence[Row]) -> dict[str, str]:
     ]
     on_gpu = any(row.driver for row in rows)
     return {
-        "edge-distance-cpu": edge_distance_on_cpu(rows),
+        "distances-in-short": distances_in_short(rows),
         "distances": distances_on_cpu(rows),
         "loss-gpu": loss_on_gpu(paper) if on_gpu else NOTHING_ON_GPU,
     }
