@@ -281,7 +281,8 @@ def plot_layers(axes_of, rows: Sequence[Result]):
         axes.set_title(title, fontsize=10)
         axes.grid(alpha=0.3)
     panels[1].set_yscale("log")
-    panels[2].legend(frameon=False, fontsize=8)
+    labels = panels[2].get_legend_handles_labels()
+    panels[2].figure.legend(*labels, loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=5, frameon=False, fontsize=8)
     panels[2].set_ylim(bottom=0)
     panels[0].figure.tight_layout()
 
