@@ -98,3 +98,13 @@ def total(labels, predictions, N, layers, **options):
     return lambda *xs: ck.contextrast_loss(
         list(xs), labels, predictions, num_classes=N, layer_weights=weights, **options
     )
+
+
+def negative_maps(rng, kind, B, N, size):
+    """Hard negatives (some of them the pixel's own class, some at ignored pixels), base pixels, both, or neither."""
+    negatives = torch.from_numpy(rng.integers(-N, N + 2, (B, *size))).to(DEVICE)
+    base = torch.from_numpy(rng.random((B, *size)) < 0.4).to(DEVICE)
+    return {
+        "negatives": negatives if kind in ("hard", "both") else None,
+        "base": base if kind in ("base", "both") else None,
+    }
