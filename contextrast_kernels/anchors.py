@@ -147,7 +147,7 @@ def _class_anchors(
     num_classes: int,
     ignore_index: int,
     normalize: bool,
-    volume: list[int] | None = None,
+    volume: list[int] | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Anchors (N, D), counts (N,), and the label codes that the backward pass reads.
 
@@ -160,7 +160,7 @@ def _class_anchors(
 
 
 @_class_anchors.register_fake
-def _(features, labels, num_classes, ignore_index, normalize, volume=None):
+def _(features, labels, num_classes, ignore_index, normalize, volume):
     anchors = features.new_empty(num_classes, features.shape[1], dtype=compute_dtype(features.dtype))
     return anchors, features.new_empty(num_classes, dtype=torch.int64), empty_codes([features], num_classes)
 

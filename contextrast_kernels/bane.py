@@ -284,21 +284,22 @@ def _in_order(distances: Tensor) -> Tensor:
     dtype = distances.dtype
     if not dtype.is_floating_point and (dtype.itemsize < 4 or dtype == torch.int32):
         return distances.int()
-    if dtype.is_floating_point:
-        bits = distances.view(torch.int64) if dtype == torch.float64 else distances.float().view(torch.int32)
+    if dtype == torch.float64:
+        image = distances
+    elif dtype.is_floating_point:
+        bits = distances.float().view(torch.int32)
         # The bits of a number that is not negative have its order. -0 becomes 0.
-        largest = torch.iinfo(bits.dtype).max
+        largest = torch.iinfo(torch.int32).max
         magnitude = bits & largest
-        image = torch.where(distances.isnan(), largest, torch.where(bits < 0, -magnitude, magnitude))
+        return torch.where(distances.isnan(), largest, torch.where(bits < 0, -magnitude, magnitude))
     elif dtype == torch.uint64:
         image = distances.view(torch.int64) ^ torch.iinfo(torch.int64).min
     else:
         image = distances.long()
-    if image.dtype == torch.int32:
-        return image
     # 64 bits do not fit: replace each value by its rank among the different values of its image.
-    values, at = image.flatten(1).sort(1)
-    place = F.pad((values[:, 1:] != values[:, :-1]).cumsum(1), (1, 0))[:, : values.shape[1]]
+    values, at = image.flatten(1).sort(1)  # NaN comes last
+    above = (values[:, 1:] != values[:, :-1]) & ~values[:, :-1].isnan()
+    place = F.pad(above.cumsum(1), (1, 0))[:, : values.shape[1]]
     return torch.zeros_like(at).scatter(1, at, place).int().reshape(distances.shape)
 
 

@@ -444,7 +444,7 @@ def _forward(
     detach_anchors: bool,
     errors: Tensor | None,
     group: str | None,
-    volumes: list[int] | None = None,
+    volumes: list[int] | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the loss, L_i of every layer, the report (3, layers) of classes, positives and negatives, and what the
     backward pass reads: label codes y, base pixels or the similarity of hard negatives, â, Z, coefficients, T.
@@ -552,7 +552,7 @@ def _save_for_backward(ctx, inputs, output):
     ctx.options = [given[name] for name in ("temperature", "normalize", "detach_anchors")]
     ctx.group, ctx.layers = given["group"], len(given["features"])
     # The gradients of all inputs after the features, in the form that autograd expects. None of them has one.
-    ctx.others = [[None] * len(x) if name == "base" else None for name, x in given.items() if name != "features"]
+    ctx.others = [[None] * len(given["base"]) if name == "base" else None for name in _PARAMETERS[1:]]
     _loss, *others = output
     _losses, _report, *saved = others
     ctx.save_for_backward(*given["features"], given["e"], *saved)

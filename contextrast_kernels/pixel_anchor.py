@@ -212,7 +212,7 @@ def _pixel_anchor_loss(
     temperature: float,
     ignore_index: int,
     normalize: bool,
-    volume: list[int] | None = None,
+    volume: list[int] | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the loss, dL/danchors, and what the backward pass reads: codes y of the labels and e of the negatives,
     base pixels or the similarity of hard negatives, â, Z, coefficients. volume: as in ``class_anchors``."""
@@ -227,7 +227,7 @@ def _pixel_anchor_loss(
 
 
 @_pixel_anchor_loss.register_fake
-def _(features, labels, anchors, negatives, base, temperature, ignore_index, normalize, volume=None):
+def _(features, labels, anchors, negatives, base, temperature, ignore_index, normalize, volume):
     (N, D), dtype = anchors.shape, compute_dtype(features.dtype)
     dense = base is not None or negatives is None
     rows = [features.new_empty(shape, dtype=dtype) for shape in ((1, N, D), (1, N), (1, 2, N))]

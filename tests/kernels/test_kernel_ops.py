@@ -29,15 +29,15 @@ def test_opcheck(rng):
     saved."""
     labels, _ = labels_and_predictions(rng, 1, 3, 6, 7)
     x, top = (x.requires_grad_() for x in pyramid(rng, 1, 8, [(3, 4), (2, 2)]))
-    a, counts, codes = anchors._class_anchors(x, labels, 3, 255, True)
-    opcheck(anchors._class_anchors, (x, labels, 3, 255, True))
+    a, counts, codes = anchors._class_anchors(x, labels, 3, 255, True, None)
+    opcheck(anchors._class_anchors, (x, labels, 3, 255, True, None))
     detached = x.detach()
     opcheck(anchors._class_anchors_backward, (torch.ones_like(a), detached, counts, codes, True))
 
     negatives, base = negative_maps(rng, "both", 1, 3, (3, 4)).values()
     rows = a.detach().requires_grad_()
     for maps in ((negatives, None), (negatives, base)):
-        arguments = (x, labels, rows, *maps, 0.1, 255, True)
+        arguments = (x, labels, rows, *maps, 0.1, 255, True, None)
         opcheck(pixel_anchor._pixel_anchor_loss, arguments)
         loss, _, *saved = pixel_anchor._pixel_anchor_loss(*arguments)
         opcheck(
@@ -50,7 +50,7 @@ def test_opcheck(rng):
     seed = torch.zeros((), dtype=torch.int64, device=DEVICE)
     sampled = [base, torch.ones(1, 2, 2, dtype=torch.bool, device=DEVICE)]
     for base_rate, base_maps in ((0.0, []), (0.5, []), (0.0, sampled)):
-        options = (3, 255, [1.0, 0.5], 0.1, 0.7, base_rate, True, False, False, None, None)
+        options = (3, 255, [1.0, 0.5], 0.1, 0.7, base_rate, True, False, False, None, None, None)
         arguments = ([x, top], labels, e, base_maps, seed, *options)
         opcheck(contextrast._contextrast_loss, arguments)
         loss, _, _, *saved = contextrast._contextrast_loss(*arguments)

@@ -318,7 +318,7 @@ def test_the_pull_of_anchors_in_sixteen_bits(rng):
     seed = torch.zeros((), dtype=torch.int64, device=DEVICE)
     sizes = [x.shape[2:] for x in xs]
     e, _ = bane.negative_codes(predictions, labels, sizes, 4, 0.5, "bane", "layer", 255, seed)
-    options = (4, 255, [1.0, 0.5], 0.1, 0.7, 0.0, True, False, False, None, None)
+    options = (4, 255, [1.0, 0.5], 0.1, 0.7, 0.0, True, False, False, None, None, None)
     pulls = []
     for features in (xs, [x.double() for x in xs]):
         *_, pull = contextrast._contextrast_loss(features, labels, e, [], seed, *options)

@@ -230,7 +230,7 @@ def test_sums_over_ranks_do_not_modify_their_inputs(one_rank, monkeypatch):
     e = torch.full((3 * sum(h * w for h, w in SIZES),), 255, dtype=torch.uint8)
     options = (N, 255, list(WEIGHTS), 0.2, 0.7, 0.0, True, False, False, errors)
     seed, name = torch.zeros((), dtype=torch.int64), ranks.name_of(dist.group.WORLD)
-    _, _, report, *_ = contextrast._contextrast_loss(features, labels, e, [], seed, *options, name)
+    _, _, report, *_ = contextrast._contextrast_loss(features, labels, e, [], seed, *options, name, None)
     assert report[3].tolist() == [14, 6]
     assert errors.tolist() == [7, 3]
 
