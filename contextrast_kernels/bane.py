@@ -284,14 +284,14 @@ def _in_order(distances: Tensor) -> Tensor:
     dtype = distances.dtype
     if not dtype.is_floating_point and (dtype.itemsize < 4 or dtype == torch.int32):
         return distances.int()
-    if dtype == torch.float64:
-        image = distances
-    elif dtype.is_floating_point:
+    if dtype.is_floating_point and dtype != torch.float64:
         bits = distances.float().view(torch.int32)
         # The bits of a number that is not negative have its order. -0 becomes 0.
         largest = torch.iinfo(torch.int32).max
         magnitude = bits & largest
         return torch.where(distances.isnan(), largest, torch.where(bits < 0, -magnitude, magnitude))
+    if dtype == torch.float64:
+        image = distances
     elif dtype == torch.uint64:
         image = distances.view(torch.int64) ^ torch.iinfo(torch.int64).min
     else:

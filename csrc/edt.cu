@@ -32,7 +32,7 @@ __host__ __device__ inline int tiles_of(int width) { return (width + TILE - 1) /
 
 // ---- 1. Mark
 
-// Of one column of words. Both directions at once, since a step of either waits for memory.
+// Scan one column of words in both directions at once, because a step of either waits for memory.
 __device__ void carry(const uint32_t *seeds, Carry *carries, int bands, int64_t width) {
   uint32_t above = NO_SEED, below = NO_SEED;
   for (int start = 0; start < bands; start += AHEAD) {

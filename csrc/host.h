@@ -216,7 +216,7 @@ void with_integer(int32_t type, const Body &body) {
 constexpr int MAX_THREADS = 64;
 constexpr int64_t PIXELS_A_THREAD = 1 << 18;  // fewer are done before another thread has started
 
-// Of the threads that the caller offers, as many as are worth their start.
+// The number of threads to use: as many of those that the caller offers as are worth their start.
 inline int threads_for(int threads, int64_t pixels) {
   const int64_t useful = 1 + pixels / PIXELS_A_THREAD;
   const int64_t offered = threads < 1 ? 1 : threads > MAX_THREADS ? MAX_THREADS : threads;

@@ -163,8 +163,8 @@ COUNTED = {
 }
 """Kinds of losses whose reductions are counted."""
 QUICKLY_COUNTED = {"float16": "float16", "features as they are": "some base pixels, features as they are"}
-"""Of these, every run counts on the fused kernels the one with fewer numbers and the one with more reductions, each
-while it runs a case of that kind."""
+"""The kinds that are counted on the fused kernels too, in every run, and the case in which each is counted. One reduces
+fewer numbers than the others, and one takes more reductions."""
 
 
 def cases_of(rank, groups, runs):
