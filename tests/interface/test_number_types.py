@@ -51,6 +51,14 @@ def test_nan_distances_are_selected_last(map_backend, dtype):
     assert chosen.tolist() == [[[True, True, True, False]]]
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_nan_distances_are_equal_to_each_other(map_backend, dtype):
+    classes = torch.zeros(1, 4, 4, dtype=torch.int64)
+    by_hash = ck.select_nearest(classes, torch.zeros(1, 4, 4), 0.5, num_classes=1)
+    nan = torch.full((1, 4, 4), float("nan"), dtype=dtype)
+    assert torch.equal(ck.select_nearest(classes, nan, 0.5, num_classes=1), by_hash)
+
+
 def test_selection_by_wide_distances_of_an_empty_map(map_backend):
     for shape in ((0, 4, 5), (2, 0, 5), (2, 4, 0)):
         classes = torch.zeros(shape, dtype=torch.int64)
