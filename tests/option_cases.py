@@ -107,6 +107,20 @@ class Case:
         return {name: self.option(name) for name in OPTIONS[self.op]}
 
     @property
+    def rounding(self) -> float:
+        """The relative error that is allowed beyond twice that of the reference. The ranks of a group exchange sums of
+        exponentials in fixed point."""
+        allowed = 1e-12 if self.dtype == "float64" else 1e-6
+        return max(allowed, 1e-11) if self.options.get("group") else allowed
+
+    @property
+    def gradient_is_zero(self) -> bool:
+        """Whether features have one channel and are normalised: an embedding is 1 or -1 then, and the gradient is 0 in
+        exact arithmetic. The reference, too, gives rounding errors in its place, so neither is a measure of the other.
+        """
+        return self.D == 1 and self.op in ("class_anchors", "contextrast_loss") and self.option("normalize")
+
+    @property
     def possible(self) -> bool:
         """Whether the public function takes these options together."""
         if self.labels == "uint8" and self.N == 256:

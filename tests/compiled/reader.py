@@ -241,8 +241,8 @@ class Kernel:
         return 1 if kind == "pred" else max(int(re.search(r"\d+", kind)[0]) // 8, 2)
 
     def _place_registers(self) -> None:
-        """Every operand gets a place in a warp's register file and a word for its undefined bits, one for each half if
-        it has 64."""
+        """Every operand gets a place in a warp's register file and a word for its undefined bits. A register of 32 or
+        64 bits has a word for each half, because compilers pack a value beside one that is never read."""
         self.places: dict[Operand, tuple[int, int, int]] = {}
         self.register_bytes = self.register_words = 0
         for instruction in self.instructions:
@@ -254,7 +254,7 @@ class Kernel:
                     width = self.width(operand.name)
                 else:
                     width = 4 if isinstance(operand, Special) else operand.width
-                words = 2 if width == 8 else 1
+                words = 2 if width == 8 or (width == 4 and isinstance(operand, Register)) else 1
                 self.places[operand] = self.register_bytes, self.register_words, self.register_words + words - 1
                 self.register_words += words
                 self.register_bytes += 64 if width <= 2 else 32 * width

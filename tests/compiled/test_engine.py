@@ -224,6 +224,8 @@ def wgmma(descriptor: str, fence: str) -> str:
 ALLOCATED = """mov.b32 %r1, memory; setp.lt.u32 %p1, %tid, 32; shl.b32 %r2, %tid, 16; and.b32 %r2, %r2, 2097152;
     @%p1 tcgen05.alloc.cta_group::1.sync.aligned.shared::cta.b32 [%r1], 32; bar.sync 0;"""
 FREED = "bar.sync 0; @%p1 tcgen05.dealloc.cta_group::1.sync.aligned.b32 %r3, 32;"
+HALF_DEFINED = "mov.u16 %h1, 7; mov.b32 %r1, {%h1, %h2}; mov.b32 %r2, %r1;"
+"""%r2 has 7 in its lower half, and nothing was written to the upper one."""
 STORED = "tcgen05.st.sync.aligned.16x32bx2.x1.b32 [%r2], 1, {%tid};"
 PROGRAMS["outside of the tensor memory that was allocated, or not freed"] = ALLOCATED
 PROGRAMS["tensor memory used before its product or store was waited for"] = (
@@ -243,6 +245,14 @@ def test_finding(kind):
     assert (kind in HARMLESS) == (not faults(found))
 
 
+@pytest.mark.parametrize(
+    "read", ["mov.b32 {%h3, %h4}, %r2; st.global.b16 [%y], %h4;", "st.global.b32 [%y], %r2;"], ids=["half", "whole"]
+)
+def test_an_undefined_half_of_a_register_is_undefined(read):
+    _, findings = execute(f"{HALF_DEFINED} {read}")
+    assert [finding.kind for finding in findings] == ["undefined value stored"]
+
+
 def test_every_kind_of_finding_has_a_program():
     assert set(PROGRAMS) == set(KINDS)
 
@@ -259,8 +269,9 @@ def test_every_kind_of_finding_has_a_program():
         wgmma("", "fence.proxy.async;"),
         f"{ALLOCATED} {STORED} tcgen05.wait::st.sync.aligned;"
         f"tcgen05.ld.sync.aligned.16x32bx2.x1.b32 {{%r4}}, [%r2], 1; st.global.b32 [%y], %r4; {FREED}",
+        f"{HALF_DEFINED} mov.b32 {{%h3, %h4}}, %r2; st.global.b16 [%y], %h3;",
     ],
-    ids=["barrier", "warp barrier", "atomics", "guard", "proxy fence", "tensor memory"],
+    ids=["barrier", "warp barrier", "atomics", "guard", "proxy fence", "tensor memory", "defined half of a register"],
 )
 def test_correct_programs_give_no_finding(body):
     for quantum in (0, 3):

@@ -23,7 +23,6 @@ void define_integers(const std::string& bits) {
   elementwise<U, U, U>("or" + u, [](U x, U y) { return U(x | y); });
   elementwise<U, U, U>("xor" + u, [](U x, U y) { return U(x ^ y); });
   elementwise<U, U>("not" + u, [](U x) { return U(~x); });
-  elementwise<U, U>("mov" + u, [](U x) { return x; });
   elementwise<U, U>("neg" + s, [](U x) { return U(0 - x); });
   elementwise<U, S>("abs" + s, [](S x) { return x < 0 ? U(0 - U(x)) : U(x); });
   elementwise<U, U, u32>("shl" + u, [](U x, u32 y) { return shifted_left<U>(x, y); });
@@ -255,10 +254,10 @@ void define_pairs() {
   static constexpr auto low = [](u64 x) { return as_float(u32(x)); };
   static constexpr auto high = [](u64 x) { return as_float(u32(x >> 32)); };
   static constexpr auto pair = [](float l, float h) { return u64(bits_of(canonical(h))) << 32 | bits_of(canonical(l)); };
-  halfwise<2>("add.f32x2", [](u64 x, u64 y) { return pair(low(x) + low(y), high(x) + high(y)); });
-  halfwise<2>("sub.f32x2", [](u64 x, u64 y) { return pair(low(x) - low(y), high(x) - high(y)); });
-  halfwise<2>("mul.f32x2", [](u64 x, u64 y) { return pair(low(x) * low(y), high(x) * high(y)); });
-  halfwise<3>("fma.f32x2", [](u64 x, u64 y, u64 z) {
+  halfwise<u64, 2>("add.f32x2", [](u64 x, u64 y) { return pair(low(x) + low(y), high(x) + high(y)); });
+  halfwise<u64, 2>("sub.f32x2", [](u64 x, u64 y) { return pair(low(x) - low(y), high(x) - high(y)); });
+  halfwise<u64, 2>("mul.f32x2", [](u64 x, u64 y) { return pair(low(x) * low(y), high(x) * high(y)); });
+  halfwise<u64, 3>("fma.f32x2", [](u64 x, u64 y, u64 z) {
     return pair(std::fma(low(x), low(y), low(z)), std::fma(high(x), high(y), high(z)));
   });
 }
@@ -352,7 +351,9 @@ void define_arithmetic() {
   define_halves<F16>(".f16");
   define_halves<BF16>(".bf16");
   define_pairs();
-  halfwise<1>("mov.u64", [](u64 x) { return x; });
+  elementwise<u16, u16>("mov.u16", [](u16 x) { return x; });
+  halfwise<u32, 1>("mov.u32", [](u32 x) { return x; });
+  halfwise<u64, 1>("mov.u64", [](u64 x) { return x; });
   define_equality<u16>(".u16"), define_equality<u32>(".u32"), define_equality<u64>(".u64");
   define_order<u16>(".u16"), define_order<u32>(".u32"), define_order<u64>(".u64");
   define_order<s16>(".s16"), define_order<s32>(".s32"), define_order<s64>(".s64");

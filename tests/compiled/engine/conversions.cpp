@@ -71,7 +71,7 @@ void pack(Context& c) {
   }
   for (int lane = 0; lane < 32; lane++)
     if (c.active(lane)) c.write(0, lane, bytes * parts, results[lane]);
-  if (bytes * parts < 8) low = high = low | high;
+  if (bytes * parts < 4) low = high = low | high;
   c.set_undefined(0, low, high);
 }
 void unpack(Context& c) {
@@ -82,7 +82,7 @@ void unpack(Context& c) {
   for (int k = 0; k < parts; k++) {
     for (int lane = 0; lane < 32; lane++)
       if (c.active(lane)) c.write(1 + k, lane, std::max(bytes, 2), extended(values[lane] >> 8 * bytes * k, bytes, false));
-    c.set_undefined(1 + k, bytes * parts < 8 ? low | high : 2 * k < parts ? low : high);
+    c.set_undefined(1 + k, bytes * parts < 4 ? low | high : 2 * k < parts ? low : high);
   }
 }
 

@@ -19,7 +19,7 @@ constexpr u32 ALL = 0xffffffffu;  // all 32 lanes
 struct Operand {
   s32 place;  // of the register in a warp's file: 32 lanes side by side, or one word of 32 bits for a predicate; -1: a sink
   s32 word;   // of its undefined bits, one a lane
-  s32 high;   // the same of the upper half of 64 bits; else the same word
+  s32 high;   // the same of the upper half of 32 or 64 bits; else the same word
 };
 
 struct Instruction {
@@ -120,6 +120,11 @@ struct Copy {  // by cp.async, not yet waited for
   u8 value[16];
 };
 
+struct Pending {  // a result of wgmma: the words of its undefined bits, and the bits that wait_group gives it
+  s32 word, high;
+  u32 undefined;
+};
+
 struct Warp {
   int number;
   u8* registers;
@@ -136,7 +141,7 @@ struct Warp {
   std::vector<u32> fences_of_block;  // at the last barrier
   std::vector<Sight> acquired, seen;  // by atomics since the last fence; before it
   // Results of wgmma that may not be read before wait_group, and the shared memory that is still being read.
-  std::vector<std::pair<s32, u32>> pending;
+  std::vector<Pending> pending;
   std::vector<std::pair<u32, u32>> async_reads;
   std::vector<std::vector<Copy>> copies;  // by group; the last is not committed
 };
@@ -220,7 +225,7 @@ struct Context {
   u32 undefined_high(int k) const { return warp.undefined[operand(k).high]; }
   u32 undefined_guard() const { return instruction.guard >= 0 ? warp.undefined[instruction.guard_word] : 0; }
   void set_undefined(int k, u32 lanes) const { set_undefined(k, lanes, lanes); }
-  void set_undefined(int k, u32 low, u32 high) const {  // of the halves of a register of 64 bits
+  void set_undefined(int k, u32 low, u32 high) const {  // of the halves of a register of 32 or 64 bits
     if (sink(k)) return;
     const u32 guard = undefined_guard();
     u32 &first = warp.undefined[operand(k).word], &second = warp.undefined[operand(k).high];
@@ -253,17 +258,17 @@ void apply_elementwise(Context& c, std::index_sequence<k...>) {
   c.write(0, results);
   c.set_undefined(0, (c.undefined(1 + k) | ...));
 }
-// The same for each half of registers of 64 bits.
-template <class Function, size_t... k>
+// The same for each half of registers of 32 or 64 bits.
+template <class T, class Function, size_t... k>
 void apply_halfwise(Context& c, std::index_sequence<k...>) {
-  u64 results[32];
-  for (int lane = 0; lane < 32; lane++) results[lane] = Function()(c.reg<u64>(1 + k)[lane]...);
+  T results[32];
+  for (int lane = 0; lane < 32; lane++) results[lane] = Function()(c.reg<T>(1 + k)[lane]...);
   c.write(0, results);
   c.set_undefined(0, (c.undefined_low(1 + k) | ...), (c.undefined_high(1 + k) | ...));
 }
-template <int arguments, class Function>
+template <class T, int arguments, class Function>
 void halfwise(const std::string& name, Function) {
-  define(name, [](Context& c) { apply_halfwise<Function>(c, std::make_index_sequence<arguments>()); }, 1 + arguments);
+  define(name, [](Context& c) { apply_halfwise<T, Function>(c, std::make_index_sequence<arguments>()); }, 1 + arguments);
 }
 template <class Result, class... Arguments, class Function>
 void elementwise(const std::string& name, Function) {

@@ -313,12 +313,12 @@ void multiply_group(Context& c) {
   }
   auto pending = [&](int k) {  // the undefined bits that wait_group will give the register
     const s32 word = c.operand(k).word;
-    return std::find_if(warp.pending.begin(), warp.pending.end(), [=](const auto& p) { return p.first == word; });
+    return std::find_if(warp.pending.begin(), warp.pending.end(), [=](const auto& p) { return p.word == word; });
   };
   if (accumulate)
     for (int k = 0; k < sums; k++) {
       const auto known = pending(k);
-      const u32 undefined = known == warp.pending.end() ? c.undefined(k) : known->second;
+      const u32 undefined = known == warp.pending.end() ? c.undefined(k) : known->undefined;
       for (int lane = 0; lane < 32; lane++) {
         const Place at = place_of_sum(lane, k);
         C.set(at.row, at.column, c.reg<float>(k)[lane], undefined >> lane & 1);
@@ -333,9 +333,10 @@ void multiply_group(Context& c) {
       undefined |= u32(A.bad_row[at.row] | B.bad_column[at.column] | C.undefined[at.row * N + at.column]) << lane;
     }
     const auto known = pending(k);
-    if (known == warp.pending.end()) warp.pending.push_back({c.operand(k).word, undefined});
-    else known->second = undefined;
-    warp.undefined[c.operand(k).word] = ALL;
+    const Operand& sum = c.operand(k);
+    if (known == warp.pending.end()) warp.pending.push_back({sum.word, sum.high, undefined});
+    else known->undefined = undefined;
+    warp.undefined[sum.word] = warp.undefined[sum.high] = ALL;
   }
 }
 
@@ -344,7 +345,8 @@ void wait_group(Context& c) {
   c.needs(ALL);
   if (c.number(0) != 0) return;
   for (const auto& [address, bytes] : c.warp.async_reads) read_shared(c, -1, address, bytes);  // until now
-  for (const auto& [word, undefined] : c.warp.pending) c.warp.undefined[word] = undefined;
+  for (const auto& [word, high, undefined] : c.warp.pending)
+    c.warp.undefined[word] = c.warp.undefined[high] = undefined;
   c.warp.async_reads.clear();
   c.warp.pending.clear();
 }
