@@ -110,6 +110,17 @@ TABLE = {
     ),
 }
 
+RDNA = {
+    # Vector registers spilled on gfx1100 and gfx1201 (bfloat16, D 256): none, where P 64 spills 30 on gfx1100.
+    "_class_anchors_fwd": {"P": 32},
+    # 17 and none; with 128 columns 91 and 49, with 32 pixels as well 220 and 126, and with the row above 550 and 431.
+    "_pixel_anchor_fwd": {"P": 16, "COLUMNS": 64},
+    # None, where P 64 spills 79 and 77.
+    "_features_bwd": {"P": 32},
+}
+"""What AMD's RDNA GPUs (gfx11 and gfx12) take in place of a row's tiles, for features of two bytes. A wavefront has 32
+lanes there, and a thread has 256 registers."""
+
 DENSE = ("_dense_similarities", "_pixel_anchor_fwd", "_features_bwd_dense")
 """These take K alike, and fewer classes than the 64 at which Hopper multiplies by other instructions, so that each
 adds up the same s to the last bit: exp(s - Z) is exactly 1 where one negative is all of Z, however large s is."""
@@ -145,10 +156,16 @@ def next_power_of_2(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
-@functools.cache
 def tiles(kernel: str, dtype: torch.dtype, D: int, *names: str) -> Mapping[str, int]:
     """The named constants of a kernel's row, shrunk to what D needs; ROWS, P, CHUNK and num_warps always."""
+    return _tiles(kernel, dtype, D, names, str(architecture()).startswith(("gfx11", "gfx12")))
+
+
+@functools.cache
+def _tiles(kernel: str, dtype: torch.dtype, D: int, names: tuple[str, ...], rdna: bool) -> Mapping[str, int]:
     row = next(row.tiles for row in TABLE[kernel] if dtype.itemsize in row.bytes and row.D >= D)
+    if rdna and dtype.itemsize == 2:
+        row = row._replace(**RDNA.get(kernel, {}))
     K = min(row.K, max(16, next_power_of_2(D)))
     chunks = -(-D // K)
     parts = -(-chunks * K // row.COLUMNS) if row.COLUMNS else 1
