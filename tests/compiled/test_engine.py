@@ -246,7 +246,13 @@ def test_finding(kind):
 
 
 @pytest.mark.parametrize(
-    "read", ["mov.b32 {%h3, %h4}, %r2; st.global.b16 [%y], %h4;", "st.global.b32 [%y], %r2;"], ids=["half", "whole"]
+    "read",
+    [
+        "mov.b32 {%h3, %h4}, %r2; st.global.b16 [%y], %h4;",
+        "st.global.b32 [%y], %r2;",
+        "prmt.b32 %r3, %r2, %tid, 0x2041U; st.global.b32 [%y], %r3;",
+    ],
+    ids=["half", "whole", "byte"],
 )
 def test_an_undefined_half_of_a_register_is_undefined(read):
     _, findings = execute(f"{HALF_DEFINED} {read}")
@@ -270,8 +276,18 @@ def test_every_kind_of_finding_has_a_program():
         f"{ALLOCATED} {STORED} tcgen05.wait::st.sync.aligned;"
         f"tcgen05.ld.sync.aligned.16x32bx2.x1.b32 {{%r4}}, [%r2], 1; st.global.b32 [%y], %r4; {FREED}",
         f"{HALF_DEFINED} mov.b32 {{%h3, %h4}}, %r2; st.global.b16 [%y], %h3;",
+        f"{HALF_DEFINED} prmt.b32 %r3, %r2, %tid, 0x1041U; st.global.b32 [%y], %r3;",
     ],
-    ids=["barrier", "warp barrier", "atomics", "guard", "proxy fence", "tensor memory", "defined half of a register"],
+    ids=[
+        "barrier",
+        "warp barrier",
+        "atomics",
+        "guard",
+        "proxy fence",
+        "tensor memory",
+        "defined half of a register",
+        "bytes of it",
+    ],
 )
 def test_correct_programs_give_no_finding(body):
     for quantum in (0, 3):

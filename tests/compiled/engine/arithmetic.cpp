@@ -97,6 +97,18 @@ u32 permute_bytes(u32 low, u32 high, u32 selector) {
   }
   return result;
 }
+// Each half of the result is as defined as the halves that its two bytes come from.
+void permute(Context& c) {
+  const u32 sources[4] = {c.undefined_low(1), c.undefined_high(1), c.undefined_low(2), c.undefined_high(2)};
+  u32 results[32], low = c.undefined(3), high = low;
+  for (int lane = 0; lane < 32; lane++) {
+    const u32 selector = c.reg<u32>(3)[lane];
+    results[lane] = permute_bytes(c.reg<u32>(1)[lane], c.reg<u32>(2)[lane], selector);
+    for (int k = 0; k < 4; k++) (k < 2 ? low : high) |= sources[(selector >> 4 * k & 7) / 2] & 1u << lane;
+  }
+  c.write(0, results);
+  c.set_undefined(0, low, high);
+}
 
 u32 reversed(u32 x) {
   u32 result = 0;
@@ -145,7 +157,7 @@ void define_all_integers() {
   elementwise<u64, u64, u32, u32>("bfe.s64", [](u64 x, u32 p, u32 n) { return extract_bits<u64, s64, true>(x, p, n); });
   elementwise<u32, u32, u32, u32, u32>("bfi.u32", [](u32 x, u32 y, u32 p, u32 n) { return insert_bits(x, y, p, n); });
   elementwise<u64, u64, u64, u32, u32>("bfi.u64", [](u64 x, u64 y, u32 p, u32 n) { return insert_bits(x, y, p, n); });
-  elementwise<u32, u32, u32, u32>("prmt.u32", [](u32 x, u32 y, u32 z) { return permute_bytes(x, y, z); });
+  define("prmt.u32", permute, 4);
   elementwise<u32, u32, u32, u32>(
       "shf.l.wrap.u32", [](u32 x, u32 y, u32 z) { return u32(((u64(y) << 32 | x) << (z & 31)) >> 32); });
   elementwise<u32, u32, u32, u32>(
