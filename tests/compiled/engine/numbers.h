@@ -44,9 +44,9 @@ inline float widen(F16 x) {
   return (x.bits & 0x8000) ? -magnitude : magnitude;
 }
 
-// PTX's NaN of an arithmetic result; float64 keeps the NaN of the host.
+// PTX's NaN of an arithmetic result. In float64 hardware may keep the payload of an operand; here all are the same.
 inline float canonical(float x) { return x != x ? as_float(0x7fffffffu) : x; }
-inline double canonical(double x) { return x; }
+inline double canonical(double x) { return x != x ? as_double(0x7ff8000000000000u) : x; }
 
 // Subnormal numbers become zero, as the modifier .ftz asks.
 inline float flush(float x) { return std::fabs(x) < 0x1p-126f ? std::copysign(0.f, x) : x; }

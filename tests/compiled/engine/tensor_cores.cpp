@@ -222,7 +222,7 @@ void multiply_double_matrices(Context& c) {
     u32 undefined = 0;
     for (int lane = 0; lane < 32; lane++) {
       const Place at = place_of_sum(lane, k);
-      c.reg<double>(k)[lane] = C.values[at.row * 8 + at.column];
+      c.reg<double>(k)[lane] = canonical(C.values[at.row * 8 + at.column]);
       const bool bad = A.bad_row[at.row] || B.bad_column[at.column] || C.undefined[at.row * 8 + at.column];
       undefined |= u32(bad) << lane;
     }
