@@ -135,9 +135,11 @@ def architecture() -> int | str | None:
         return None
 
 
-def copied_tiles() -> dict[str, int]:
-    """P is the smallest number of rows that wgmma takes, so that pixels as well as channels can be its rows."""
-    return {"ROWS": 8, "P": 64, "num_warps": 4}
+@functools.cache
+def copied_tiles(tiles: Tiles) -> Tiles:
+    """The same for blocks whose rows are copied. P is the smallest number of rows that wgmma takes, so that pixels as
+    well as channels can be its rows."""
+    return tiles._replace(ROWS=8, P=64, num_warps=4)
 
 
 def next_power_of_2(n: int) -> int:
@@ -146,14 +148,13 @@ def next_power_of_2(n: int) -> int:
 
 
 @functools.cache
-def tiles(kernel: str, dtype: torch.dtype, D: int, *names: str) -> Mapping[str, int]:
-    """The named constants of a kernel's row, shrunk to what D needs; ROWS, P, CHUNK and num_warps always."""
+def tiles_of(kernel: str, dtype: torch.dtype, D: int) -> Tiles:
+    """A kernel's row of the table, shrunk to what D channels need."""
     row = next(row.tiles for row in TABLE[kernel] if dtype.itemsize in row.bytes and row.D >= D)
     K = min(row.K, max(16, next_power_of_2(D)))
     chunks = -(-D // K)
     parts = -(-chunks * K // row.COLUMNS) if row.COLUMNS else 1
-    shrunk = row._replace(K=K, COLUMNS=-(-chunks // parts) * K, CHUNK=min(row.CHUNK, next_power_of_2(D)))
-    return MappingProxyType({name: getattr(shrunk, name) for name in ("ROWS", "P", "CHUNK", "num_warps", *names)})
+    return row._replace(K=K, COLUMNS=-(-chunks // parts) * K, CHUNK=min(row.CHUNK, next_power_of_2(D)))
 
 
 @functools.cache

@@ -5,6 +5,8 @@ chunks of channels: once for what needs the whole vector (its norm, its products
 cache, for what is done with it. Letters: B images, N classes, D channels, h w layer size, P pixels.
 """
 
+from typing import Any, NamedTuple
+
 import torch
 import triton
 from triton import language as tl
@@ -70,64 +72,159 @@ def pointer_of_layer(pointers, layer):
     return value
 
 
+class Image(NamedTuple):
+    """One image of a feature map, as a kernel sees it; strides are counted in elements."""
+
+    start: Any
+    """A pointer to its first element."""
+    h: Any
+    """The stride of rows."""
+    w: Any
+    """The stride of pixels in a row."""
+    d: Any
+    """The stride of channels."""
+
+
+class Block(NamedTuple):
+    """The block of a program: rows r0 .. r1-1 and at most P columns of one image of one layer."""
+
+    layer: Any
+    """The position of its layer in the launch."""
+    number: Any
+    """The number of its layer in the tables (layers, N, D)."""
+    index: Any
+    """Its position among the blocks of its layer."""
+    b: Any
+    """The number of its image in the batch."""
+    image: Any
+    """The features of its image, an ``Image``."""
+    pixel: Any
+    """The offset of its image in maps with one number a pixel."""
+    r0: Any
+    r1: Any
+    w: Any
+    """The width of its image."""
+    c: Any
+    """(P,): the columns."""
+    live: Any
+    """(P,): whether a column is inside of the image."""
+
+
+class Row(NamedTuple):
+    """A row of pixels of a block in a feature map."""
+
+    start: Any
+    """A pointer to the first pixel of the image's row."""
+    pixel: Any
+    """(P,): the offset of each pixel in the row."""
+    live: Any
+    """(P,): whether a pixel is inside of the image."""
+    d: Any
+    """The stride of channels."""
+
+
 @triton.jit
-def block_of(program, geometry, layer, ROWS: tl.constexpr, P: tl.constexpr, UNIT: tl.constexpr, ALIGN: tl.constexpr):
-    """The image, first row and first column of a program's block, and the layer's size. The product with ALIGN
-    tells the compiler what divides a width, and so the mask at the end of a row."""
+def open_block(maps, geometry, program, ROWS: tl.constexpr, P: tl.constexpr, LAYOUT: tl.constexpr):
+    """The ``Block`` of a program. The product of a width with LAYOUT.align tells the compiler what divides it, and so
+    the mask at the end of a row."""
+    layer = layer_of(program, geometry.block)
+    index = program - of_layer(geometry.block, layer)
     h = of_layer(geometry.h, layer)
     w = of_layer(geometry.w, layer)
-    if UNIT == "w":
-        w = w * ALIGN
+    if LAYOUT.unit == "w":
+        w = w * LAYOUT.align
     across = tl.cdiv(w, P)
     blocks = across * tl.cdiv(h, ROWS)
-    block = program - of_layer(geometry.block, layer)
-    b = block // blocks
-    block = block % blocks
-    return b, (block // across) * ROWS, (block % across) * P, h, w
-
-
-@triton.jit
-def image_codes(geometry, layer, b, h, w):
-    """Offset of an image in the code maps (and in every other map with one number a pixel)."""
-    return tl.cast(of_layer(geometry.pixel, layer), tl.int64) + tl.cast(b, tl.int64) * h * w
-
-
-@triton.jit
-def image_features(pointers, strides, layer, b, UNIT: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr):
-    """Pointer to an image's features and the strides of h, w and d. The products with ALIGN tell the compiler what
-    divides the strides; offsets inside an image have 32 bits unless WIDE."""
-    image = pointer_of_layer(pointers, layer) + tl.cast(b, tl.int64) * (
-        tl.cast(of_layer(strides.b, layer), tl.int64) * ALIGN
+    b = index // blocks
+    in_image = index % blocks
+    pixel = tl.cast(of_layer(geometry.pixel, layer), tl.int64) + tl.cast(b, tl.int64) * h * w
+    r0 = (in_image // across) * ROWS
+    c = (in_image % across) * P + tl.arange(0, P)
+    return Block(
+        layer,
+        of_layer(geometry.number, layer),
+        index,
+        b,
+        image_of(maps, layer, b, LAYOUT),
+        pixel,
+        r0,
+        tl.minimum(r0 + ROWS, h),
+        w,
+        c,
+        c < w,
     )
-    if WIDE:
-        sH = tl.cast(of_layer(strides.h, layer), tl.int64) * ALIGN
-        sW = tl.cast(of_layer(strides.w, layer), tl.int64) * ALIGN
-        sD = tl.cast(of_layer(strides.d, layer), tl.int64) * ALIGN
+
+
+@triton.jit
+def image_of(maps, layer, b, LAYOUT: tl.constexpr):
+    """Image b of a layer. Products with LAYOUT.align tell the compiler what divides the strides. Offsets inside an
+    image have 32 bits unless LAYOUT.wide."""
+    start = pointer_of_layer(maps.start, layer) + tl.cast(b, tl.int64) * (
+        tl.cast(of_layer(maps.strides.b, layer), tl.int64) * LAYOUT.align
+    )
+    h = of_layer(maps.strides.h, layer)
+    w = of_layer(maps.strides.w, layer)
+    d = of_layer(maps.strides.d, layer)
+    if LAYOUT.wide:
+        h = tl.cast(h, tl.int64)
+        w = tl.cast(w, tl.int64)
+        d = tl.cast(d, tl.int64)
+    h = h * LAYOUT.align
+    w = w * LAYOUT.align
+    d = d * LAYOUT.align
+    one = tl.full((), 1, tl.int32)
+    if LAYOUT.unit == "w":
+        return Image(start, h, one, d)
+    elif LAYOUT.unit == "d":
+        return Image(start, h, w, one)
     else:
-        sH = of_layer(strides.h, layer) * ALIGN
-        sW = of_layer(strides.w, layer) * ALIGN
-        sD = of_layer(strides.d, layer) * ALIGN
-    if UNIT == "w":
-        return image, sH, 1, sD
-    elif UNIT == "d":
-        return image, sH, sW, 1
-    else:
-        return image, sH, sW, sD
+        return Image(start, h, w, d)
+
+
+@triton.jit
+def row_of(image, block, r):
+    """Row r of a block in an image, a ``Row``."""
+    return Row(image.start + tl.cast(r, tl.int64) * image.h, block.c * image.w, block.live, image.d)
+
+
+@triton.jit
+def row_codes(codes, block, r):
+    """(P,) int32: the codes of row r of a block, 32767 outside of the image. codes: a pointer to those of the block's
+    image."""
+    return tl.load(codes + (r * block.w + block.c), mask=block.live, other=32767).to(tl.int32)
+
+
+@triton.jit
+def row_flags(flags, block, r):
+    """(P,): whether the pixels of row r of a block are marked in a map of bytes, whose image begins at ``flags``."""
+    return tl.load(flags + (r * block.w + block.c), mask=block.live, other=0) != 0
 
 
 # ------------------------------------------------------------------------------------------------ pixels and channels
 
 
 @triton.jit
-def channels(row, pixel, live, d0, sD, D: tl.constexpr, CHUNK: tl.constexpr, WITHIN: tl.constexpr = True):
-    """Channels d0 .. d0+CHUNK-1 of a row of pixels: (CHUNK, P), zero outside. ``live`` may depend on the position
-    alone where w has stride 1: a mask that changes from pixel to pixel would break the wide loads. WITHIN: no chunk
-    begins beyond D, as one may where programs share out the channels."""
+def channels(row, d0, D: tl.constexpr, CHUNK: tl.constexpr, WITHIN: tl.constexpr = True):
+    """(CHUNK, P): channels d0 .. d0+CHUNK-1 of a row of pixels, zero where they or the pixels are outside. Where pixels
+    lie side by side, ``row.live`` may depend on the position alone: a mask that changes from pixel to pixel would break
+    the wide loads. WITHIN: no chunk begins beyond D, as one may where programs share out the channels."""
     d = d0 + tl.arange(0, CHUNK)
+    here = row.start + (d[:, None] * row.d + row.pixel[None, :])
     if D % CHUNK == 0 and WITHIN:
-        return tl.load(row + (d[:, None] * sD + pixel[None, :]), mask=live[None, :], other=0.0)
+        return tl.load(here, mask=row.live[None, :], other=0.0)
     else:
-        return tl.load(row + (d[:, None] * sD + pixel[None, :]), mask=live[None, :] & (d < D)[:, None], other=0.0)
+        return tl.load(here, mask=row.live[None, :] & (d < D)[:, None], other=0.0)
+
+
+@triton.jit
+def store_channels(row, d0, tile, D: tl.constexpr, CHUNK: tl.constexpr):
+    """Writes channels d0 .. d0+CHUNK-1 of a row of pixels from a tile (CHUNK, P)."""
+    d = d0 + tl.arange(0, CHUNK)
+    here = row.start + (d[:, None] * row.d + row.pixel[None, :])
+    if D % CHUNK == 0:
+        tl.store(here, tile, mask=row.live[None, :])
+    else:
+        tl.store(here, tile, mask=row.live[None, :] & (d < D)[:, None])
 
 
 @triton.jit
@@ -221,35 +318,23 @@ def dot_float64(a, x, acc):
 
 
 @triton.jit
-def summed_size(
-    row,
-    pixel,
-    live,
-    sD,
-    D: tl.constexpr,
-    P: tl.constexpr,
-    CHUNK: tl.constexpr,
-    NORMALIZE: tl.constexpr,
-    ACC: tl.constexpr,
-):
-    """The summed ``size_term`` of a row of pixels (P,): its first read, with many loads in flight."""
-    sizes = tl.zeros((CHUNK, P), ACC)
+def summed_size(row, D: tl.constexpr, CHUNK: tl.constexpr, NORMALIZE: tl.constexpr, ACC: tl.constexpr):
+    """(P,): the summed ``size_term`` of a row of pixels. This is its first read, with many loads in flight."""
+    sizes = tl.zeros((CHUNK, row.live.shape[0]), ACC)
     for k in tl.range(0, D, CHUNK, loop_unroll_factor=8):
-        sizes += size_term(channels(row, pixel, live, k, sD, D, CHUNK).to(ACC), NORMALIZE)
+        sizes += size_term(channels(row, k, D, CHUNK).to(ACC), NORMALIZE)
     return tl.sum(sizes, 0)
 
 
 @triton.jit
-def anchor_products(
-    row, pixel, live, sD, table, classes, D: tl.constexpr, P: tl.constexpr, K: tl.constexpr, ACC: tl.constexpr
-):
-    """⟨x, â⟩ of a row of pixels and some classes (classes, P); the row comes from cache. s = ⟨x, â⟩ r / τ. Ampere's
-    tensor cores cut sums after every 8 products, Hopper's after 16: there a third piece is needed to stay exact."""
+def anchor_products(row, table, classes, D: tl.constexpr, K: tl.constexpr, ACC: tl.constexpr):
+    """(classes, P): ⟨x, â⟩ of some classes and a row of pixels, which comes from cache. s = ⟨x, â⟩ r / τ. Ampere's
+    tensor cores cut sums after every 8 products, and a third piece is needed there to stay exact; Hopper's do so after
+    16."""
     PIECES: tl.constexpr = 2 if cuda_capability_geq(9) else 3
-    products = tl.zeros((classes.shape[0], P), ACC)
+    products = tl.zeros((classes.shape[0], row.live.shape[0]), ACC)
     for k in range(0, D, K):
-        tile = channels(row, pixel, live, k, sD, D, K)
-        products = dot_features(class_rows(table, classes, k, D, K), tile, products, PIECES)
+        products = dot_features(class_rows(table, classes, k, D, K), channels(row, k, D, K), products, PIECES)
     return products
 
 
@@ -265,18 +350,17 @@ def is_negative(classes, label, negative, is_base):
 
 
 @triton.jit
-def block_classes(
-    codes, more, r0, h, c, w, rank0, N, ROWS: tl.constexpr, P: tl.constexpr, BINS: tl.constexpr, CLASSES: tl.constexpr
-):
-    """The distinct classes in a block of one or two code maps, in ascending order: CLASSES of them from the rank0-th
-    on, padded with -1, and their total number.
+def block_classes(codes, more, block, rank0, N, ROWS: tl.constexpr, BINS: tl.constexpr, CLASSES: tl.constexpr):
+    """The distinct classes in a block of one or two code maps, in ascending order: (CLASSES,) of them from the rank0-th
+    on, padded with -1, and their total number. codes, more: pointers to the codes of the block's image.
 
-    A block of a real label map holds a handful of classes: sums over them need CLASSES rows, not N. One with more takes
-    further rounds.
+    A block of a real label map holds a handful of classes: sums over them need CLASSES rows, not N. A block with more
+    classes takes further rounds.
     """
-    r = r0 + tl.arange(0, ROWS)
-    inside = (r < h)[:, None] & (c < w)[None, :]
-    here = r[:, None] * w + c[None, :]
+    P: tl.constexpr = block.c.shape[0]
+    r = block.r0 + tl.arange(0, ROWS)
+    inside = (r < block.r1)[:, None] & block.live[None, :]
+    here = r[:, None] * block.w + block.c[None, :]
     code = tl.load(codes + here, mask=inside, other=BINS).to(tl.int32)
     code = tl.reshape(tl.where(inside, code, BINS), (ROWS * P,))
     n = tl.arange(0, BINS)
@@ -298,11 +382,12 @@ def block_classes(
 
 
 @triton.jit
-def block_norms(norms, r0, h, c, w, ROWS: tl.constexpr):
-    """Whether all vectors of a block are finite, by their kept norms."""
-    r = r0 + tl.arange(0, ROWS)
-    inside = (r < h)[:, None] & (c < w)[None, :]
-    norm = tl.load(norms + (r[:, None] * w + c[None, :]), mask=inside, other=0.0)
+def all_finite(norms, block, ROWS: tl.constexpr):
+    """Whether all vectors of a block are finite. norms: a pointer to the kept norms of the block's image, which are NaN
+    where a vector is not finite."""
+    r = block.r0 + tl.arange(0, ROWS)
+    inside = (r < block.r1)[:, None] & block.live[None, :]
+    norm = tl.load(norms + (r[:, None] * block.w + block.c[None, :]), mask=inside, other=0.0)
     return tl.max(tl.max((norm != norm).to(tl.int32), 0), 0) == 0
 
 
@@ -318,12 +403,24 @@ def again(number, r):
 
 
 @triton.jit
-def steps_again(sW, sD, r, UNIT: tl.constexpr, ALIGN: tl.constexpr):
-    """The strides of w and d, hidden by ``again``."""
-    if UNIT == "w":
-        return sW, again(sD // ALIGN, r) * ALIGN
+def row_again(image, block, r, LAYOUT: tl.constexpr):
+    """``row_of`` with the strides of pixels and channels hidden by ``again``."""
+    start = image.start + tl.cast(r, tl.int64) * image.h
+    if LAYOUT.unit == "w":
+        d = again(image.d // LAYOUT.align, r) * LAYOUT.align
+        return Row(start, block.c * image.w, block.live, d)
     else:
-        return again(sW // ALIGN, r) * ALIGN, sD
+        w = again(image.w // LAYOUT.align, r) * LAYOUT.align
+        return Row(start, block.c * w, block.live, image.d)
+
+
+@triton.jit
+def row_tiles(row, D: tl.constexpr, C: tl.constexpr):
+    """A row of pixels as tiles (C, P) of its channels."""
+    tiles = ()
+    for i in tl.static_range(D // C):
+        tiles = tiles + (channels(row, i * C, D, C),)  # noqa: RUF005
+    return tiles
 
 
 @triton.jit
