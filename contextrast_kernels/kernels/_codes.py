@@ -45,7 +45,7 @@ def codes(
     seed: Tensor | None = None,
     volumes: Sequence[int] | None = None,
 ) -> Codes:
-    """The codes; their numbers are added to ``sums``.
+    """Return the codes, and add the number of pixels of every class and of the negatives to ``sums``.
 
     negatives, base: integer maps (B, h, w) of each layer, as the public functions take them. hard, in the place of
     negatives: e, of which all pixels are valid. base_rate: the share of pixels to draw as base (1: all, and no seed is
@@ -105,7 +105,7 @@ def codes(
 
 @triton.jit
 def _mix(x):
-    """An invertible mixing of 32-bit integers, as ``hashing._mix``."""
+    """Return an invertible mixing of 32-bit integers, the same as ``hashing._mix``."""
     x = (x ^ (x >> 15)) * tl.full((), 0x2C1B3C6D, tl.uint32)
     x = (x ^ (x >> 12)) * tl.full((), 0x297A2D39, tl.uint32)
     return x ^ (x >> 15)
@@ -113,7 +113,7 @@ def _mix(x):
 
 @triton.jit
 def _hash(seed, stream, pixel):
-    """hash(seed, stream, pixel) of ``hashing.pixel_hash``; stream and pixel are uint32."""
+    """Return ``hashing.pixel_hash`` of an int64 seed and of a uint32 stream and pixels."""
     high = ((seed >> 32) & 0xFFFFFFFF).to(tl.uint32)
     low = (seed & 0xFFFFFFFF).to(tl.uint32)
     key = _mix(_mix(_mix(stream + tl.full((), 0x9E3779B9, tl.uint32)) ^ high) ^ low)
@@ -143,9 +143,11 @@ def _label_codes(
     BINS: tl.constexpr,
     PIXELS: tl.constexpr,
 ):
-    """Codes of PIXELS pixels of one layer, and how many pixels each class and the negatives have.
+    """One program, PIXELS pixels of one layer: writes their codes, and counts the pixels of each class and the
+    negatives.
 
-    Moves: one sampled label a pixel (its memory sector in the high layers), 1 or 2 bytes a pixel for each code.
+    The kernel moves one sampled label a pixel (its memory sector in the high layers), and 1 or 2 bytes a pixel for each
+    code.
     """
     program = tl.program_id(0)
     layer = layer_of(program, geometry.block)

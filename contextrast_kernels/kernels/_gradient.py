@@ -30,6 +30,7 @@ from contextrast_kernels.kernels._tiles import (
     class_rows,
     dot_float64,
     float64_from_bits,
+    hard_share,
     image_of,
     inverse_norm,
     is_finite,
@@ -78,7 +79,7 @@ def feature_gradients(
     temperature: float = 1.0,
     gradient: Tensor | None = None,
 ) -> list[Tensor]:
-    """dL/dx of every layer. ``pull``: T (layers, N, D); ``terms``: the loss's own; ``gradient``: g, a scalar."""
+    """Return dL/dx of every layer. pull: T (layers, N, D). terms: what the loss kept. gradient: g, a scalar."""
     out = [torch.empty_like(x) for x in features]
     dtype, D = features[0].dtype, features[0].shape[1]
     if terms is None:
@@ -123,12 +124,12 @@ def _features_bwd(
     OUT_LAYOUT: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """dx of one block where a pixel is a negative of one class at most.
+    """One program, one block: writes dx where a pixel is a negative of one class at most.
 
-    Recomputed: the norm, s_y. Read: s_e, one number a pixel. Rows of â and T are gathered; they stay in cache.
-    COPIED: rows can be copied. ``_write_copied_rows`` then writes the block, unless it has many classes or
-    holds something that is not finite.
-    Moves: the features once, dx once, 6 bytes a pixel.
+    The norm and s_y are computed again, s_e is read, one number a pixel. Rows of â and T are gathered; they stay in
+    cache. The kernel moves the features once, dx once, and 6 bytes a pixel.
+    COPIED: rows can be copied. ``_write_copied_rows`` then writes the block, unless it has many classes or holds
+    something that is not finite.
     """
     P: tl.constexpr = TILES.P
     CHUNK: tl.constexpr = TILES.CHUNK
@@ -251,8 +252,8 @@ def _write_copied_rows(
     LAYOUT: tl.constexpr,
     OUT_LAYOUT: tl.constexpr,
 ):
-    """dx of a block of normalised bfloat16 features with at most 16 classes. Returns whether a vector of the block or a
-    row of a table is not finite: then 0 · NaN is in dx, and the block has to be written again.
+    """Write dx of a block of normalised bfloat16 features with at most 16 classes. Return whether a vector of the block
+    or a row of a table is not finite: then 0 · NaN is in dx, and the block has to be written again.
 
     A row of 64 pixels comes to shared memory once. Its product with the rows of â and T of the block's classes,
     xᵀ (P, D) · Rᵀ (D, 64), gives ⟨x, â⟩ and ⟨x, T⟩; W (P, 64) · R (64, C) gives r g u, where W holds a pixel's weights
@@ -318,11 +319,9 @@ def _write_copied_rows(
             share = sigmoid(tl.load(Z + label, mask=valid, other=0.0) - s)
             mine = tl.load(coefficients + label, mask=valid, other=0.0) * share * outer
             negative = row_codes(e, block, r)
-            is_hard = negative < N
             against = anchor_classes == negative[:, None]
-            s = tl.load(similarity + (r * block.w + block.c), mask=is_hard, other=0.0)
-            hard = tl.exp(s - tl.load(Z + negative, mask=is_hard, other=0.0))
-            hard *= tl.load(coefficients + N + negative, mask=is_hard, other=0.0) * outer
+            hard = hard_share(similarity + (r * block.w + block.c), Z, negative, N)
+            hard *= tl.load(coefficients + N + negative, mask=negative < N, other=0.0) * outer
             mine += tl.where(negative == label, hard, 0.0)  # a given negative of its own class
             high, low = two_pieces(hard)
             W_high = tl.where(against, high[:, None], W_high)
@@ -364,11 +363,12 @@ def _features_bwd_dense(
     OUT_LAYOUT: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """dx of one block where a pixel may be a negative of every class but its own: u = Σ_n C_n â_n + T_y, with all
-    classes' weights C (CLASSES, P) formed and used a few classes at a time. N x pixels are nowhere stored.
+    """One program, one block: writes dx where a pixel may be a negative of every class but its own. Then
+    u = Σ_n C_n â_n + T_y, and the weights C (CLASSES, P) are formed and used a few classes at a time: N x pixels are
+    nowhere stored.
 
-    Moves: the features once, dx once. A row is read for its norms, and from cache for every CLASSES classes and to
-    be written.
+    The kernel moves the features once and dx once. A row is read for its norms, and from cache for every CLASSES
+    classes and to be written.
     """
     P: tl.constexpr = TILES.P
     COLUMNS: tl.constexpr = TILES.COLUMNS

@@ -36,11 +36,15 @@ CACHED = 256
 class Geometry(NamedTuple):
     """Where each layer of a launch is; every field is a tuple over the layers, made by ``encode_ints``."""
 
-    number: Any  # of the layer, in the tables (layers, N, D)
-    block: Any  # the layer's first block of the grid
-    pixel: Any  # the layer's first pixel in the code maps
+    number: Any
+    """The number of the layer in the tables (layers, N, D)."""
+    block: Any
+    """The layer's first block of the grid."""
+    pixel: Any
+    """The layer's first pixel in the code maps."""
     h: Any
     w: Any
+    """The width in units of ``Layout.align`` pixels where w has stride 1, else in pixels."""
 
 
 class Strides(NamedTuple):
@@ -86,7 +90,7 @@ def recording() -> Iterator[list[Launch]]:
 
 
 def launch(kernel, grid: tuple[int, ...], arguments: dict, constants: dict) -> None:
-    """Launches a kernel, or lists it inside of ``recording``; an empty grid is no launch."""
+    """Launch a kernel, or list the launch inside of ``recording``. An empty grid is no launch."""
     if 0 in grid:
         return
     constants = {**COMPILED_WITH, **constants}
@@ -110,7 +114,7 @@ def launch(kernel, grid: tuple[int, ...], arguments: dict, constants: dict) -> N
 
 
 def _signature(kernel: JITFunction) -> tuple[frozenset[str], Callable[[dict], tuple]]:
-    """The integers for which a kernel is not recompiled, and a function that puts all arguments in order."""
+    """Return the integers for which a kernel is not recompiled, and a function that puts all arguments in order."""
     signature = _signatures.get(kernel.fn)
     if signature is None:
         unspecialized = frozenset(parameter.name for parameter in kernel.params if parameter.do_not_specialize)
@@ -123,29 +127,37 @@ _signatures: dict[Callable, tuple[frozenset[str], Callable[[dict], tuple]]] = {}
 
 
 def _what_compiling_depends_on(arguments: dict, unspecialized: frozenset[str]) -> list:
-    """For each argument what Triton specialises a kernel for, in a form that can be hashed."""
+    """Return for each argument what Triton specialises a kernel for, in a form that can be hashed."""
     known = []
     for name, value in arguments.items():
-        if type(value) is int and name in unspecialized:
+        if isinstance(value, Tensor):
+            known += value.dtype, value.data_ptr() % 16 == 0
+        elif type(value) is int and name in unspecialized:
             known.append(-(2**31) <= value < 2**31)
-        else:
+        elif isinstance(value, tuple):
             _add_known(value, known)
+        else:
+            known.append(_specialized(value))
     return known
 
 
-def _add_known(value, known: list) -> None:
-    if isinstance(value, Tensor):
-        known += value.dtype, value.data_ptr() % 16 == 0
-    elif isinstance(value, tuple) and type(value) not in INTEGERS_ALONE:
-        for part in value:
+def _add_known(parts: tuple, known: list) -> None:
+    """Append what Triton specialises a kernel for in a tuple."""
+    if type(parts) in INTEGERS_ALONE:
+        known.append(_specialized(parts))
+        return
+    for part in parts:
+        if isinstance(part, Tensor):
+            known += part.dtype, part.data_ptr() % 16 == 0
+        elif isinstance(part, tuple):
             _add_known(part, known)
-    else:
-        known.append(_specialized(value))
+        else:
+            known.append(_specialized(part))
 
 
 @functools.lru_cache(16 * CACHED, typed=True)
 def _specialized(value):
-    """The width of each integer, whether it is 1, and whether 16 divides it; other values as they are."""
+    """Return the width of each integer, whether it is 1, and whether 16 divides it, and other values as they are."""
     if isinstance(value, tuple):
         return tuple(map(_specialized, value))
     if type(value) is not int or value == 1:
@@ -232,7 +244,7 @@ def layout(x: Memory) -> Layout:
 
 
 def strides_of(maps: Sequence[Memory], align: int) -> Strides:
-    """The strides of some feature maps, in units of ``align`` elements."""
+    """Return the strides of some feature maps, in units of ``align`` elements."""
 
     # An axis of size 1 is never stepped along: its stride says nothing.
     def units(x: Memory, axis: int) -> int:
@@ -338,7 +350,7 @@ class Part(NamedTuple):
 def launches_of(
     x: tuple[Memory, ...], out: tuple[Memory, ...] | None, tiles: Tiles, copied: Tiles | None = None
 ) -> list[Part]:
-    """A launch for each group of layers with the same memory layout.
+    """Return a launch for each group of layers with the same memory layout.
 
     Args:
         tiles: a block has ``tiles.ROWS`` rows of at most ``tiles.P`` pixels.
@@ -382,7 +394,7 @@ def launches_of(
 
 
 def blocks_of_layers(features: Sequence[Tensor], tiles: Tiles) -> list[int]:
-    """How many blocks of each layer a sweep with these tiles takes, in all of its launches."""
+    """Return the number of blocks of each layer in all launches of a sweep with these tiles."""
     blocks = [0] * len(features)
     for part in launches_of(memories(features), None, tiles):
         for layer, number in zip(part.layers, part.blocks, strict=True):
@@ -401,7 +413,7 @@ def sweep(
     splits: int = 1,
     copied: Copied | None = None,
 ) -> None:
-    """Launches a kernel over all blocks of all layers, once for each group of layers with the same memory layout.
+    """Launch a kernel over all blocks of all layers, once for each group of layers with the same memory layout.
 
     Args:
         arguments, constants: what the kernel takes besides the layers, D and TILES.

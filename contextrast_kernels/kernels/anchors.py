@@ -49,7 +49,7 @@ def forward(
     normalize: bool,
     volume: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Anchors (N, D), counts (N,), and the label codes that ``backward`` needs."""
+    """Return anchors (N, D), counts (N,), and the label codes that ``backward`` needs."""
     sums = zeros([features], num_classes, normalize, anchors=True, loss=False)
     code = codes([features], labels, num_classes, ignore_index, sums, volumes=volume)
     if not normalize:
@@ -61,7 +61,7 @@ def forward(
 
 
 def backward(gradient: Tensor, features: Tensor, counts: Tensor, y: Tensor, normalize: bool) -> Tensor:
-    """dL/dx: every pixel gets its class's dL/da / c, through v = x / ‖x‖."""
+    """Return dL/dx: every pixel gets its class's dL/da / c, through v = x / ‖x‖."""
     pull = (
         (gradient / counts.clamp(min=1).unsqueeze(1)).to(_launch.accumulator(features.dtype)).unsqueeze(0).contiguous()
     )
@@ -70,7 +70,8 @@ def backward(gradient: Tensor, features: Tensor, counts: Tensor, y: Tensor, norm
 
 
 def largest_features(features: Sequence[Tensor], code: Codes, sums: Sums) -> None:
-    """``sums.max_abs``: the largest finite |x| of each layer's valid pixels, by which unnormalised sums are scaled."""
+    """Put the largest finite |x| of each layer's valid pixels into ``sums.max_abs``: unnormalised sums are scaled by
+    it."""
     x = features[0]
     arguments = {"codes": code.y, "max_abs": sums.max_abs, "N": sums.counts.shape[1]}
     tiles = tiles_of("_largest_features", x.dtype, x.shape[1])
@@ -80,9 +81,9 @@ def largest_features(features: Sequence[Tensor], code: Codes, sums: Sums) -> Non
 def class_sums(
     features: Sequence[Tensor], code: Codes, sums: Sums, scale_exponent: int, norms: Tensor | None = None
 ) -> None:
-    """``sums.vectors``: Σ v over the pixels of every class. One read of the features.
+    """Add Σ v over the pixels of every class to ``sums.vectors``, in one read of the features.
 
-    scale_exponent: ``_launch.scale_exponent`` of all the pixels (of all ranks) that the sums will hold. norms: where
+    scale_exponent: ``_launch.scale_exponent`` of all the pixels, on all ranks, that the sums will hold. norms: where
     1/‖x‖ of every pixel is kept for later sweeps, NaN where x is not finite."""
     x = features[0]
     D = x.shape[1]
@@ -112,9 +113,9 @@ def class_sums(
 def anchor_tables(
     sums: Sums, dtype: torch.dtype, scale_exponent: int, fusion_weight: float = 0.0, normalize_anchors: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """â (layers, N, D) from the sums of all ranks: means, mixed with the last layer's, normalised if asked. A class
-    without pixels has a zero row, one with a broken pixel a row of NaN. And ‖â‖ (layers, N) as it was before it was
-    normalised."""
+    """Return â (layers, N, D) from the sums of all ranks, and ‖â‖ (layers, N) before normalisation. The rows of â are
+    means, mixed with those of the last layer, and normalised if asked. A class without pixels has a row of zeros, one
+    with a pixel that is not finite a row of NaN."""
     L, N, D = sums.vectors.shape
     table = torch.empty(L, N, D, dtype=dtype, device=sums.vectors.device)
     lengths = torch.empty(L, N, dtype=dtype, device=sums.vectors.device)
@@ -163,11 +164,11 @@ def _class_anchors_fwd(
     LAYOUT: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """sums[n] += Σ_p r_p x_p [y_p = n] over one block, COLUMNS of the channels.
+    """One program, one block: adds Σ_p r_p x_p [y_p = n] to sums[n], for COLUMNS of the channels.
 
-    The norm and the sum by class are fused. A row of the block is read from memory for its norms and again, from
-    cache, for the product W · xᵀ with W = r_p [y_p = class of slot], which runs on the tensor cores and touches no
-    element of x by hand. Moves: the features once, and 8 bytes x D for each class of each block into the sums.
+    A row of the block is read from memory for its norms and again, from cache, for the product W · xᵀ with
+    W = r_p [y_p = class of slot], which runs on the tensor cores and touches no element of x by hand. The kernel moves
+    the features once, and 8 D bytes into the sums for each class of a block.
     COPIED: rows can be copied. ``_sums_of_copied_rows`` then does the work, unless the block has many classes or a
     vector that is not finite.
     """
@@ -232,8 +233,8 @@ def _class_anchors_fwd(
 
 @triton.jit
 def _sums_of_copied_rows(block, codes, norms, slots, D: tl.constexpr, C: tl.constexpr, LAYOUT: tl.constexpr):
-    """Σ r_p x_p of the 16 classes of a block, in tiles (C, 16) of the channels, and whether all of its vectors are
-    finite.
+    """Return Σ r_p x_p of the 16 classes of a block, in tiles (C, 16) of the channels, and whether all of its vectors
+    are finite.
 
     A row of 64 pixels comes to shared memory once. x (C, P) · Wᵀ (P, 64) gives its sums, where W holds r in the row of
     a pixel's class. Three pieces of bfloat16, one below the other, hold all bits of float32; the first of them comes in
@@ -274,7 +275,8 @@ def _sums_of_copied_rows(block, codes, norms, slots, D: tl.constexpr, C: tl.cons
 
 @triton.jit(do_not_specialize=["N"])
 def _largest_features(x, geometry, codes, max_abs, N, D: tl.constexpr, TILES: tl.constexpr, LAYOUT: tl.constexpr):
-    """max_abs = max |x| over the finite channels of valid pixels. Unnormalised features alone need this read."""
+    """One program, one block: raises max_abs to the largest |x| of the finite channels of valid pixels. Unnormalised
+    features alone need this read."""
     P: tl.constexpr = TILES.P
     CHUNK: tl.constexpr = TILES.CHUNK
     block = open_block(x, geometry, tl.program_id(0), TILES.ROWS, P, LAYOUT)
@@ -291,7 +293,7 @@ def _largest_features(x, geometry, codes, max_abs, N, D: tl.constexpr, TILES: tl
 
 @triton.jit
 def _mean(sums, broken, max_abs, counts, layer, n, d, scale_exponent, N, D: tl.constexpr, NORMALIZE: tl.constexpr):
-    """a^n of a layer in float64, and its count."""
+    """Return a^n of a layer in float64, (BLOCK,), and the class's count of pixels."""
     count = tl.load(counts + layer * N + n)
     scale = vector_scale(max_abs, layer, scale_exponent, NORMALIZE).to(tl.float64)
     total = tl.load(sums + (layer * N + n) * D + d, mask=d < D, other=0).to(tl.float64)
@@ -318,8 +320,8 @@ def _anchor_tables(
     NORMALIZE: tl.constexpr,
     NORMALIZE_ANCHORS: tl.constexpr,
 ):
-    """One program, one class: â_i = (1 - w_h) a_i + w_h a_I where the class is in both layers, else a_i; 0 where
-    layer i lacks it."""
+    """One program, one class: writes â_i = (1 - w_h) a_i + w_h a_I where the class is in both layers, else a_i, and 0
+    where layer i lacks it."""
     n = tl.program_id(0)
     d = tl.arange(0, BLOCK)
     w_h = float64_from_bits(fusion_weight)

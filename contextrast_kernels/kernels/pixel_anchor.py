@@ -3,18 +3,15 @@
     s_np = â^n · v_p / τ        Z_n = log Σ_{p negative of n} exp(s_np)        σ_p = sigmoid(Z_y - s_yp)
     L = 1/|C| Σ_n 1/c_n Σ_{p∈P^n} softplus(Z_n - s_np)
 
-``log_sums`` finds Z. ``moments`` sweeps once more and yields the loss and dL/dâ together, since the upstream
+``log_sums`` finds Z. ``moments`` sweeps once more and sums what both the loss and dL/dâ are made of, since the upstream
 gradient is a scalar that can wait:
 
-    dL/dâ^n = 1/(|C| τ) ( -A⁺_n / c_n + G_n A⁻_n )
     A⁺_n = Σ_{p∈P^n} σ_p v_p        A⁻_n = Σ_{p negative} exp(s_np - Z_n) v_p
 
-with G_n the mean of σ over P^n. G_n is known only after the sweep, so A⁺ and A⁻ are summed apart. ``finish`` puts
-the pieces together for each class.
+``finish`` puts the sums together.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import triton
@@ -23,6 +20,7 @@ from triton import language as tl
 
 from contextrast_kernels.kernels import _launch
 from contextrast_kernels.kernels._codes import Codes, codes
+from contextrast_kernels.kernels._finish import Scales, finish
 from contextrast_kernels.kernels._gradient import Terms, feature_gradients
 from contextrast_kernels.kernels._log_sums import log_sums
 from contextrast_kernels.kernels._sums import Sums, zeros
@@ -36,8 +34,8 @@ from contextrast_kernels.kernels._tiles import (
     chosen,
     decode_int,
     dot_features,
-    exponent_above,
     float64_from_bits,
+    hard_share,
     inverse_norm,
     is_finite,
     is_negative,
@@ -57,37 +55,11 @@ from contextrast_kernels.kernels._tiles import (
     sigmoid,
     softplus,
     summed_size,
+    term_scale,
     two_pieces,
     zero_tiles,
 )
 from contextrast_kernels.kernels.anchors import largest_features
-
-
-class Outcome(NamedTuple):
-    loss: Tensor
-    """Scalar: Σ λ_i L_i."""
-    losses: Tensor
-    """(layers,) L_i."""
-    report: Tensor
-    """(3, layers) int64: classes, positives, negatives."""
-    coefficients: Tensor
-    """(layers, 2, N): k⁺ and k⁻ of ``_gradient``."""
-    pull: Tensor
-    """(layers, N, D): T of ``_gradient``, or dL/dâ of given anchors."""
-
-
-class Scales(NamedTuple):
-    """What the fixed-point scales of the sums follow from."""
-
-    lengths: Tensor
-    """(layers, N): ‖â‖, as it was before it was normalised if it was."""
-    max_abs: Tensor | None
-    temperature: float
-    scale_exponent: int
-
-    def encoded(self) -> "Scales":
-        """The same for a kernel, with the bits of the temperature."""
-        return self._replace(temperature=_launch.float64_bits(self.temperature))
 
 
 def forward(
@@ -101,8 +73,8 @@ def forward(
     normalize: bool,
     volume: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Terms]:
-    """The loss, dL/danchors, the label codes, and what ``backward`` needs besides. Without negatives and base every
-    other-class pixel is one."""
+    """Return the loss, dL/danchors, the label codes, and what ``backward`` needs besides. Without negatives and base
+    every pixel of another class is a negative."""
     sums = zeros([features], anchors.shape[0], normalize, anchors=False, loss=True)
     code = codes(
         [features],
@@ -129,7 +101,7 @@ def forward(
 def backward(
     gradient: Tensor, features: Tensor, y: Tensor, terms: Terms, temperature: float, normalize: bool
 ) -> Tensor:
-    """dL/dx of the features."""
+    """Return dL/dx of the features."""
     (dx,) = feature_gradients(
         [features], y, terms.table.shape[1], normalize, terms=terms, temperature=temperature, gradient=gradient
     )
@@ -137,8 +109,8 @@ def backward(
 
 
 def given_table(anchors: Tensor, counts: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Given anchors as a table (1, N, D): rows of classes without pixels become zero, as they are in no term; and
-    ‖â‖ (1, N)."""
+    """Return given anchors as a table (1, N, D), and ‖â‖ (1, N). Rows of classes without pixels become zero, as they
+    are in no term."""
     N, D = anchors.shape
     table = torch.empty(1, N, D, dtype=dtype, device=anchors.device)
     lengths = torch.empty(1, N, dtype=dtype, device=anchors.device)
@@ -168,7 +140,8 @@ def moments(
     chained: bool = False,
     norms: Tensor | None = None,
 ) -> None:
-    """``sums.pulled``, ``pushed`` and ``terms``: what the loss and dL/dâ are made of. One read of the features.
+    """Add what the loss and dL/dâ are made of to ``sums.pulled``, ``pushed`` and ``terms``, in one read of the
+    features.
 
     chained: A⁺ and A⁻ to 16 bits are enough (``_tiles.dot_features``). norms: 1/‖x‖ as ``class_sums`` kept it, for
     layers whose rows can be copied."""
@@ -192,57 +165,12 @@ def moments(
     )
 
 
-def finish(
-    sums: Sums,
-    table: Tensor,
-    Z: Tensor,
-    scales: Scales,
-    layer_weights: Sequence[float],
-    *,
-    fusion_weight: float | None = None,
-    normalize_anchors: bool = False,
-) -> Outcome:
-    """Loss and dL/dâ from the sums of all ranks' pixels; with ``fusion_weight`` on to T, the pull on each class's
-    pixels."""
-    L, N, D = table.shape
-    device = table.device
-    outcome = Outcome(
-        loss=torch.empty((), dtype=table.dtype, device=device),
-        losses=torch.empty(L, dtype=table.dtype, device=device),
-        report=torch.empty(3, L, dtype=torch.int64, device=device),
-        coefficients=torch.empty(L, 2, N, dtype=table.dtype, device=device),
-        pull=torch.empty_like(table),
-    )
-    _launch.launch(
-        _finish,
-        (N,),
-        {"pulled": sums.pulled, "pushed": sums.pushed, "terms": sums.terms, "counts": sums.counts}
-        | {"drawn": sums.drawn, "table": table, "Z": Z, "scales": scales.encoded(), "outcome": outcome}
-        | {
-            "layer_weights": tuple(_launch.float64_bits(weight) for weight in layer_weights),
-            "fusion_weight": _launch.float64_bits(fusion_weight or 0.0),
-            "N": N,
-        },
-        {
-            "L": L,
-            "D": D,
-            "BLOCK": next_power_of_2(D),
-            "BINS": next_power_of_2(N),
-            "NORMALIZE": scales.max_abs is None,
-            "NORMALIZE_ANCHORS": normalize_anchors,
-            "GIVEN": fusion_weight is None,
-            **_launch.UNFUSED,
-        },
-    )
-    return outcome
-
-
 # ------------------------------------------------------------------------------------------------------------ kernels
 
 
 @triton.jit
 def _given_table(anchors, strides, counts, table, lengths, D: tl.constexpr, BLOCK: tl.constexpr):
-    """One program, one class: a row of any strides and dtype into the table, and its length."""
+    """One program, one class: copies a row of any strides and dtype into the table, and writes its length."""
     n = tl.program_id(0)
     d = tl.arange(0, BLOCK)
     anchor = tl.load(
@@ -251,22 +179,6 @@ def _given_table(anchors, strides, counts, table, lengths, D: tl.constexpr, BLOC
     anchor = tl.where(tl.load(counts + n) > 0, anchor.to(table.dtype.element_ty), 0.0)
     tl.store(table + n * D + d, anchor, mask=d < D)
     tl.store(lengths + n, tl.sqrt(tl.sum(anchor * anchor, 0)))
-
-
-@triton.jit
-def term_scale(
-    Z, length, max_abs, layer, inverse_temperature, scale_exponent, D: tl.constexpr, NORMALIZE: tl.constexpr
-):
-    """The fixed-point scale of Σ softplus(Z_n - s_np), whose terms are below |Z| + ‖â‖ max‖v‖ / τ + 1, and whether
-    there is one: not where Z or â is not finite or an s may overflow."""
-    longest = 1.0
-    if not NORMALIZE:
-        longest = tl.load(max_abs + layer) * (D * 1.0)
-    # An anchor that was normalised is longer than the ``length`` that it had.
-    longest *= tl.maximum(length, 1.0)
-    bound = tl.where(-float("inf") == Z, 0.0, tl.abs(Z)) + longest * inverse_temperature + 1.0
-    known = bound < 2.0**60
-    return power_of_two(scale_exponent - exponent_above(tl.where(known, bound, 1.0))), known
 
 
 @triton.jit(do_not_specialize=["scales", "N"])
@@ -293,16 +205,14 @@ def _pixel_anchor_fwd(
     LAYOUT: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """A⁺, A⁻ (COLUMNS of the channels), Σ softplus(Z - s) and Σ σ over one block, for the classes found there, CLASSES
-    at a time; with ``codes.base`` for all classes.
+    """One program, one block: adds A⁺, A⁻ (COLUMNS of the channels), Σ softplus(Z - s) and Σ σ of the classes found
+    there, CLASSES at a time; with ``codes.base`` of all classes.
 
-    A row of the block is read from memory for its norms, and from cache for two products on the tensor cores: the
-    rows of the label classes with x give s, the weights σ and exp(s - Z) with xᵀ give A⁺ and A⁻. x meets them as it
-    came; 1/‖x‖ is in the weights.
-    COPIED: rows can be copied, and all negatives are hard. ``_sums_of_copied_rows`` then does the work, unless the
-    block has many classes or a vector that is not finite.
-    Moves: the features once, 6 bytes a pixel (10 where rows are copied), 16 D bytes into the sums for each class of a
-    block.
+    A row of the block is read from memory for its norms, and from cache for two products on the tensor cores: the rows
+    of the label classes with x give s, the weights σ and exp(s - Z) with xᵀ give A⁺ and A⁻. x meets them as it came;
+    1/‖x‖ is in the weights. COPIED: rows can be copied, and all negatives are hard. ``_sums_of_copied_rows`` then does
+    the work, unless the block has many classes or a vector that is not finite. The kernel moves the features once, 6
+    bytes a pixel (10 where rows are copied), and 16 D bytes into the sums for each class of a block.
     """
     K: tl.constexpr = TILES.K
     CLASSES: tl.constexpr = TILES.CLASSES
@@ -388,9 +298,7 @@ def _pixel_anchor_fwd(
 
             # 3. Negatives.
             if codes.base is None:
-                is_hard = negative < N
-                here = similarity + block.pixel + (r * block.w + block.c)
-                hard = tl.exp(tl.load(here, mask=is_hard, other=0.0) - tl.load(Z + negative, mask=is_hard, other=0.0))
+                hard = hard_share(similarity + block.pixel + (r * block.w + block.c), Z, negative, N)
                 push = tl.where((others[:, None] == negative[None, :]) & finite[None, :], (hard * norm)[None, :], 0.0)
             else:
                 against = is_negative(others, label, negative, row_flags(codes.base + block.pixel, block, r))
@@ -443,8 +351,8 @@ def _sums_of_copied_rows(
     C: tl.constexpr,
     LAYOUT: tl.constexpr,
 ):
-    """[A⁺ | A⁻] (D, 32) in tiles of C channels, and Σ softplus and Σ σ as (P, 16), of the 16 classes of a block whose
-    vectors are finite. The pointers are those of the block's image and layer.
+    """Return [A⁺ | A⁻] (D, 32) in tiles of C channels, and Σ softplus and Σ σ as (P, 16), of the 16 classes of a block
+    whose vectors are finite. The pointers are those of the block's image and layer.
 
     A row of 64 pixels comes to shared memory once, one ahead, for both products: xᵀ (P, D) · [three pieces of â]
     (D, 64) gives s, x (D, P) · [two pieces of the weights] (P, 64) the sums. One list of classes serves labels and
@@ -475,9 +383,7 @@ def _sums_of_copied_rows(
         shares += chosen(own, share)
 
         # Negatives.
-        is_hard = negative < N
-        hard = tl.load(similarity + pixel, mask=is_hard, other=0.0)
-        hard = tl.exp(hard - tl.load(Z + negative, mask=is_hard, other=0.0)) * norm
+        hard = hard_share(similarity + pixel, Z, negative, N) * norm
 
         # Weighted sums of the embeddings.
         pull, pull_low = two_pieces(share * norm)
@@ -506,8 +412,8 @@ def _add_terms(
     D: tl.constexpr,
     NORMALIZE: tl.constexpr,
 ):
-    """Adds Σ softplus and Σ σ of some classes (-1: none) to the terms of layer ``number``, and marks classes whose sum
-    has no scale. terms, Z: pointers to those of the layer."""
+    """Add Σ softplus and Σ σ of some classes (-1: none) to the terms of layer ``number``, and mark classes whose sum
+    has no scale. ``terms`` and ``Z`` point to those of the layer."""
     used = classes >= 0
     length = tl.load(scales.lengths + number * N + classes, mask=used, other=0.0)
     log_sum = tl.load(Z + classes, mask=used, other=0.0)
@@ -519,112 +425,3 @@ def _add_terms(
     add_fixed(terms + N + classes, shares, power_of_two(scales.scale_exponent), used & known)
     mark = tl.full(classes.shape, 1, tl.int64)
     tl.atomic_max(terms + 2 * N + classes, mark, mask=used & (known == 0), sem="relaxed")
-
-
-@triton.jit
-def _dL_dfused(
-    pulled,
-    pushed,
-    terms,
-    counts,
-    scales,
-    layer_weight,
-    layer,
-    n,
-    d,
-    N,
-    D: tl.constexpr,
-    BINS: tl.constexpr,
-    NORMALIZE: tl.constexpr,
-):
-    """dL/dâ of one class of a layer, its k⁺, k⁻ and its pixel count; in float64."""
-    every = tl.arange(0, BINS)
-    all_counts = tl.load(counts + layer * N + every, mask=every < N, other=0)
-    present = tl.maximum(tl.sum((all_counts > 0).to(tl.int32), 0), 1).to(tl.float64)
-    count = tl.load(counts + layer * N + n)
-    pixels = tl.maximum(count, 1).to(tl.float64)
-    share = tl.load(terms + (3 * layer + 1) * N + n).to(tl.float64) / power_of_two(scales.scale_exponent) / pixels  # G
-    A_pulled = tl.load(pulled + (layer * N + n) * D + d, mask=d < D, other=0)
-    A_pushed = tl.load(pushed + (layer * N + n) * D + d, mask=d < D, other=0)
-    A_pulled = A_pulled.to(tl.float64) / pulled_scale(scales.max_abs, layer, count, NORMALIZE)
-    A_pushed = A_pushed.to(tl.float64) / pushed_scale(scales.max_abs, layer, NORMALIZE)
-    temperature = float64_from_bits(scales.temperature)
-    strength = tl.where(count > 0, float64_from_bits(layer_weight) / (present * temperature), 0.0)
-    slope = strength * (share * A_pushed - A_pulled / pixels)
-    slope = tl.where(tl.load(terms + (3 * layer + 2) * N + n) > 0, float("nan"), slope)
-    return tl.where(count > 0, slope, 0.0), -strength / pixels, strength * share, count
-
-
-@triton.jit(do_not_specialize=["scales", "layer_weights", "fusion_weight", "N"])
-def _finish(
-    pulled,
-    pushed,
-    terms,
-    counts,
-    drawn,
-    table,
-    Z,
-    scales,
-    outcome,
-    layer_weights,
-    fusion_weight,
-    N,
-    L: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BINS: tl.constexpr,
-    NORMALIZE: tl.constexpr,
-    NORMALIZE_ANCHORS: tl.constexpr,
-    GIVEN: tl.constexpr,
-):
-    """One program, one class: dL/dâ of all layers, back through normalisation and fusion to dL/da, divided by the
-    count. The first program also adds up the loss."""
-    n = tl.program_id(0)
-    d = tl.arange(0, BLOCK)
-    w_h = float64_from_bits(fusion_weight)
-    top_count = tl.load(counts + (L - 1) * N + n)
-    from_below = tl.zeros((BLOCK,), tl.float64)
-    for i in tl.static_range(L):
-        slope, k_pull, k_push, count = _dL_dfused(
-            pulled, pushed, terms, counts, scales, layer_weights[i], i, n, d, N, D, BINS, NORMALIZE
-        )
-        coefficients = outcome.coefficients + 2 * i * N + n
-        tl.store(coefficients, k_pull.to(coefficients.dtype.element_ty))
-        tl.store(coefficients + N, k_push.to(coefficients.dtype.element_ty))
-        if NORMALIZE_ANCHORS:
-            # â = a/‖a‖: dL/da = (dL/dâ - â ⟨â, dL/dâ⟩) / ‖a‖.
-            unit = tl.load(table + (i * N + n) * D + d, mask=d < D, other=0.0).to(tl.float64)
-            own_length = tl.load(scales.lengths + i * N + n).to(tl.float64)
-            slope = (slope - unit * tl.sum(unit * slope, 0)) * inverse_norm(own_length * own_length, True)
-        if not GIVEN:
-            if i < L - 1:
-                from_below += tl.where((top_count > 0) & (count > 0), w_h * slope, 0.0)
-                slope = tl.where(top_count > 0, (1 - w_h) * slope, slope)
-            else:
-                slope += from_below
-            slope = slope / tl.maximum(count, 1).to(tl.float64)
-        tl.store(outcome.pull + (i * N + n) * D + d, slope.to(table.dtype.element_ty), mask=d < D)
-    if n == 0:
-        every = tl.arange(0, BINS)
-        exists = every < N
-        total_loss = tl.zeros((), tl.float64)
-        for i in tl.static_range(L):
-            pixels = tl.load(counts + i * N + every, mask=exists, other=0)
-            present = tl.sum((pixels > 0).to(tl.int64), 0)
-            inverse_temperature = (1.0 / float64_from_bits(scales.temperature)).to(Z.dtype.element_ty)
-            log_sum = tl.load(Z + i * N + every, mask=exists, other=0.0)
-            length = tl.load(scales.lengths + i * N + every, mask=exists, other=0.0)
-            scale, _ = term_scale(
-                log_sum, length, scales.max_abs, i, inverse_temperature, scales.scale_exponent, D, NORMALIZE
-            )
-            sums = tl.load(terms + 3 * i * N + every, mask=exists, other=0).to(tl.float64)
-            mean = tl.where(pixels > 0, sums / scale / tl.maximum(pixels, 1).to(tl.float64), 0.0)
-            broken = tl.load(terms + (3 * i + 2) * N + every, mask=exists, other=0) > 0
-            layer_loss = tl.sum(mean, 0) / tl.maximum(present, 1).to(tl.float64)
-            layer_loss = tl.where(tl.max((broken & (pixels > 0)).to(tl.int32), 0) > 0, float("nan"), layer_loss)
-            total_loss += float64_from_bits(layer_weights[i]) * layer_loss
-            tl.store(outcome.losses + i, layer_loss.to(table.dtype.element_ty))
-            tl.store(outcome.report + i, present)
-            tl.store(outcome.report + L + i, tl.sum(pixels, 0))
-            tl.store(outcome.report + 2 * L + i, tl.load(drawn + i))
-        tl.store(outcome.loss, total_loss.to(table.dtype.element_ty))
