@@ -40,10 +40,16 @@ from contextrast_kernels.kernels._tiles import (
 
 
 def log_sums(
-    features: Sequence[Tensor], code: Codes, sums: Sums, table: Tensor, temperature: float, normalize: bool
+    features: Sequence[Tensor],
+    code: Codes,
+    sums: Sums,
+    table: Tensor,
+    temperature: float,
+    normalize: bool,
+    norms: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Z (layers, N), -inf where a class has no negative; and the similarity of each hard negative to its anchor, in
-    the order of the codes. Ranks combine Z by log-sum-exp.
+    """Return Z (layers, N), -inf where a class has no negative, and the similarity of each hard negative to its anchor,
+    in the order of the codes. Ranks combine Z by log-sum-exp. norms: 1/‖x‖ as ``class_sums`` kept it.
 
     Where a pixel is a negative of one class only, the negatives alone are read (in NCHW the row segments that hold
     one). With base pixels everything is read, and no similarity is kept.
@@ -58,7 +64,7 @@ def log_sums(
         _launch.sweep(
             _hard_similarities,
             features,
-            {**shared, "similarity": similarity, "largest": sums.largest},
+            {**shared, "norms": norms, "similarity": similarity, "largest": sums.largest},
             tiles_of("_hard_similarities", dtype, D),
             constants,
         )
@@ -113,6 +119,7 @@ def _hard_similarities(
     x,
     geometry,
     e,
+    norms,
     table,
     similarity,
     largest,
@@ -124,10 +131,11 @@ def _hard_similarities(
     LAYOUT: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """s_ep of the hard negatives of one block (0 elsewhere), and the largest of every class.
+    """One program, one block: writes s_ep of its hard negatives (0 elsewhere), and raises the largest s of every class.
+    norms: 1/‖x‖ of every pixel, or None to compute it.
 
-    Moves: in channels_last the negatives' own vectors; in NCHW, where single pixels cannot be read for less than
-    their memory sector, the rows of P pixels that hold a negative. Writes one number a pixel.
+    In channels_last the kernel reads the negatives' own vectors; in NCHW, where single pixels cannot be read for less
+    than their memory sector, the rows of P pixels that hold a negative. It writes one number a pixel.
     """
     P: tl.constexpr = TILES.P
     CHUNK: tl.constexpr = TILES.CHUNK
@@ -149,9 +157,14 @@ def _hard_similarities(
             products = tl.zeros((CHUNK, P), ACC)
             for k in tl.range(0, D, CHUNK, loop_unroll_factor=8):
                 tile = channels(row, k, D, CHUNK).to(ACC)
-                sizes += size_term(tile, NORMALIZE)
+                if norms is None:
+                    sizes += size_term(tile, NORMALIZE)
                 products += tile * table_rows(table, negative, is_hard, k, D, CHUNK)
-            norm = inverse_norm(tl.sum(sizes, 0), NORMALIZE)
+            if norms is None:
+                norm = inverse_norm(tl.sum(sizes, 0), NORMALIZE)
+            else:
+                norm = tl.load(norms + block.pixel + (r * block.w + block.c), mask=is_hard, other=0.0)
+                norm = tl.where(norm == norm, norm, 0.0)  # as ``inverse_norm``: NaN only where a product is not finite
             s = tl.where(is_hard, tl.sum(products, 0) * norm * inverse_temperature, 0.0)
             tl.atomic_max(largest + negative, in_order(s), mask=is_hard, sem="relaxed")
         tl.store(similarity + (r * block.w + block.c), s, mask=block.live)
@@ -159,7 +172,8 @@ def _hard_similarities(
 
 @triton.jit(do_not_specialize=["B", "N", "scale_exponent"])
 def _exponentials(e, similarity, largest, total, geometry, B, N, scale_exponent, PIXELS: tl.constexpr):
-    """total[n] += Σ exp(s_ep - largest_n) [e_p = n] in fixed point: every term is at most 1 and one of them is 1."""
+    """One program, PIXELS pixels of one layer: adds Σ exp(s_ep - largest_n) [e_p = n] to total[n] in fixed point. Every
+    term is at most 1, and one of them is 1."""
     program = tl.program_id(0)
     layer = layer_of(program, geometry.block)
     number = of_layer(geometry.number, layer)
@@ -176,7 +190,7 @@ def _exponentials(e, similarity, largest, total, geometry, B, N, scale_exponent,
 
 @triton.jit(do_not_specialize=["scale_exponent", "N"])
 def _hard_log_sums(largest, total, Z, scale_exponent, N, BINS: tl.constexpr):
-    """Z = largest + log Σ exp(s - largest)."""
+    """One program, one layer: writes Z = largest + log Σ exp(s - largest) of all classes."""
     n = tl.arange(0, BINS)
     here = tl.program_id(0) * N + n
     top = from_order(tl.load(largest + here, mask=n < N, other=0), Z.dtype.element_ty)
@@ -207,10 +221,11 @@ def _dense_similarities(
     LAYOUT: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """The log-sum-exp of one block's negatives of every class, as a largest value and a sum relative to it (online,
-    CLASSES classes at a time): (2, blocks, N) numbers are written, never N x pixels.
+    """One program, one block: writes the log-sum-exp of its negatives of every class, as a largest value and a sum
+    relative to it (online, CLASSES classes at a time). All programs write (2, blocks, N) numbers, never N x pixels.
 
-    Moves: the features once. A row of the block is read for its norms, and from cache in each of ROUNDS rounds.
+    The kernel moves the features once. A row of the block is read for its norms, and from cache in each of ROUNDS
+    rounds.
     """
     CLASSES: tl.constexpr = TILES.CLASSES
     block = open_block(x, geometry, tl.program_id(0), TILES.ROWS, TILES.P, LAYOUT)
@@ -250,7 +265,7 @@ def _dense_similarities(
 
 @triton.jit(do_not_specialize=["partials", "N"])
 def _dense_log_sums(partial, first, count, partials, Z, N, RUN: tl.constexpr):
-    """Z of one class of one layer from its blocks, in a fixed order."""
+    """One program, one class of one layer: writes Z from what its blocks found, added in a fixed order."""
     layer = tl.program_id(0)
     n = tl.program_id(1)
     start = tl.cast(of_layer(first, layer), tl.int64)

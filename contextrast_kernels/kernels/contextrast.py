@@ -83,7 +83,7 @@ def forward(
         ranks.add_up([sums.vectors, sums.counts, sums.broken, sums.drawn, errors], group)
     table, lengths = anchor_tables(sums, dtype, scale_exponent, fusion_weight, normalize_anchors)
 
-    Z, similarity = log_sums(features, code, sums, table, temperature, normalize)
+    Z, similarity = log_sums(features, code, sums, table, temperature, normalize, norms)
     if group is not None:
         Z = ranks.log_sum_exp(Z, group, 1 / temperature if normalize else None)  # ‖â‖ ≤ 1 and ‖v‖ ≤ 1
 

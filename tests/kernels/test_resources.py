@@ -31,7 +31,7 @@ MOST_STACK_OF_PATHS = 32
 """The most bytes of stack a thread on the paths of cityscapes and ade20k, in bfloat16."""
 MOST_STACK_OF_COPIES = {"_pixel_anchor_fwd": 256, "_features_bwd": 64}
 """The most bytes of stack a thread on the same paths, of kernels with a branch for copied rows and one for all other
-blocks. On sm_90 the loop over copied rows of ``_pixel_anchor_fwd`` loads seven words of it and stores none."""
+blocks. On sm_90 the loop over copied rows of ``_pixel_anchor_fwd`` loads 27 words of it a row and stores four."""
 SWEEPS = {
     "_class_anchors_fwd", "_hard_similarities", "_dense_similarities", "_pixel_anchor_fwd", "_features_bwd",
     "_features_bwd_dense",
