@@ -3,8 +3,8 @@ moves, and the most memory that is held at once beside inputs and gradients. Not
 
 import math
 import weakref
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,8 +34,7 @@ WRITTEN = {
     "_hard_log_sums": ("Z",),
     "_dense_similarities": ("partial",),
     "_dense_log_sums": ("Z",),
-    "_pixel_anchor_fwd": ("pulled_sums", "pushed_sums", "terms"),
-    "_pixel_anchor_copied_fwd": ("pulled_sums", "pushed_sums", "terms"),
+    "_pixel_anchor_fwd": ("pulled", "pushed", "terms"),
     "_finish": ("loss", "losses", "report", "coefficients", "pull"),
     "_features_bwd": ("out",),
     "_features_bwd_dense": ("out",),
@@ -46,10 +45,10 @@ WRITTEN = {
     "_info_nce_bwd": ("out",),
     "_add_splits": ("out",),
 }
-"""The arguments that each kernel writes or adds to. It reads the others."""
+"""The arguments, or fields of arguments, that each kernel writes or adds to. It reads the others."""
 
 PIXEL_MAPS = frozenset({"codes", "y", "e", "base", "similarity", "norms"})
-"""Arguments with one number for each pixel of all layers, of which a sweep takes the pixels of its own layers."""
+"""Arguments and fields with one number for each pixel of all layers. A sweep takes the pixels of its own layers."""
 
 
 class Row(NamedTuple):
@@ -207,27 +206,30 @@ def moved(launch: _launch.Launch) -> tuple[int, int]:
     if name == "_label_codes" and launch.constants["GIVEN"]:
         written.remove("e")
     own_pixels = None
-    if PIXEL_MAPS & arguments.keys() and "x" in arguments:
-        own_pixels = sum(x.numel() // x.shape[1] for x in arguments["x"])
+    if isinstance(arguments.get("x"), _launch.Maps):
+        own_pixels = sum(x.numel() // x.shape[1] for x in arguments["x"].start)
     sizes = {}  # by address: what two arguments share is moved once
-    for argument, value in arguments.items():
-        for x in _tensors(value):
-            size = x.nbytes
-            if argument in PIXEL_MAPS and own_pixels is not None:
-                size = own_pixels * x.element_size()
-            elif argument == "labels":
-                size = _sampled_bytes(x, arguments)
-            sizes[argument in written, id(x)] = size
+    for argument, x in named_tensors(arguments.items()):
+        size = x.nbytes
+        if argument in PIXEL_MAPS and own_pixels is not None:
+            size = own_pixels * x.element_size()
+        elif argument == "labels":
+            size = _sampled_bytes(x, arguments)
+        sizes[argument in written, id(x)] = size
     reads, writes = (sum(size for (is_written, _), size in sizes.items() if is_written == way) for way in (False, True))
     return reads, writes
 
 
-def _tensors(value) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, tuple):
-        for part in value:
-            yield from _tensors(part)
+def named_tensors(arguments: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors among the arguments of a launch, by name; those of a named tuple by the names of its fields, but
+    those of feature maps and matrices by the name of the argument."""
+    for name, value in arguments:
+        if isinstance(value, Tensor):
+            yield name, value
+        elif isinstance(value, tuple) and hasattr(value, "_fields") and "start" not in value._fields:
+            yield from named_tensors(zip(value._fields, value, strict=True))
+        elif isinstance(value, tuple):
+            yield from named_tensors((name, part) for part in value)
 
 
 def _sampled_bytes(labels: Tensor, arguments: dict) -> int:

@@ -307,7 +307,8 @@ def compiled(cases):
             source = (launch.kernel.fn.__name__, case.arch, *map(str, source_of(launch)))
             if source not in known:
                 known[source] = resources(launch, case.arch)
-                group = {"aligned": launch.constants.get("ALIGN", 0) * getattr(torch, case.dtype).itemsize == 16}
+                layout = launch.constants.get("LAYOUT")
+                group = {"aligned": layout is not None and layout.align * getattr(torch, case.dtype).itemsize == 16}
                 yield case._asdict() | group | known[source]
 
 

@@ -45,7 +45,7 @@ def codes(
     seed: Tensor | None = None,
     volumes: Sequence[int] | None = None,
 ) -> Codes:
-    """The codes; their numbers are added to ``sums``.
+    """Return the codes, and add the number of pixels of every class and of the negatives to ``sums``.
 
     negatives, base: integer maps (B, h, w) of each layer, as the public functions take them. hard, in the place of
     negatives: e, of which all pixels are valid. base_rate: the share of pixels to draw as base (1: all, and no seed is
@@ -64,14 +64,14 @@ def codes(
     e = torch.empty_like(y) if hard is None else hard
     base_map = torch.empty(pixels, dtype=torch.uint8, device=device) if dense else None
 
-    batch = features[0].shape[0]
+    code = Codes(y, e, base_map)
     pixel_runs, blocks = _launch.flat_geometry(shapes, PIXELS)
     given = {
         name: None if maps is None else tuple(maps[i].contiguous() for i, x in enumerate(features) if x.numel())
         for name, maps in (("negatives", negatives), ("base_maps", base))
     }
     if not blocks:
-        return Codes(y, e, base_map)
+        return code
     _launch.launch(
         _label_codes,
         (blocks,),
@@ -81,16 +81,12 @@ def codes(
             "depths": depths,
             **given,
             "seed": seed,
-            "y": y,
-            "e": e,
-            "base": base_map,
+            "codes": code,
             "counts": sums.counts,
             "drawn": sums.drawn,
             "geometry": pixel_runs,
-            "B": batch,
-            "Z": 1 if volumes is None else labels.shape[1],
-            "H": labels.shape[-2],
-            "W": labels.shape[-1],
+            "batch": features[0].shape[0],
+            "label_sizes": _launch.encode_ints((1 if volumes is None else labels.shape[1], *labels.shape[-2:])),
             "N": num_classes,
             "ignore_index": ignore_index,
             # For an integer hash, hash < rate · 2³² exactly when hash < ⌈rate · 2³²⌉.
@@ -104,12 +100,12 @@ def codes(
             "PIXELS": PIXELS,
         },
     )
-    return Codes(y, e, base_map)
+    return code
 
 
 @triton.jit
 def _mix(x):
-    """An invertible mixing of 32-bit integers, as ``hashing._mix``."""
+    """Return an invertible mixing of 32-bit integers, the same as ``hashing._mix``."""
     x = (x ^ (x >> 15)) * tl.full((), 0x2C1B3C6D, tl.uint32)
     x = (x ^ (x >> 12)) * tl.full((), 0x297A2D39, tl.uint32)
     return x ^ (x >> 15)
@@ -117,14 +113,14 @@ def _mix(x):
 
 @triton.jit
 def _hash(seed, stream, pixel):
-    """hash(seed, stream, pixel) of ``hashing.pixel_hash``; stream and pixel are uint32."""
+    """Return ``hashing.pixel_hash`` of an int64 seed and of a uint32 stream and pixels."""
     high = ((seed >> 32) & 0xFFFFFFFF).to(tl.uint32)
     low = (seed & 0xFFFFFFFF).to(tl.uint32)
     key = _mix(_mix(_mix(stream + tl.full((), 0x9E3779B9, tl.uint32)) ^ high) ^ low)
     return _mix(pixel ^ key)
 
 
-@triton.jit(do_not_specialize=["B", "Z", "H", "W", "N", "ignore_index", "threshold"])
+@triton.jit(do_not_specialize=["batch", "N", "ignore_index", "threshold"])
 def _label_codes(
     labels,
     label_strides,
@@ -132,16 +128,12 @@ def _label_codes(
     negatives,
     base_maps,
     seed,
-    y,
-    e,
-    base,
+    codes,
     counts,
     drawn,
     geometry,
-    B,
-    Z,
-    H,
-    W,
+    batch,
+    label_sizes,
     N,
     ignore_index,
     threshold,
@@ -151,9 +143,11 @@ def _label_codes(
     BINS: tl.constexpr,
     PIXELS: tl.constexpr,
 ):
-    """Codes of PIXELS pixels of one layer, and how many pixels each class and the negatives have.
+    """One program, PIXELS pixels of one layer: writes their codes, and counts the pixels of each class and the
+    negatives.
 
-    Moves: one sampled label a pixel (its memory sector in the high layers), 1 or 2 bytes a pixel for each code.
+    The kernel moves one sampled label a pixel (its memory sector in the high layers), and 1 or 2 bytes a pixel for each
+    code.
     """
     program = tl.program_id(0)
     layer = layer_of(program, geometry.block)
@@ -162,7 +156,7 @@ def _label_codes(
     w = of_layer(geometry.w, layer)
     pixel = (program - of_layer(geometry.block, layer)).to(tl.int64) * PIXELS + tl.arange(0, PIXELS)
     image_size = tl.cast(h, tl.int64) * w
-    live = pixel < image_size * B
+    live = pixel < image_size * batch
     b = pixel // image_size
     inside = (pixel - b * image_size).to(tl.int32)
     r = inside // w
@@ -170,6 +164,9 @@ def _label_codes(
 
     # 1. The label at row ⌊r H / h⌋, column ⌊c W / w⌋, and in a volume plane ⌊d Z / z⌋, compared as int64: -100 never
     # meets a uint8 156.
+    Z = decode_int(label_sizes[0])
+    H = decode_int(label_sizes[1])
+    W = decode_int(label_sizes[2])
     source = b * decode_int(label_strides[0])
     if depths is not None:
         z = of_layer(depths, layer)
@@ -182,22 +179,22 @@ def _label_codes(
     label = tl.load(labels + source, mask=live, other=0).to(tl.int64)
     valid = live & (label >= 0) & (label < N) & (label != ignore_index)
     here = tl.cast(of_layer(geometry.pixel, layer), tl.int64) + pixel
-    tl.store(y + here, tl.where(valid, label, NONE).to(y.dtype.element_ty), mask=live)
+    tl.store(codes.y + here, tl.where(valid, label, NONE).to(codes.y.dtype.element_ty), mask=live)
     n = tl.arange(0, BINS)
     seen = tl.histogram(tl.where(valid, label, 0).to(tl.int32), BINS, mask=valid)
     tl.atomic_add(counts + number * N + n, seen.to(tl.int64), mask=seen > 0, sem="relaxed")
 
     # 2. Negatives; an ignored pixel is none, whatever a given map says.
     if GIVEN:
-        hard = live & (tl.load(e + here, mask=live, other=NONE).to(tl.int32) < N)
+        hard = live & (tl.load(codes.e + here, mask=live, other=NONE).to(tl.int32) < N)
     elif negatives is not None:
         negative = tl.load(pointer_of_layer(negatives, layer) + pixel, mask=live, other=-1).to(tl.int64)
         hard = valid & (negative >= 0) & (negative < N)
-        tl.store(e + here, tl.where(hard, negative, NONE).to(e.dtype.element_ty), mask=live)
+        tl.store(codes.e + here, tl.where(hard, negative, NONE).to(codes.e.dtype.element_ty), mask=live)
     else:
         hard = valid & (label < 0)
-        tl.store(e + here, tl.full((PIXELS,), NONE, tl.int32).to(e.dtype.element_ty), mask=live)
-    if base is not None:
+        tl.store(codes.e + here, tl.full((PIXELS,), NONE, tl.int32).to(codes.e.dtype.element_ty), mask=live)
+    if codes.base is not None:
         if base_maps is not None:
             is_base = valid & (tl.load(pointer_of_layer(base_maps, layer) + pixel, mask=live, other=0) != 0)
         elif DRAW:
@@ -205,6 +202,6 @@ def _label_codes(
             is_base = valid & (hashed.to(tl.int64) < threshold)
         else:
             is_base = valid
-        tl.store(base + here, is_base.to(tl.uint8), mask=live)
+        tl.store(codes.base + here, is_base.to(tl.uint8), mask=live)
         hard = hard | is_base
     tl.atomic_add(drawn + number, tl.sum(hard.to(tl.int64), 0), sem="relaxed")

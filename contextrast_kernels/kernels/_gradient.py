@@ -21,28 +21,31 @@ from torch import Tensor
 from triton import language as tl
 
 from contextrast_kernels.kernels import _launch
-from contextrast_kernels.kernels._tile_table import copied_tiles, copies_rows, next_power_of_2, tiles
+from contextrast_kernels.kernels._tile_table import copied_tiles, copies_rows, next_power_of_2, tiles_of
 from contextrast_kernels.kernels._tiles import (
     FLOAT32_DOT,
     anchor_products,
     block_classes,
-    block_of,
     channels,
     class_rows,
     dot_float64,
     float64_from_bits,
-    image_codes,
-    image_features,
+    hard_share,
+    image_of,
     inverse_norm,
     is_finite,
     is_negative,
     joined,
-    layer_of,
-    of_layer,
+    open_block,
+    row_again,
+    row_codes,
+    row_flags,
+    row_of,
+    row_tiles,
     sigmoid,
     size_term,
     stacked,
-    steps_again,
+    store_channels,
     summed_size,
     table_rows,
     two_pieces,
@@ -76,69 +79,181 @@ def feature_gradients(
     temperature: float = 1.0,
     gradient: Tensor | None = None,
 ) -> list[Tensor]:
-    """dL/dx of every layer. ``pull``: T (layers, N, D); ``terms``: the loss's own; ``gradient``: g, a scalar."""
+    """Return dL/dx of every layer. pull: T (layers, N, D). terms: what the loss kept. gradient: g, a scalar."""
     out = [torch.empty_like(x) for x in features]
-    D = features[0].shape[1]
-    acc = _launch.accumulator(features[0].dtype)
+    dtype, D = features[0].dtype, features[0].shape[1]
+    if terms is None:
+        terms = Terms(None, None, None, None, None, None)
     arguments = {
         "y": y,
+        "terms": terms,
         "pull": pull,
         "gradient": gradient,
         "temperature": _launch.float64_bits(temperature),
         "N": num_classes,
     }
-    constants = {"NORMALIZE": normalize, "ACC": _launch.triton_type(acc)}
-    if terms is None or terms.base is None:
-        arguments |= terms._asdict() if terms is not None else dict.fromkeys(Terms._fields)
-        arguments.pop("base")
-        constants |= {**tiles("_features_bwd", features[0].dtype, D), "BINS": next_power_of_2(num_classes)}
-        copied = None
-        if normalize and copies_rows(features[0].dtype, D):
-            copied = _features_bwd, arguments, {**constants, **copied_tiles(), "COPIED": True}
-        _launch.sweep(_features_bwd, features, arguments, {**constants, "COPIED": False}, out=out, copied=copied)
-    else:
-        arguments |= terms._asdict()
-        arguments.pop("similarity")
-        constants |= tiles("_features_bwd_dense", features[0].dtype, D, "K", "COLUMNS", "CLASSES")
-        _launch.sweep(_features_bwd_dense, features, arguments, constants, out=out)
+    constants = {"NORMALIZE": normalize, "ACC": _launch.triton_type(_launch.accumulator(dtype))}
+    if terms.base is not None:
+        tiles = tiles_of("_features_bwd_dense", dtype, D)
+        _launch.sweep(_features_bwd_dense, features, arguments, tiles, constants, out=out)
+        return out
+    tiles = tiles_of("_features_bwd", dtype, D)
+    copied = _launch.Copied(copied_tiles(tiles), {}) if normalize and copies_rows(dtype, D) else None
+    constants |= {"BINS": next_power_of_2(num_classes), "COPIED": False}
+    _launch.sweep(_features_bwd, features, arguments, tiles, constants, out=out, copied=copied)
     return out
+
+
+@triton.jit(do_not_specialize=["temperature", "N"])
+def _features_bwd(
+    x,
+    out,
+    geometry,
+    y,
+    terms,
+    pull,
+    gradient,
+    temperature,
+    N,
+    D: tl.constexpr,
+    TILES: tl.constexpr,
+    BINS: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    COPIED: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    OUT_LAYOUT: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """One program, one block: writes dx where a pixel is a negative of one class at most.
+
+    The norm and s_y are computed again, s_e is read, one number a pixel. Rows of â and T are gathered; they stay in
+    cache. The kernel moves the features once, dx once, and 6 bytes a pixel.
+    COPIED: rows can be copied. ``_write_copied_rows`` then writes the block, unless it has many classes or holds
+    something that is not finite.
+    """
+    P: tl.constexpr = TILES.P
+    CHUNK: tl.constexpr = TILES.CHUNK
+    block = open_block(x, geometry, tl.program_id(0), TILES.ROWS, P, LAYOUT)
+    out_image = image_of(out, block.layer, block.b, OUT_LAYOUT)
+    y += block.pixel
+    g = 1.0
+    if gradient is not None:
+        g = tl.load(gradient).to(ACC)
+    if pull is not None:
+        pull += block.number * N * D
+    e = terms.e
+    similarity = terms.similarity
+    table = terms.table
+    Z = terms.Z
+    coefficients = terms.coefficients
+    inverse_temperature = 1.0
+    if table is not None:
+        e += block.pixel
+        similarity += block.pixel
+        table += block.number * N * D
+        Z += block.number * N
+        coefficients += 2 * block.number * N
+        inverse_temperature = (1.0 / float64_from_bits(temperature)).to(ACC)
+
+    gathered = True
+    if COPIED:
+        slots, classes = block_classes(y, e, block, 0, N, TILES.ROWS, BINS, 16)
+        gathered = classes > 16
+        if classes <= 16:
+            gathered = _write_copied_rows(
+                block, out_image, y, e, similarity, table, pull, Z, coefficients, slots, g, inverse_temperature, N,
+                D, LAYOUT, OUT_LAYOUT,
+            )  # fmt: skip
+            if gathered:
+                tl.debug_barrier()  # what other threads stored is written again
+    r1 = block.r0
+    if gathered:
+        r1 = block.r1
+
+    for r in range(block.r0, r1):
+        row = row_of(block.image, block, r)
+        label = row_codes(y, block, r)
+        valid = label < N
+
+        # 1. ‖x‖² and the products of x with the rows of its class.
+        sizes = tl.zeros((CHUNK, P), ACC)
+        to_anchor = tl.zeros((CHUNK, P), ACC)
+        to_pull = tl.zeros((CHUNK, P), ACC)
+        for k in tl.range(0, D, CHUNK, loop_unroll_factor=8):
+            tile = channels(row, k, D, CHUNK).to(ACC)
+            sizes += size_term(tile, NORMALIZE)
+            if table is not None:
+                to_anchor += tile * table_rows(table, label, valid, k, D, CHUNK)
+            if pull is not None and NORMALIZE:
+                to_pull += tile * table_rows(pull, label, valid, k, D, CHUNK)
+        size = tl.sum(sizes, 0)
+        norm = inverse_norm(size, NORMALIZE)
+        along = tl.sum(to_pull, 0)  # ⟨x, u⟩
+
+        # 2. The weights of â_y and â_e in u.
+        own = tl.zeros((P,), ACC)
+        hard = tl.zeros((P,), ACC)
+        negative = label
+        is_hard = label < 0
+        some_hard = tl.max(is_hard.to(tl.int32), 0) > 0
+        if table is not None:
+            product = tl.sum(to_anchor, 0)
+            share = sigmoid(tl.load(Z + label, mask=valid, other=0.0) - product * norm * inverse_temperature)
+            own = tl.where(valid, tl.load(coefficients + label, mask=valid, other=0.0) * share, 0.0)
+            along += own * product
+            negative = row_codes(e, block, r)
+            is_hard = negative < N
+            some_hard = tl.max(is_hard.to(tl.int32), 0) > 0
+            if some_hard:
+                s = tl.load(similarity + (r * block.w + block.c), mask=is_hard, other=0.0)
+                weight = tl.load(coefficients + N + negative, mask=is_hard, other=0.0)
+                hard = weight * tl.exp(s - tl.load(Z + negative, mask=is_hard, other=0.0))
+                # ⟨x, â_e⟩ = s τ / r; without direction nothing passes.
+                along += hard * s / (inverse_temperature * tl.where(norm == 0, 1.0, norm))
+
+        # 3. dx = g r (u - x r² ⟨x, u⟩). A vector without direction has r = 0.
+        outer = tl.where(valid, norm * g, 0.0)
+        inner = along * norm * norm
+        broken_and_ignored = tl.max(((is_finite(size) == 0) & (valid == 0)).to(tl.int32), 0) > 0
+        out_row = row_of(out_image, block, r)
+        for k in tl.range(0, D, CHUNK, loop_unroll_factor=4):
+            tile = channels(row, k, D, CHUNK)
+            u = tl.zeros((CHUNK, P), ACC)
+            if pull is not None:
+                u += table_rows(pull, label, valid, k, D, CHUNK)
+            if table is not None:
+                u += own[None, :] * table_rows(table, label, valid, k, D, CHUNK)
+                if some_hard:
+                    u += hard[None, :] * table_rows(table, negative, is_hard, k, D, CHUNK)
+            if NORMALIZE:
+                u -= inner[None, :] * tile.to(ACC)
+            u *= outer[None, :]
+            if broken_and_ignored:
+                u = tl.where(valid[None, :], u, 0.0)
+            store_channels(out_row, k, u.to(tile.dtype), D, CHUNK)
 
 
 @triton.jit
 def _write_copied_rows(
-    image,
-    sH,
-    sW,
-    sD,
+    block,
     out_image,
-    oH,
-    oW,
-    oD,
     y,
     e,
     similarity,
     table,
     pull,
-    slots,
     Z,
     coefficients,
+    slots,
     g,
     inverse_temperature,
-    r0,
-    h,
-    c,
-    w,
     N,
     D: tl.constexpr,
-    ROWS: tl.constexpr,
-    P: tl.constexpr,
-    UNIT: tl.constexpr,
-    ALIGN: tl.constexpr,
-    OUT_UNIT: tl.constexpr,
-    OUT_ALIGN: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    OUT_LAYOUT: tl.constexpr,
 ):
-    """dx of a block of normalised bfloat16 features with at most 16 classes. Returns whether a vector of the block or a
-    row of a table is not finite: then 0 · NaN is in dx, and the block has to be written again.
+    """Write dx of a block of normalised bfloat16 features with at most 16 classes. Return whether a vector of the block
+    or a row of a table is not finite: then 0 · NaN is in dx, and the block has to be written again.
 
     A row of 64 pixels comes to shared memory once. Its product with the rows of â and T of the block's classes,
     xᵀ (P, D) · Rᵀ (D, 64), gives ⟨x, â⟩ and ⟨x, T⟩; W (P, 64) · R (64, C) gives r g u, where W holds a pixel's weights
@@ -147,8 +262,8 @@ def _write_copied_rows(
     ⟨x, u⟩ is made of the same R and W, without what their two pieces leave out: dx stays orthogonal to x, to float32's
     precision, however small it is beside u.
     """
+    P: tl.constexpr = block.c.shape[0]
     C: tl.constexpr = min(D, 128)  # channels of dx that are held in registers
-    live = c < w
     R = ()
     spoilt = tl.zeros((16, C), tl.float32)  # becomes NaN
     for i in tl.static_range(D // C):
@@ -174,17 +289,12 @@ def _write_copied_rows(
     diagonal = tl.arange(0, P)[:, None] == tl.arange(0, P)[None, :]
     spoilt_pixel = tl.zeros((P,), tl.float32)
 
-    for r in tl.range(r0, tl.minimum(r0 + ROWS, h), num_stages=3):
-        row = image + tl.cast(r, tl.int64) * sH
-        pixel = r * w + c
-        label = tl.load(y + pixel, mask=live, other=32767).to(tl.int32)
+    for r in tl.range(block.r0, block.r1, num_stages=3):
+        label = row_codes(y, block, r)
         valid = label < N
-        step_w, step_d = steps_again(sW, sD, r, UNIT, ALIGN)
 
         # 1. ‖x‖² and the products of x with the rows of the block's classes.
-        tiles = ()
-        for i in tl.static_range(D // C):
-            tiles = tiles + (channels(row, c * step_w, live, i * C, step_d, D, C),)  # noqa: RUF005
+        tiles = row_tiles(row_again(block.image, block, r, LAYOUT), D, C)
         sizes = tl.zeros((P, P), tl.float32)  # on its diagonal
         products = tl.zeros((P, R[0].shape[0]), tl.float32)
         for i in tl.static_range(D // C):
@@ -208,12 +318,10 @@ def _write_copied_rows(
             s = tl.sum(tl.where(own, products, 0.0), 1) * norm * inverse_temperature
             share = sigmoid(tl.load(Z + label, mask=valid, other=0.0) - s)
             mine = tl.load(coefficients + label, mask=valid, other=0.0) * share * outer
-            negative = tl.load(e + pixel, mask=live, other=32767).to(tl.int32)
-            is_hard = negative < N
+            negative = row_codes(e, block, r)
             against = anchor_classes == negative[:, None]
-            s = tl.load(similarity + pixel, mask=is_hard, other=0.0)
-            hard = tl.exp(s - tl.load(Z + negative, mask=is_hard, other=0.0))
-            hard *= tl.load(coefficients + N + negative, mask=is_hard, other=0.0) * outer
+            hard = hard_share(similarity + (r * block.w + block.c), Z, negative, N)
+            hard *= tl.load(coefficients + N + negative, mask=negative < N, other=0.0) * outer
             mine += tl.where(negative == label, hard, 0.0)  # a given negative of its own class
             high, low = two_pieces(hard)
             W_high = tl.where(against, high[:, None], W_high)
@@ -225,296 +333,106 @@ def _write_copied_rows(
         # 3. dx = r g u - x r² (r g ⟨x, u⟩).
         along = tl.sum((W_high.to(tl.float32) + W_low.to(tl.float32)) * products, 1)
         inner = -along * norm * norm
-        out_row = out_image + tl.cast(r, tl.int64) * oH
-        out_w, out_d = steps_again(oW, oD, r, OUT_UNIT, OUT_ALIGN)
+        out_row = row_again(out_image, block, r, OUT_LAYOUT)
         for i in tl.static_range(D // C):
             u = tl.dot(W_high, R[i], tl.dot(W_low, R[i]))
             # As one fma, x changes its layout as bfloat16, not as a float32 product.
             x = tl.trans(tiles[i]).to(tl.float32)
             u = tl.fma(x, tl.broadcast_to(inner[:, None], (P, C)), u)
             d = i * C + tl.arange(0, C)
-            tl.store(out_row + (d[None, :] * out_d + (c * out_w)[:, None]), u.to(tl.bfloat16), mask=live[:, None])
+            here = out_row.start + (d[None, :] * out_row.d + out_row.pixel[:, None])
+            tl.store(here, u.to(tl.bfloat16), mask=block.live[:, None])
     return (broken + tl.max((spoilt_pixel != spoilt_pixel).to(tl.int32), 0)) > 0
-
-
-@triton.jit(do_not_specialize=["temperature", "N"])
-def _features_bwd(
-    x,
-    strides,
-    out,
-    out_strides,
-    geometry,
-    y,
-    e,
-    similarity,
-    table,
-    pull,
-    Z,
-    coefficients,
-    gradient,
-    temperature,
-    N,
-    D: tl.constexpr,
-    ROWS: tl.constexpr,
-    P: tl.constexpr,
-    CHUNK: tl.constexpr,
-    BINS: tl.constexpr,
-    NORMALIZE: tl.constexpr,
-    COPIED: tl.constexpr,
-    UNIT: tl.constexpr,
-    ALIGN: tl.constexpr,
-    OUT_UNIT: tl.constexpr,
-    OUT_ALIGN: tl.constexpr,
-    WIDE: tl.constexpr,
-    ACC: tl.constexpr,
-):
-    """dx of one block where a pixel is a negative of one class at most.
-
-    Recomputed: the norm, s_y. Read: s_e, one number a pixel. Rows of â and T are gathered; they stay in cache.
-    COPIED: rows can be copied. ``_write_copied_rows`` then writes the block, unless it has many classes or
-    holds something that is not finite.
-    Moves: the features once, dx once, 6 bytes a pixel.
-    """
-    program = tl.program_id(0)
-    layer = layer_of(program, geometry.block)
-    number = of_layer(geometry.number, layer)
-    b, r0, c0, h, w = block_of(program, geometry, layer, ROWS, P, UNIT, ALIGN)
-    image, sH, sW, sD = image_features(x, strides, layer, b, UNIT, ALIGN, WIDE)
-    out_image, oH, oW, oD = image_features(out, out_strides, layer, b, OUT_UNIT, OUT_ALIGN, WIDE)
-    codes = image_codes(geometry, layer, b, h, w)
-    y += codes
-    c = c0 + tl.arange(0, P)
-    live = c < w
-    g = 1.0
-    if gradient is not None:
-        g = tl.load(gradient).to(ACC)
-    if pull is not None:
-        pull += number * N * D
-    if table is not None:
-        e += codes
-        similarity += codes
-        table += number * N * D
-        Z += number * N
-        coefficients += 2 * number * N
-        inverse_temperature = (1.0 / float64_from_bits(temperature)).to(ACC)
-    else:
-        inverse_temperature = 1.0
-
-    gathered = True
-    if COPIED:
-        slots, classes = block_classes(y, e, r0, h, c, w, 0, N, ROWS, P, BINS, 16)
-        gathered = classes > 16
-        if classes <= 16:
-            gathered = _write_copied_rows(
-                image,
-                sH,
-                sW,
-                sD,
-                out_image,
-                oH,
-                oW,
-                oD,
-                y,
-                e,
-                similarity,
-                table,
-                pull,
-                slots,
-                Z,
-                coefficients,
-                g,
-                inverse_temperature,
-                r0,
-                h,
-                c,
-                w,
-                N,
-                D,
-                ROWS,
-                P,
-                UNIT,
-                ALIGN,
-                OUT_UNIT,
-                OUT_ALIGN,
-            )
-            if gathered:
-                tl.debug_barrier()  # what other threads stored is written again
-    r1 = r0
-    if gathered:
-        r1 = tl.minimum(r0 + ROWS, h)
-
-    for r in range(r0, r1):
-        row = image + tl.cast(r, tl.int64) * sH
-        pixel = r * w + c
-        label = tl.load(y + pixel, mask=live, other=32767).to(tl.int32)
-        valid = label < N
-
-        # 1. ‖x‖² and the products of x with the rows of its class.
-        sizes = tl.zeros((CHUNK, P), ACC)
-        to_anchor = tl.zeros((CHUNK, P), ACC)
-        to_pull = tl.zeros((CHUNK, P), ACC)
-        for k in tl.range(0, D, CHUNK, loop_unroll_factor=8):
-            tile = channels(row, c * sW, live, k, sD, D, CHUNK).to(ACC)
-            sizes += size_term(tile, NORMALIZE)
-            if table is not None:
-                to_anchor += tile * table_rows(table, label, valid, k, D, CHUNK)
-            if pull is not None and NORMALIZE:
-                to_pull += tile * table_rows(pull, label, valid, k, D, CHUNK)
-        size = tl.sum(sizes, 0)
-        norm = inverse_norm(size, NORMALIZE)
-        along = tl.sum(to_pull, 0)  # ⟨x, u⟩
-
-        # 2. The weights of â_y and â_e in u.
-        own = tl.zeros((P,), ACC)
-        hard = tl.zeros((P,), ACC)
-        negative = label
-        is_hard = label < 0
-        some_hard = tl.max(is_hard.to(tl.int32), 0) > 0
-        if table is not None:
-            product = tl.sum(to_anchor, 0)
-            share = sigmoid(tl.load(Z + label, mask=valid, other=0.0) - product * norm * inverse_temperature)
-            own = tl.where(valid, tl.load(coefficients + label, mask=valid, other=0.0) * share, 0.0)
-            along += own * product
-            negative = tl.load(e + pixel, mask=live, other=32767).to(tl.int32)
-            is_hard = negative < N
-            some_hard = tl.max(is_hard.to(tl.int32), 0) > 0
-            if some_hard:
-                s = tl.load(similarity + pixel, mask=is_hard, other=0.0)
-                weight = tl.load(coefficients + N + negative, mask=is_hard, other=0.0)
-                hard = weight * tl.exp(s - tl.load(Z + negative, mask=is_hard, other=0.0))
-                # ⟨x, â_e⟩ = s τ / r; without direction nothing passes.
-                along += hard * s / (inverse_temperature * tl.where(norm == 0, 1.0, norm))
-
-        # 3. dx = g r (u - x r² ⟨x, u⟩). A vector without direction has r = 0.
-        outer = tl.where(valid, norm * g, 0.0)
-        inner = along * norm * norm
-        broken_and_ignored = tl.max(((is_finite(size) == 0) & (valid == 0)).to(tl.int32), 0) > 0
-        out_row = out_image + tl.cast(r, tl.int64) * oH
-        for k in tl.range(0, D, CHUNK, loop_unroll_factor=4):
-            tile = channels(row, c * sW, live, k, sD, D, CHUNK)
-            u = tl.zeros((CHUNK, P), ACC)
-            if pull is not None:
-                u += table_rows(pull, label, valid, k, D, CHUNK)
-            if table is not None:
-                u += own[None, :] * table_rows(table, label, valid, k, D, CHUNK)
-                if some_hard:
-                    u += hard[None, :] * table_rows(table, negative, is_hard, k, D, CHUNK)
-            if NORMALIZE:
-                u -= inner[None, :] * tile.to(ACC)
-            u *= outer[None, :]
-            if broken_and_ignored:
-                u = tl.where(valid[None, :], u, 0.0)
-            d = k + tl.arange(0, CHUNK)
-            here = out_row + (d[:, None] * oD + (c * oW)[None, :])
-            if D % CHUNK == 0:
-                tl.store(here, u.to(tile.dtype), mask=live[None, :])
-            else:
-                tl.store(here, u.to(tile.dtype), mask=live[None, :] & (d < D)[:, None])
 
 
 @triton.jit(do_not_specialize=["temperature", "N"])
 def _features_bwd_dense(
     x,
-    strides,
     out,
-    out_strides,
     geometry,
     y,
-    e,
-    base,
-    table,
+    terms,
     pull,
-    Z,
-    coefficients,
     gradient,
     temperature,
     N,
     D: tl.constexpr,
-    ROWS: tl.constexpr,
-    P: tl.constexpr,
-    CHUNK: tl.constexpr,
-    K: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    CLASSES: tl.constexpr,
+    TILES: tl.constexpr,
     NORMALIZE: tl.constexpr,
-    UNIT: tl.constexpr,
-    ALIGN: tl.constexpr,
-    OUT_UNIT: tl.constexpr,
-    OUT_ALIGN: tl.constexpr,
-    WIDE: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    OUT_LAYOUT: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """dx of one block where a pixel may be a negative of every class but its own: u = Σ_n C_n â_n + T_y, with all
-    classes' weights C (CLASSES, P) formed and used a few classes at a time. N x pixels are nowhere stored.
+    """One program, one block: writes dx where a pixel may be a negative of every class but its own. Then
+    u = Σ_n C_n â_n + T_y, and the weights C (CLASSES, P) are formed and used a few classes at a time: N x pixels are
+    nowhere stored.
 
-    Moves: the features once, dx once. A row is read for its norms, and from cache for every CLASSES classes and to
-    be written.
+    The kernel moves the features once and dx once. A row is read for its norms, and from cache for every CLASSES
+    classes and to be written.
     """
-    program = tl.program_id(0)
-    layer = layer_of(program, geometry.block)
-    number = of_layer(geometry.number, layer)
-    b, r0, c0, h, w = block_of(program, geometry, layer, ROWS, P, UNIT, ALIGN)
-    image, sH, sW, sD = image_features(x, strides, layer, b, UNIT, ALIGN, WIDE)
-    out_image, oH, oW, oD = image_features(out, out_strides, layer, b, OUT_UNIT, OUT_ALIGN, WIDE)
-    codes = image_codes(geometry, layer, b, h, w)
-    c = c0 + tl.arange(0, P)
-    live = c < w
-    g = tl.load(gradient).to(ACC)
-    table += number * N * D
+    P: tl.constexpr = TILES.P
+    COLUMNS: tl.constexpr = TILES.COLUMNS
+    CLASSES: tl.constexpr = TILES.CLASSES
+    PARTS: tl.constexpr = (D + TILES.COLUMNS - 1) // TILES.COLUMNS
+    block = open_block(x, geometry, tl.program_id(0), TILES.ROWS, P, LAYOUT)
+    out_image = image_of(out, block.layer, block.b, OUT_LAYOUT)
+    y += block.pixel
+    e = terms.e + block.pixel
+    base = terms.base + block.pixel
+    table = terms.table + block.number * N * D
+    Z = terms.Z + block.number * N
+    k_pull = terms.coefficients + 2 * block.number * N
+    k_push = k_pull + N
     if pull is not None:
-        pull += number * N * D
+        pull += block.number * N * D
+    g = tl.load(gradient).to(ACC)
     inverse_temperature = (1.0 / float64_from_bits(temperature)).to(ACC)
-    toward = coefficients + 2 * number * N
-    away = toward + N
 
-    for r in range(r0, tl.minimum(r0 + ROWS, h)):
-        row = image + tl.cast(r, tl.int64) * sH
-        pixel = codes + (r * w + c)
-        label = tl.load(y + pixel, mask=live, other=32767).to(tl.int32)
-        negative = tl.load(e + pixel, mask=live, other=32767).to(tl.int32)
-        is_base = tl.load(base + pixel, mask=live, other=0) != 0
+    for r in range(block.r0, block.r1):
+        row = row_of(block.image, block, r)
+        label = row_codes(y, block, r)
+        negative = row_codes(e, block, r)
+        is_base = row_flags(base, block, r)
         valid = label < N
-        size = summed_size(row, c * sW, live, sD, D, P, CHUNK, NORMALIZE, ACC)
+        size = summed_size(row, D, TILES.CHUNK, NORMALIZE, ACC)
         norm = inverse_norm(size, NORMALIZE)
-        gradients = zero_tiles((D + COLUMNS - 1) // COLUMNS, COLUMNS, P, ACC)
+        gradients = zero_tiles(PARTS, COLUMNS, P, ACC)
         for n0 in range(0, N, CLASSES):
             n = n0 + tl.arange(0, CLASSES)
             classes = tl.where(n < N, n, -1)
-            products = anchor_products(row, c * sW, live, sD, table, classes, D, P, K, ACC)
+            products = anchor_products(row, table, classes, D, TILES.K, ACC)
             own = (classes[:, None] == label[None, :]) & valid[None, :]
             against = is_negative(classes, label, negative, is_base)
-            log_sum = tl.load(Z + number * N + classes, mask=classes >= 0, other=0.0)[:, None]
+            log_sum = tl.load(Z + classes, mask=classes >= 0, other=0.0)[:, None]
             s = products * (norm * inverse_temperature)[None, :]
-            pulled = tl.load(toward + classes, mask=classes >= 0, other=0.0)[:, None] * sigmoid(log_sum - s)
-            pushed = tl.load(away + classes, mask=classes >= 0, other=0.0)[:, None] * tl.exp(s - log_sum)
+            pulled = tl.load(k_pull + classes, mask=classes >= 0, other=0.0)[:, None] * sigmoid(log_sum - s)
+            pushed = tl.load(k_push + classes, mask=classes >= 0, other=0.0)[:, None] * tl.exp(s - log_sum)
             weights = tl.where(own, pulled, 0.0) + tl.where(against, pushed, 0.0)
-            grown = ()
-            for i in tl.static_range((D + COLUMNS - 1) // COLUMNS):
+            sums = ()
+            for i in tl.static_range(PARTS):
                 rows = tl.trans(class_rows(table, classes, i * COLUMNS, D, COLUMNS))
                 if tl.float64 == ACC:
-                    grown = grown + (dot_float64(rows, weights, gradients[i]),)  # noqa: RUF005
+                    sums = sums + (dot_float64(rows, weights, gradients[i]),)  # noqa: RUF005
                 else:
-                    grown = grown + (tl.dot(rows, weights, gradients[i], input_precision=FLOAT32_DOT),)  # noqa: RUF005
-            gradients = grown
+                    sums = sums + (tl.dot(rows, weights, gradients[i], input_precision=FLOAT32_DOT),)  # noqa: RUF005
+            gradients = sums
         # ⟨x, u⟩ is made of u as it was rounded, so dx is 0 to the last bit where u has no other part.
         along = tl.zeros((COLUMNS, P), ACC)
         whole = ()
-        for i in tl.static_range((D + COLUMNS - 1) // COLUMNS):
+        for i in tl.static_range(PARTS):
             u = gradients[i]
             if pull is not None:
                 u += table_rows(pull, label, valid, i * COLUMNS, D, COLUMNS)
             if NORMALIZE:
-                along += channels(row, c * sW, live, i * COLUMNS, sD, D, COLUMNS).to(ACC) * u
+                along += channels(row, i * COLUMNS, D, COLUMNS).to(ACC) * u
             whole = whole + (u,)  # noqa: RUF005
         outer = tl.where(valid, norm * g, 0.0)
         inner = tl.sum(along, 0) / tl.where(norm == 0, 1.0, size)
-        out_row = out_image + tl.cast(r, tl.int64) * oH
-        for i in tl.static_range((D + COLUMNS - 1) // COLUMNS):
-            tile = channels(row, c * sW, live, i * COLUMNS, sD, D, COLUMNS)
+        out_row = row_of(out_image, block, r)
+        for i in tl.static_range(PARTS):
+            tile = channels(row, i * COLUMNS, D, COLUMNS)
             u = whole[i]
             if NORMALIZE:
                 u -= inner[None, :] * tile.to(ACC)
             u = tl.where(valid[None, :], u * outer[None, :], 0.0)
-            d = i * COLUMNS + tl.arange(0, COLUMNS)
-            here = out_row + (d[:, None] * oD + (c * oW)[None, :])
-            tl.store(here, u.to(tile.dtype), mask=live[None, :] & (d < D)[:, None])
+            store_channels(out_row, i * COLUMNS, u.to(tile.dtype), D, COLUMNS)

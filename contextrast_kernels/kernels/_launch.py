@@ -11,7 +11,7 @@ import functools
 import itertools
 import operator
 import struct
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +20,7 @@ from triton import language as tl
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from contextrast_kernels.kernels._tile_table import NARROW, next_power_of_2
+from contextrast_kernels.kernels._tile_table import NARROW, Tiles, next_power_of_2
 
 UNFUSED = {"enable_fp_fusion": False}
 """For kernels whose threads all store one number that they reduced. Fused into the first step of a reduction, a product
@@ -30,17 +30,21 @@ COMPILED_WITH = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
 """Defaults of all kernels. Triton 3.10 changes that of enable_fp_fusion; numbers should not move with it."""
 
 CACHED = 256
-"""Different sets of feature maps whose places are remembered."""
+"""Different sets of feature maps whose memory layouts are remembered."""
 
 
 class Geometry(NamedTuple):
     """Where each layer of a launch is; every field is a tuple over the layers, made by ``encode_ints``."""
 
-    number: Any  # of the layer, in the tables (layers, N, D)
-    block: Any  # the layer's first block of the grid
-    pixel: Any  # the layer's first pixel in the code maps
+    number: Any
+    """The number of the layer in the tables (layers, N, D)."""
+    block: Any
+    """The layer's first block of the grid."""
+    pixel: Any
+    """The layer's first pixel in the code maps."""
     h: Any
     w: Any
+    """The width in units of ``Layout.align`` pixels where w has stride 1, else in pixels."""
 
 
 class Strides(NamedTuple):
@@ -51,6 +55,14 @@ class Strides(NamedTuple):
     d: Any
     h: Any
     w: Any
+
+
+class Maps(NamedTuple):
+    """The feature maps of the layers of a launch."""
+
+    start: Any
+    """Pointers to their first elements."""
+    strides: Strides
 
 
 INTEGERS_ALONE = (Geometry, Strides)
@@ -78,7 +90,7 @@ def recording() -> Iterator[list[Launch]]:
 
 
 def launch(kernel, grid: tuple[int, ...], arguments: dict, constants: dict) -> None:
-    """Launches a kernel, or lists it inside of ``recording``; an empty grid is no launch."""
+    """Launch a kernel, or list the launch inside of ``recording``. An empty grid is no launch."""
     if 0 in grid:
         return
     constants = {**COMPILED_WITH, **constants}
@@ -102,7 +114,7 @@ def launch(kernel, grid: tuple[int, ...], arguments: dict, constants: dict) -> N
 
 
 def _signature(kernel: JITFunction) -> tuple[frozenset[str], Callable[[dict], tuple]]:
-    """The integers for which a kernel is not recompiled, and a function that puts all arguments in order."""
+    """Return the integers for which a kernel is not recompiled, and a function that puts all arguments in order."""
     signature = _signatures.get(kernel.fn)
     if signature is None:
         unspecialized = frozenset(parameter.name for parameter in kernel.params if parameter.do_not_specialize)
@@ -115,28 +127,37 @@ _signatures: dict[Callable, tuple[frozenset[str], Callable[[dict], tuple]]] = {}
 
 
 def _what_compiling_depends_on(arguments: dict, unspecialized: frozenset[str]) -> list:
-    """For each argument what Triton specialises a kernel for, in a form that can be hashed."""
+    """Return for each argument what Triton specialises a kernel for, in a form that can be hashed."""
     known = []
     for name, value in arguments.items():
-        kind = type(value)
         if isinstance(value, Tensor):
             known += value.dtype, value.data_ptr() % 16 == 0
-        elif kind is int and name in unspecialized:
+        elif type(value) is int and name in unspecialized:
             known.append(-(2**31) <= value < 2**31)
-        elif kind in INTEGERS_ALONE:
-            known.append(_specialized(value))
         elif isinstance(value, tuple):
-            known.append(
-                tuple((x.dtype, x.data_ptr() % 16 == 0) if isinstance(x, Tensor) else _specialized(x) for x in value)
-            )
+            _add_known(value, known)
         else:
             known.append(_specialized(value))
     return known
 
 
+def _add_known(parts: tuple, known: list) -> None:
+    """Append what Triton specialises a kernel for in a tuple."""
+    if type(parts) in INTEGERS_ALONE:
+        known.append(_specialized(parts))
+        return
+    for part in parts:
+        if isinstance(part, Tensor):
+            known += part.dtype, part.data_ptr() % 16 == 0
+        elif isinstance(part, tuple):
+            _add_known(part, known)
+        else:
+            known.append(_specialized(part))
+
+
 @functools.lru_cache(16 * CACHED, typed=True)
 def _specialized(value):
-    """The width of each integer, whether it is 1, and whether 16 divides it; other values as they are."""
+    """Return the width of each integer, whether it is 1, and whether 16 divides it, and other values as they are."""
     if isinstance(value, tuple):
         return tuple(map(_specialized, value))
     if type(value) is not int or value == 1:
@@ -178,8 +199,8 @@ def triton_type(dtype: torch.dtype):
 # Everything here follows from where tensors lie, which hardly changes from step to step: it is worked out once.
 
 
-class Place(NamedTuple):
-    """The memory of a feature map."""
+class Memory(NamedTuple):
+    """Where a feature map lies."""
 
     shape: tuple[int, ...]
     stride: tuple[int, ...]
@@ -188,8 +209,8 @@ class Place(NamedTuple):
     """The first address is divisible by 16."""
 
 
-def places(tensors: Sequence[Tensor]) -> tuple[Place, ...]:
-    return tuple(Place(x.shape, x.stride(), x.element_size(), address(x) % 16 == 0) for x in tensors)
+def memories(tensors: Sequence[Tensor]) -> tuple[Memory, ...]:
+    return tuple(Memory(x.shape, x.stride(), x.element_size(), address(x) % 16 == 0) for x in tensors)
 
 
 def address(x: Tensor) -> int:
@@ -209,7 +230,7 @@ class Layout(NamedTuple):
     """Offsets inside one image need 64 bits."""
 
 
-def layout(x: Place) -> Layout:
+def layout(x: Memory) -> Layout:
     stride = dict(zip("bdhw", x.stride, strict=True))
     unit = "d" if stride["d"] == 1 else "w" if stride["w"] == 1 else ""
     steps = [stride[axis] for axis, size in zip("bdhw", x.shape, strict=True) if axis != unit and size > 1]
@@ -222,9 +243,11 @@ def layout(x: Place) -> Layout:
     return Layout(unit, align, x.aligned, extent >= 2**31)
 
 
-def strides(maps: Sequence[Place], align: int) -> Strides:
+def strides_of(maps: Sequence[Memory], align: int) -> Strides:
+    """Return the strides of some feature maps, in units of ``align`` elements."""
+
     # An axis of size 1 is never stepped along: its stride says nothing.
-    def units(x: Place, axis: int) -> int:
+    def units(x: Memory, axis: int) -> int:
         return x.stride[axis] // align if x.shape[axis] > 1 else 0
 
     return Strides(*(encode_ints([units(x, axis) for x in maps]) for axis in range(4)))
@@ -238,7 +261,7 @@ class Group(NamedTuple):
     """What holds for all of them: of x, and of dx where it is written."""
 
 
-def groups(*maps: Sequence[Place]) -> list[Group]:
+def groups(*maps: Sequence[Memory]) -> list[Group]:
     """Layers grouped by the layouts of all their feature maps. Those that cannot be read 16 bytes at a time share
     one group with the smallest alignment among them: they are few and small."""
     found: dict[tuple, tuple[list[int], list[tuple[Layout, ...]]]] = {}
@@ -301,13 +324,23 @@ def scale_exponent(pixels: int) -> int:
 # ------------------------------------------------------------------------------------------------------------ sweeps
 
 
+class Copied(NamedTuple):
+    """What a sweep takes where rows can be copied to shared memory."""
+
+    tiles: Tiles
+    arguments: dict
+    """Arguments in the place of the general ones."""
+
+
 class Part(NamedTuple):
-    """One launch of a sweep: what it takes of the layers it is for."""
+    """One launch of a sweep, over the layers of a group."""
 
     layers: tuple[int, ...]
     blocks: tuple[int, ...]
     """The number of blocks of each of these layers."""
-    arguments: dict
+    strides: tuple[Strides, ...]
+    """Of x, and of dx where it is written."""
+    geometry: Geometry
     constants: dict
     copied: bool
     """Rows are copied 16 bytes at a time."""
@@ -315,50 +348,57 @@ class Part(NamedTuple):
 
 @functools.lru_cache(CACHED)
 def launches_of(
-    x: tuple[Place, ...], out: tuple[Place, ...] | None, rows: int, longest: int, copied: tuple[int, int] | None = None
+    x: tuple[Memory, ...], out: tuple[Memory, ...] | None, tiles: Tiles, copied: Tiles | None = None
 ) -> list[Part]:
-    """A launch for each group of layers with the same memory layout.
+    """Return a launch for each group of layers with the same memory layout.
 
     Args:
-        rows, longest: a block has ``rows`` rows of at most ``longest`` pixels.
-        copied: ROWS and P of the blocks where rows can be copied.
+        tiles: a block has ``tiles.ROWS`` rows of at most ``tiles.P`` pixels.
+        copied: the tiles where rows can be copied; None where that is not asked for.
     """
-    features, parts = tuple(place.shape for place in x), []
-    starts = pixel_starts(features)
-    for group in groups(x) if out is None else groups(x, out):
-        picked = [x[i] for i in group.layers]
-        of_x = group.layouts[0]
-        readable = of_x.align * picked[0].itemsize == 16
-        wide = any(of_map.wide for of_map in group.layouts)
-        copies = copied is not None and readable and all(of_map.aligned for of_map in group.layouts) and not wide
-        P = segment(features, longest if readable else min(longest, NARROW))
-        if copies:
-            rows_of_block, P = copied
-        else:
-            rows_of_block = rows
-        blocks = tuple(
-            B * ceil_div(h, rows_of_block) * ceil_div(w, P) for B, _, h, w in (place.shape for place in picked)
+    parts = []
+    shapes = tuple(memory.shape for memory in x)
+    starts = pixel_starts(shapes)
+    maps = (x,) if out is None else (x, out)
+    for group in groups(*maps):
+        _, D, _, _ = shapes[group.layers[0]]
+        sizes = [(shapes[i][0], *shapes[i][2:]) for i in group.layers]
+        x_layout, itemsize = group.layouts[0], x[group.layers[0]].itemsize
+        readable = x_layout.align * itemsize == 16
+        wide = any(layout.wide for layout in group.layouts)
+        copies = copied is not None and readable and all(layout.aligned for layout in group.layouts) and not wide
+        group_tiles = (
+            copied if copies else tiles._replace(P=segment(shapes, tiles.P if readable else min(tiles.P, NARROW)))
         )
+        blocks = tuple(B * ceil_div(h, group_tiles.ROWS) * ceil_div(w, group_tiles.P) for B, h, w in sizes)
         first = list(itertools.accumulate(blocks, initial=0))[:-1]
-        width_unit = of_x.align if of_x.unit == "w" else 1
-        heights, widths = [place.shape[2] for place in picked], [place.shape[3] // width_unit for place in picked]
-        fields = (group.layers, first, [starts[i] for i in group.layers], heights, widths)
-        arguments = {"strides": strides(picked, of_x.align), "geometry": Geometry(*map(encode_ints, fields))}
-        constants = {"P": P, "D": picked[0].shape[1], "UNIT": of_x.unit, "ALIGN": of_x.align, "WIDE": wide}
-        if out is not None:
-            of_out = group.layouts[1]
-            arguments["out_strides"] = strides([out[i] for i in group.layers], of_out.align)
-            constants |= {"OUT_UNIT": of_out.unit, "OUT_ALIGN": of_out.align}
-        parts.append(Part(group.layers, blocks, arguments, constants, copies))
+        width_unit = x_layout.align if x_layout.unit == "w" else 1
+        heights, widths = [h for _, h, _ in sizes], [w // width_unit for _, _, w in sizes]
+        geometry = Geometry(
+            *map(encode_ints, (group.layers, first, [starts[i] for i in group.layers], heights, widths))
+        )
+        strides = tuple(
+            strides_of([memories[i] for i in group.layers], layout.align)
+            for memories, layout in zip(maps, group.layouts)
+        )
+        names = ("LAYOUT", "OUT_LAYOUT")
+        constants: dict[str, Any] = {
+            name: layout._replace(wide=wide) for name, layout in zip(names, group.layouts, strict=False)
+        }
+        constants |= {"D": D, "TILES": group_tiles, "num_warps": group_tiles.num_warps}
+        # Several threads hold each element of a tile with few channels, and of every tile of float64's products.
+        if D < 32 or itemsize == 8:
+            constants |= UNFUSED
+        parts.append(Part(group.layers, blocks, strides, geometry, constants, copies))
     return parts
 
 
-def blocks_of_layers(features: Sequence[Tensor], tiles: Mapping[str, int]) -> list[int]:
-    """How many blocks of each layer a sweep with these tiles takes, in all of its launches."""
+def blocks_of_layers(features: Sequence[Tensor], tiles: Tiles) -> list[int]:
+    """Return the number of blocks of each layer in all launches of a sweep with these tiles."""
     blocks = [0] * len(features)
-    for part in launches_of(places(features), None, tiles["ROWS"], tiles["P"]):
-        for layer, of_layer in zip(part.layers, part.blocks, strict=True):
-            blocks[layer] = of_layer
+    for part in launches_of(memories(features), None, tiles):
+        for layer, number in zip(part.layers, part.blocks, strict=True):
+            blocks[layer] = number
     return blocks
 
 
@@ -366,37 +406,32 @@ def sweep(
     kernel,
     features: Sequence[Tensor],
     arguments: dict,
-    tiles: dict,
+    tiles: Tiles,
+    constants: dict,
     *,
     out: Sequence[Tensor] | None = None,
     splits: int = 1,
-    copied: tuple[Any, dict, dict] | None = None,
+    copied: Copied | None = None,
 ) -> None:
-    """Launches a kernel over all blocks of all layers, once for each group of layers with the same memory layout.
+    """Launch a kernel over all blocks of all layers, once for each group of layers with the same memory layout.
 
     Args:
-        arguments, tiles: what the kernel takes besides the layers: tensors and numbers, and constants. ``tiles`` has
-            the ROWS and P of a block; P shrinks to what the rows need.
+        arguments, constants: what the kernel takes besides the layers, D and TILES.
+        tiles: what a program takes at a time; P shrinks to what the rows need.
         out: feature maps that are written.
         splits: programs of a block, side by side: ``_tiles.program_and_part``.
-        copied: the kernel, arguments and tiles for layers whose rows can be copied.
+        copied: what is different for layers whose rows can be copied, which have one program a block.
     """
-    blocks_of_copies = None if copied is None else (copied[2]["ROWS"], copied[2]["P"])
-    general = kernel, arguments, tiles
-    for part in launches_of(
-        places(features), None if out is None else places(out), tiles["ROWS"], tiles["P"], blocks_of_copies
-    ):
-        kernel, arguments, tiles = copied if part.copied else general
-        picked = tuple(features[i] for i in part.layers)
-        written = () if out is None else tuple(out[i] for i in part.layers)
-        given = {"x": picked, **part.arguments, **arguments}
+    x, written = memories(features), None if out is None else memories(out)
+    for part in launches_of(x, written, tiles, None if copied is None else copied.tiles):
+        maps = {"x": Maps(tuple([features[i] for i in part.layers]), part.strides[0])}
         if out is not None:
-            given["out"] = written
-        # Several threads hold each element of a tile with few channels, and of every tile of float64's products.
-        several = part.constants["D"] < 32 or features[0].dtype == torch.float64
-        launch(
-            kernel,
-            (sum(part.blocks) * (1 if part.copied else splits),),
-            given,
-            {**tiles, **part.constants, **(UNFUSED if several else {})},
-        )
+            maps["out"] = Maps(tuple([out[i] for i in part.layers]), part.strides[1])
+        given, fixed = {**maps, "geometry": part.geometry, **arguments}, {**constants, **part.constants}
+        blocks = sum(part.blocks)
+        if part.copied:
+            given |= copied.arguments
+            fixed["COPIED"] = True
+        else:
+            blocks *= splits
+        launch(kernel, (blocks,), given, fixed)

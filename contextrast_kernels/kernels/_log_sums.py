@@ -14,23 +14,25 @@ from triton import language as tl
 from contextrast_kernels.kernels import _launch
 from contextrast_kernels.kernels._codes import Codes
 from contextrast_kernels.kernels._sums import Sums
-from contextrast_kernels.kernels._tile_table import PIXELS, RUN, next_power_of_2, tiles
+from contextrast_kernels.kernels._tile_table import PIXELS, RUN, next_power_of_2, tiles_of
 from contextrast_kernels.kernels._tiles import (
+    Row,
     add_fixed,
     anchor_products,
-    block_of,
     channels,
     filled,
     float64_from_bits,
     from_order,
-    image_codes,
-    image_features,
     in_order,
     inverse_norm,
     is_negative,
     layer_of,
     of_layer,
+    open_block,
     power_of_two,
+    row_codes,
+    row_flags,
+    row_of,
     size_term,
     summed_size,
     table_rows,
@@ -38,10 +40,16 @@ from contextrast_kernels.kernels._tiles import (
 
 
 def log_sums(
-    features: Sequence[Tensor], code: Codes, sums: Sums, table: Tensor, temperature: float, normalize: bool
+    features: Sequence[Tensor],
+    code: Codes,
+    sums: Sums,
+    table: Tensor,
+    temperature: float,
+    normalize: bool,
+    norms: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Z (layers, N), -inf where a class has no negative; and the similarity of each hard negative to its anchor, in
-    the order of the codes. Ranks combine Z by log-sum-exp.
+    """Return Z (layers, N), -inf where a class has no negative, and the similarity of each hard negative to its anchor,
+    in the order of the codes. Ranks combine Z by log-sum-exp. norms: 1/‖x‖ as ``class_sums`` kept it.
 
     Where a pixel is a negative of one class only, the negatives alone are read (in NCHW the row segments that hold
     one). With base pixels everything is read, and no similarity is kept.
@@ -56,8 +64,9 @@ def log_sums(
         _launch.sweep(
             _hard_similarities,
             features,
-            {**shared, "similarity": similarity, "largest": sums.largest},
-            {**tiles("_hard_similarities", dtype, D), **constants},
+            {**shared, "norms": norms, "similarity": similarity, "largest": sums.largest},
+            tiles_of("_hard_similarities", dtype, D),
+            constants,
         )
         runs, blocks = _launch.flat_geometry(shapes, PIXELS)
         scale_exponent = _launch.scale_exponent(_launch.pixels(shapes))
@@ -70,10 +79,9 @@ def log_sums(
         )
         _launch.launch(_hard_log_sums, (L,), {**both, "Z": Z}, {"BINS": next_power_of_2(N)})
         return Z, similarity
-    taken = tiles("_dense_similarities", dtype, D, "K", "CLASSES")
-    at_once = min(taken["CLASSES"], max(16, next_power_of_2(N)))
-    taken = {**taken, "CLASSES": at_once, "ROUNDS": _launch.ceil_div(N, at_once)}
-    blocks = _launch.blocks_of_layers(features, taken)
+    tiles = tiles_of("_dense_similarities", dtype, D)
+    tiles = tiles._replace(CLASSES=min(tiles.CLASSES, max(16, next_power_of_2(N))))
+    blocks = _launch.blocks_of_layers(features, tiles)
     first = [sum(blocks[:i]) for i in range(L)]
     partial = torch.empty(2, sum(blocks), N, dtype=table.dtype, device=table.device)
     _launch.sweep(
@@ -87,7 +95,8 @@ def log_sums(
             "partial_start": _launch.encode_ints(first),
             "partials": sum(blocks),
         },
-        {**taken, **constants},
+        tiles,
+        {**constants, "ROUNDS": _launch.ceil_div(N, tiles.CLASSES)},
     )
     _launch.launch(
         _dense_log_sums,
@@ -108,61 +117,63 @@ def log_sums(
 @triton.jit(do_not_specialize=["temperature", "N"])
 def _hard_similarities(
     x,
-    strides,
     geometry,
     e,
+    norms,
     table,
     similarity,
     largest,
     temperature,
     N,
     D: tl.constexpr,
-    ROWS: tl.constexpr,
-    P: tl.constexpr,
-    CHUNK: tl.constexpr,
+    TILES: tl.constexpr,
     NORMALIZE: tl.constexpr,
-    UNIT: tl.constexpr,
-    ALIGN: tl.constexpr,
-    WIDE: tl.constexpr,
+    LAYOUT: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """s_ep of the hard negatives of one block (0 elsewhere), and the largest of every class.
+    """One program, one block: writes s_ep of its hard negatives (0 elsewhere), and raises the largest s of every class.
+    norms: 1/‖x‖ of every pixel, or None to compute it.
 
-    Moves: in channels_last the negatives' own vectors; in NCHW, where single pixels cannot be read for less than
-    their memory sector, the rows of P pixels that hold a negative. Writes one number a pixel.
+    In channels_last the kernel reads the negatives' own vectors; in NCHW, where single pixels cannot be read for less
+    than their memory sector, the rows of P pixels that hold a negative. It writes one number a pixel.
     """
-    program = tl.program_id(0)
-    layer = layer_of(program, geometry.block)
-    number = of_layer(geometry.number, layer)
-    b, r0, c0, h, w = block_of(program, geometry, layer, ROWS, P, UNIT, ALIGN)
-    image, sH, sW, sD = image_features(x, strides, layer, b, UNIT, ALIGN, WIDE)
-    codes = image_codes(geometry, layer, b, h, w)
-    table += number * N * D
+    P: tl.constexpr = TILES.P
+    CHUNK: tl.constexpr = TILES.CHUNK
+    block = open_block(x, geometry, tl.program_id(0), TILES.ROWS, P, LAYOUT)
+    e += block.pixel
+    similarity += block.pixel
+    table += block.number * N * D
+    largest += block.number * N
     inverse_temperature = (1.0 / float64_from_bits(temperature)).to(ACC)
-    c = c0 + tl.arange(0, P)
-    live = c < w
-    for r in range(r0, tl.minimum(r0 + ROWS, h)):
-        row = image + tl.cast(r, tl.int64) * sH
-        negative = tl.load(e + codes + (r * w + c), mask=live, other=32767).to(tl.int32)
+    for r in range(block.r0, block.r1):
+        row = row_of(block.image, block, r)
+        negative = row_codes(e, block, r)
         is_hard = negative < N
+        if LAYOUT.unit == "d":
+            row = Row(row.start, row.pixel, is_hard, row.d)
         s = tl.zeros((P,), ACC)
         if tl.max(is_hard.to(tl.int32), 0) > 0:
-            read = is_hard if UNIT == "d" else live
             sizes = tl.zeros((CHUNK, P), ACC)
             products = tl.zeros((CHUNK, P), ACC)
             for k in tl.range(0, D, CHUNK, loop_unroll_factor=8):
-                tile = channels(row, c * sW, read, k, sD, D, CHUNK).to(ACC)
-                sizes += size_term(tile, NORMALIZE)
+                tile = channels(row, k, D, CHUNK).to(ACC)
+                if norms is None:
+                    sizes += size_term(tile, NORMALIZE)
                 products += tile * table_rows(table, negative, is_hard, k, D, CHUNK)
-            norm = inverse_norm(tl.sum(sizes, 0), NORMALIZE)
+            if norms is None:
+                norm = inverse_norm(tl.sum(sizes, 0), NORMALIZE)
+            else:
+                norm = tl.load(norms + block.pixel + (r * block.w + block.c), mask=is_hard, other=0.0)
+                norm = tl.where(norm == norm, norm, 0.0)  # as ``inverse_norm``: NaN only where a product is not finite
             s = tl.where(is_hard, tl.sum(products, 0) * norm * inverse_temperature, 0.0)
-            tl.atomic_max(largest + number * N + negative, in_order(s), mask=is_hard, sem="relaxed")
-        tl.store(similarity + codes + (r * w + c), s, mask=live)
+            tl.atomic_max(largest + negative, in_order(s), mask=is_hard, sem="relaxed")
+        tl.store(similarity + (r * block.w + block.c), s, mask=block.live)
 
 
 @triton.jit(do_not_specialize=["B", "N", "scale_exponent"])
 def _exponentials(e, similarity, largest, total, geometry, B, N, scale_exponent, PIXELS: tl.constexpr):
-    """total[n] += Σ exp(s_ep - largest_n) [e_p = n] in fixed point: every term is at most 1 and one of them is 1."""
+    """One program, PIXELS pixels of one layer: adds Σ exp(s_ep - largest_n) [e_p = n] to total[n] in fixed point. Every
+    term is at most 1, and one of them is 1."""
     program = tl.program_id(0)
     layer = layer_of(program, geometry.block)
     number = of_layer(geometry.number, layer)
@@ -179,7 +190,7 @@ def _exponentials(e, similarity, largest, total, geometry, B, N, scale_exponent,
 
 @triton.jit(do_not_specialize=["scale_exponent", "N"])
 def _hard_log_sums(largest, total, Z, scale_exponent, N, BINS: tl.constexpr):
-    """Z = largest + log Σ exp(s - largest)."""
+    """One program, one layer: writes Z = largest + log Σ exp(s - largest) of all classes."""
     n = tl.arange(0, BINS)
     here = tl.program_id(0) * N + n
     top = from_order(tl.load(largest + here, mask=n < N, other=0), Z.dtype.element_ty)
@@ -193,7 +204,6 @@ def _hard_log_sums(largest, total, Z, scale_exponent, N, BINS: tl.constexpr):
 @triton.jit(do_not_specialize=["temperature", "N", "partials"])
 def _dense_similarities(
     x,
-    strides,
     geometry,
     y,
     e,
@@ -205,58 +215,48 @@ def _dense_similarities(
     temperature,
     N,
     D: tl.constexpr,
-    ROWS: tl.constexpr,
-    P: tl.constexpr,
-    CHUNK: tl.constexpr,
-    K: tl.constexpr,
-    CLASSES: tl.constexpr,
+    TILES: tl.constexpr,
     ROUNDS: tl.constexpr,
     NORMALIZE: tl.constexpr,
-    UNIT: tl.constexpr,
-    ALIGN: tl.constexpr,
-    WIDE: tl.constexpr,
+    LAYOUT: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """The log-sum-exp of one block's negatives of every class, as a largest value and a sum relative to it (online,
-    CLASSES classes at a time): (2, blocks, N) numbers are written, never N x pixels.
+    """One program, one block: writes the log-sum-exp of its negatives of every class, as a largest value and a sum
+    relative to it (online, CLASSES classes at a time). All programs write (2, blocks, N) numbers, never N x pixels.
 
-    Moves: the features once. A row of the block is read for its norms, and from cache in each of ROUNDS rounds.
+    The kernel moves the features once. A row of the block is read for its norms, and from cache in each of ROUNDS
+    rounds.
     """
-    program = tl.program_id(0)
-    layer = layer_of(program, geometry.block)
-    number = of_layer(geometry.number, layer)
-    b, r0, c0, h, w = block_of(program, geometry, layer, ROWS, P, UNIT, ALIGN)
-    image, sH, sW, sD = image_features(x, strides, layer, b, UNIT, ALIGN, WIDE)
-    codes = image_codes(geometry, layer, b, h, w)
-    table += number * N * D
+    CLASSES: tl.constexpr = TILES.CLASSES
+    block = open_block(x, geometry, tl.program_id(0), TILES.ROWS, TILES.P, LAYOUT)
+    y += block.pixel
+    e += block.pixel
+    base += block.pixel
+    table += block.number * N * D
     inverse_temperature = (1.0 / float64_from_bits(temperature)).to(ACC)
-    c = c0 + tl.arange(0, P)
-    live = c < w
-    here = (of_layer(partial_start, number) + program - of_layer(geometry.block, layer)).to(tl.int64) * N
+    here = (of_layer(partial_start, block.number) + block.index).to(tl.int64) * N
     largest = filled(ROUNDS, CLASSES, -float("inf"), ACC)
     total = filled(ROUNDS, CLASSES, 0.0, ACC)
-    for r in range(r0, tl.minimum(r0 + ROWS, h)):
-        row = image + tl.cast(r, tl.int64) * sH
-        pixel = codes + (r * w + c)
-        label = tl.load(y + pixel, mask=live, other=32767).to(tl.int32)
-        negative = tl.load(e + pixel, mask=live, other=32767).to(tl.int32)
-        is_base = tl.load(base + pixel, mask=live, other=0) != 0
-        norm = inverse_norm(summed_size(row, c * sW, live, sD, D, P, CHUNK, NORMALIZE, ACC), NORMALIZE)
-        more_largest = ()
-        more_total = ()
+    for r in range(block.r0, block.r1):
+        row = row_of(block.image, block, r)
+        label = row_codes(y, block, r)
+        negative = row_codes(e, block, r)
+        is_base = row_flags(base, block, r)
+        norm = inverse_norm(summed_size(row, D, TILES.CHUNK, NORMALIZE, ACC), NORMALIZE)
+        new_largest = ()
+        new_total = ()
         for i in tl.static_range(ROUNDS):
             n = i * CLASSES + tl.arange(0, CLASSES)
             classes = tl.where(n < N, n, -1)
-            s = anchor_products(row, c * sW, live, sD, table, classes, D, P, K, ACC)
-            s = s * (norm * inverse_temperature)[None, :]
+            s = anchor_products(row, table, classes, D, TILES.K, ACC) * (norm * inverse_temperature)[None, :]
             s = tl.where(is_negative(classes, label, negative, is_base), s, -float("inf"))
-            grown = tl.maximum(largest[i], tl.max(s, 1))
-            shift = tl.where(grown == -float("inf"), 0.0, grown)
+            top = tl.maximum(largest[i], tl.max(s, 1))
+            shift = tl.where(top == -float("inf"), 0.0, top)
             added = tl.sum(tl.exp(s - shift[:, None]), 1)
-            more_largest = more_largest + (grown,)  # noqa: RUF005
-            more_total = more_total + (total[i] * tl.exp(largest[i] - shift) + added,)  # noqa: RUF005
-        largest = more_largest
-        total = more_total
+            new_largest = new_largest + (top,)  # noqa: RUF005
+            new_total = new_total + (total[i] * tl.exp(largest[i] - shift) + added,)  # noqa: RUF005
+        largest = new_largest
+        total = new_total
     for i in tl.static_range(ROUNDS):
         n = i * CLASSES + tl.arange(0, CLASSES)
         tl.store(partial + here + n, largest[i], mask=n < N)
@@ -265,7 +265,7 @@ def _dense_similarities(
 
 @triton.jit(do_not_specialize=["partials", "N"])
 def _dense_log_sums(partial, first, count, partials, Z, N, RUN: tl.constexpr):
-    """Z of one class of one layer from its blocks, in a fixed order."""
+    """One program, one class of one layer: writes Z from what its blocks found, added in a fixed order."""
     layer = tl.program_id(0)
     n = tl.program_id(1)
     start = tl.cast(of_layer(first, layer), tl.int64)
@@ -277,12 +277,12 @@ def _dense_log_sums(partial, first, count, partials, Z, N, RUN: tl.constexpr):
         here = (start + block) * N + n
         more = tl.load(partial + here, mask=block < blocks, other=-float("inf"))
         weight = tl.load(partial + tl.cast(partials, tl.int64) * N + here, mask=block < blocks, other=0.0)
-        grown = tl.maximum(largest, more)
-        shift = tl.where(grown == -float("inf"), 0.0, grown)
+        top = tl.maximum(largest, more)
+        shift = tl.where(top == -float("inf"), 0.0, top)
         total = total * tl.exp(largest - shift) + weight * tl.exp(more - shift)
-        largest = grown
-    top = tl.max(largest, 0)
-    shift = tl.where(top == -float("inf"), 0.0, top)
-    log_sum = top + tl.log(tl.maximum(tl.sum(total * tl.exp(largest - shift), 0), 1.0))
+        largest = top
+    largest_of_all = tl.max(largest, 0)
+    shift = tl.where(largest_of_all == -float("inf"), 0.0, largest_of_all)
+    log_sum = largest_of_all + tl.log(tl.maximum(tl.sum(total * tl.exp(largest - shift), 0), 1.0))
     broken = tl.max((total != total).to(tl.int32), 0) > 0
-    tl.store(Z + layer * N + n, tl.where((top < float("inf")) & (broken == 0), log_sum, float("nan")))
+    tl.store(Z + layer * N + n, tl.where((largest_of_all < float("inf")) & (broken == 0), log_sum, float("nan")))

@@ -7,8 +7,6 @@ are spilled to) and shared memory on sm_90, and the blocks that a multiprocessor
 """
 
 import functools
-from collections.abc import Mapping
-from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -146,9 +144,11 @@ def architecture() -> int | str | None:
         return None
 
 
-def copied_tiles() -> dict[str, int]:
-    """P is the smallest number of rows that wgmma takes, so that pixels as well as channels can be its rows."""
-    return {"ROWS": 8, "P": 64, "num_warps": 4}
+@functools.cache
+def copied_tiles(tiles: Tiles) -> Tiles:
+    """The same for blocks whose rows are copied. P is the smallest number of rows that wgmma takes, so that pixels as
+    well as channels can be its rows."""
+    return tiles._replace(ROWS=8, P=64, num_warps=4)
 
 
 def next_power_of_2(n: int) -> int:
@@ -156,47 +156,57 @@ def next_power_of_2(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
-def tiles(kernel: str, dtype: torch.dtype, D: int, *names: str) -> Mapping[str, int]:
-    """The named constants of a kernel's row, shrunk to what D needs; ROWS, P, CHUNK and num_warps always."""
-    return _tiles(kernel, dtype, D, names, str(architecture()).startswith(("gfx11", "gfx12")))
+def tiles_of(kernel: str, dtype: torch.dtype, D: int) -> Tiles:
+    """A kernel's row of the table, shrunk to what D channels need."""
+    return _tiles_of(kernel, dtype, D, str(architecture()).startswith(("gfx11", "gfx12")))
 
 
 @functools.cache
-def _tiles(kernel: str, dtype: torch.dtype, D: int, names: tuple[str, ...], rdna: bool) -> Mapping[str, int]:
+def _tiles_of(kernel: str, dtype: torch.dtype, D: int, rdna: bool) -> Tiles:
     row = next(row.tiles for row in TABLE[kernel] if dtype.itemsize in row.bytes and row.D >= D)
     if rdna and dtype.itemsize == 2:
         row = row._replace(**RDNA.get(kernel, {}))
     K = min(row.K, max(16, next_power_of_2(D)))
     chunks = -(-D // K)
     parts = -(-chunks * K // row.COLUMNS) if row.COLUMNS else 1
-    shrunk = row._replace(K=K, COLUMNS=-(-chunks // parts) * K, CHUNK=min(row.CHUNK, next_power_of_2(D)))
-    return MappingProxyType({name: getattr(shrunk, name) for name in ("ROWS", "P", "CHUNK", "num_warps", *names)})
+    return row._replace(K=K, COLUMNS=-(-chunks // parts) * K, CHUNK=min(row.CHUNK, next_power_of_2(D)))
+
+
+class InfoNceTiles(NamedTuple):
+    """What a program of ``info_nce`` takes at a time."""
+
+    HELD: int
+    """Vectors that a program holds."""
+    STREAM: int
+    """Vectors that stream past them at a time."""
+    K: int
+    """Channels of a product of both."""
+    HOLD: bool
+    """The held vectors stay in registers or shared memory, and each streamed tile is read once."""
+    num_warps: int
+    CHANNELS: int = 0
+    """Channels of the gradient that a program sums; more are shared out over programs, which form s again."""
 
 
 @functools.cache
-def info_nce_tiles(dtype: torch.dtype, D: int, held: int) -> Mapping[str, int]:
-    """Tiles of ``info_nce``'s forward kernels. A program holds HELD of ``held`` vectors and streams the others, STREAM
-    at a time. A product takes K channels of both. HOLD: the held vectors stay in registers or shared memory, and each
-    streamed tile is read once."""
+def info_nce_tiles(dtype: torch.dtype, D: int, held: int) -> InfoNceTiles:
+    """Tiles of ``info_nce``'s forward kernels for ``held`` vectors of D channels."""
     size = dtype.itemsize
-    return MappingProxyType(
-        {
-            "HELD": min(32 if size == 8 else 64, max(16, next_power_of_2(held))),
-            "STREAM": 64 if size == 4 else 32,
-            "K": min(128 // size, max(16, next_power_of_2(D))),
-            "HOLD": size == 2 and D <= 256,
-            "num_warps": 8 if size == 4 else 4,
-        }
+    return InfoNceTiles(
+        HELD=min(32 if size == 8 else 64, max(16, next_power_of_2(held))),
+        STREAM=64 if size == 4 else 32,
+        K=min(128 // size, max(16, next_power_of_2(D))),
+        HOLD=size == 2 and D <= 256,
+        num_warps=8 if size == 4 else 4,
     )
 
 
 @functools.cache
-def info_nce_gradient_tiles(dtype: torch.dtype, D: int, held: int, toward: str) -> Mapping[str, int]:
-    """A program sums CHANNELS channels of the gradient; more are shared out over programs, which form s again, and
-    cannot then be held (HOLD). Two-byte ``_info_nce_bwd`` at D 256: 168-242 registers, no stack, 24-36 KiB, 2 blocks.
-    64 held vectors spill 5 KB on sm_80, and with 128 channels a program take 44 % more instructions."""
+def info_nce_gradient_tiles(dtype: torch.dtype, D: int, held: int, toward: str) -> InfoNceTiles:
+    """Tiles of ``_info_nce_bwd``. Two-byte vectors at D 256: 168-242 registers, no stack, 24-36 KiB, 2 blocks. 64 held
+    vectors spill 5 KB on sm_80, and with 128 channels a program take 44 % more instructions."""
     # Two-byte vectors hold half as many, as do passes that keep the slopes of both sides in registers.
     halved = dtype.itemsize == 2 or toward == "both"
-    shrunk = info_nce_tiles(dtype, D, min(held, 32) if halved else held)
-    K, most = shrunk["K"], {2: 256, 4: 128, 8: 64}[dtype.itemsize]
-    return MappingProxyType({**shrunk, "STREAM": 32, "CHANNELS": min(most, -(-D // K) * K), "num_warps": 4})
+    tiles = info_nce_tiles(dtype, D, min(held, 32) if halved else held)
+    most = {2: 256, 4: 128, 8: 64}[dtype.itemsize]
+    return tiles._replace(STREAM=32, CHANNELS=min(most, -(-D // tiles.K) * tiles.K), num_warps=4)

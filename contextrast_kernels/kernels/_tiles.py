@@ -1,9 +1,12 @@
 """Pieces that the sweeps share, named after what they compute.
 
 A block is a few rows of P pixels of one image. A sweep takes one row of it at a time, a tile x (channels, P), in
-chunks of channels: once for what needs the whole vector (its norm, its products with anchors), and again, then from
-cache, for what is done with it. Letters: B images, N classes, D channels, h w layer size, P pixels.
+chunks of channels. It reads the row once for what needs the whole vector (its norm, its products with anchors), and
+again, then from cache, for what is done with it. B is the number of images, N of classes, D of channels, P of pixels in
+a row of a block; a layer has h rows of w pixels. Offsets and strides are counted in elements.
 """
+
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -26,27 +29,28 @@ FLOAT32_DOT = tl.constexpr("ieee" if torch.version.hip else "tf32x3")
 
 @triton.jit
 def float64_from_bits(bits):
-    """The float64 whose bits a launch passed as an integer."""
+    """Return the float64 whose bits a launch passed as an integer (``_launch.float64_bits``)."""
     return bits.to(tl.int64).to(tl.float64, bitcast=True)
 
 
 @triton.jit
 def decode_int(number):
-    """An integer that a launch passed as ``_launch.encode_ints``."""
+    """Return the integer that a launch encoded by ``_launch.encode_ints``."""
     return (number - 3) >> 1
 
 
 @triton.jit
 def program_and_part(D: tl.constexpr, COLUMNS: tl.constexpr):
-    """The number of a block among those of a launch, and which COLUMNS of the channels to sum there. Parts of a block
-    run side by side: what one reads from memory the others find in cache."""
+    """Return the number of a program's block among those of its launch, and which COLUMNS of the channels it sums
+    there. Parts of a block run side by side: what one of them reads from memory the others find in cache."""
     PARTS: tl.constexpr = (D + COLUMNS - 1) // COLUMNS
     return tl.program_id(0) // PARTS, tl.program_id(0) % PARTS
 
 
 @triton.jit
 def layer_of(program, starts):
-    """The layer that a program works on; ``starts`` is the first program of each."""
+    """Return the position in the launch of the layer that a program works on. ``starts`` holds the first program of
+    each layer, encoded."""
     layer = 0
     for i in tl.static_range(1, len(starts)):
         layer += (program >= decode_int(starts[i])).to(tl.int32)
@@ -55,6 +59,7 @@ def layer_of(program, starts):
 
 @triton.jit
 def of_layer(numbers, layer):
+    """Return the integer of one layer from a tuple that holds one for each layer, encoded."""
     value = numbers[0]
     for i in tl.static_range(1, len(numbers)):
         value = tl.where(layer == i, numbers[i], value)
@@ -63,6 +68,7 @@ def of_layer(numbers, layer):
 
 @triton.jit
 def pointer_of_layer(pointers, layer):
+    """Return the pointer of one layer from a tuple that holds one for each layer."""
     value = pointers[0]
     for i in tl.static_range(1, len(pointers)):
         if layer == i:
@@ -70,69 +76,167 @@ def pointer_of_layer(pointers, layer):
     return value
 
 
+class Image(NamedTuple):
+    """One image of a feature map, as a kernel sees it."""
+
+    start: Any
+    """A pointer to its first element."""
+    h: Any
+    """The stride of rows."""
+    w: Any
+    """The stride of pixels in a row."""
+    d: Any
+    """The stride of channels."""
+
+
+class Block(NamedTuple):
+    """The block of a program: rows r0 .. r1-1 and at most P columns of one image of one layer."""
+
+    layer: Any
+    """The position of the layer in the launch."""
+    number: Any
+    """The number of the layer in the tables (layers, N, D)."""
+    index: Any
+    """The position of the block among those of the layer."""
+    b: Any
+    """The number of the image in the batch."""
+    image: Any
+    """The features of the image, an ``Image``."""
+    pixel: Any
+    """The offset of the image in maps with one number a pixel."""
+    r0: Any
+    r1: Any
+    w: Any
+    """The width of the image."""
+    c: Any
+    """(P,): the columns of the block."""
+    live: Any
+    """(P,): whether a column is inside of the image."""
+
+
+class Row(NamedTuple):
+    """A row of pixels of a block in a feature map."""
+
+    start: Any
+    """A pointer to the first pixel of the image's row."""
+    pixel: Any
+    """(P,): the offset of each pixel in the row."""
+    live: Any
+    """(P,): whether a pixel is inside of the image."""
+    d: Any
+    """The stride of channels."""
+
+
 @triton.jit
-def block_of(program, geometry, layer, ROWS: tl.constexpr, P: tl.constexpr, UNIT: tl.constexpr, ALIGN: tl.constexpr):
-    """The image, first row and first column of a program's block, and the layer's size. The product with ALIGN
-    tells the compiler what divides a width, and so the mask at the end of a row."""
+def open_block(maps, geometry, program, ROWS: tl.constexpr, P: tl.constexpr, LAYOUT: tl.constexpr):
+    """Return the ``Block`` of a program. The product of the width with LAYOUT.align tells the compiler what divides
+    it, and so the mask at the end of a row."""
+    layer = layer_of(program, geometry.block)
+    index = program - of_layer(geometry.block, layer)
     h = of_layer(geometry.h, layer)
     w = of_layer(geometry.w, layer)
-    if UNIT == "w":
-        w = w * ALIGN
+    if LAYOUT.unit == "w":
+        w = w * LAYOUT.align
     across = tl.cdiv(w, P)
     blocks = across * tl.cdiv(h, ROWS)
-    block = program - of_layer(geometry.block, layer)
-    b = block // blocks
-    block = block % blocks
-    return b, (block // across) * ROWS, (block % across) * P, h, w
-
-
-@triton.jit
-def image_codes(geometry, layer, b, h, w):
-    """Offset of an image in the code maps (and in every other map with one number a pixel)."""
-    return tl.cast(of_layer(geometry.pixel, layer), tl.int64) + tl.cast(b, tl.int64) * h * w
-
-
-@triton.jit
-def image_features(pointers, strides, layer, b, UNIT: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr):
-    """Pointer to an image's features and the strides of h, w and d. The products with ALIGN tell the compiler what
-    divides the strides; offsets inside an image have 32 bits unless WIDE."""
-    image = pointer_of_layer(pointers, layer) + tl.cast(b, tl.int64) * (
-        tl.cast(of_layer(strides.b, layer), tl.int64) * ALIGN
+    b = index // blocks
+    in_image = index % blocks
+    pixel = tl.cast(of_layer(geometry.pixel, layer), tl.int64) + tl.cast(b, tl.int64) * h * w
+    r0 = (in_image // across) * ROWS
+    c = (in_image % across) * P + tl.arange(0, P)
+    return Block(
+        layer,
+        of_layer(geometry.number, layer),
+        index,
+        b,
+        image_of(maps, layer, b, LAYOUT),
+        pixel,
+        r0,
+        tl.minimum(r0 + ROWS, h),
+        w,
+        c,
+        c < w,
     )
-    if WIDE:
-        sH = tl.cast(of_layer(strides.h, layer), tl.int64) * ALIGN
-        sW = tl.cast(of_layer(strides.w, layer), tl.int64) * ALIGN
-        sD = tl.cast(of_layer(strides.d, layer), tl.int64) * ALIGN
+
+
+@triton.jit
+def image_of(maps, layer, b, LAYOUT: tl.constexpr):
+    """Return image b of a layer, an ``Image``. The products with LAYOUT.align tell the compiler what divides the
+    strides. Offsets inside an image have 32 bits unless LAYOUT.wide."""
+    start = pointer_of_layer(maps.start, layer) + tl.cast(b, tl.int64) * (
+        tl.cast(of_layer(maps.strides.b, layer), tl.int64) * LAYOUT.align
+    )
+    h = of_layer(maps.strides.h, layer)
+    w = of_layer(maps.strides.w, layer)
+    d = of_layer(maps.strides.d, layer)
+    if LAYOUT.wide:
+        h = tl.cast(h, tl.int64)
+        w = tl.cast(w, tl.int64)
+        d = tl.cast(d, tl.int64)
+    h = h * LAYOUT.align
+    w = w * LAYOUT.align
+    d = d * LAYOUT.align
+    one = tl.full((), 1, tl.int32)
+    if LAYOUT.unit == "w":
+        return Image(start, h, one, d)
+    elif LAYOUT.unit == "d":
+        return Image(start, h, w, one)
     else:
-        sH = of_layer(strides.h, layer) * ALIGN
-        sW = of_layer(strides.w, layer) * ALIGN
-        sD = of_layer(strides.d, layer) * ALIGN
-    if UNIT == "w":
-        return image, sH, 1, sD
-    elif UNIT == "d":
-        return image, sH, sW, 1
-    else:
-        return image, sH, sW, sD
+        return Image(start, h, w, d)
+
+
+@triton.jit
+def row_of(image, block, r):
+    """Return row r of a block in an image, a ``Row``."""
+    return Row(image.start + tl.cast(r, tl.int64) * image.h, block.c * image.w, block.live, image.d)
+
+
+@triton.jit
+def row_codes(codes, block, r):
+    """Return the codes of row r of a block, int32 (P,), which are no class outside of the image. ``codes`` points to
+    those of the block's image."""
+    return tl.load(codes + (r * block.w + block.c), mask=block.live, other=32767).to(tl.int32)
+
+
+@triton.jit
+def row_flags(flags, block, r):
+    """Return whether the pixels of row r of a block are marked, (P,). ``flags`` points to the bytes of the block's
+    image."""
+    return tl.load(flags + (r * block.w + block.c), mask=block.live, other=0) != 0
 
 
 # ------------------------------------------------------------------------------------------------ pixels and channels
 
 
 @triton.jit
-def channels(row, pixel, live, d0, sD, D: tl.constexpr, CHUNK: tl.constexpr, WITHIN: tl.constexpr = True):
-    """Channels d0 .. d0+CHUNK-1 of a row of pixels: (CHUNK, P), zero outside. ``live`` may depend on the position
-    alone where w has stride 1: a mask that changes from pixel to pixel would break the wide loads. WITHIN: no chunk
-    begins beyond D, as one may where programs share out the channels."""
+def channels(row, d0, D: tl.constexpr, CHUNK: tl.constexpr, WITHIN: tl.constexpr = True):
+    """Return channels d0 .. d0+CHUNK-1 of a row of pixels, (CHUNK, P), with zeros beyond D and outside of the image.
+    Where pixels lie side by side, ``row.live`` may depend on the position alone: a mask that changes from pixel to
+    pixel would break the wide loads. WITHIN: no chunk begins beyond D, as one may where programs share out the
+    channels."""
     d = d0 + tl.arange(0, CHUNK)
+    here = row.start + (d[:, None] * row.d + row.pixel[None, :])
     if D % CHUNK == 0 and WITHIN:
-        return tl.load(row + (d[:, None] * sD + pixel[None, :]), mask=live[None, :], other=0.0)
+        return tl.load(here, mask=row.live[None, :], other=0.0)
     else:
-        return tl.load(row + (d[:, None] * sD + pixel[None, :]), mask=live[None, :] & (d < D)[:, None], other=0.0)
+        return tl.load(here, mask=row.live[None, :] & (d < D)[:, None], other=0.0)
+
+
+@triton.jit
+def store_channels(row, d0, tile, D: tl.constexpr, CHUNK: tl.constexpr):
+    """Writes channels d0 .. d0+CHUNK-1 of a row of pixels from a tile (CHUNK, P)."""
+    d = d0 + tl.arange(0, CHUNK)
+    here = row.start + (d[:, None] * row.d + row.pixel[None, :])
+    if D % CHUNK == 0:
+        tl.store(here, tile, mask=row.live[None, :])
+    else:
+        tl.store(here, tile, mask=row.live[None, :] & (d < D)[:, None])
 
 
 @triton.jit
 def table_rows(table, rows, live, d0, D: tl.constexpr, CHUNK: tl.constexpr):
-    """Columns d0 .. d0+CHUNK-1 of one row of a table (N, D) for each pixel: (CHUNK, P), zero outside."""
+    """Return columns d0 .. d0+CHUNK-1 of one row of a table (N, D) for each pixel, (CHUNK, P), with zeros beyond D and
+    for pixels that are not live."""
     d = d0 + tl.arange(0, CHUNK)
     if D % CHUNK == 0:
         return tl.load(table + (rows[None, :] * D + d[:, None]), mask=live[None, :], other=0.0)
@@ -142,7 +246,8 @@ def table_rows(table, rows, live, d0, D: tl.constexpr, CHUNK: tl.constexpr):
 
 @triton.jit
 def class_rows(table, classes, d0, D: tl.constexpr, CHUNK: tl.constexpr):
-    """Columns d0 .. d0+CHUNK-1 of the rows of some classes (-1: a row of zeros): (classes, CHUNK)."""
+    """Return columns d0 .. d0+CHUNK-1 of the rows of some classes in a table (N, D), (classes, CHUNK). The class -1
+    has a row of zeros."""
     d = d0 + tl.arange(0, CHUNK)
     return tl.load(
         table + (classes[:, None] * D + d[None, :]), mask=(classes >= 0)[:, None] & (d < D)[None, :], other=0.0
@@ -151,7 +256,8 @@ def class_rows(table, classes, d0, D: tl.constexpr, CHUNK: tl.constexpr):
 
 @triton.jit
 def size_term(x, NORMALIZE: tl.constexpr):
-    """Summed over the channels, ‖x‖²; without normalisation 0, or NaN where a channel is not finite."""
+    """Return what sums to ‖x‖² over the channels; without normalisation, to 0, or to NaN where a channel is not
+    finite."""
     if NORMALIZE:
         return x * x
     else:
@@ -160,13 +266,14 @@ def size_term(x, NORMALIZE: tl.constexpr):
 
 @triton.jit
 def is_finite(size):
-    """Whether a pixel's vector is finite, from its summed ``size_term``."""
+    """Return whether a pixel's vector is finite, from its summed ``size_term``."""
     return size < float("inf")
 
 
 @triton.jit
 def inverse_norm(size, NORMALIZE: tl.constexpr):
-    """r = 1/‖x‖, 0 for a vector without direction; 1 without normalisation. v = r x."""
+    """Return r of v = r x from the summed ``size_term``: 1/‖x‖, or 0 for a vector without direction; 1 without
+    normalisation."""
     if NORMALIZE:
         vanishes = size <= ZERO_NORM_SQUARED
         return tl.where(vanishes, 0.0, tl.rsqrt(tl.where(vanishes, 1.0, size)))
@@ -176,8 +283,9 @@ def inverse_norm(size, NORMALIZE: tl.constexpr):
 
 @triton.jit
 def dot_features(a, x, acc, PIECES: tl.constexpr = 3, CHAINED: tl.constexpr = False):
-    """acc + a · x to float32's precision. a (M, K) is in the accumulator's type, x (K, ·) is features as they came:
-    raw x meets the tensor cores, so nothing is done to its elements, and what weights them is in the small operand.
+    """Return acc + a · x to float32's precision. a (M, K) has the accumulator's type, x (K, ·) is features as they
+    came: raw x meets the tensor cores, so nothing is done to its elements, and what weights them is in the small
+    operand.
 
     bfloat16: a in PIECES pieces; three hold all of its bits, two hold 16 or more. float16: two TF32 pieces, since a
     may leave float16's range and x is exact in TF32; the first has 8 bits, so that few of its sums need more than a
@@ -213,7 +321,7 @@ def dot_features(a, x, acc, PIECES: tl.constexpr = 3, CHAINED: tl.constexpr = Fa
 
 @triton.jit
 def dot_float64(a, x, acc):
-    """acc + a · x of float64."""
+    """Return acc + a · x of float64, for a (M, K) and x (K, ·)."""
     if FLOAT64_DOT:
         return tl.dot(a, x, acc, input_precision="ieee", out_dtype=tl.float64)
     else:
@@ -221,62 +329,59 @@ def dot_float64(a, x, acc):
 
 
 @triton.jit
-def summed_size(
-    row,
-    pixel,
-    live,
-    sD,
-    D: tl.constexpr,
-    P: tl.constexpr,
-    CHUNK: tl.constexpr,
-    NORMALIZE: tl.constexpr,
-    ACC: tl.constexpr,
-):
-    """The summed ``size_term`` of a row of pixels (P,): its first read, with many loads in flight."""
-    sizes = tl.zeros((CHUNK, P), ACC)
+def summed_size(row, D: tl.constexpr, CHUNK: tl.constexpr, NORMALIZE: tl.constexpr, ACC: tl.constexpr):
+    """Return the summed ``size_term`` of a row of pixels, (P,). This is the first read of the row, with many loads in
+    flight."""
+    sizes = tl.zeros((CHUNK, row.live.shape[0]), ACC)
     for k in tl.range(0, D, CHUNK, loop_unroll_factor=8):
-        sizes += size_term(channels(row, pixel, live, k, sD, D, CHUNK).to(ACC), NORMALIZE)
+        sizes += size_term(channels(row, k, D, CHUNK).to(ACC), NORMALIZE)
     return tl.sum(sizes, 0)
 
 
 @triton.jit
-def anchor_products(
-    row, pixel, live, sD, table, classes, D: tl.constexpr, P: tl.constexpr, K: tl.constexpr, ACC: tl.constexpr
-):
-    """⟨x, â⟩ of a row of pixels and some classes (classes, P); the row comes from cache. s = ⟨x, â⟩ r / τ. Ampere's
-    tensor cores cut sums after every 8 products, Hopper's after 16: there a third piece is needed to stay exact."""
+def anchor_products(row, table, classes, D: tl.constexpr, K: tl.constexpr, ACC: tl.constexpr):
+    """Return ⟨x, â⟩ of a row of pixels, which comes from cache, and some classes, (classes, P). s is ⟨x, â⟩ r / τ.
+    Ampere's tensor cores cut sums after every 8 products, so that a third piece is needed to stay exact; Hopper's cut
+    after 16."""
     PIECES: tl.constexpr = 2 if cuda_capability_geq(9) else 3
-    products = tl.zeros((classes.shape[0], P), ACC)
+    products = tl.zeros((classes.shape[0], row.live.shape[0]), ACC)
     for k in range(0, D, K):
-        tile = channels(row, pixel, live, k, sD, D, K)
-        products = dot_features(class_rows(table, classes, k, D, K), tile, products, PIECES)
+        products = dot_features(class_rows(table, classes, k, D, K), channels(row, k, D, K), products, PIECES)
     return products
 
 
 @triton.jit
 def is_negative(classes, label, negative, is_base):
-    """(classes, P): whether each pixel is a negative of each class (-1: no class). Ignored pixels have neither e
-    nor base."""
+    """Return whether each pixel is a negative of each class, (classes, P); none is of the class -1. Ignored pixels
+    have neither e nor base."""
     chosen = classes[:, None] == negative[None, :]
     return (chosen | (is_base[None, :] & (classes[:, None] != label[None, :]))) & (classes >= 0)[:, None]
+
+
+@triton.jit
+def hard_share(similarity, Z, negative, N):
+    """Return exp(s - Z), the share of each hard negative in the sum of its class, (P,); 1 for a pixel that is none.
+    ``similarity`` points to s of each pixel, ``Z`` to those of the layer."""
+    is_hard = negative < N
+    s = tl.load(similarity, mask=is_hard, other=0.0)
+    return tl.exp(s - tl.load(Z + negative, mask=is_hard, other=0.0))
 
 
 # ------------------------------------------------------------------------------------------------- classes of a block
 
 
 @triton.jit
-def block_classes(
-    codes, more, r0, h, c, w, rank0, N, ROWS: tl.constexpr, P: tl.constexpr, BINS: tl.constexpr, CLASSES: tl.constexpr
-):
-    """The distinct classes in a block of one or two code maps, in ascending order: CLASSES of them from the rank0-th
-    on, padded with -1, and their total number.
+def block_classes(codes, more, block, rank0, N, ROWS: tl.constexpr, BINS: tl.constexpr, CLASSES: tl.constexpr):
+    """Return the distinct classes in a block of one or two code maps, in ascending order: (CLASSES,) of them from the
+    rank0-th on, padded with -1, and the number of all. ``codes`` and ``more`` point to the codes of the block's image.
 
-    A block of a real label map holds a handful of classes: sums over them need CLASSES rows, not N. One with more takes
-    further rounds.
+    A block of a real label map holds a handful of classes: sums over them need CLASSES rows, not N. A block with more
+    classes takes further rounds.
     """
-    r = r0 + tl.arange(0, ROWS)
-    inside = (r < h)[:, None] & (c < w)[None, :]
-    here = r[:, None] * w + c[None, :]
+    P: tl.constexpr = block.c.shape[0]
+    r = block.r0 + tl.arange(0, ROWS)
+    inside = (r < block.r1)[:, None] & block.live[None, :]
+    here = r[:, None] * block.w + block.c[None, :]
     code = tl.load(codes + here, mask=inside, other=BINS).to(tl.int32)
     code = tl.reshape(tl.where(inside, code, BINS), (ROWS * P,))
     n = tl.arange(0, BINS)
@@ -298,18 +403,19 @@ def block_classes(
 
 
 @triton.jit
-def block_norms(norms, r0, h, c, w, ROWS: tl.constexpr):
-    """Whether all vectors of a block are finite, by their kept norms."""
-    r = r0 + tl.arange(0, ROWS)
-    inside = (r < h)[:, None] & (c < w)[None, :]
-    norm = tl.load(norms + (r[:, None] * w + c[None, :]), mask=inside, other=0.0)
+def all_finite(norms, block, ROWS: tl.constexpr):
+    """Return whether all vectors of a block are finite. ``norms`` points to the kept norms of the block's image, which
+    are NaN where a vector is not finite."""
+    r = block.r0 + tl.arange(0, ROWS)
+    inside = (r < block.r1)[:, None] & block.live[None, :]
+    norm = tl.load(norms + (r[:, None] * block.w + block.c[None, :]), mask=inside, other=0.0)
     return tl.max(tl.max((norm != norm).to(tl.int32), 0), 0) == 0
 
 
 @triton.jit
 def again(number, r):
-    """The number, hidden from the compiler behind a loop's r: what is computed from it stays in the loop, where it
-    takes a few instructions, and does not fill registers across it."""
+    """Return the same int32, hidden from the compiler behind a loop's r: what is computed from it stays in the loop,
+    where it takes a few instructions, and does not fill registers across it."""
     if is_cuda():
         number = tl.inline_asm_elementwise(
             "mov.b32 $0, $1; // $2", "=r,r,r", [number, r], tl.int32, is_pure=True, pack=1
@@ -318,46 +424,58 @@ def again(number, r):
 
 
 @triton.jit
-def steps_again(sW, sD, r, UNIT: tl.constexpr, ALIGN: tl.constexpr):
-    """The strides of w and d, hidden by ``again``."""
-    if UNIT == "w":
-        return sW, again(sD // ALIGN, r) * ALIGN
+def row_again(image, block, r, LAYOUT: tl.constexpr):
+    """Return ``row_of``, with the strides of pixels and channels hidden by ``again``."""
+    start = image.start + tl.cast(r, tl.int64) * image.h
+    if LAYOUT.unit == "w":
+        d = again(image.d // LAYOUT.align, r) * LAYOUT.align
+        return Row(start, block.c * image.w, block.live, d)
     else:
-        return again(sW // ALIGN, r) * ALIGN, sD
+        w = again(image.w // LAYOUT.align, r) * LAYOUT.align
+        return Row(start, block.c * w, block.live, image.d)
+
+
+@triton.jit
+def row_tiles(row, D: tl.constexpr, C: tl.constexpr):
+    """Return the D channels of a row of pixels as tiles (C, P)."""
+    tiles = ()
+    for i in tl.static_range(D // C):
+        tiles = tiles + (channels(row, i * C, D, C),)  # noqa: RUF005
+    return tiles
 
 
 @triton.jit
 def side_by_side(a, b):
-    """(M, 2 n) of two (M, n)."""
+    """Return (M, 2 n) with the columns of a (M, n) before those of b (M, n)."""
     return tl.reshape(tl.permute(tl.join(a, b), (0, 2, 1)), (a.shape[0], 2 * a.shape[1]))
 
 
 @triton.jit
 def two_pieces(a):
-    """a as the sum of two bfloat16, to 16 bits."""
+    """Return two bfloat16 whose sum is a, of float32, to 16 bits."""
     high = a.to(tl.bfloat16)
     return high, (a - high.to(tl.float32)).to(tl.bfloat16)
 
 
 @triton.jit
 def stacked(a, b):
-    """(2 M, n): one (M, n) above the other. Unlike after ``tl.join``, a thread holds neighbouring columns, and stores
-    several of them to shared memory at a time."""
+    """Return (2 M, n) with a (M, n) above b (M, n). Unlike after ``tl.join``, a thread holds neighbouring columns, and
+    stores several of them to shared memory at a time."""
     first = (tl.arange(0, 2) == 0)[:, None, None]
     return tl.reshape(tl.where(first, a[None, :, :], b[None, :, :]), (2 * a.shape[0], a.shape[1]))
 
 
 @triton.jit
 def joined(a, b):
-    """(2 n,): one (n,) after the other."""
+    """Return (2 n,) with a (n,) before b (n,)."""
     first = (tl.arange(0, 2) == 0)[:, None]
     return tl.reshape(tl.where(first, a[None, :], b[None, :]), (2 * a.shape[0],))
 
 
 @triton.jit
 def class_pieces(table, classes, d0, D: tl.constexpr, C: tl.constexpr):
-    """C channels of the rows of 16 classes for ``piece_products``: (64, C). Three pieces of bfloat16 hold all bits of
-    float32; the first of them comes in two halves, each with zeros for the other half's channels."""
+    """Return C channels from d0 on of the rows of 16 classes for ``piece_products``, (64, C). Three pieces of bfloat16
+    hold all bits of float32; the first of them comes in two halves, each with zeros for the other half's channels."""
     rows = class_rows(table, classes, d0, D, C)
     high, middle = two_pieces(rows)
     third = (rows - high.to(tl.float32) - middle.to(tl.float32)).to(tl.bfloat16)
@@ -373,7 +491,7 @@ def class_pieces(table, classes, d0, D: tl.constexpr, C: tl.constexpr):
 
 @triton.jit
 def row_pieces(table, classes, D: tl.constexpr, C: tl.constexpr):
-    """``class_pieces`` of all channels."""
+    """Return ``class_pieces`` of all channels, in tiles (64, C)."""
     tiles = ()
     for i in tl.static_range(D // C):
         tiles = tiles + (class_pieces(table, classes, i * C, D, C),)  # noqa: RUF005
@@ -382,15 +500,15 @@ def row_pieces(table, classes, D: tl.constexpr, C: tl.constexpr):
 
 @triton.jit
 def piece_products(tile, pieces, products):
-    """products (P, 16) + ⟨x, â⟩ of some channels. Tensor cores cut a sum toward zero after every few products, so a
-    long one would shrink: the sums over each half of the channels are added in float32."""
+    """Return products (P, 16) + ⟨x, â⟩ over the channels of a tile (C, P). Tensor cores cut a sum toward zero after
+    every few products, so a long one would shrink: the sums over each half of the channels are added in float32."""
     parts = tl.dot(tl.trans(tile), tl.trans(pieces))
     return products + tl.sum(tl.reshape(parts, (parts.shape[0], 4, 16)), 1)
 
 
 @triton.jit
 def chosen(mask, values):
-    """(P, classes): a pixel's value where the mask is set."""
+    """Return a pixel's value where the mask (P, classes) is set, and 0 elsewhere, for values (P,)."""
     return tl.where(mask, values[:, None], tl.zeros(mask.shape, values.dtype))
 
 
@@ -399,21 +517,22 @@ def chosen(mask, values):
 
 @triton.jit
 def power_of_two(exponent):
-    """2^exponent in float32, exactly; exponent between -126 and 127."""
+    """Return 2^exponent in float32, exactly, for exponents between -126 and 127."""
     return ((exponent + 127) << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def exponent_above(x):
-    """An integer e with |x| < 2^e, for finite x of size 2^-60 .. 2^126; -60 below."""
+    """Return an integer e with |x| < 2^e, for finite x of size 2^-60 .. 2^126; -60 below."""
     e = ((x.to(tl.float32).to(tl.int32, bitcast=True) >> 23) & 255) - 126
     return tl.maximum(e, -60)
 
 
 @triton.jit
 def vector_scale(max_abs, layer, scale_exponent, NORMALIZE: tl.constexpr):
-    """What a sum of embeddings is multiplied with before it becomes an int64, so that it may be added in any order
-    with the same bits. |v| <= 1 when normalised; else a power of two is taken from the layer's largest |x|."""
+    """Return what a sum of embeddings is multiplied with before it becomes an int64, so that it may be added in any
+    order with the same bits: 2^scale_exponent where |v| <= 1, which is when v is normalised; else less by the exponent
+    of the layer's largest |x|."""
     if NORMALIZE:
         return power_of_two(scale_exponent)
     else:
@@ -422,18 +541,36 @@ def vector_scale(max_abs, layer, scale_exponent, NORMALIZE: tl.constexpr):
 
 @triton.jit
 def pulled_scale(max_abs, layer, count, NORMALIZE: tl.constexpr):
-    """The scale of A⁺, a sum of ``count`` embeddings with weights of at most 1, with room for as many roundings."""
+    """Return the scale of A⁺, a sum of ``count`` embeddings with weights of at most 1, with room for as many
+    roundings."""
     return vector_scale(max_abs, layer, 60 - exponent_above(tl.maximum(count, 1)), NORMALIZE)
 
 
 @triton.jit
 def pushed_scale(max_abs, layer, NORMALIZE: tl.constexpr):
-    """The scale of A⁻, a sum of embeddings with weights that add up to 1."""
+    """Return the scale of A⁻, a sum of embeddings with weights that add up to 1."""
     return vector_scale(max_abs, layer, tl.full((), 60, tl.int32), NORMALIZE)
 
 
 @triton.jit
+def term_scale(
+    Z, length, max_abs, layer, inverse_temperature, scale_exponent, D: tl.constexpr, NORMALIZE: tl.constexpr
+):
+    """Return the fixed-point scale of Σ softplus(Z_n - s_np), whose terms are below |Z| + ‖â‖ max‖v‖ / τ + 1, and
+    whether there is one: there is none where Z or â is not finite or an s may overflow."""
+    longest = 1.0
+    if not NORMALIZE:
+        longest = tl.load(max_abs + layer) * (D * 1.0)
+    # An anchor that was normalised is longer than the ``length`` that it had.
+    longest *= tl.maximum(length, 1.0)
+    bound = tl.where(-float("inf") == Z, 0.0, tl.abs(Z)) + longest * inverse_temperature + 1.0
+    known = bound < 2.0**60
+    return power_of_two(scale_exponent - exponent_above(tl.where(known, bound, 1.0))), known
+
+
+@triton.jit
 def zero_tiles(COUNT: tl.constexpr, M: tl.constexpr, K: tl.constexpr, DTYPE: tl.constexpr):
+    """Return a tuple of COUNT tiles (M, K) of zeros."""
     tiles = ()
     for _ in tl.static_range(COUNT):
         tiles = tiles + (tl.zeros((M, K), DTYPE),)  # noqa: RUF005 - tuples grow by + in Triton
@@ -442,6 +579,7 @@ def zero_tiles(COUNT: tl.constexpr, M: tl.constexpr, K: tl.constexpr, DTYPE: tl.
 
 @triton.jit
 def filled(COUNT: tl.constexpr, M: tl.constexpr, VALUE: tl.constexpr, DTYPE: tl.constexpr):
+    """Return a tuple of COUNT vectors (M,) of one value."""
     vectors = ()
     for _ in tl.static_range(COUNT):
         vectors = vectors + (tl.full((M,), VALUE, DTYPE),)  # noqa: RUF005
@@ -450,21 +588,21 @@ def filled(COUNT: tl.constexpr, M: tl.constexpr, VALUE: tl.constexpr, DTYPE: tl.
 
 @triton.jit
 def nearest(x):
-    """x rounded to the nearest integer, halves away from zero; where a float has no bits for a fraction, x to its
-    last bit."""
+    """Return x rounded to the nearest int64, halves away from zero. Where a float has no bits for a fraction, the last
+    bit of x may change."""
     return (x + tl.where(x < 0, -0.5, 0.5)).to(tl.int64)
 
 
 @triton.jit
 def add_fixed(pointer, tile, scale, mask):
-    """Adds a tile to int64 sums in fixed point."""
+    """Adds a tile to int64 sums in fixed point, each element multiplied by ``scale``."""
     tl.atomic_add(pointer, nearest(tile * scale), mask=mask, sem="relaxed")
 
 
 @triton.jit
 def in_order(x):
-    """An integer above 0 for every x, in the order of the floats, NaN being the largest; so that a maximum can begin
-    at 0. The last bit of a float64 is lost, and with it -inf, which comes back as NaN."""
+    """Return an int64 above 0 for every x, in the order of the floats, with NaN as the largest, so that a maximum can
+    begin at 0. The last bit of a float64 is lost, and with it -inf, which comes back as NaN."""
     bits = x.to(tl.float64).to(tl.int64, bitcast=True)
     bits = tl.where(bits < 0, bits ^ 0x7FFFFFFFFFFFFFFF, bits)
     return (tl.where(x == x, bits, 0x7FF8000000000000) >> 1) + 0x4000000000000000
@@ -472,7 +610,7 @@ def in_order(x):
 
 @triton.jit
 def from_order(key, DTYPE: tl.constexpr):
-    """The float behind an ``in_order``; -inf for 0."""
+    """Return the float that ``in_order`` made a key of, or -inf for the key 0."""
     bits = (key - 0x4000000000000000) << 1
     x = tl.where(bits < 0, bits ^ 0x7FFFFFFFFFFFFFFF, bits).to(tl.float64, bitcast=True)
     return tl.where(key == 0, -float("inf"), x).to(DTYPE)
@@ -483,13 +621,14 @@ def from_order(key, DTYPE: tl.constexpr):
 
 @triton.jit
 def sigmoid(t):
+    """Return 1 / (1 + e^-t)."""
     return 1.0 / (1.0 + tl.exp(-t))
 
 
 @triton.jit
 def softplus(t):
-    """log(1 + e^t), to full relative precision also where e^t is tiny: log(1 + u) = log(w) u / (w - 1) with w = 1 + u
-    as it is rounded."""
+    """Return log(1 + e^t), to full relative precision also where e^t is tiny: log(1 + u) = log(w) u / (w - 1) with
+    w = 1 + u as it is rounded."""
     u = tl.exp(-tl.abs(t))
     w = 1.0 + u
     return tl.maximum(t, 0.0) + tl.where(w == 1.0, u, tl.log(w) * (u / tl.where(w == 1.0, 1.0, w - 1.0)))

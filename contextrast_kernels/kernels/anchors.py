@@ -17,24 +17,24 @@ from contextrast_kernels.kernels import _launch
 from contextrast_kernels.kernels._codes import Codes, codes
 from contextrast_kernels.kernels._gradient import feature_gradients
 from contextrast_kernels.kernels._sums import Sums, zeros
-from contextrast_kernels.kernels._tile_table import copied_tiles, copies_rows, next_power_of_2, tiles
+from contextrast_kernels.kernels._tile_table import copied_tiles, copies_rows, next_power_of_2, tiles_of
 from contextrast_kernels.kernels._tiles import (
     LARGEST_MAX_ABS,
     add_fixed,
     block_classes,
-    block_of,
     channels,
     dot_features,
     float64_from_bits,
-    image_codes,
-    image_features,
     inverse_norm,
     is_finite,
-    layer_of,
-    of_layer,
+    open_block,
     program_and_part,
+    row_again,
+    row_codes,
+    row_of,
+    row_tiles,
     size_term,
-    steps_again,
+    summed_size,
     two_pieces,
     vector_scale,
     zero_tiles,
@@ -49,7 +49,7 @@ def forward(
     normalize: bool,
     volume: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Anchors (N, D), counts (N,), and the label codes that ``backward`` needs."""
+    """Return anchors (N, D), counts (N,), and the label codes that ``backward`` needs."""
     sums = zeros([features], num_classes, normalize, anchors=True, loss=False)
     code = codes([features], labels, num_classes, ignore_index, sums, volumes=volume)
     if not normalize:
@@ -61,7 +61,7 @@ def forward(
 
 
 def backward(gradient: Tensor, features: Tensor, counts: Tensor, y: Tensor, normalize: bool) -> Tensor:
-    """dL/dx: every pixel gets its class's dL/da / c, through v = x / ‖x‖."""
+    """Return dL/dx: every pixel gets its class's dL/da / c, through v = x / ‖x‖."""
     pull = (
         (gradient / counts.clamp(min=1).unsqueeze(1)).to(_launch.accumulator(features.dtype)).unsqueeze(0).contiguous()
     )
@@ -70,19 +70,20 @@ def backward(gradient: Tensor, features: Tensor, counts: Tensor, y: Tensor, norm
 
 
 def largest_features(features: Sequence[Tensor], code: Codes, sums: Sums) -> None:
-    """``sums.max_abs``: the largest finite |x| of each layer's valid pixels, by which unnormalised sums are scaled."""
+    """Put the largest finite |x| of each layer's valid pixels into ``sums.max_abs``: unnormalised sums are scaled by
+    it."""
     x = features[0]
     arguments = {"codes": code.y, "max_abs": sums.max_abs, "N": sums.counts.shape[1]}
-    taken = tiles("_largest_features", x.dtype, x.shape[1])
-    _launch.sweep(_largest_features, features, arguments, taken)
+    tiles = tiles_of("_largest_features", x.dtype, x.shape[1])
+    _launch.sweep(_largest_features, features, arguments, tiles, {})
 
 
 def class_sums(
     features: Sequence[Tensor], code: Codes, sums: Sums, scale_exponent: int, norms: Tensor | None = None
 ) -> None:
-    """``sums.vectors``: Σ v over the pixels of every class. One read of the features.
+    """Add Σ v over the pixels of every class to ``sums.vectors``, in one read of the features.
 
-    scale_exponent: ``_launch.scale_exponent`` of all the pixels (of all ranks) that the sums will hold. norms: where
+    scale_exponent: ``_launch.scale_exponent`` of all the pixels, on all ranks, that the sums will hold. norms: where
     1/‖x‖ of every pixel is kept for later sweeps, NaN where x is not finite."""
     x = features[0]
     D = x.shape[1]
@@ -95,8 +96,8 @@ def class_sums(
         "scale_exponent": scale_exponent,
         "N": sums.counts.shape[1],
     }
-    taken = {
-        **tiles("_class_anchors_fwd", x.dtype, D, "K", "COLUMNS", "CLASSES"),
+    tiles = tiles_of("_class_anchors_fwd", x.dtype, D)
+    constants = {
         "BINS": next_power_of_2(sums.counts.shape[1]),
         "NORMALIZE": sums.max_abs is None,
         "COPIED": False,
@@ -104,17 +105,17 @@ def class_sums(
     }
     copied = None
     if sums.max_abs is None and copies_rows(x.dtype, D):
-        copied = _class_anchors_fwd, arguments, {**taken, **copied_tiles(), "COPIED": True}
-    splits = _launch.ceil_div(D, taken["COLUMNS"])
-    _launch.sweep(_class_anchors_fwd, features, arguments, taken, splits=splits, copied=copied)
+        copied = _launch.Copied(copied_tiles(tiles), {})
+    splits = _launch.ceil_div(D, tiles.COLUMNS)
+    _launch.sweep(_class_anchors_fwd, features, arguments, tiles, constants, splits=splits, copied=copied)
 
 
 def anchor_tables(
     sums: Sums, dtype: torch.dtype, scale_exponent: int, fusion_weight: float = 0.0, normalize_anchors: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """â (layers, N, D) from the sums of all ranks: means, mixed with the last layer's, normalised if asked. A class
-    without pixels has a zero row, one with a broken pixel a row of NaN. And ‖â‖ (layers, N) as it was before it was
-    normalised."""
+    """Return â (layers, N, D) from the sums of all ranks, and ‖â‖ (layers, N) before normalisation. The rows of â are
+    means, mixed with those of the last layer, and normalised if asked. A class without pixels has a row of zeros, one
+    with a pixel that is not finite a row of NaN."""
     L, N, D = sums.vectors.shape
     table = torch.empty(L, N, D, dtype=dtype, device=sums.vectors.device)
     lengths = torch.empty(L, N, dtype=dtype, device=sums.vectors.device)
@@ -144,71 +145,9 @@ def anchor_tables(
     return table, lengths
 
 
-@triton.jit
-def _sums_of_copied_rows(
-    image,
-    sH,
-    sW,
-    sD,
-    codes,
-    norms,
-    slots,
-    r0,
-    h,
-    c,
-    w,
-    D: tl.constexpr,
-    ROWS: tl.constexpr,
-    P: tl.constexpr,
-    C: tl.constexpr,
-    UNIT: tl.constexpr,
-    ALIGN: tl.constexpr,
-):
-    """Σ r_p x_p of the 16 classes of a block, in tiles (C, 16), and whether all of its vectors are finite.
-
-    A row of 64 pixels comes to shared memory once. x (C, P) · Wᵀ (P, 64) gives its sums, where W holds r in the row of
-    a pixel's class. Three pieces of bfloat16, one below the other, hold all bits of float32; the first of them comes in
-    two halves, each with zeros for the other half's pixels. Tensor cores cut a sum toward zero after every few
-    products, so a long one would shrink: sums over 32 pixels are added in float32.
-    """
-    live = c < w
-    in_second = (tl.arange(0, P) >= P // 2)[None, :]
-    part = tl.arange(0, 4)[:, None]
-    totals = zero_tiles(D // C, C, 16, tl.float32)
-    spoilt = tl.zeros((P,), tl.float32)  # becomes NaN
-    for r in tl.range(r0, tl.minimum(r0 + ROWS, h), num_stages=3):
-        row = image + tl.cast(r, tl.int64) * sH
-        y = tl.load(codes + (r * w + c), mask=live, other=32767).to(tl.int32)
-        step_w, step_d = steps_again(sW, sD, r, UNIT, ALIGN)
-        tiles = ()
-        sizes = tl.zeros((C, P), tl.float32)
-        for i in tl.static_range(D // C):
-            tiles = tiles + (channels(row, c * step_w, live, i * C, step_d, D, C),)  # noqa: RUF005
-            sizes += size_term(tiles[i].to(tl.float32), True)
-        size = tl.sum(sizes, 0)
-        spoilt += size * 0.0
-        norm = inverse_norm(size, True)
-        if norms is not None:
-            tl.store(norms + (r * w + c), tl.where(is_finite(size), norm, float("nan")), mask=live)
-        high, middle = two_pieces(norm)
-        third = (norm - high.to(tl.float32) - middle.to(tl.float32)).to(tl.bfloat16)
-        zero = tl.zeros((4, P), tl.bfloat16)
-        pieces = tl.where((part == 0) & in_second | (part == 1) & (in_second == 0), zero, high[None, :])
-        pieces = tl.where(part == 2, middle[None, :], tl.where(part == 3, third[None, :], pieces))
-        own = (slots[:, None] == y[None, :])[None, :, :]
-        weights = tl.reshape(tl.where(own, pieces[:, None, :], tl.zeros((4, 16, P), tl.bfloat16)), (64, P))
-        grown = ()
-        for i in tl.static_range(D // C):
-            parts = tl.dot(tiles[i], tl.trans(weights))
-            grown = grown + (totals[i] + tl.sum(tl.reshape(parts, (C, 4, 16)), 1),)  # noqa: RUF005
-        totals = grown
-    return totals, tl.max((spoilt != spoilt).to(tl.int32), 0) == 0
-
-
 @triton.jit(do_not_specialize=["scale_exponent", "N"])
 def _class_anchors_fwd(
     x,
-    strides,
     geometry,
     codes,
     sums,
@@ -218,52 +157,41 @@ def _class_anchors_fwd(
     scale_exponent,
     N,
     D: tl.constexpr,
-    ROWS: tl.constexpr,
-    P: tl.constexpr,
-    CHUNK: tl.constexpr,
-    K: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    CLASSES: tl.constexpr,
+    TILES: tl.constexpr,
     BINS: tl.constexpr,
     NORMALIZE: tl.constexpr,
     COPIED: tl.constexpr,
-    UNIT: tl.constexpr,
-    ALIGN: tl.constexpr,
-    WIDE: tl.constexpr,
+    LAYOUT: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """sums[n] += Σ_p r_p x_p [y_p = n] over one block, COLUMNS of the channels.
+    """One program, one block: adds Σ_p r_p x_p [y_p = n] to sums[n], for COLUMNS of the channels.
 
-    Fused: the norm and the sum by class. A row of the block is read from memory for its norms and again, from
-    cache, for the product W · xᵀ with W = r_p [y_p = class of slot], which runs on the tensor cores and touches no
-    element of x by hand. Moves: the features once, and 8 bytes x D for each class of each block into the sums.
+    A row of the block is read from memory for its norms and again, from cache, for the product W · xᵀ with
+    W = r_p [y_p = class of slot], which runs on the tensor cores and touches no element of x by hand. The kernel moves
+    the features once, and 8 D bytes into the sums for each class of a block.
     COPIED: rows can be copied. ``_sums_of_copied_rows`` then does the work, unless the block has many classes or a
     vector that is not finite.
     """
-    program, part = program_and_part(D, COLUMNS)
-    d0 = part * COLUMNS
-    layer = layer_of(program, geometry.block)
-    number = of_layer(geometry.number, layer)
-    b, r0, c0, h, w = block_of(program, geometry, layer, ROWS, P, UNIT, ALIGN)
-    image, sH, sW, sD = image_features(x, strides, layer, b, UNIT, ALIGN, WIDE)
-    pixels = image_codes(geometry, layer, b, h, w)
-    codes += pixels
+    K: tl.constexpr = TILES.K
+    CLASSES: tl.constexpr = TILES.CLASSES
+    PRODUCTS: tl.constexpr = TILES.COLUMNS // TILES.K
+    program, part = program_and_part(D, TILES.COLUMNS)
+    block = open_block(x, geometry, program, TILES.ROWS, TILES.P, LAYOUT)
+    d0 = part * TILES.COLUMNS
+    codes += block.pixel
     if norms is not None:
-        norms += pixels
-    sums += number * N * D
-    c = c0 + tl.arange(0, P)
-    live = c < w
-    scale = vector_scale(max_abs, number, scale_exponent, NORMALIZE)
+        norms += block.pixel
+    sums += block.number * N * D
+    broken += block.number * N
+    scale = vector_scale(max_abs, block.number, scale_exponent, NORMALIZE)
 
     rank0 = 0
     classes = 1
     if COPIED:
-        slots, found = block_classes(codes, None, r0, h, c, w, 0, N, ROWS, P, BINS, CLASSES)
+        slots, found = block_classes(codes, None, block, 0, N, TILES.ROWS, BINS, CLASSES)
         if found <= CLASSES:
             C: tl.constexpr = 64  # channels of a product: the least with which they are wgmma's rows
-            totals, finite = _sums_of_copied_rows(
-                image, sH, sW, sD, codes, norms, slots, r0, h, c, w, D, ROWS, P, C, UNIT, ALIGN
-            )
+            totals, finite = _sums_of_copied_rows(block, codes, norms, slots, D, C, LAYOUT)
             if finite:
                 for i in tl.static_range(D // C):
                     d = i * C + tl.arange(0, C)
@@ -272,80 +200,100 @@ def _class_anchors_fwd(
             else:
                 tl.debug_barrier()  # the norms that other threads stored are written again
     while rank0 < classes:
-        slots, classes = block_classes(codes, None, r0, h, c, w, rank0, N, ROWS, P, BINS, CLASSES)
-        totals = zero_tiles(COLUMNS // K, CLASSES, K, ACC)
-        for r in range(r0, tl.minimum(r0 + ROWS, h)):
-            row = image + tl.cast(r, tl.int64) * sH
-            y = tl.load(codes + (r * w + c), mask=live, other=BINS).to(tl.int32)
-            sizes = tl.zeros((CHUNK, P), ACC)
-            for k in tl.range(0, D, CHUNK, loop_unroll_factor=8):
-                sizes += size_term(channels(row, c * sW, live, k, sD, D, CHUNK).to(ACC), NORMALIZE)
-            size = tl.sum(sizes, 0)
-            # 0 · NaN would carry a broken pixel into every class of the block: it is taken out, and its class marked.
-            sound = is_finite(size)
-            some_broken = tl.min(sound.to(tl.int32), 0) == 0
+        slots, classes = block_classes(codes, None, block, rank0, N, TILES.ROWS, BINS, CLASSES)
+        totals = zero_tiles(PRODUCTS, CLASSES, K, ACC)
+        for r in range(block.r0, block.r1):
+            row = row_of(block.image, block, r)
+            y = row_codes(codes, block, r)
+            size = summed_size(row, D, TILES.CHUNK, NORMALIZE, ACC)
+            # 0 · NaN would carry a vector that is not finite into every class of the block: it is taken out, and its
+            # class marked.
+            finite = is_finite(size)
+            some_broken = tl.min(finite.to(tl.int32), 0) == 0
             if some_broken:
-                tl.atomic_max(
-                    broken + number * N + y,
-                    tl.full((P,), 1, tl.int64),
-                    mask=live & (y < N) & (sound == 0),
-                    sem="relaxed",
-                )
+                mark = tl.full(y.shape, 1, tl.int64)
+                tl.atomic_max(broken + y, mark, mask=block.live & (y < N) & (finite == 0), sem="relaxed")
             norm = inverse_norm(size, NORMALIZE)
             if norms is not None:
-                tl.store(norms + (r * w + c), tl.where(sound, norm, float("nan")), mask=live)
-            weight = tl.where((slots[:, None] == y[None, :]) & sound[None, :], norm[None, :], 0.0)
-            grown = ()
-            for k in tl.static_range(COLUMNS // K):
-                tile = channels(row, c * sW, live, d0 + k * K, sD, D, K, D % COLUMNS == 0)
+                tl.store(norms + (r * block.w + block.c), tl.where(finite, norm, float("nan")), mask=block.live)
+            weight = tl.where((slots[:, None] == y[None, :]) & finite[None, :], norm[None, :], 0.0)
+            more = ()
+            for k in tl.static_range(PRODUCTS):
+                tile = channels(row, d0 + k * K, D, K, D % TILES.COLUMNS == 0)
                 if some_broken:
-                    tile = tl.where(sound[None, :], tile, 0.0)
-                grown = grown + (dot_features(weight, tl.trans(tile), totals[k]),)  # noqa: RUF005
-            totals = grown
-        for k in tl.static_range(COLUMNS // K):
+                    tile = tl.where(finite[None, :], tile, 0.0)
+                more = more + (dot_features(weight, tl.trans(tile), totals[k]),)  # noqa: RUF005
+            totals = more
+        for k in tl.static_range(PRODUCTS):
             d = d0 + k * K + tl.arange(0, K)
             here = sums + slots[:, None] * D + d[None, :]
             add_fixed(here, totals[k], scale, (slots >= 0)[:, None] & (d < D)[None, :])
         rank0 += CLASSES
 
 
+@triton.jit
+def _sums_of_copied_rows(block, codes, norms, slots, D: tl.constexpr, C: tl.constexpr, LAYOUT: tl.constexpr):
+    """Return Σ r_p x_p of the 16 classes of a block, in tiles (C, 16) of the channels, and whether all of its vectors
+    are finite.
+
+    A row of 64 pixels comes to shared memory once. x (C, P) · Wᵀ (P, 64) gives its sums, where W holds r in the row of
+    a pixel's class. Three pieces of bfloat16, one below the other, hold all bits of float32; the first of them comes in
+    two halves, each with zeros for the other half's pixels. Tensor cores cut a sum toward zero after every few
+    products, so a long one would shrink: sums over 32 pixels are added in float32.
+    """
+    P: tl.constexpr = block.c.shape[0]
+    in_second = (tl.arange(0, P) >= P // 2)[None, :]
+    part = tl.arange(0, 4)[:, None]
+    totals = zero_tiles(D // C, C, 16, tl.float32)
+    spoilt = tl.zeros((P,), tl.float32)  # becomes NaN
+    for r in tl.range(block.r0, block.r1, num_stages=3):
+        y = row_codes(codes, block, r)
+        tiles = row_tiles(row_again(block.image, block, r, LAYOUT), D, C)
+        sizes = tl.zeros((C, P), tl.float32)
+        for i in tl.static_range(D // C):
+            sizes += size_term(tiles[i].to(tl.float32), True)
+        size = tl.sum(sizes, 0)
+        spoilt += size * 0.0
+        norm = inverse_norm(size, True)
+        if norms is not None:
+            kept = tl.where(is_finite(size), norm, float("nan"))
+            tl.store(norms + (r * block.w + block.c), kept, mask=block.live)
+        high, middle = two_pieces(norm)
+        third = (norm - high.to(tl.float32) - middle.to(tl.float32)).to(tl.bfloat16)
+        zero = tl.zeros((4, P), tl.bfloat16)
+        pieces = tl.where((part == 0) & in_second | (part == 1) & (in_second == 0), zero, high[None, :])
+        pieces = tl.where(part == 2, middle[None, :], tl.where(part == 3, third[None, :], pieces))
+        own = (slots[:, None] == y[None, :])[None, :, :]
+        weights = tl.reshape(tl.where(own, pieces[:, None, :], tl.zeros((4, 16, P), tl.bfloat16)), (64, P))
+        more = ()
+        for i in tl.static_range(D // C):
+            parts = tl.dot(tiles[i], tl.trans(weights))
+            more = more + (totals[i] + tl.sum(tl.reshape(parts, (C, 4, 16)), 1),)  # noqa: RUF005
+        totals = more
+    return totals, tl.max((spoilt != spoilt).to(tl.int32), 0) == 0
+
+
 @triton.jit(do_not_specialize=["N"])
-def _largest_features(
-    x,
-    strides,
-    geometry,
-    codes,
-    max_abs,
-    N,
-    D: tl.constexpr,
-    ROWS: tl.constexpr,
-    P: tl.constexpr,
-    CHUNK: tl.constexpr,
-    UNIT: tl.constexpr,
-    ALIGN: tl.constexpr,
-    WIDE: tl.constexpr,
-):
-    """max_abs = max |x| over the finite channels of valid pixels. Unnormalised features alone need this read."""
-    program = tl.program_id(0)
-    layer = layer_of(program, geometry.block)
-    b, r0, c0, h, w = block_of(program, geometry, layer, ROWS, P, UNIT, ALIGN)
-    image, sH, sW, sD = image_features(x, strides, layer, b, UNIT, ALIGN, WIDE)
-    codes += image_codes(geometry, layer, b, h, w)
-    c = c0 + tl.arange(0, P)
-    live = c < w
+def _largest_features(x, geometry, codes, max_abs, N, D: tl.constexpr, TILES: tl.constexpr, LAYOUT: tl.constexpr):
+    """One program, one block: raises max_abs to the largest |x| of the finite channels of valid pixels. Unnormalised
+    features alone need this read."""
+    P: tl.constexpr = TILES.P
+    CHUNK: tl.constexpr = TILES.CHUNK
+    block = open_block(x, geometry, tl.program_id(0), TILES.ROWS, P, LAYOUT)
+    codes += block.pixel
     largest = tl.zeros((CHUNK, P), max_abs.dtype.element_ty)
-    for r in range(r0, tl.minimum(r0 + ROWS, h)):
-        row = image + tl.cast(r, tl.int64) * sH
-        valid = tl.load(codes + (r * w + c), mask=live, other=255).to(tl.int32) < N
+    for r in range(block.r0, block.r1):
+        row = row_of(block.image, block, r)
+        valid = row_codes(codes, block, r) < N
         for k in range(0, D, CHUNK):
-            size = tl.abs(channels(row, c * sW, live, k, sD, D, CHUNK).to(max_abs.dtype.element_ty))
+            size = tl.abs(channels(row, k, D, CHUNK).to(max_abs.dtype.element_ty))
             largest = tl.maximum(largest, tl.where(valid[None, :] & (size < float("inf")), size, 0.0))
-    tl.atomic_max(max_abs + of_layer(geometry.number, layer), tl.max(tl.max(largest, 0), 0), sem="relaxed")
+    tl.atomic_max(max_abs + block.number, tl.max(tl.max(largest, 0), 0), sem="relaxed")
 
 
 @triton.jit
 def _mean(sums, broken, max_abs, counts, layer, n, d, scale_exponent, N, D: tl.constexpr, NORMALIZE: tl.constexpr):
-    """a^n of a layer in float64, and its count."""
+    """Return a^n of a layer in float64, (BLOCK,), and the class's count of pixels."""
     count = tl.load(counts + layer * N + n)
     scale = vector_scale(max_abs, layer, scale_exponent, NORMALIZE).to(tl.float64)
     total = tl.load(sums + (layer * N + n) * D + d, mask=d < D, other=0).to(tl.float64)
@@ -372,8 +320,8 @@ def _anchor_tables(
     NORMALIZE: tl.constexpr,
     NORMALIZE_ANCHORS: tl.constexpr,
 ):
-    """One program, one class: â_i = (1 - w_h) a_i + w_h a_I where the class is in both layers, else a_i; 0 where
-    layer i lacks it."""
+    """One program, one class: writes â_i = (1 - w_h) a_i + w_h a_I where the class is in both layers, else a_i, and 0
+    where layer i lacks it."""
     n = tl.program_id(0)
     d = tl.arange(0, BLOCK)
     w_h = float64_from_bits(fusion_weight)

@@ -19,12 +19,13 @@ from torch import Tensor
 from contextrast_kernels import ranks
 from contextrast_kernels.kernels import _launch
 from contextrast_kernels.kernels._codes import codes
+from contextrast_kernels.kernels._finish import Outcome, Scales, finish
 from contextrast_kernels.kernels._gradient import Terms, feature_gradients
 from contextrast_kernels.kernels._log_sums import log_sums
 from contextrast_kernels.kernels._sums import zeros
 from contextrast_kernels.kernels._tile_table import keeps_norms
 from contextrast_kernels.kernels.anchors import anchor_tables, class_sums, largest_features
-from contextrast_kernels.kernels.pixel_anchor import Outcome, Scales, finish, moments
+from contextrast_kernels.kernels.pixel_anchor import moments
 
 
 def forward(
@@ -82,7 +83,7 @@ def forward(
         ranks.add_up([sums.vectors, sums.counts, sums.broken, sums.drawn, errors], group)
     table, lengths = anchor_tables(sums, dtype, scale_exponent, fusion_weight, normalize_anchors)
 
-    Z, similarity = log_sums(features, code, sums, table, temperature, normalize)
+    Z, similarity = log_sums(features, code, sums, table, temperature, normalize, norms)
     if group is not None:
         Z = ranks.log_sum_exp(Z, group, 1 / temperature if normalize else None)  # ‖â‖ ≤ 1 and ‖v‖ ≤ 1
 

@@ -89,7 +89,7 @@ FAULTS = [
     Fault("tensor cores without a proxy fence", ROWS, "tensor cores read shared", "_info_nce_log_sums",
           r"fence\.proxy\.async[^;]*;"),
     Fault("results of wgmma without wait_group", ROWS, "undefined", "_info_nce_log_sums", r"wgmma\.wait_group[^;]*;"),
-    Fault("copies that nobody waits for", HARD, "undefined", "_pixel_anchor_copied_fwd",
+    Fault("copies that nobody waits for", HARD, "undefined", "_pixel_anchor_fwd",
           r"cp\.async\.wait_group[^;]*;", "cp.async.wait_group 15;"),
     Fault("a descriptor 16 bytes further on", ROWS, CONTRACT, "_info_nce_log_sums",
           r"(wgmma\.mma_async[^;]*?, )(%rd\d+), (%p\d+|\d+), 1, 1", r"add.s64 \2, \2, 1; \1\2, \3, 1, 1"),

@@ -351,7 +351,7 @@ def test_sums_of_many_splits(rng, positives):
     losses, kept = sums.new_empty(R), sums.new_empty(4, R)
     rows = kernels.Rows(torch.zeros(R, dtype=torch.int64, device=DEVICE), None, *_launch.encode_ints([1, 0]))
     given = {"log_sums": sums, "terms": None, "rows": rows, "losses": losses, "kept": kept}
-    form = {"HELD": 16, "POSITIVES": positives, "NUMBERS": 4, "LABEL": tl.int64}
+    form = {"HELD": 16, "FORM": kernels.Form(False, positives, tl.int64), "NUMBERS": 4}
     _launch.launch(kernels._info_nce_rows, (1,), {**given, "ignore_index": -1, "R": R, "splits": splits}, form)
     log_sum, other = ((sums[:, i] + sums[:, i + 1].log()).logsumexp(0) for i in (0, 2))
     if positives == "supcon":

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.skipif(ck.available()["triton"] != "ok", reason=f"trito
 
 if ck.available()["triton"] == "ok":
     from contextrast_kernels.kernels import _launch, _log_sums
-    from contextrast_kernels.plan import GRAIN, WRITTEN, Watch, moved, training_step
+    from contextrast_kernels.plan import GRAIN, WRITTEN, Watch, moved, named_tensors, training_step
 
 PAPER = ["cityscapes", "ade20k", "camvid"]
 MOST_LAUNCHES = 24
@@ -35,13 +35,12 @@ def test_a_step_stays_within_its_limits_of_launches_and_memory(name, layout):
     assert step.peak <= MOST_MEMORY[name] * case.batch * case.channels * sum(h * w for h, w in case.sizes) * 2
 
 
-def _contents(value) -> dict[int, list]:
-    """By address, the bytes of each tensor in an argument."""
-    if isinstance(value, tuple):
-        return {address: content for part in value for address, content in _contents(part).items()}
-    if not isinstance(value, torch.Tensor):
-        return {}
-    return {value.data_ptr(): value.cpu().contiguous().view(-1).view(torch.uint8).tolist()}
+def _contents(arguments: dict) -> dict[tuple[str, int], list]:
+    """By name and address, the bytes of each tensor among the arguments of a launch."""
+    return {
+        (name, x.data_ptr()): x.cpu().contiguous().view(-1).view(torch.uint8).tolist()
+        for name, x in named_tensors(arguments.items())
+    }
 
 
 def test_the_plan_knows_what_each_kernel_writes(rng, monkeypatch):
@@ -49,11 +48,12 @@ def test_the_plan_knows_what_each_kernel_writes(rng, monkeypatch):
     changed = {}
 
     def watched(kernel, grid, arguments, constants):
-        before = {name: _contents(value) for name, value in arguments.items()}
+        before = _contents(arguments)
         launch(kernel, grid, arguments, constants)
-        changes = {name for name, value in arguments.items() if _contents(value) != before[name]}
-        known = set(WRITTEN[kernel.__name__])
-        assert set(changes) <= known, kernel.__name__
+        changes = {
+            name for (name, address), content in _contents(arguments).items() if content != before[name, address]
+        }
+        assert changes <= set(WRITTEN[kernel.__name__]), kernel.__name__
         changed.setdefault(kernel.__name__, set()).update(changes)
 
     launch = _launch.launch
@@ -68,8 +68,8 @@ def test_the_plan_knows_what_each_kernel_writes(rng, monkeypatch):
         ck.pixel_anchor_loss(x, labels, torch.randn(3, 4), negatives=labels[:, :4, :4].roll(1, 0)).backward()
         ck.class_anchors(torch.full((1, 4, 4, 4), torch.nan), labels, 3)
         ck.info_nce(rows, row_labels, torch.randn(400, 4), torch.randint(0, 2, (400,))).backward()
-    # The interpreter has no tensor cores, so it keeps no norms for the kernel that copies its rows.
-    assert WRITTEN.keys() - changed.keys() == {"_pixel_anchor_copied_fwd"}
+    assert WRITTEN.keys() == changed.keys()
+    # The interpreter has no tensor cores, so it copies no rows and keeps no norms.
     unseen = {(name, argument) for name, found in changed.items() for argument in set(WRITTEN[name]) - found}
     assert unseen == {("_class_anchors_fwd", "norms")}
 
@@ -90,11 +90,11 @@ def test_the_bytes_of_a_launch_are_those_of_its_tensors():
 
 def test_every_block_of_the_dense_sweep_has_a_place_to_write(monkeypatch):
     """Also where rows that cannot be read 16 bytes at a time are taken in shorter pieces than the tiles say."""
-    tiles = _log_sums.tiles
-    monkeypatch.setattr(_log_sums, "tiles", lambda *names: {**tiles(*names), "P": 64})
+    tiles_of = _log_sums.tiles_of
+    monkeypatch.setattr(_log_sums, "tiles_of", lambda *names: tiles_of(*names)._replace(P=64))
     launches = training_step(1, [(17, 128), (9, 70), (9, 67)], 16, 3, torch.float32, base_rate=1.0).launches
     dense = [launch for launch in launches if launch.kernel.__name__ == "_dense_similarities"]
-    assert [launch.constants["P"] for launch in dense] == [64, 32]
+    assert [launch.constants["TILES"].P for launch in dense] == [64, 32]
     (partials,) = {launch.arguments["partial"].shape[1] for launch in dense}
     assert partials == sum(launch.grid[0] for launch in dense) == 6 + 2 * (2 * 3)
 
