@@ -123,6 +123,29 @@ def test_very_anisotropic_pixels_equal_brute_force(backend, rng, shape, sampling
         check((rng.random((3, *shape)) >= share).astype(np.uint8), sampling)
 
 
+@pytest.mark.parametrize(
+    ("shape", "sampling", "zero"),
+    [
+        ((1000, 100), (25, 201), (0, 5)),
+        ((1000, 100), (25, 201), (999, 94)),
+        ((97, 1000), (201, 25), (3, 0)),
+        ((700, 81, 3), (39, 221, 1), (0, 3, 1)),
+        ((700, 3, 81), (39, 1, 221), (699, 1, 3)),
+    ],
+)
+def test_costs_that_nearly_fill_32_bits(backend, shape, sampling, zero):
+    """With one zero the distances are known in closed form. The largest is just below 2^30, and that of a pixel beyond
+    the end of a line would be above."""
+    mask = np.ones((1, *shape), dtype=bool)
+    mask[(0, *zero)] = False
+    place = np.indices(shape)
+    expected = sum((side * (axis - q)) ** 2 for side, axis, q in zip(sampling, place, zero, strict=True))
+    assert 0.9 * 2**30 < expected.max() < 2**30
+    squared, indices = transformed(mask, sampling)
+    assert (squared[0] == expected).all()
+    assert all((axis == q).all() for axis, q in zip(indices, zero, strict=True))
+
+
 @pytest.mark.parametrize("spatial_dims", [1, 2])
 def test_sampled_lines_and_maps_take_the_first_of_equal_costs(backend, rng, spatial_dims):
     """With two axes nothing is rounded before the last sum: ties are exactly those of brute force."""
