@@ -1,6 +1,7 @@
 """benchmarks/distances.py: peers that are said to compute the same function do, and the inputs are what they say."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -43,6 +44,24 @@ def test_a_wrong_distance_is_a_difference():
     assert not distances.difference(expected * float("nan"), expected, classes) <= 1e-4
 
 
-def test_edges_are_where_the_edge_distance_is_zero():
-    classes = distances.image_of(replace(CASES[-1], regime="mid"))
+def test_every_peer_is_asked_in_every_regime():
+    """What a page compares: each library wherever it can answer the question."""
+    everywhere = {"SciPy", "MONAI"}
+    for case in CASES:
+        suffix = "" if case.what == "distance_transform" else " on edges"
+        on_cpu = everywhere if case.indices else everywhere | {"edt", "edt of bool"}
+        if not case.is_volume:
+            on_cpu = on_cpu | {"OpenCV precise", "kornia"}
+        names = {name for name, _ in distances.names(case, torch.device("cpu"))}
+        assert {name + suffix for name in on_cpu} <= names
+        given = distances.image_of(case)
+        mask = given if case.what == "distance_transform" else (~distances.edges(given)).byte()
+        on_gpu = distances._of_mask(SimpleNamespace(is_cuda=True, image=mask), case.sampling, case.indices)
+        assert [row.name for row in on_gpu] == ["CuPy", "cuCIM", "MONAI"]
+
+
+@pytest.mark.parametrize("case", [CASES[-1], CASES[20]], ids=["map", "volume"])
+def test_edges_are_where_the_edge_distance_is_zero(case):
+    classes = distances.image_of(replace(case, regime="trained" if not case.is_volume else "trained-like"))
+    assert distances.edges(classes).any()
     assert torch.equal(distances.edges(classes), ck.edge_distance(classes) == 0)
