@@ -438,19 +438,24 @@ CONTEXTRAST_CLONES void solve_planes(const Volume &volume, const Words &words, c
 
 // ---- The three passes
 
-// Workers of the last pass: each has a plane of costs, all of which together are to take no more than the output.
-int workers(const Volume &volume, int threads) {
-  const int64_t useful = threads_for(threads, volume.batch * volume.image());
-  if (volume.size[1] == 1) return static_cast<int>(useful);
-  const int64_t most = volume.batch * volume.size[0] / (volume.metric.integral ? 1 : 2);
-  return static_cast<int>(greater<int64_t>(lesser(useful, most), 1));
-}
-
 template <class Cost>
 int64_t work_bytes(const Volume &volume) {
   Scratch scratch(nullptr);
   Work<Cost> work(scratch, volume);
   return scratch.used();
+}
+
+// The workers of the last pass. In volumes each has a plane of costs, so there are only as many as keep the scratch, of
+// which `shared` bytes are not a worker's, below 5/4 of the output.
+template <class Cost>
+int workers(const Volume &volume, int threads, int64_t shared) {
+  const ContextrastDistance &wanted = volume.wanted;
+  const int64_t useful = threads_for(threads, volume.batch * volume.image());
+  if (volume.size[1] == 1) return static_cast<int>(useful);
+  int64_t bytes = wanted.squared && wanted.sampled ? sizeof(double) : sizeof(float);
+  for (const int32_t *nearest : wanted.nearest) bytes += nearest ? sizeof *nearest : 0;
+  const int64_t most = (volume.batch * volume.image() * bytes / 4 * 5 - shared) / work_bytes<Cost>(volume);
+  return static_cast<int>(greater<int64_t>(lesser(useful, most), 1));
 }
 
 template <bool KEYS, class Cost>
@@ -494,7 +499,7 @@ void transform(const Volume &volume, bool edges, Scratch &scratch, int threads) 
                                         static_cast<int>(first),
                                         static_cast<int>(lesser<int64_t>(first + planes, volume.size[0])));
                    }};
-  share(workers(volume, threads), mark, carry, solve);
+  share(workers<Cost>(volume, threads, scratch.used()), mark, carry, solve);
 }
 
 template <class Cost>
@@ -503,7 +508,7 @@ int64_t scratch_bytes(const Volume &volume, bool edges, int threads) {
   Words(scratch, volume, edges);
   Apart<Cost>(scratch, volume.size[1]);
   Apart<Cost>(scratch, volume.size[2]);
-  return scratch.used() + workers(volume, threads) * work_bytes<Cost>(volume);
+  return scratch.used() + workers<Cost>(volume, threads, scratch.used()) * work_bytes<Cost>(volume);
 }
 
 int transform(const char *name, const ContextrastVolume &given, bool edges, const ContextrastDistance &wanted,
