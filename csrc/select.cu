@@ -194,8 +194,8 @@ __global__ void __launch_bounds__(BLOCK)
 }
 
 struct ClassSource {
-  ContextrastMap classes, distance_sq;  // distance_sq.data may be null
-  uint64_t limit;
+  ContextrastMap classes, distance_sq;
+  uint64_t num_classes;
 };
 
 // Classes and distances that are there already are brought to the layer.
@@ -213,7 +213,7 @@ __global__ void __launch_bounds__(BLOCK)
     if (pixel >= layer.num_pixels()) continue;
     const int r = pixel / layer.width, c = pixel % layer.width;
     const int64_t n = value_at(source.classes, sampled_at(source.classes, spot.image, r, c, layer));
-    if (static_cast<uint64_t>(n) < source.limit) classes[i] = static_cast<int32_t>(n);
+    if (static_cast<uint64_t>(n) < source.num_classes) classes[i] = static_cast<int32_t>(n);
     layer.set_class(start + pixel, classes[i]);
     if (layer.distance_sq)
       layer.distance_sq[start + pixel] = __ldg(static_cast<const int32_t *>(source.distance_sq.data) +
@@ -595,7 +595,7 @@ cudaError_t enqueue_negatives(BaneMemory &memory, const ContextrastMap &predicti
   if (status == cudaSuccess && full) {
     const Layer &from = memory.full.layer[0];
     const ClassSource source{dense_map(from.classes, memory.full), dense_map(from.distance_sq, memory.full),
-                             class_limit(-1, 0)};
+                             static_cast<uint64_t>(num_classes)};
     status = enqueue_classes(memory.layers, source, stream);
   }
   return status == cudaSuccess ? enqueue_selection(memory.layers, ratio, seed, stream) : status;
@@ -653,7 +653,7 @@ int contextrast_select_nearest_cuda(const ContextrastMap *classes, const Context
   if (status == cudaSuccess)
     status = cudaMemsetAsync(scratch, 0, static_cast<size_t>(memory.zeroed), stream_of(stream));
   if (status == cudaSuccess)
-    status = enqueue_classes(memory.layers, {*classes, *distance_sq, class_limit(num_classes, 0)}, stream_of(stream));
+    status = enqueue_classes(memory.layers, {*classes, *distance_sq, static_cast<uint64_t>(num_classes)}, stream_of(stream));
   if (status == cudaSuccess) status = enqueue_selection(memory.layers, ratio, seed, stream_of(stream));
   return answer(status, error);
 }
