@@ -1,5 +1,5 @@
-// The search along one line or several abreast on the CPU: a window settles a block of neighbouring pixels, or leaves it
-// open for bisection between anchors (lines.h, step 3).
+// The search along one line or several abreast on the CPU: a window settles a block of neighbouring pixels or leaves it
+// open. Open blocks are solved by bisection between anchors (lines.h, step 3).
 #ifndef CONTEXTRAST_SEARCH_H
 #define CONTEXTRAST_SEARCH_H
 
@@ -68,7 +68,7 @@ CONTEXTRAST_HD bool is_open_at(const Cost *best, Cost next) {
   return Best<KEYS, Cost>{Block<Cost>::at(best), {}}.is_open(next);
 }
 
-// The window of one block, `steps` pixels to either side, which lie `step` elements apart. True if the block is settled.
+// Tries for one block the `steps` pixels to either side, which lie `step` elements apart. True if the block is settled.
 template <bool KEYS, class Cost>
 CONTEXTRAST_HD bool window(const Cost *costs, const int32_t *keys, int64_t step, const Cost *apart, int steps,
                            Cost *best, int32_t *best_keys) {
@@ -150,7 +150,7 @@ CONTEXTRAST_HD void sweep(const Cost *costs, const int32_t *keys, const Cost *ap
   if constexpr (KEYS) found.keys.put(best_keys);
 }
 
-// What the window leaves of a block.
+// What is left of a block after its window.
 enum State : uint8_t { WITHOUT_FAR, SETTLED, OPEN };
 
 // Solves the open blocks of one run of blocks with far pixels, from..end-1. The pixels beside the run are the farthest

@@ -1,10 +1,10 @@
 // error_map, select_nearest and bane_negatives on CUDA. A segment is the pixels of one class in one image of one layer.
-//   1. find_errors or read_classes   every pixel's class; how many pixels each segment has. The block that comes last
-//                                    to an image lays its segments out one after the other.
+//   1. find_errors or read_classes   every pixel's class, and the number of pixels of each segment. The last block to
+//                                    finish in an image places its segments one after the other.
 //   2. (mark and solve of edt.cu)    the distances
 //   3. place                         the pixels of each segment, as a list
 //   4. choose                        a block parts a segment at its quota (choose.cuh) and writes the result
-// Only counts, lists and the order inside a list come from atomics, and no result depends on that order.
+// Atomics give the counts, the places of the lists and the order inside them. No result depends on that order.
 #include <type_traits>
 
 #include "choose.cuh"
@@ -73,7 +73,8 @@ static_assert(sizeof(LayersWork) + 3 * sizeof(ContextrastMap) <= 4096, "paramete
 
 // ---- 1. Classes
 
-// The `pixels` pixels of one image that are a block's. Threads beyond the end of the image take part without a pixel.
+// The pixels of one image that a block works on. Threads beyond the end of the image have no pixel but still take part
+// in the exchanges between threads.
 struct Spot {
   const Layer &layer;
   int image, first, blocks;  // the first pixel; the blocks of an image
@@ -158,7 +159,7 @@ struct ErrorSource {
   int64_t ignore_index, infinity;  // of the logits
 };
 
-// A thread's pixels: with logits a pixel has reads enough.
+// The pixels of a thread. With logits one pixel has enough reads to hide their latency.
 template <class Bits>
 constexpr int PIXELS = std::is_void_v<Bits> ? 4 : 1;
 
@@ -280,7 +281,8 @@ __global__ void __launch_bounds__(CHOOSERS, 3)
       if (layer.selected && is_selected) layer.selected[at] = 1;
       if (!layer.selected && !is_selected) layer.set_class(at, NO_CLASS);
     });
-    // No barrier: what a segment writes before its first one, the segment before reads before its last one.
+    // No barrier is needed between segments. Shared memory that one writes before its first barrier was last read by
+    // the one before it before that one's last barrier.
   }
 }
 
@@ -510,7 +512,8 @@ int contextrast_select_nearest_cuda(const ContextrastMap *classes, const Context
   if (status == cudaSuccess)
     status = cudaMemsetAsync(scratch, 0, static_cast<size_t>(memory.zeroed), stream_of(stream));
   if (status == cudaSuccess)
-    status = enqueue_classes(memory.layers, {*classes, *distance_sq, static_cast<uint64_t>(num_classes)}, stream_of(stream));
+    status = enqueue_classes(memory.layers, {*classes, *distance_sq, static_cast<uint64_t>(num_classes)},
+                             stream_of(stream));
   if (status == cudaSuccess) status = enqueue_selection(memory.layers, ratio, seed, stream_of(stream));
   return answer(status, error);
 }
