@@ -1,4 +1,4 @@
-// The rank of a segment's last selected pixel, as select.cu's kernel `choose` looks for it: by bins of distances, then by
+// How select.cu's kernel `choose` finds the rank of a segment's last selected pixel: by bins of distances, then by
 // digits of 11 bits of the rank, until few candidates are left. Integer distances below 128 and their ties take one
 // round of each.
 #ifndef CONTEXTRAST_CHOOSE_CUH

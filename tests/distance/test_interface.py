@@ -13,7 +13,8 @@ from contextrast_kernels import native
 
 BACKENDS = ["reference"] + (["native"] if native.status("cpu") == "ok" else [])
 INTEGERS = [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32, torch.uint64]
-FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.float8_e4m3fn]
+FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+FLOATS += [torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz]
 
 
 @pytest.fixture(params=BACKENDS)
