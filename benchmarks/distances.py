@@ -6,6 +6,7 @@ distances` times them, and `python -m benchmarks.report` writes the table of doc
 """
 
 import functools
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -181,85 +182,110 @@ def ours(case: DistanceCase, image: Tensor) -> Any:
 def transforms(case: DistanceCase, image: Tensor) -> list[Transform]:
     """This library, then everything that can be asked the same. Calls read torch's number of threads."""
     found = [Transform(OURS, lambda _: lambda: ours(case, image), note=f"{case.columns['dtype']} in")]
-    if not case.is_volume:
-        return found + _of_maps(image)
-    if image.is_cuda:
-        peer = Transform("CuPy", lambda m: _cupy(m, image, case.sampling, case.indices), "cupy")
-        return found if case.what == "edge_distance" else [*found, peer]
-    volume, sampling = image[0].numpy(), case.sampling
-    if case.what == "edge_distance":
-        note = "multi-label: distance to the nearest voxel outside, a different order of voxels"
-        given = np.where(volume < 0, 0, volume + 1).astype(np.uint8)
-        return [*found, Transform("edt", lambda m: lambda: _edt(m, given, sampling), "edt", note, False)]
-    asked = {"sampling": sampling, "return_indices": case.indices}
-    scipy = Transform("SciPy", lambda m: lambda: m.distance_transform_edt(volume, **asked), "scipy.ndimage")
-    if case.indices:  # the others give distances alone
-        return [*found, scipy]
-    return [*found, Transform("edt", lambda m: lambda: _edt(m, volume, sampling), "edt"), scipy]
+    if case.what == "distance_transform":
+        return found + _of_mask(image, case.sampling, case.indices)
+    if not image.is_cuda:
+        found += _of_labels(case, image)
+    on_edges = (~edges(image)).byte()
+    return found + [_given_edges(row, on_edges) for row in _of_mask(on_edges, case.sampling)]
 
 
-def _edt(module, volume: np.ndarray, sampling=None) -> np.ndarray:
-    sides = sampling or (1.0,) * volume.ndim
-    return module.edt(volume, anisotropy=sides, black_border=False, parallel=torch.get_num_threads())
+def _of_mask(mask: Tensor, sampling: tuple[float, ...] | None, indices: bool = False) -> list[Transform]:
+    """The peers' transforms of a mask, uint8 (1, ...). Those that cannot give indices are left out if they are asked
+    for, and those that know only square pixels if there is a sampling."""
+    asked = {"sampling": sampling, "return_indices": indices}
+    monai = Transform(
+        "MONAI",
+        lambda m: lambda: m.distance_transform_edt(mask, **asked),
+        *("monai.transforms.utils", "cuCIM's code on a GPU" if mask.is_cuda else "SciPy's code on a CPU"),
+    )
+    if mask.is_cuda:
+        return [
+            Transform("CuPy", lambda m: _on_cupy(m, mask, asked), "cupyx.scipy.ndimage"),
+            Transform("cuCIM", lambda m: _on_cupy(m, mask, asked), "cucim.core.operations.morphology"),
+            monai._replace(make=lambda m: _on_cucim(m, monai)),
+        ]
+    image = mask[0].numpy()
+    found = [Transform("SciPy", lambda m: lambda: m.distance_transform_edt(image, **asked), "scipy.ndimage"), monai]
+    if indices:
+        return found
+    found += [
+        Transform("edt", lambda m: lambda: _edt(m, image, sampling), "edt"),
+        Transform("edt of bool", lambda m: lambda: _edt(m, image.view(bool), sampling), "edt"),
+    ]
+    if image.ndim == 2 and sampling is None:
+        found += [
+            Transform(
+                "OpenCV precise",
+                lambda m: lambda: m.distanceTransform(image, m.DIST_L2, m.DIST_MASK_PRECISE),
+                *("cv2", "DIST_MASK_PRECISE"),
+            ),
+            Transform(
+                "kornia",
+                lambda m: lambda: m.contrib.distance_transform((mask == 0).float()[:, None])[:, 0],
+                *("kornia", "approximate, by repeated convolution", False),
+            ),
+        ]
+    return found
 
 
-def _cupy(cupy, image: Tensor, sampling=None, indices=False) -> Callable[[], Tensor]:
-    from cupyx.scipy import ndimage
+def _edt(module, image: np.ndarray, sampling=None) -> np.ndarray:
+    sides = sampling or (1.0,) * image.ndim
+    return module.edt(image, anisotropy=sides, black_border=False, parallel=torch.get_num_threads())
 
-    options = {"sampling": sampling, "return_indices": indices, "float64_distances": False}
+
+def _on_cupy(module, mask: Tensor, asked: dict) -> Callable[[], Tensor]:
+    import cupy
 
     def call():
-        found = ndimage.distance_transform_edt(cupy.from_dlpack(image[0]), **options)
-        return torch.from_dlpack(found[0] if indices else found)
+        found = module.distance_transform_edt(cupy.from_dlpack(mask[0]), **asked, float64_distances=False)
+        return torch.from_dlpack(found[0] if asked["return_indices"] else found)
 
     return call
 
 
-def _of_maps(classes: Tensor) -> list[Transform]:
-    """Edge distances of a class map (1, h, w), -1 outside. Those "on edges" are given the edges, which is most of the
-    work of a naive user."""
-    on_edges = ~edges(classes)
-    note = "the reference: mask, edges and transform of each class"
-    if classes.is_cuda:
-        return [Transform("CuPy on edges", lambda m: _cupy(m, on_edges.byte()), "cupy", "given edges")]
-    image, labels = on_edges[0].numpy(), (classes[0] + 1).clamp(min=0).int().numpy()
-    outside = "multi-label: distance to the nearest pixel outside, another order of pixels"
-    found = [
-        Transform("SciPy on edges", lambda m: lambda: m.distance_transform_edt(image), "scipy.ndimage", "given edges"),
-        Transform(
-            "SciPy for each class", lambda m: lambda: for_each_class(m, classes[0].numpy()), "scipy.ndimage", note
-        ),
-        Transform(
-            "OpenCV precise on edges",
-            lambda m: lambda: m.distanceTransform(image.view(np.uint8), m.DIST_L2, m.DIST_MASK_PRECISE),
-            *("cv2", "given edges, DIST_MASK_PRECISE"),
-        ),
-        Transform("edt on edges", lambda m: lambda: _edt(m, image), "edt", "given edges"),
-        Transform("edt multi-label", lambda m: lambda: _edt(m, labels), "edt", outside, False),
-        Transform(
-            "kornia on edges",
-            lambda m: lambda: m.contrib.distance_transform((~on_edges).float()[:, None])[:, 0],
-            *("kornia", "given edges; approximate, by repeated convolution", False),
-        ),
-    ]
+def _on_cucim(module, row: Transform) -> Callable[[], Any]:
+    for needed in ("cupy", "cucim"):
+        if importlib.util.find_spec(needed) is None:
+            raise Absent(f"{needed} is not installed, without which MONAI moves the mask to the CPU")
+    return row.make(module)
 
-    def with_edges(row: Transform) -> Transform:
-        def make(module):
-            if bool(on_edges.all()):
-                raise Absent("an image without an edge, for which its result means nothing")
-            return row.make(module)
 
-        return row._replace(make=make)
+def _given_edges(row: Transform, on_edges: Tensor) -> Transform:
+    """The transform of a mask as one of labels whose edges are known. To find them is most of a naive user's work."""
 
-    return [row if row.name == "edt multi-label" else with_edges(row) for row in found]
+    def make(module):
+        if bool(on_edges.all()):
+            raise Absent("an image without an edge, for which its result means nothing")
+        return row.make(module)
+
+    note = "; ".join(filter(None, ("given edges", row.note)))
+    return row._replace(name=f"{row.name} on edges", make=make, note=note)
+
+
+def _of_labels(case: DistanceCase, classes: Tensor) -> list[Transform]:
+    """The peers that take the labels themselves, (1, ...) with -1 outside."""
+    image = classes[0].numpy()
+    labels = np.where(image < 0, 0, image + 1).astype(np.uint8 if case.is_volume else np.int32)
+    outside = "multi-label: distance to the nearest pixel outside, a different order of pixels"
+    name = "edt" if case.is_volume else "edt multi-label"
+    found = [Transform(name, lambda m: lambda: _edt(m, labels, case.sampling), "edt", outside, False)]
+    if not case.is_volume:  # for the classes of a volume it takes minutes
+        note = "the reference: mask, edges and transform of each class"
+        call = Transform("SciPy for each class", lambda m: lambda: for_each_class(m, image), "scipy.ndimage", note)
+        found.append(call)
+    return found
 
 
 def edges(classes: Tensor) -> Tensor:
-    """Edge pixels of a class map (B, H, W), -1 outside: a 4-neighbour inside the image has another number."""
-    x = F.pad(classes.double()[:, None], (1, 1, 1, 1), mode="replicate")[:, 0]
-    here = x[:, 1:-1, 1:-1]
-    different = (x[:, :-2, 1:-1] != here) | (x[:, 2:, 1:-1] != here) | (x[:, 1:-1, :-2] != here)
-    return (different | (x[:, 1:-1, 2:] != here)) & (classes >= 0)
+    """Edge pixels of classes (B, ...), -1 outside: a neighbour inside the image has another number."""
+    found = torch.zeros_like(classes, dtype=torch.bool)
+    for axis in range(1, classes.ndim):
+        size = classes.shape[axis] - 1
+        differ = classes.narrow(axis, 0, size) != classes.narrow(axis, 1, size)
+        found.narrow(axis, 0, size).logical_or_(differ)
+        found.narrow(axis, 1, size).logical_or_(differ)
+    return found & (classes >= 0)
 
 
 def for_each_class(ndimage, classes: np.ndarray) -> np.ndarray:
@@ -267,13 +293,13 @@ def for_each_class(ndimage, classes: np.ndarray) -> np.ndarray:
     for n in np.unique(classes[classes >= 0]):
         inside = classes == n
         edge = inside & ~ndimage.binary_erosion(inside, border_value=1)
-        distance[inside] = ndimage.distance_transform_edt(~edge)[inside]
+        distance[inside] = ndimage.distance_transform_edt(~edge)[inside] if edge.any() else np.inf
     return distance
 
 
 def difference(found: Any, expected: Any, image: Tensor) -> float:
     """The largest difference of two results where the image has a class: peers may have any number elsewhere."""
-    found, expected = (x[0] if isinstance(x, tuple) else x for x in (found, expected))
+    found, expected = (x[0] if isinstance(x, tuple | list) else x for x in (found, expected))
     found, expected = (torch.as_tensor(x).double().cpu().view(image.shape) for x in (found, expected))
     return torch.where(found == expected, 0.0, (found - expected).abs())[image.cpu() >= 0].max().item()
 

@@ -17,6 +17,7 @@ import contextlib
 import functools
 import gc
 import io
+import itertools
 import os
 import pathlib
 import signal
@@ -305,13 +306,13 @@ def distances_part(machine: Machine, names: Sequence[str]) -> Iterator[Job]:
     """Distance transforms and edge distances of volumes, and edge distances of maps: they have cases of their own."""
     inputs = distances.cases(machine.side)
     if machine.tiny:
-        inputs = {(case.what, case.is_volume): case for case in reversed(inputs)}.values()
-    for case in inputs:
-        for threads in (None,) if machine.on_gpu else (1,) if machine.tiny else (1, 2):
-            for name, slow in distances.names(case, machine.device):
-                if threads != 2 or not slow:
-                    row = Row(by=name, threads=threads, **case.columns, **machine.environment)
-                    yield Job(row, functools.partial(run_distance, machine, case, name), name == distances.OURS)
+        inputs = list({(case.what, case.is_volume): case for case in reversed(inputs)}.values())
+    threads = (None,) if machine.on_gpu else (1,) if machine.tiny else (1, 2)
+    for slow, case, count in itertools.product((False, True), inputs, threads):  # what takes seconds comes last
+        for name, is_slow in distances.names(case, machine.device):
+            if is_slow == slow and not (slow and count == 2):
+                row = Row(by=name, threads=count, **case.columns, **machine.environment)
+                yield Job(row, functools.partial(run_distance, machine, case, name), name == distances.OURS)
 
 
 def run_distance(machine: Machine, case: distances.DistanceCase, name: str) -> dict:

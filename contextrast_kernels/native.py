@@ -19,7 +19,7 @@ from contextrast_kernels.loops import one_call_per_sample
 
 _PATH = pathlib.Path(__file__).with_name("_native.so")
 _ERROR_SIZE = 256
-_INTERFACE = 3
+_INTERFACE = 4
 _TYPES = (
     torch.uint8,
     torch.int8,

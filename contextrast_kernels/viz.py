@@ -99,7 +99,10 @@ def negatives(
     checks.tensor("labels", labels, "the map (H, W) of one image")
     checks.tensor("predictions", predictions, "the class map (H', W') or the logits (N, H', W') of one image")
     if labels.ndim != 2:
-        raise ValueError(f"labels: expected the map (H, W) of one image, got {checks.describe(labels)}")
+        raise ValueError(
+            f"labels: expected the map (H, W) of one image, got {checks.describe(labels)}; "
+            "pass one image, labels[i], or one plane of a volume, labels[i, z]"
+        )
     labels = checks.class_map("labels", labels.detach().cpu()[None])
     predictions = checks.predictions("predictions", predictions.detach().cpu()[None], num_classes)
     if not isinstance(sizes, Sequence) or len(sizes) == 0:

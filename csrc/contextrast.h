@@ -18,7 +18,7 @@
 
 #define CONTEXTRAST_API __attribute__((visibility("default")))
 
-#define CONTEXTRAST_INTERFACE 3  // of this file: one more whenever a function here changes its arguments or results
+#define CONTEXTRAST_INTERFACE 4  // of this file: one more whenever a function here changes its arguments or results
 #define CONTEXTRAST_MAX_SIDE 16384  // squared distances, and what the search along a line adds to them, stay below 2^31
 #define CONTEXTRAST_MAX_VOXELS (INT64_C(1) << 31)  // of one image: a voxel's number in its image is an int32
 #define CONTEXTRAST_MAX_SELECTION (INT64_C(1) << 29)  // pixels of an image of select_nearest, whatever its sides

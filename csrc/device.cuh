@@ -1,4 +1,4 @@
-// What the kernels share: warps and blocks, several layers in one launch, launching.
+// Code that the kernels share: warps and blocks, several layers in one launch, and launching.
 #ifndef CONTEXTRAST_DEVICE_CUH
 #define CONTEXTRAST_DEVICE_CUH
 
@@ -48,7 +48,7 @@ struct LayerBlocks {
   }
 };
 
-// ---- Order between blocks: what comes last sees all that the others wrote before.
+// ---- Order between blocks: the last one sees everything that the others wrote before.
 
 // True in the warp that is the last of `total` to call it with this ticket, which was 0 before the launch.
 __device__ __forceinline__ bool is_last_warp(uint32_t *ticket, uint32_t total) {
@@ -74,7 +74,7 @@ __device__ __forceinline__ bool is_last_block(uint32_t *ticket, uint32_t total) 
 
 // ---- Host side
 
-// Makes a device current for as long as it lives.
+// Makes a device the current one until the end of the scope.
 class OnDevice {
  public:
   explicit OnDevice(int device) : device_(device) {
@@ -96,7 +96,7 @@ class OnDevice {
 // What CUDA answered, as a function of contextrast.h answers.
 inline int answer(cudaError_t status, char *error) {
   if (status == cudaSuccess) return CONTEXTRAST_OK;
-  cudaGetLastError();  // ours to report: the next call must not find it again
+  cudaGetLastError();  // clears it: it is reported here, and the next call must not find it again
   snprintf(error, CONTEXTRAST_ERROR_SIZE, "CUDA: %s", cudaGetErrorString(status));
   return CONTEXTRAST_DEVICE_FAILED;
 }

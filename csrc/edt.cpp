@@ -1,11 +1,11 @@
 // edge_distance and distance_transform on the CPU, for lines, maps and volumes.
-//   1. mark: the seeds, and for edge_distance the pixels whose distance is wanted, a bit each. A word has 32 pixels of a
-//      column, which is a line along the first axis that is longer than 1.
+//   1. mark: one bit per pixel for the seeds, and for edge_distance one for the pixels whose distance is wanted. A word
+//      has 32 pixels of a column, which is a line along the first axis that is longer than 1.
 //   2. carry: the nearest seeds above and below each word.
-//   3. solve: plane after plane across the columns, first along y (in volumes), then along x. A block of 64 bytes of
-//      costs, of neighbours along x, is settled by a window; the blocks that it leaves open are searched line by line.
-// Only pixels that are wanted and no seed, the far ones, are searched for; blocks without one are passed over. Along any
-// axis the neighbours of a run of far pixels are seeds, or the image ends there, so that no pixel beyond them matters.
+//   3. solve: plane after plane across the columns, first along y (in volumes), then along x. A window settles most
+//      blocks, which have 64 bytes of costs of neighbours along x. The others are searched line by line.
+// A pixel is far if it is wanted and no seed. Only far pixels are searched for, and blocks without one are skipped.
+// Along any axis a run of far pixels ends at seeds or at the border of the image, so that no pixel beyond them matters.
 #include <string.h>
 
 #include "search.h"
@@ -40,7 +40,7 @@ struct Row {
     return found >> bit & 1;
   }
 
-  // Which of eight pixels are wanted.
+  // -1 for each of eight pixels that is wanted, else 0.
   CONTEXTRAST_HD Ints wanted_from(int x) const {
     return wanted ? reinterpret_cast<Ints>(load<Words8>(wanted + x) << (31 - bit)) < 0 : Ints{} - 1;
   }
@@ -125,7 +125,7 @@ CONTEXTRAST_HD void read_row(const Row &row, int x, int count, Cost side, int32_
                        best + i, KEYS ? best_keys + i : nullptr);
 }
 
-// No seed and no pixel that is wanted from pixel `end` on, as far as a block reaches that starts before it.
+// Clears the pixels from `end` on that a block starting before it reaches: they are no seeds and not wanted.
 template <bool KEYS, class Cost>
 CONTEXTRAST_HD void end_line(const Line<Cost> &line, int64_t end) {
   for (int64_t i = end; i < end + LANES<int32_t>; ++i) {
@@ -170,7 +170,7 @@ CONTEXTRAST_HD void turn(const T *from, int64_t pitch, const Put &put) {
   for (int i = 0; i < COUNT; ++i) put(i, square[i]);
 }
 
-// What the window leaves open in the columns lane..lane+LANES-1 of a strip.
+// Solves what the window has left open in the columns lane..lane+LANES-1 of a strip.
 template <bool KEYS, class Cost>
 CONTEXTRAST_HD void search_columns(const Volume &volume, const Apart<Cost> &apart, const Work<Cost> &work, int lane) {
   using V = typename Vectors<Cost>::Costs;
@@ -227,7 +227,7 @@ CONTEXTRAST_HD void search_columns(const Volume &volume, const Apart<Cost> &apar
   }
 }
 
-// The columns x..x+count-1 of a plane, abreast, along y: into work.costs and work.keys.
+// Solves the columns x..x+count-1 of a plane, abreast, along y. The results go to work.costs and work.keys.
 template <bool KEYS, class Cost>
 CONTEXTRAST_HD void solve_strip(const Volume &volume, const Words &words, int64_t rows, int z, int x, int count,
                                 const Apart<Cost> &apart, const Work<Cost> &work) {
@@ -262,7 +262,7 @@ CONTEXTRAST_HD void solve_strip(const Volume &volume, const Words &words, int64_
   }
 }
 
-// ---- What is written of one row, which starts at output element `at`.
+// ---- The results of one row, which starts at output element `at`.
 
 CONTEXTRAST_HD int32_t quotient(int32_t number, int32_t divisor, double inverse) {  // number >= 0
   const int32_t guess = static_cast<int32_t>(number * inverse);
@@ -326,7 +326,7 @@ CONTEXTRAST_HD void write_costs(const Volume &volume, const Cost *best, int64_t 
   }
 }
 
-// The same where no pixel is far: those that are wanted are seeds.
+// The results where no pixel is far: every wanted pixel is a seed.
 template <class T>
 CONTEXTRAST_HD void write_seeds(const uint32_t *wanted, int bit, int count, T *distance) {
   for (int x = 0; x < count; ++x)
@@ -362,7 +362,7 @@ CONTEXTRAST_HD Cost least_of(const Cost *from, const Cost *end) {
 template <class Cost>
 constexpr int BESIDE = (LONG_WINDOW + LANES<Cost> - 1) / LANES<Cost>;
 
-// Row y of plane z, run after run of blocks with far pixels and of blocks without. `at`: its first output element.
+// Solves row y of plane z, whose first output element is `at`: runs of blocks with far pixels, and runs without.
 template <bool KEYS, class Cost>
 CONTEXTRAST_HD void solve_row(const Volume &volume, const Row &row, const Apart<Cost> &apart, const Work<Cost> &work,
                               int z, int y, int64_t at) {
@@ -419,7 +419,7 @@ CONTEXTRAST_HD void solve_row(const Volume &volume, const Row &row, const Apart<
   }
 }
 
-// Planes first..last-1 of an image.
+// Solves the planes first..last-1 of an image.
 template <bool KEYS, class Cost>
 CONTEXTRAST_CLONES void solve_planes(const Volume &volume, const Words &words, const Apart<Cost> &apart_y,
                                      const Apart<Cost> &apart_x, const Work<Cost> &work, int64_t image, int first,
@@ -438,19 +438,24 @@ CONTEXTRAST_CLONES void solve_planes(const Volume &volume, const Words &words, c
 
 // ---- The three passes
 
-// Workers of the last pass: each has a plane of costs, all of which together are to take no more than the output.
-int workers(const Volume &volume, int threads) {
-  const int64_t useful = threads_for(threads, volume.batch * volume.image());
-  if (volume.size[1] == 1) return static_cast<int>(useful);
-  const int64_t most = volume.batch * volume.size[0] / (volume.metric.integral ? 1 : 2);
-  return static_cast<int>(greater<int64_t>(lesser(useful, most), 1));
-}
-
 template <class Cost>
 int64_t work_bytes(const Volume &volume) {
   Scratch scratch(nullptr);
   Work<Cost> work(scratch, volume);
   return scratch.used();
+}
+
+// The workers of the last pass. In volumes each has a plane of costs, so there are only as many as keep the scratch, of
+// which `shared` bytes are not a worker's, below 5/4 of the output.
+template <class Cost>
+int workers(const Volume &volume, int threads, int64_t shared) {
+  const ContextrastDistance &wanted = volume.wanted;
+  const int64_t useful = threads_for(threads, volume.batch * volume.image());
+  if (volume.size[1] == 1) return static_cast<int>(useful);
+  int64_t bytes = wanted.squared && wanted.sampled ? sizeof(double) : sizeof(float);
+  for (const int32_t *nearest : wanted.nearest) bytes += nearest ? sizeof *nearest : 0;
+  const int64_t most = (volume.batch * volume.image() * bytes / 4 * 5 - shared) / work_bytes<Cost>(volume);
+  return static_cast<int>(greater<int64_t>(lesser(useful, most), 1));
 }
 
 template <bool KEYS, class Cost>
@@ -462,7 +467,7 @@ void transform(const Volume &volume, bool edges, Scratch &scratch, int threads) 
   apart_x.fill(Costs<Cost>::side(volume.metric, 2), volume.size[2]);
   const int64_t bands = volume.bands(), plane = volume.plane(), own_bytes = work_bytes<Cost>(volume);
 
-  // Tasks of about TASK_PIXELS.
+  // A task has about TASK_PIXELS pixels.
   const int64_t rows = lesser<int64_t>(divide_up(TASK_PIXELS, BAND * volume.size[2]), volume.size[1]);
   const int64_t row_groups = divide_up(volume.size[1], rows), columns = TASK_PIXELS / BAND;
   const int64_t planes = lesser<int64_t>(divide_up(TASK_PIXELS, plane), volume.size[0]);
@@ -494,7 +499,7 @@ void transform(const Volume &volume, bool edges, Scratch &scratch, int threads) 
                                         static_cast<int>(first),
                                         static_cast<int>(lesser<int64_t>(first + planes, volume.size[0])));
                    }};
-  share(workers(volume, threads), mark, carry, solve);
+  share(workers<Cost>(volume, threads, scratch.used()), mark, carry, solve);
 }
 
 template <class Cost>
@@ -503,7 +508,7 @@ int64_t scratch_bytes(const Volume &volume, bool edges, int threads) {
   Words(scratch, volume, edges);
   Apart<Cost>(scratch, volume.size[1]);
   Apart<Cost>(scratch, volume.size[2]);
-  return scratch.used() + workers(volume, threads) * work_bytes<Cost>(volume);
+  return scratch.used() + workers<Cost>(volume, threads, scratch.used()) * work_bytes<Cost>(volume);
 }
 
 int transform(const char *name, const ContextrastVolume &given, bool edges, const ContextrastDistance &wanted,

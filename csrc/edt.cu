@@ -1,6 +1,6 @@
 // edge_distance and distance_transform on CUDA: two kernels, whatever the number of layers.
-//   1. mark    a warp reads 32 x 32 pixels and writes their seeds as words, 3/8 of a byte a pixel. The warp that comes
-//              last to a strip of 32 columns carries the nearest seeds up and down it.
+//   1. mark    a warp reads 32 x 32 pixels and writes their seeds as words, 3/8 of a byte a pixel. The last warp to
+//              finish in a strip of 32 columns carries the nearest seeds up and down it.
 //   2. solve   a warp computes one row: parabolas from the words, then the window for each tile of 32 pixels, then, for
 //              the tiles that it leaves open, the anchors by bisection and one sweep a tile between two of them.
 // Memory: the map is read once and the distances are written once; the words stay in the caches, where each is read by
@@ -32,7 +32,7 @@ __host__ __device__ inline int tiles_of(int width) { return (width + TILE - 1) /
 
 // ---- 1. Mark
 
-// Scan one column of words in both directions at once, because a step of either waits for memory.
+// Scans one column of words in both directions at once, because each step of either waits for memory.
 __device__ void carry(const uint32_t *seeds, Carry *carries, int bands, int64_t width) {
   uint32_t above = NO_SEED, below = NO_SEED;
   for (int start = 0; start < bands; start += AHEAD) {
@@ -237,7 +237,7 @@ cudaError_t enqueue_solve(PlanesWork parameters, int device, cudaStream_t stream
   if (status != cudaSuccess) return status;
   const int warps = greater(lesser(BLOCK / WARP, limit / row_bytes), 1);
   if (warps * row_bytes > 48 * 1024) {
-    // Always the same value: what one thread asks for does not take from what another one needs.
+    // Every call sets the same value, so that calls from several threads do not lower each other's limit.
     status = cudaFuncSetAttribute(solve<Distance>, cudaFuncAttributeMaxDynamicSharedMemorySize, limit);
     if (status != cudaSuccess) return status;
   }
@@ -250,7 +250,7 @@ cudaError_t enqueue_solve(PlanesWork parameters, int device, cudaStream_t stream
 
 // ---- edge_distance and distance_transform
 
-// One map, with its memory.
+// The memory of one map.
 struct OneMap {
   Planes planes;
   int64_t zeroed;  // bytes that must be 0, at the start
@@ -267,7 +267,8 @@ struct OneMap {
   }
 };
 
-// What these kernels compute: maps of the usual integer types, square pixels, distances alone. volume.cu has the rest.
+// Whether these kernels can answer: they compute distances, without indices, of maps of integers with square pixels.
+// volume.cu computes the rest.
 bool is_map(const ContextrastVolume &volume, const ContextrastDistance &wanted) {
   return volume.size[0] == 1 && !wanted.sampled && !wanted.nearest[0] && !wanted.nearest[1] && !wanted.nearest[2] &&
          is_integer(volume.type);

@@ -68,7 +68,8 @@ inline int check_volume(const char *name, const ContextrastVolume &volume, bool 
   int64_t voxels = 1;
   for (const int64_t size : volume.size) {
     if (size < 0 || size > CONTEXTRAST_MAX_SIDE)
-      return refuse(error, "%s has sides of %lld x %lld x %lld pixels, but at most %d are supported: tile or downsample it",
+      return refuse(error,
+                    "%s has sides of %lld x %lld x %lld pixels, but at most %d are supported: tile or downsample it",
                     name, static_cast<long long>(volume.size[0]), static_cast<long long>(volume.size[1]),
                     static_cast<long long>(volume.size[2]), CONTEXTRAST_MAX_SIDE);
     voxels *= size;
@@ -88,7 +89,8 @@ inline int check_wanted(const ContextrastDistance &wanted, bool edges, char *err
     return refuse(error, "nearest must be null where distances are those to an edge");
   for (int axis = 0; wanted.sampled && axis < 3; ++axis)
     if (!(wanted.sampling[axis] >= SMALLEST_SIDE && wanted.sampling[axis] <= LARGEST_SIDE))
-      return refuse(error, "sampling must be from %g to %g, got %g", SMALLEST_SIDE, LARGEST_SIDE, wanted.sampling[axis]);
+      return refuse(error, "sampling must be from %g to %g, got %g", SMALLEST_SIDE, LARGEST_SIDE,
+                    wanted.sampling[axis]);
   return CONTEXTRAST_OK;
 }
 
@@ -214,9 +216,9 @@ void with_integer(int32_t type, const Body &body) {
 // ---- Threads
 
 constexpr int MAX_THREADS = 64;
-constexpr int64_t PIXELS_A_THREAD = 1 << 18;  // fewer are done before another thread has started
+constexpr int64_t PIXELS_A_THREAD = 1 << 18;  // fewer take less time than the start of another thread
 
-// The number of threads to use: as many of those that the caller offers as are worth their start.
+// The number of threads to use: at most those that the caller offers, and one for PIXELS_A_THREAD pixels each.
 inline int threads_for(int threads, int64_t pixels) {
   const int64_t useful = 1 + pixels / PIXELS_A_THREAD;
   const int64_t offered = threads < 1 ? 1 : threads > MAX_THREADS ? MAX_THREADS : threads;
@@ -232,8 +234,8 @@ struct Step {
 template <class Body>
 Step(int64_t, Body) -> Step<Body>;
 
-// One step after the other; the tasks of a step are taken by whichever thread is free. Threads live for the call only,
-// so that nothing is left behind for a fork.
+// Runs one step after the other. Each task of a step goes to the next free thread. The threads end with the call, so
+// that a process that forks later has none.
 template <class... Bodies>
 void share(int threads, const Step<Bodies> &...steps) {
   struct Progress {
@@ -258,7 +260,7 @@ void share(int threads, const Step<Bodies> &...steps) {
   try {
     for (; started < threads - 1 && started < most - 1; ++started) helpers[started] = std::thread(work, started + 1);
   } catch (const std::system_error &) {
-    // The system gives no more threads: those that there are do the work.
+    // The system gives no more threads. Those that have started do the work.
   }
   work(0);
   for (int i = 0; i < started; ++i) helpers[i].join();
@@ -266,8 +268,8 @@ void share(int threads, const Step<Bodies> &...steps) {
 
 // ---- Scratch
 
-// Takes pieces of the caller's memory, each aligned to 16 bytes and followed by 16 bytes of nobody's. With no memory
-// behind it, it measures. AddressSanitizer, where it is on, watches the ends of the pieces and of the memory.
+// Takes pieces of the caller's memory. Each is aligned to 16 bytes and followed by 16 bytes that nothing uses. Without
+// memory it only counts the bytes. Under AddressSanitizer the bytes between the pieces must not be touched.
 class Scratch {
  public:
   explicit Scratch(void *memory) : start_(static_cast<char *>(memory)) {}
@@ -301,7 +303,7 @@ class Scratch {
   int64_t used_ = 0;
 };
 
-// ---- Pieces that one file lends the others
+// ---- A function of errors.cpp that select.cpp calls too
 
 // The error map at size (height, width), labels and predictions each sampled from their own. The arguments have been
 // checked.

@@ -120,13 +120,13 @@ CONTEXTRAST_HD int32_t column_offset(uint32_t word, int row, uint32_t carry) {
 
 // ---- 3. Lines with any sampling
 
-// How far apart pixels are. Where every side is an integer multiple of one power of two and the costs stay small, costs
-// are integers, in units of `unit`; otherwise they are doubles.
+// What a cost is made of. If every side is an integer multiple of one power of two and the costs stay small, costs are
+// integers, in units of `unit`. Otherwise they are doubles.
 struct Metric {
   double side[3];     // along z, y, x
   int32_t weight[3];  // side² in integer units
   double unit;        // the cost of 1 in integer units
-  int32_t integral;   // which of the two
+  int32_t integral;   // 1: costs are integers; 0: they are doubles
   int32_t search[3];  // along each axis: 1 if the best u never decreases, also in rounded costs; 0: look at every u
   int32_t largest;    // the largest cost between two pixels of the image in integer units
 };
@@ -188,7 +188,7 @@ CONTEXTRAST_HD Found<Cost> search(const Cost *costs, const int32_t *keys, Cost s
   return best;
 }
 
-// What is written: a cost from the last line.
+// The result from a cost of the last axis.
 CONTEXTRAST_HD bool has_seed(int32_t cost) { return cost < NO_COST; }
 CONTEXTRAST_HD bool has_seed(double cost) { return cost < static_cast<double>(INFINITY); }
 
@@ -275,7 +275,7 @@ CONTEXTRAST_HD int32_t least_cost(const int32_t *parabolas, int x, int first, in
   return best + x * x;
 }
 
-// ---- What is written
+// ---- Results
 
 CONTEXTRAST_HD int32_t squared_distance(int32_t best) { return best >= NO_SEED_SQ ? CONTEXTRAST_NO_EDGE : best; }
 

@@ -32,6 +32,10 @@ CONTEXTRAST_HD uint64_t rank(int32_t distance_sq, uint32_t hash) {
   return static_cast<uint64_t>(static_cast<uint32_t>(distance_sq) ^ 0x80000000u) << 32 | hash;
 }
 
+CONTEXTRAST_HD int32_t distance_of_rank(uint64_t rank) {
+  return static_cast<int32_t>(static_cast<uint32_t>(rank >> 32) ^ 0x80000000u);
+}
+
 // k = ceil(ratio · count), the product rounded once; 0..count for every ratio, 0 for NaN.
 CONTEXTRAST_HD int64_t quota(double ratio, int64_t count) {
 #if defined(__CUDA_ARCH__)

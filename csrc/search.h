@@ -1,7 +1,9 @@
-// The search along one line or several abreast on the CPU: a window settles a block of neighbouring pixels, or leaves it
-// open for bisection between anchors (lines.h, step 3).
+// The search along one line or several abreast on the CPU: a window settles a block of neighbouring pixels or leaves it
+// open. Open blocks are solved by bisection between anchors (lines.h, step 3).
 #ifndef CONTEXTRAST_SEARCH_H
 #define CONTEXTRAST_SEARCH_H
+
+#include <limits>
 
 #include "host.h"
 #include "vectors.h"
@@ -66,7 +68,7 @@ CONTEXTRAST_HD bool is_open_at(const Cost *best, Cost next) {
   return Best<KEYS, Cost>{Block<Cost>::at(best), {}}.is_open(next);
 }
 
-// The window of one block, `steps` pixels to either side, which lie `step` elements apart. True if the block is settled.
+// Tries for one block the `steps` pixels to either side, which lie `step` elements apart. True if the block is settled.
 template <bool KEYS, class Cost>
 CONTEXTRAST_HD bool window(const Cost *costs, const int32_t *keys, int64_t step, const Cost *apart, int steps,
                            Cost *best, int32_t *best_keys) {
@@ -108,13 +110,15 @@ CONTEXTRAST_HD Places place_of_least(V low, Places place) {
     return place_of_least<STEP / 2>(least(low, other), place);
 }
 
-// The first pixel of first..last that is best for pixel x. What it looks at beyond `last` cannot be better.
+// The first pixel of first..last that is best for pixel x. If x lies beyond the line, a seed may cost more than `none`.
+// Then the best pixel may be one without a seed, and it still bounds the best pixels of the line. Pixels beyond `last`
+// are looked at too, and none of them is better for a pixel of the line.
 template <class Cost>
 CONTEXTRAST_HD int first_best(const Cost *costs, const Cost *apart, int x, int first, int last) {
   using V = typename Vectors<Cost>::Costs;
   using Places = typename Vectors<Cost>::Places;
   constexpr int HALF = LANES<Cost> / 2;
-  V low = V{} + Costs<Cost>::none, low_b = low;
+  V low = V{} + std::numeric_limits<Cost>::max(), low_b = low;
   Places chunk{}, chunk_b{}, here = Places{} + first;
   const Cost *to = costs + last, *away = apart + (first - x);
   for (const Cost *from = costs + first; from <= to; from += 2 * HALF, away += 2 * HALF, here += 2 * HALF) {
@@ -128,14 +132,16 @@ CONTEXTRAST_HD int first_best(const Cost *costs, const Cost *apart, int x, int f
   low = is_b ? low_b : low;
   chunk = (is_b ? chunk_b : chunk) + Vectors<Cost>::ramp();
   const Places place = place_of_least(low, chunk);
-  return static_cast<int>(place[0]);
+  return lesser(static_cast<int>(place[0]), last);
 }
 
 // best = the least cost of the block's pixels x.. over the pixels first..last of the line, where a distance is wanted.
 template <bool KEYS, class Cost>
 CONTEXTRAST_HD void sweep(const Cost *costs, const int32_t *keys, const Cost *apart, int x, int first, int last,
                           Cost *best, int32_t *best_keys) {
-  Best<KEYS, Cost> found{Block<Cost>::of(Costs<Cost>::none), Keys<Cost>::of(INT32_MAX)};
+  Best<KEYS, Cost> found{};
+  found.costs = Block<Cost>::of(Costs<Cost>::none);
+  if constexpr (KEYS) found.keys = Keys<Cost>::of(INT32_MAX);
   for (int u = first; u <= last; ++u)
     found.try_candidate(Block<Cost>::at(apart + (x - u)) + costs[u], KEYS ? Keys<Cost>::of(keys[u]) : Keys<Cost>{});
   const Block<Cost> old = Block<Cost>::at(best);
@@ -144,7 +150,7 @@ CONTEXTRAST_HD void sweep(const Cost *costs, const int32_t *keys, const Cost *ap
   if constexpr (KEYS) found.keys.put(best_keys);
 }
 
-// What the window leaves of a block.
+// What is left of a block after its window.
 enum State : uint8_t { WITHOUT_FAR, SETTLED, OPEN };
 
 // Solves the open blocks of one run of blocks with far pixels, from..end-1. The pixels beside the run are the farthest

@@ -17,7 +17,7 @@ struct Ranked {
   uint32_t pixel;
 };
 
-// A thread's memory for images of up to `pixels` pixels: the pixels of each class, one class after the other.
+// The memory of a thread for images of up to `pixels` pixels: the pixels of each class, one class after the other.
 struct Groups {
   Ranked *ranked;   // (pixels)
   int32_t *starts;  // (num_classes + 1)
@@ -79,7 +79,7 @@ int64_t group_bytes(int64_t pixels, int64_t num_classes) {
   return scratch.used();
 }
 
-// How many images are under way at once; a pixel costs several times what it does elsewhere.
+// The number of images that are selected from at once. A pixel costs several times what it costs elsewhere.
 int workers(int64_t batch, int64_t pixels, int threads) {
   return static_cast<int>(lesser<int64_t>(threads_for(threads, 8 * batch * pixels), greater<int64_t>(batch, 1)));
 }
@@ -115,7 +115,7 @@ CONTEXTRAST_CLONES void narrow(const int32_t *from, int64_t start, int64_t pixel
   for (int64_t i = start; i < start + pixels; ++i) to[i] = from[i] == NO_CLASS ? none : static_cast<T>(from[i]);
 }
 
-// How edge_distance is asked for the squared distances (B, h, w) of classes (B, h, w).
+// The arguments of edge_distance for the squared distances (B, h, w) of classes (B, h, w).
 struct EdgeDistance {
   ContextrastVolume classes;
   ContextrastDistance wanted;

@@ -1,15 +1,15 @@
 // error_map, select_nearest and bane_negatives on CUDA. A segment is the pixels of one class in one image of one layer.
-//   1. find_errors or read_classes   every pixel's class; how many pixels each segment has. The block that comes last
-//                                    to an image lays its segments out one after the other.
+//   1. find_errors or read_classes   every pixel's class, and the number of pixels of each segment. The last block to
+//                                    finish in an image places its segments one after the other.
 //   2. (mark and solve of edt.cu)    the distances
 //   3. place                         the pixels of each segment, as a list
-//   4. choose                        a block parts a segment at its quota and writes the result
-// Only counts, lists and the order inside a list come from atomics, and no result depends on that order.
+//   4. choose                        a block parts a segment at its quota (choose.cuh) and writes the result
+// Atomics give the counts, the places of the lists and the order inside them. No result depends on that order.
 #include <type_traits>
 
+#include "choose.cuh"
 #include "edt.cuh"
 #include "errors.h"
-#include "ranks.h"
 
 namespace contextrast {
 namespace {
@@ -73,7 +73,8 @@ static_assert(sizeof(LayersWork) + 3 * sizeof(ContextrastMap) <= 4096, "paramete
 
 // ---- 1. Classes
 
-// The `pixels` pixels of one image that are a block's. Threads beyond the end of the image take part without a pixel.
+// The pixels of one image that a block works on. Threads beyond the end of the image have no pixel but still take part
+// in the exchanges between threads.
 struct Spot {
   const Layer &layer;
   int image, first, blocks;  // the first pixel; the blocks of an image
@@ -158,7 +159,7 @@ struct ErrorSource {
   int64_t ignore_index, infinity;  // of the logits
 };
 
-// A thread's pixels: with logits a pixel has reads enough.
+// The pixels of a thread. With logits one pixel has enough reads to hide their latency.
 template <class Bits>
 constexpr int PIXELS = std::is_void_v<Bits> ? 4 : 1;
 
@@ -194,8 +195,8 @@ __global__ void __launch_bounds__(BLOCK)
 }
 
 struct ClassSource {
-  ContextrastMap classes, distance_sq;  // distance_sq.data may be null
-  uint64_t limit;
+  ContextrastMap classes, distance_sq;
+  uint64_t num_classes;
 };
 
 // Classes and distances that are there already are brought to the layer.
@@ -213,7 +214,7 @@ __global__ void __launch_bounds__(BLOCK)
     if (pixel >= layer.num_pixels()) continue;
     const int r = pixel / layer.width, c = pixel % layer.width;
     const int64_t n = value_at(source.classes, sampled_at(source.classes, spot.image, r, c, layer));
-    if (static_cast<uint64_t>(n) < source.limit) classes[i] = static_cast<int32_t>(n);
+    if (static_cast<uint64_t>(n) < source.num_classes) classes[i] = static_cast<int32_t>(n);
     layer.set_class(start + pixel, classes[i]);
     if (layer.distance_sq)
       layer.distance_sq[start + pixel] = __ldg(static_cast<const int32_t *>(source.distance_sq.data) +
@@ -245,157 +246,9 @@ __global__ void __launch_bounds__(BLOCK) place(const __grid_constant__ LayersWor
         static_cast<uint32_t>(pixel);
 }
 
-// ---- 4. Choose: the rank of a segment's last selected pixel, by bins of distances, then by digits of 11 bits of the
-// rank, until few candidates are left. Integer distances below 128 and their ties take one round of each.
+// ---- 4. Choose
 
-constexpr int CHOOSERS = 256;  // threads
-constexpr int KEPT = 16;       // ranks that a thread keeps in registers
-constexpr uint32_t CHUNK = CHOOSERS * KEPT;
-constexpr int DIGIT_BITS = 11;
-constexpr int COUNTERS = 1 << DIGIT_BITS;
-constexpr uint32_t FEW = 256;    // candidates that are compared with each other
 constexpr int MOST_BLOCKS = 64;  // for the segments of an image
-static_assert(BINS <= COUNTERS && COUNTERS % CHOOSERS == 0 && FEW <= CHOOSERS, "sizes of choose");
-
-struct Found {
-  uint32_t counter, before, size;  // its number, the candidates in counters before it, and in it
-};
-
-struct ChooseShared {
-  uint32_t counters[COUNTERS];
-  uint64_t candidates[FEW];
-  uint32_t warp_sums[CHOOSERS / WARP];
-  uint32_t num_candidates;
-  int32_t lowest;  // distance
-  Found found;
-  uint64_t threshold;
-};
-
-struct Chooser {
-  ChooseShared &shared;
-  const Layer &layer;
-  int64_t start;  // of the image
-  Segment segment;
-  uint32_t key;
-  uint64_t kept[KEPT];
-
-  __device__ uint32_t pixel(uint32_t entry) const { return layer.pixels[start + segment.start + entry]; }
-
-  __device__ void read(uint32_t chunk) {
-    uint32_t pixels[KEPT];
-#pragma unroll
-    for (int i = 0; i < KEPT; ++i) {
-      const uint32_t entry = chunk + i * CHOOSERS + threadIdx.x;
-      pixels[i] = entry < segment.size ? pixel(entry) : 0;
-    }
-#pragma unroll
-    for (int i = 0; i < KEPT; ++i)
-      kept[i] = rank(layer.distance_sq ? layer.distance_sq[start + pixels[i]] : 0, hash(pixels[i], key));
-  }
-
-  // body(rank, entry of the list) for this thread's part of the segment, which is read again only if it is long.
-  template <class Body>
-  __device__ void for_ranks(const Body &body) {
-    for (uint32_t chunk = 0; chunk < segment.size; chunk += CHUNK) {
-      if (segment.size > CHUNK) read(chunk);
-#pragma unroll
-      for (int i = 0; i < KEPT; ++i) {
-        const uint32_t entry = chunk + i * CHOOSERS + threadIdx.x;
-        if (entry < segment.size) body(kept[i], entry);
-      }
-    }
-  }
-
-  // Counts counter_of(rank), -1 for none, and finds the counter that holds the wanted-th candidate, from 1.
-  template <class CounterOf>
-  __device__ Found count(uint32_t wanted, const CounterOf &counter_of) {
-    constexpr int OWN = COUNTERS / CHOOSERS;
-    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-    for (int i = threadIdx.x; i < COUNTERS; i += CHOOSERS) shared.counters[i] = 0;
-    __syncthreads();
-    for_ranks([&](uint64_t rank, uint32_t) {
-      const int counter = counter_of(rank);
-      if (counter >= 0) atomicAdd(&shared.counters[counter], 1u);
-    });
-    __syncthreads();
-
-    uint32_t own = 0;
-    for (int i = 0; i < OWN; ++i) own += shared.counters[threadIdx.x * OWN + i];
-    uint32_t before = own;  // and the lanes below
-    for (int step = 1; step < WARP; step *= 2) {
-      const uint32_t lower = __shfl_up_sync(ALL_LANES, before, step);
-      if (lane >= step) before += lower;
-    }
-    if (lane == WARP - 1) shared.warp_sums[warp] = before;
-    before -= own;
-    __syncthreads();
-    for (int i = 0; i < warp; ++i) before += shared.warp_sums[i];
-    if (before < wanted && wanted <= before + own) {
-      uint32_t counter = threadIdx.x * OWN;
-      while (before + shared.counters[counter] < wanted) before += shared.counters[counter++];
-      shared.found = {counter, before, shared.counters[counter]};
-    }
-    __syncthreads();
-    return shared.found;
-  }
-
-  // The wanted-th smallest rank, from 1, for every thread.
-  __device__ uint64_t threshold(uint32_t wanted) {
-    uint64_t first = 0, last = ~uint64_t(0);  // the candidates' ranks
-    uint32_t candidates = segment.size;
-    if (candidates > FEW && layer.distance_sq) {
-      if (threadIdx.x == 0) shared.lowest = INT32_MAX;  // before the barriers inside of count
-      int32_t lowest = INT32_MAX;
-      const Found found = count(wanted, [&](uint64_t rank) {
-        const int32_t distance_sq = distance_of_rank(rank);
-        lowest = lesser(lowest, distance_sq);
-        return bin_of(distance_sq);
-      });
-      lowest = __reduce_min_sync(ALL_LANES, lowest);
-      if (threadIdx.x % WARP == 0) atomicMin(&shared.lowest, lowest);
-      __syncthreads();
-      const int bin = static_cast<int>(found.counter);
-      first = rank(greater(bin_start(bin), shared.lowest), 0);
-      if (bin + 1 < BINS) last = rank(bin_start(bin + 1), 0) - 1;
-      wanted -= found.before;
-      candidates = found.size;
-    } else if (!layer.distance_sq) {
-      first = rank(0, 0);
-      last = rank(0, ~uint32_t(0));
-    }
-    while (candidates > FEW && first < last) {
-      const int bits = 64 - __clzll(static_cast<long long>(last - first)), shift = greater(bits - DIGIT_BITS, 0);
-      const Found found = count(wanted, [&](uint64_t rank) {
-        return first <= rank && rank <= last ? static_cast<int>((rank - first) >> shift) : -1;
-      });
-      first += static_cast<uint64_t>(found.counter) << shift;
-      last = lesser<uint64_t>(last, first + ((uint64_t(1) << shift) - 1));
-      wanted -= found.before;
-      candidates = found.size;
-    }
-
-    if (first == last) return first;
-
-    if (threadIdx.x == 0) shared.num_candidates = 0;
-    __syncthreads();
-    for_ranks([&](uint64_t rank, uint32_t) {
-      if (first <= rank && rank <= last) shared.candidates[atomicAdd(&shared.num_candidates, 1u)] = rank;
-    });
-    __syncthreads();
-    if (threadIdx.x < candidates) {
-      const uint64_t own = shared.candidates[threadIdx.x];
-      uint32_t smaller = 0;
-      for (uint32_t i = 0; i < candidates; ++i) smaller += shared.candidates[i] < own;
-      if (smaller == wanted - 1) shared.threshold = own;  // ranks differ, since hashes do
-    }
-    __syncthreads();
-    return shared.threshold;
-  }
-
-  __device__ static int32_t distance_of_rank(uint64_t rank) {
-    return static_cast<int32_t>(static_cast<uint32_t>(rank >> 32) ^ 0x80000000u);
-  }
-};
 
 __host__ __device__ inline int choosing_blocks(const Layer &layer) { return lesser(layer.most_present(), MOST_BLOCKS); }
 
@@ -409,9 +262,14 @@ __global__ void __launch_bounds__(CHOOSERS, 3)
   const uint32_t count = layer.num_present[image];
   if (layer.errors && mine.block == 0 && threadIdx.x == 0) *layer.errors = static_cast<int64_t>(*layer.num_classified);
   for (uint32_t i = mine.block % blocks; i < count; i += blocks) {
-    Chooser chooser{block_shared<ChooseShared>(), layer, start, present[i], hash_key(*seed, TIES), {}};
-    const uint32_t size = chooser.segment.size, selected = static_cast<uint32_t>(quota(ratio, size));
+    const uint32_t size = present[i].size, selected = static_cast<uint32_t>(quota(ratio, size));
     if (selected == (layer.selected ? 0 : size)) continue;  // the result is there already
+    Chooser chooser{block_shared<ChooseShared>(),
+                    layer.pixels + start + present[i].start,
+                    size,
+                    layer.distance_sq ? layer.distance_sq + start : nullptr,
+                    hash_key(*seed, TIES),
+                    {}};
     uint64_t threshold = ~uint64_t(0);
     if (0 < selected && selected < size) {
       if (size <= CHUNK) chooser.read(0);
@@ -419,11 +277,12 @@ __global__ void __launch_bounds__(CHOOSERS, 3)
     }
     chooser.for_ranks([&](uint64_t rank, uint32_t entry) {
       const bool is_selected = selected > 0 && rank <= threshold;
-      const int64_t at = start + chooser.pixel(entry);
+      const int64_t at = start + chooser.list[entry];
       if (layer.selected && is_selected) layer.selected[at] = 1;
       if (!layer.selected && !is_selected) layer.set_class(at, NO_CLASS);
     });
-    // No barrier: what a segment writes before its first one, the segment before reads before its last one.
+    // No barrier is needed between segments. Shared memory that one writes before its first barrier was last read by
+    // the one before it before that one's last barrier.
   }
 }
 
@@ -595,7 +454,7 @@ cudaError_t enqueue_negatives(BaneMemory &memory, const ContextrastMap &predicti
   if (status == cudaSuccess && full) {
     const Layer &from = memory.full.layer[0];
     const ClassSource source{dense_map(from.classes, memory.full), dense_map(from.distance_sq, memory.full),
-                             class_limit(-1, 0)};
+                             static_cast<uint64_t>(num_classes)};
     status = enqueue_classes(memory.layers, source, stream);
   }
   return status == cudaSuccess ? enqueue_selection(memory.layers, ratio, seed, stream) : status;
@@ -653,7 +512,8 @@ int contextrast_select_nearest_cuda(const ContextrastMap *classes, const Context
   if (status == cudaSuccess)
     status = cudaMemsetAsync(scratch, 0, static_cast<size_t>(memory.zeroed), stream_of(stream));
   if (status == cudaSuccess)
-    status = enqueue_classes(memory.layers, {*classes, *distance_sq, class_limit(num_classes, 0)}, stream_of(stream));
+    status = enqueue_classes(memory.layers, {*classes, *distance_sq, static_cast<uint64_t>(num_classes)},
+                             stream_of(stream));
   if (status == cudaSuccess) status = enqueue_selection(memory.layers, ratio, seed, stream_of(stream));
   return answer(status, error);
 }

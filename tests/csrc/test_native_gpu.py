@@ -53,7 +53,13 @@ def test_distances_of_adversarial_maps(rng, size):
         assert_same(case)
 
 
-@pytest.mark.parametrize("what", ["distances_of_types", "errors", "selections", "negatives", "long_segments"])
+@pytest.mark.parametrize(
+    "what",
+    [
+        *("distances_of_types", "errors", "selections", "negatives", "long_segments"),
+        *("volumes_of_types", "volumes"),
+    ],
+)
 def test_the_gpu_equals_the_cpu(rng, what):
     for case in getattr(cases, what)(rng):
         assert_same(case)
@@ -73,6 +79,19 @@ def test_large_maps(rng, size):
         assert_same((f"distances {size}", "edge_distance", (classes, True)))
         distance = native.edge_distance(classes, True)
         assert_same((f"selection {size}", "select_nearest", (classes, distance, 0.37, 4, cases.seed(6))))
+
+
+@pytest.mark.parametrize("sampling", [None, (2.5, 1.0, 1.0), (0.3, 0.7, 1.1), (25.0, 201.0, 1.0)], ids=str)
+@pytest.mark.parametrize("size", [(128, 128, 128), (33, 257, 130), (2, 70, 4100), (16384, 3, 2)], ids=str)
+def test_large_volumes(rng, size, sampling):
+    for share in (0.0, 0.001, 0.5):
+        mask = rng.random((2, *size)) >= share
+        mask[:, size[0] // 3, 0, size[2] // 2] = False
+        classes = torch.from_numpy(np.where(mask, 1, rng.integers(-1, 3, mask.shape)))
+        mask = torch.from_numpy(mask)
+        for squared in True, False:
+            assert_same((f"zeros {size}, {share}", "nearest_zero", (mask, squared, sampling)))
+            assert_same((f"edges {size}, {share}", "edge_distance", (classes, squared, sampling)))
 
 
 @pytest.mark.parametrize("regime", REGIMES)
@@ -101,6 +120,8 @@ def on_the_gpu(rng, op):
     labels, predictions = (x.cuda() for x in replace(CASES["cityscapes"], batch=4).label_maps())
     if op == "error_map":
         return predictions, labels, 19, 255
+    if op == "nearest_zero":
+        return torch.from_numpy(rng.random((2, 64, 200, 300)) < 0.99).cuda(), True, (2.5, 1.0, 0.7)
     if op == "bane_negatives":
         sizes = [side for size in CASES["cityscapes"].sizes for side in size]
         return predictions, labels, 19, sizes, 0.5, "bane", "layer", 255, cases.seed(1).cuda()
@@ -110,7 +131,7 @@ def on_the_gpu(rng, op):
     return (classes >= 0 if op == "distance_transform" else classes), True
 
 
-OPS = ["error_map", "edge_distance", "distance_transform", "select_nearest", "bane_negatives"]
+OPS = ["error_map", "edge_distance", "distance_transform", "nearest_zero", "select_nearest", "bane_negatives"]
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -194,7 +215,7 @@ def test_a_graph_draws_anew_at_each_replay(rng, op):
     assert len(draws) == 100
 
 
-@pytest.mark.parametrize("op", ["error_map", "edge_distance", "distance_transform"])
+@pytest.mark.parametrize("op", ["error_map", "edge_distance", "distance_transform", "nearest_zero"])
 def test_a_graph_reads_its_inputs_at_each_replay(rng, op):
     first, *rest = on_the_gpu(rng, op)
     cases.call(op, (first, *rest))

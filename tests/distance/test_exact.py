@@ -1,5 +1,6 @@
 """The distance transform and the edge distance against brute force, SciPy, MONAI and edt; values to the bit."""
 
+import itertools
 import math
 import pathlib
 import re
@@ -63,7 +64,10 @@ def backend(request):
 # ---------------------------------------------------------------------------------------------------------- brute force
 
 
-@pytest.mark.parametrize("shape", [(9,), (3, 4), (1, 5), (5, 1), (2, 3, 2), (3, 2, 2), (1, 2, 5), (2, 5, 1), (1, 1, 8)])
+SMALLER = [shape for shape in itertools.product((1, 2, 3), (1, 2, 3), (1, 2)) if shape != (3, 3, 2)]
+
+
+@pytest.mark.parametrize("shape", [(9,), (3, 4), (1, 5), (5, 1), (1, 2, 5), (2, 5, 1), (1, 1, 8), *SMALLER], ids=str)
 def test_every_binary_map(backend, shape):
     sampling = (0.7, 1.3, 2.9)[-len(shape) :]
     for side in (None, sampling):
@@ -121,6 +125,29 @@ def test_very_anisotropic_pixels_equal_brute_force(backend, rng, shape, sampling
     """Whole numbers whose squares nearly fill 32 bits on a short axis."""
     for share in (0.02, 0.2, 0.6, 0.95):
         check((rng.random((3, *shape)) >= share).astype(np.uint8), sampling)
+
+
+@pytest.mark.parametrize(
+    ("shape", "sampling", "zero"),
+    [
+        ((1000, 100), (25, 201), (0, 5)),
+        ((1000, 100), (25, 201), (999, 94)),
+        ((97, 1000), (201, 25), (3, 0)),
+        ((700, 81, 3), (39, 221, 1), (0, 3, 1)),
+        ((700, 3, 81), (39, 1, 221), (699, 1, 3)),
+    ],
+)
+def test_costs_that_nearly_fill_32_bits(backend, shape, sampling, zero):
+    """With one zero the distances are known in closed form. The largest is just below 2^30, and that of a pixel beyond
+    the end of a line would be above."""
+    mask = np.ones((1, *shape), dtype=bool)
+    mask[(0, *zero)] = False
+    place = np.indices(shape)
+    expected = sum((side * (axis - q)) ** 2 for side, axis, q in zip(sampling, place, zero, strict=True))
+    assert 0.9 * 2**30 < expected.max() < 2**30
+    squared, indices = transformed(mask, sampling)
+    assert (squared[0] == expected).all()
+    assert all((axis == q).all() for axis, q in zip(indices, zero, strict=True))
 
 
 @pytest.mark.parametrize("spatial_dims", [1, 2])

@@ -1,5 +1,6 @@
 """Inputs of the two functions: dtypes, strides, batches, empty axes, compilation, and errors."""
 
+import itertools
 import math
 
 import numpy as np
@@ -12,7 +13,8 @@ from contextrast_kernels import native
 
 BACKENDS = ["reference"] + (["native"] if native.status("cpu") == "ok" else [])
 INTEGERS = [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32, torch.uint64]
-FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.float8_e4m3fn]
+FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+FLOATS += [torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz]
 
 
 @pytest.fixture(params=BACKENDS)
@@ -117,15 +119,28 @@ def test_results_do_not_depend_on_the_threads(rng):
 
 
 @pytest.mark.skipif("native" not in BACKENDS, reason="the native library is not built")
-def test_scratch_is_at_most_five_quarters_of_the_output():
-    for shape in ((256, 256, 256), (64, 128, 128), (1, 1024, 1024), (1024, 1, 2048)):
-        mask = torch.zeros(1, *shape, dtype=torch.uint8)
-        for sampling, squared in ((None, False), ((0.7, 1.0, 1.0), False), ((0.7, 1.0, 1.0), True)):
-            out = native._empty_distance(mask, squared, sampling)
-            wanted = native._Distance(sampling, squared, out, None)
-            for edges in 0, 1:
-                size = native._library().contextrast_distance_scratch_cpu(native._Volume(mask), wanted, edges, 2)
-                assert size <= 1.25 * out.nbytes, (shape, sampling, squared, edges)
+@pytest.mark.parametrize("threads", [1, 2, 64])
+def test_scratch_is_at_most_five_quarters_of_the_output(threads):
+    """Of maps and volumes whose sides are at least 32, as docs/distance.md says. No memory is allocated."""
+    sides = (32, 33, 65, 256, 1000, 4000)
+    sizes = itertools.product((1, *sides), sides, sides)
+    for size in (*sizes, (16384, 1, 32), (1, 32, 16384), (2048, 1024, 1024)):
+        mask = torch.empty(1, dtype=torch.uint8).expand(1, *size)
+        if mask.numel() > 2**31:
+            continue
+        for sampling, squared in ((None, False), ((0.7, 1.0, 1.0), False), ((1.0, 0.7, 1.0), True)):
+            distance = torch.empty(1, dtype=torch.float64 if squared and sampling else torch.float32).expand(mask.shape)
+            assert native_scratch(mask, distance, sampling, squared, threads) <= 1.25
+            assert native_scratch(mask, distance, sampling, squared, threads, edges=True) <= 1.25
+            assert native_scratch(mask, distance, sampling, squared, threads, axes=3) <= 1.25
+
+
+def native_scratch(mask, distance, sampling, squared, threads, *, edges=False, axes=0):
+    """Bytes of scratch for each byte of output. Nothing is read or written."""
+    indices = torch.empty(axes, dtype=torch.int32) if axes else None
+    wanted = native._Distance(sampling, squared, distance, indices)
+    size = native._library().contextrast_distance_scratch_cpu(native._Volume(mask), wanted, edges, threads)
+    return size / (mask.numel() * (distance.itemsize + 4 * axes))
 
 
 def test_compiles_with_fullgraph(backend, mask):

@@ -1,6 +1,13 @@
-"""benchmarks/distances.py: peers that are said to compute the same function do, and the inputs are what they say."""
+"""benchmarks/distances.py and docs/distance.md: peers that are said to compute the same function do.
 
+The inputs of the benchmark are what they say, and it asks every peer in every regime.
+"""
+
+import pathlib
+import re
+import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -43,6 +50,50 @@ def test_a_wrong_distance_is_a_difference():
     assert not distances.difference(expected * float("nan"), expected, classes) <= 1e-4
 
 
-def test_edges_are_where_the_edge_distance_is_zero():
-    classes = distances.image_of(replace(CASES[-1], regime="mid"))
+def test_every_peer_is_asked_in_every_regime():
+    """What a page compares: each library wherever it can answer the question."""
+    everywhere = {"SciPy", "MONAI"}
+    for case in CASES:
+        suffix = "" if case.what == "distance_transform" else " on edges"
+        on_cpu = everywhere if case.indices else everywhere | {"edt", "edt of bool"}
+        if not case.is_volume:
+            on_cpu = on_cpu | {"OpenCV precise", "kornia"}
+        names = {name for name, _ in distances.names(case, torch.device("cpu"))}
+        assert {name + suffix for name in on_cpu} <= names
+        given = distances.image_of(case)
+        mask = given if case.what == "distance_transform" else (~distances.edges(given)).byte()
+        on_gpu = distances._of_mask(SimpleNamespace(is_cuda=True, image=mask), case.sampling, case.indices)
+        assert [row.name for row in on_gpu] == ["CuPy", "cuCIM", "MONAI"]
+
+
+@pytest.mark.parametrize("case", [CASES[-1], CASES[20]], ids=["map", "volume"])
+def test_edges_are_where_the_edge_distance_is_zero(case):
+    classes = distances.image_of(replace(case, regime="trained" if not case.is_volume else "trained-like"))
+    assert distances.edges(classes).any()
     assert torch.equal(distances.edges(classes), ck.edge_distance(classes) == 0)
+
+
+def changing_over():
+    """Their call and ours, from the page's table. cuCIM needs a GPU, and edt's labels have another distance."""
+    page = (pathlib.Path(__file__).parents[2] / "docs" / "distance.md").read_text()
+    table = page[page.index("| You call |") : page.index("Differences that matter")]
+    calls = re.findall(r"^\| `(.+?)`.*?\| `(.+?)`", table, re.MULTILINE)
+    assert len(calls) == 8
+    return [pair for pair in calls if "cucim" not in pair[0] and "labels" not in pair[0]]
+
+
+@pytest.mark.parametrize(("theirs", "ours"), changing_over(), ids=lambda call: call.split("(")[0])
+def test_each_call_of_the_page_changes_over(theirs, ours, rng):
+    """Distances agree to float32's precision. Those of kornia, an approximation, differ by up to a third of them."""
+    name = theirs.split("(")[0].rpartition(".")[0]
+    pytest.importorskip(name)
+    is_kornia, has_channels = "kornia" in name, "monai" in name
+    tolerance = {"rtol": 0.4 if is_kornia else 1e-6, "atol": 0}
+    x = torch.from_numpy(rng.random((1, 3, 20, 30)) < (0.05 if is_kornia else 0.95))
+    root = name.split(".")[0]
+    for given in (x, x[..., :17]) if is_kornia or has_channels else (x[0], x[0, 0]):
+        names = {root: sys.modules[root], "ck": ck, "s": (2.5, 1.0, 0.5)[: given.ndim - has_channels], "x": given}
+        names["x"] = given.float() if is_kornia else given if has_channels else given.numpy()
+        found, expected = eval(theirs, names), eval(ours, names | {"x": given})
+        found, expected = (r[0] if isinstance(r, tuple) else r for r in (found, expected))
+        torch.testing.assert_close(torch.as_tensor(found).double(), expected.double(), **tolerance)

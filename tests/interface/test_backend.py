@@ -3,13 +3,14 @@
 import asyncio
 import sys
 import threading
+import warnings
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 import contextrast_kernels as ck
-from contextrast_kernels.backend import _warn_once, choose
+from contextrast_kernels.backend import _warn_once, choose, choose_kernels
 
 MAP = torch.zeros(1, 2, 2, dtype=torch.int64)
 FEATURES, LABELS = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(0)), torch.ones(1, 4, 4).long()
@@ -151,6 +152,36 @@ def test_asking_for_the_reference_silences_the_warning(without_native, monkeypat
     monkeypatch.setenv("CONTEXTRAST_BACKEND", "reference")
     ck.edge_distance(MAP)
     assert not list(recwarn)
+
+
+@pytest.fixture
+def with_triton(monkeypatch):
+    """A machine with a GPU on which the kernels run."""
+    module = sys.modules[choose.__module__]  # the package's ``backend`` is the function
+    monkeypatch.setattr(module, "_triton_status", lambda device_type: "ok")
+    monkeypatch.setattr(module, "AMD", False)
+    monkeypatch.delenv("CONTEXTRAST_BACKEND", raising=False)
+    _warn_once.cache_clear()
+    yield
+    _warn_once.cache_clear()
+
+
+def test_volumes_that_the_kernels_cannot_read_warn_once(with_triton):
+    """Fake tensors stand for those of a GPU. The strides of contiguous and channels_last_3d volumes are readable."""
+    from torch._subclasses import FakeTensorMode
+
+    with FakeTensorMode():
+        volume = torch.zeros(2, 3, 4, 6, 8, device="cuda")
+        readable = [volume, volume.to(memory_format=torch.channels_last_3d), volume[:, :, 1:3], volume[:, 1:]]
+        block = volume[..., 1:5, 2:7]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert [choose_kernels([x], 4) for x in readable] == ["triton"] * 4
+    with pytest.warns(
+        RuntimeWarning, match=r"triton backend cannot run.*got strides \(.*call \.contiguous\(\)"
+    ) as told:
+        assert [choose_kernels([volume, block], 4) for _ in range(3)] == ["reference"] * 3
+    assert len(told) == 1
 
 
 # -------------------------------------------------------------------------------------------------------------- MPS

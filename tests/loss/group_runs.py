@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 import torch
-from inputs import leaves, pyramid, scene
+from inputs import leaves, pyramid, scene, volume_scene
 from interpreter import speed_up
 from torch import distributed as dist
 
@@ -37,6 +37,7 @@ class Case:
     """True if the last rank has a NaN, at a pixel of class 3."""
     quiet: bool = False
     """True if no pixel is predicted as class 3, which then has no negative."""
+    volumes: bool = False
     scale: float = 1.0
     """The factor by which the features are multiplied."""
     options: dict = field(default_factory=dict)
@@ -64,6 +65,7 @@ CASES = {
     "a temperature whose exponentials float64 cannot hold": Case(options={"temperature": 0.0003}),
     "float32": Case(images=(1, 1, 1, 1), dtype=torch.float32),
     "float16": Case(images=(1, 1), dtype=torch.float16),
+    "volumes": Case(images=(1, 1), volumes=True, options={"sampling": (2.5, 1.0, 1.0), "base_rate": 0.3}),
     "a NaN on one rank": Case(images=(1, 1), broken=True),
     "a NaN on one rank, in a class that has no negative": Case(broken=True, quiet=True, options={"temperature": 0.5}),
 }
@@ -71,6 +73,7 @@ QUICK = (
     "four uneven ranks, one with an empty batch",
     "some base pixels, features as they are",
     "float16",
+    "volumes",
     "a NaN on one rank",
 )
 """The cases that every run tests on the fused kernels. The others are slow tests, because the interpreter is slow."""
@@ -89,8 +92,12 @@ def batch(name):
     case = CASES[name]
     rng = np.random.default_rng(7)
     images = sum(case.images)
-    labels, predictions = scene(rng, B=images, N=N, H=12, W=18)
-    features = [(case.scale * x).to(case.dtype) for x in pyramid(rng, B=images, D=D, sizes=SIZES)]
+    if case.volumes:
+        labels, predictions = volume_scene(rng, B=images, N=N, Z=4, H=12, W=18)
+    else:
+        labels, predictions = scene(rng, B=images, N=N, H=12, W=18)
+    sizes = [(2, *size) for size in SIZES] if case.volumes else SIZES
+    features = [(case.scale * x).to(case.dtype) for x in pyramid(rng, B=images, D=D, sizes=sizes)]
     starts = np.cumsum((0, *case.images))
     for rank, (start, stop) in enumerate(itertools.pairwise(starts)):
         mine = labels[start:stop]

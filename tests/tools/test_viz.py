@@ -238,6 +238,24 @@ def test_each_column_of_the_negatives_matches_its_title():
         assert (painted[void] == viz.VOID_COLOUR).all() and (painted[~void & ~wrong] == viz.CORRECT_COLOUR).all()
 
 
+def test_a_plane_of_a_volume_is_drawn_as_a_map():
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    generator = torch.Generator().manual_seed(2)
+    scans = torch.rand(3, 5, 24, 36, generator=generator)
+    labels = torch.randint(N, (5, 24, 36), generator=generator)
+    logits = torch.randn(N, 5, 24, 36, generator=generator)
+    plane = scans[:, 2], labels[2], logits[:, 2]
+    options = {"num_classes": N, "sizes": [(12, 18)]}
+    of_plane, of_map = (
+        [shown(axis) for axis in viz.negatives(*given, **options).axes if axis.get_label() != "<colorbar>"]
+        for given in (plane, [x.clone(memory_format=torch.contiguous_format) for x in plane])
+    )
+    for one, other in zip(of_plane, of_map, strict=True):
+        np.testing.assert_array_equal(one, other)
+    with pytest.raises(ValueError, match=r"^labels: expected the map \(H, W\).*one plane of a volume, labels\[i, z\]"):
+        viz.negatives(scans[:, 2], labels, logits[:, 2], **options)
+
+
 def test_the_legend_of_the_negatives_names_the_classes_that_are_shown():
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     labels = torch.tensor([0, 2]).repeat(8, 4)
