@@ -19,7 +19,7 @@ from dataclasses import astuple
 
 import torch
 
-from benchmarks import distances, results
+from benchmarks import distances, host, results
 from benchmarks.camvid import page as camvid
 from benchmarks.camvid.rows import FILE, Result
 from benchmarks.results import IDENTITY, Row
@@ -221,8 +221,11 @@ def loss_on_gpu(rows: Sequence[Row]) -> str:
 
 
 def everything(rows: Sequence[Row], chosen: Callable[[Row], bool]) -> str:
-    """A line for each row, within each setting the fastest first; failures and absences stay. A relative's loss is
-    listed beside ours, which on a CPU is the reference; a training step beside that with cross-entropy alone."""
+    """A line for each row, within each setting the fastest first; failures and absences stay.
+
+    A relative's loss is compared with ours, which on a CPU is the reference; a training step with that of cross-entropy
+    alone; and the host's time with that of a plain op.
+    """
     rows = [row for row in rows if chosen(row)]
     lines = []
 
@@ -232,7 +235,7 @@ def everything(rows: Sequence[Row], chosen: Callable[[Row], bool]) -> str:
 
     for of_setting in grouped(rows, compared).values():
         timed = sorted(pick(of_setting), key=lambda row: row.median_ms)
-        ours = first(row for row in timed if row.by in OURS or row.mode == "cross-entropy")
+        ours = first(row for row in timed if row.by in (*OURS, host.PLAIN) or row.mode == "cross-entropy")
         ours = ours or first(row for row in timed if row.by == "reference" and not row.driver)
         for row in sorted(of_setting, key=lambda row: (row.median_ms is None, row.median_ms or 0.0)):
             name = f"{row.case} {row.regime}".strip()
@@ -336,6 +339,10 @@ def performance(rows: Sequence[Row], counted: str = "") -> str:
         "### In a training step",
         "With the loss and the projection heads that it needs. × is the time over that of cross-entropy alone.",
         everything(rows, gpu("training step")),
+        "### On the host",
+        "Time until a call returns, on inputs so small that the kernels take none. × is the time over that of a plain "
+        "custom op.",
+        everything(rows, gpu("host time")),
         "### Distance transforms",
         everything(rows, gpu("edge_distance", "distance_transform")),
     ]

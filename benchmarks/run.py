@@ -34,7 +34,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported
 
 import contextrast_kernels as ck
-from benchmarks import distances, peers, results
+from benchmarks import distances, host, peers, results
 from benchmarks.camvid.networks import NETWORKS
 from benchmarks.results import Absent, Row
 from contextrast_kernels import bane, cases, measure
@@ -60,11 +60,9 @@ class Job:
 class Machine:
     """Where the rows are measured, how long each, and the inputs of the case at hand."""
 
-    def __init__(self, device: str, *, tiny: bool, seconds: float, side: int = distances.SIDE):
+    def __init__(self, device: str, *, tiny: bool, seconds: float):
         self.device, self.tiny, self.seconds = torch.device(device), tiny, seconds
-        self.side = 16 if tiny else side
         self.on_gpu = self.device.type == "cuda"
-        self.time = measure.time_calls
         self.environment = results.environment(self.device)
         self.kept: dict[str, tuple[Any, Any]] = {}
 
@@ -121,7 +119,7 @@ class Machine:
         if self.tiny:
             calls[0]()
             return {"status": "untimed"}
-        timing = self.time(calls, self.device, self.seconds)
+        timing = measure.time_calls(calls, self.device, self.seconds)
         outcome = {"median_ms": timing.median_ms, "iqr_ms": timing.iqr_ms, "copy_gb_s": self.bandwidth}
         if count:
             outcome |= {
@@ -303,7 +301,7 @@ def run_negatives(machine: Machine, case: Case, distance_at: str, mode: str) -> 
 
 def distances_part(machine: Machine, names: Sequence[str]) -> Iterator[Job]:
     """Distance transforms and edge distances of volumes, and edge distances of maps: they have cases of their own."""
-    inputs = distances.cases(machine.side)
+    inputs = distances.cases(16 if machine.tiny else distances.SIDE)
     if machine.tiny:
         inputs = {(case.what, case.is_volume): case for case in reversed(inputs)}.values()
     for case in inputs:
@@ -428,6 +426,27 @@ def run_step(machine: Machine, case: Case, name: str, by: str | None) -> dict:
         return machine.outcome([step])
 
 
+# ------------------------------------------------------------------------------------------------------------- the host
+
+
+def host_part(machine: Machine, names: Sequence[str]) -> Iterator[Job]:
+    """The time until a call on small inputs returns to the host, whatever the device does then."""
+    for name in host.calls(machine.device):
+        for pass_ in (FORWARD, BOTH):
+            row = Row(f"host time, {pass_}", name, **machine.environment)
+            yield Job(row, functools.partial(run_host, machine, name, pass_))
+
+
+def run_host(machine: Machine, name: str, pass_: str) -> dict:
+    call = host.calls(machine.device)[name]
+    timed = call if pass_ == FORWARD else functools.partial(host.step, call)
+    timed()
+    if machine.tiny:
+        return {"status": "untimed"}
+    timing = measure.time_calls([timed], torch.device("cpu"), machine.seconds)
+    return {"median_ms": timing.median_ms, "iqr_ms": timing.iqr_ms}
+
+
 # ----------------------------------------------------------------------------------------------------------------- main
 
 PARTS = {
@@ -437,6 +456,7 @@ PARTS = {
     "compiled": compiled_part,
     "peers": peers_part,
     "step": step_part,
+    "host": host_part,
     "scaling": scaling_part,
 }
 ON_CPU = ("loss", "compiled", "peers", "distances")

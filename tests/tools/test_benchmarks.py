@@ -188,8 +188,8 @@ def small(monkeypatch):
 
 
 @cpu_only
-def test_the_runner_measures_distances_and_peers_once(tmp_path, capsys):
-    parts = ("--parts", "distances", "peers")
+def test_the_runner_measures_every_row_once(tmp_path, capsys):
+    parts = ("--parts", "distances", "peers", "host")
     assert runs(tmp_path, *parts, "--minutes", "0") == 0
     assert rows_in(tmp_path) == []
     expected = int(capsys.readouterr().out.split(";")[-1].split()[0])
@@ -199,10 +199,11 @@ def test_the_runner_measures_distances_and_peers_once(tmp_path, capsys):
     assert len(rows) == expected > 10
     for row in rows:
         assert row.status == "untimed" or row.status.startswith("absent: "), row
-        assert row.case in ("camvid tiny", "cityscapes", "16^3") and row.device and row.torch
+        assert row.case in ("camvid tiny", "cityscapes", "16^3", "") and row.device and row.torch
     ran = {(row.what, row.by) for row in rows if row.status == "untimed"}
     ours = run.distances.OURS
     assert {("edge_distance", ours), ("distance_transform", ours), ("distance_transform", "SciPy")} <= ran
+    assert {(f"host time, {pass_}", run.host.PLAIN) for pass_ in (run.FORWARD, run.BOTH)} <= ran
     runs(tmp_path, *parts)
     assert capsys.readouterr().out == "0 rows failed; complete\n"
 
