@@ -10,11 +10,14 @@ theirs is in this tree:
 
     python -m benchmarks.run --parts peers --peers DIR --out FOLDER     times them beside this package's
 
-Their files run as they are, with their published settings. Three things are done around them: modules that they
-import and the losses never use (loggers, registries, debuggers) are stood in for; where there is no CUDA device,
-`.cuda()` leaves a tensor where it is; RegionContrast's decoder, which computes its loss between its own layers, is
-given the features and logits instead of computing them. What a network does before its loss (projection, resizing of
-logits) is not timed; what a loss does itself (arg-max, normalisation of embeddings, sampling) is.
+Their files run unchanged, with their published settings. Three things around them are replaced:
+
+* Modules that they import and that the losses never use (loggers, registries, debuggers) are replaced by stand-ins.
+* Without a CUDA device, `.cuda()` leaves a tensor where it is.
+* RegionContrast's decoder computes its loss between its own layers. It is given the features and logits instead.
+
+The time includes what a loss does itself (arg-max, normalisation of embeddings, sampling). It does not include what a
+network does before its loss (projection, resizing of logits).
 """
 
 import contextlib
@@ -38,7 +41,7 @@ import contextrast_kernels as ck
 class Peer(NamedTuple):
     name: str
     call: Callable[[], Any] | None
-    """It returns the loss, a scalar with a live graph. None: not here, and ``note`` says why."""
+    """The call that returns the loss, a scalar with a live graph. None: it is not here, and ``note`` has the reason."""
     note: str
     """What the row computes, and how it differs from ours."""
 
@@ -47,8 +50,10 @@ class Peer(NamedTuple):
 
 
 class StandIn(types.ModuleType):
-    """In place of a module that a loss's file imports and the loss never uses. With a ``path``, a package whose other
-    modules are the checkout's, without what its __init__ would import."""
+    """A module in place of one that a loss's file imports and the loss never uses.
+
+    With a ``path`` it is a package: its other modules come from the checkout, and its own __init__ does not run.
+    """
 
     def __init__(self, name: str, path: pathlib.Path | None = None, **members):
         super().__init__(name)
@@ -101,8 +106,10 @@ def cuda_means(device: torch.device) -> Iterator[None]:
 
 
 def pixel_contrast(root, features, labels, logits, num_classes, ignore_index):
-    """tau 0.1 over 0.07, 1024 samples, at most 100 views, as configs/cityscapes/H_48_D_4.json has them. It fails where
-    no image has more pixels of a class than views: fewer views there."""
+    """tau 0.1 over 0.07, 1024 samples, at most 100 views, as in configs/cityscapes/H_48_D_4.json.
+
+    The code fails if no image has more pixels of a class than views. Such a batch gets fewer views.
+    """
     with imports_from(root):
         loss_file = importlib.import_module("lib.loss.loss_contrast")
     x = features[0]
@@ -123,7 +130,7 @@ def pixel_contrast(root, features, labels, logits, num_classes, ignore_index):
 
 
 def multi_scale(root, features, labels, logits, num_classes, ignore_index):
-    """tau 0.1, weights 1, 0.7, 0.4, 0.1 and cross-scale terms, as configs/CITYSCAPES/hrnet_contrastive_CTS.json."""
+    """tau 0.1, weights 1, 0.7, 0.4, 0.1 and cross-scale terms, as in configs/CITYSCAPES/hrnet_contrastive_CTS.json."""
     classes = {n: str(n) for n in range(num_classes)} | {255: "ignored"}
     maps = types.SimpleNamespace(CLASS_INFO={1: [None, classes]})
     utils = StandIn("utils", DATASETS_INFO={"": maps}, Logger=StandIn("Logger"), is_distributed=lambda: False)
@@ -138,7 +145,7 @@ def multi_scale(root, features, labels, logits, num_classes, ignore_index):
 
 
 def reverse_contrast(root, features, labels, logits, num_classes, ignore_index):
-    """tau 1, weight 1.3, 100 pixels a pair, pairs of at most 199 errors, as the one config has them."""
+    """tau 1, weight 1.3, 100 pixels a pair, pairs of at most 199 errors, as in their only config."""
     register = types.SimpleNamespace(register_module=lambda: lambda cls: cls)
     folder = root / "mmseg" / "models"
     absent = [name for name in ("mmcv", "torchvision", "ipdb") if importlib.util.find_spec(name) is None]
@@ -156,7 +163,7 @@ def reverse_contrast(root, features, labels, logits, num_classes, ignore_index):
 
 
 def region_contrast(root, features, labels, logits, num_classes, ignore_index):
-    """tau 0.2, queues of 2975, as experiments/decoder_contrast/config.yaml."""
+    """tau 0.2, queues of 2975, as in experiments/decoder_contrast/config.yaml."""
     folder = root / "pyseg"
     with imports_from(root, StandIn("pyseg", folder), StandIn("pyseg.models", folder / "models")):
         decoder_file = importlib.import_module("pyseg.models.decoder_contrast")
@@ -205,8 +212,8 @@ def official(
     ignore_index: int = 255,
 ) -> Peer:
     """A relative's published loss on one batch: features of the layers from high to low resolution, labels (B, H, W),
-    logits (B, N, H', W'). It samples with torch's CPU generator: seed that before a call to repeat one. A call raises
-    what the code raises."""
+    logits (B, N, H', W'). It samples with torch's CPU generator, so seed that generator to repeat a call. A call raises
+    the errors of the code."""
     root = folder / name if folder else None
     if root is None or not root.is_dir():
         return Peer(name, None, f"no checkout {name} in a folder given with --peers or CONTEXTRAST_PEERS")

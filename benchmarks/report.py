@@ -22,16 +22,16 @@ import torch
 from benchmarks import distances, host, results
 from benchmarks.camvid import page as camvid
 from benchmarks.camvid.rows import FILE, Result
-from benchmarks.results import IDENTITY, Row
+from benchmarks.results import IDENTITY, NOT_YET, Row, table
 from contextrast_kernels.cases import CASES, ERROR_SHARES, LAYER_SETS, REGIMES, Case
 
 ROOT = pathlib.Path(__file__).parents[1]
 BLOCK = re.compile(r"(<!-- measured: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 BOTH = "contextrast_loss forward+backward"
 OURS = (distances.OURS, "contextrast", "triton")
-NOT_YET = "Not measured yet."
 COUNTED, TRIED = "counted.md", "tried.md"
-"""Written by ``python -m tests.compiled.counts --write``, and by hand: what was tried for the kernels."""
+"""``python -m tests.compiled.counts --write`` writes the first one. The second one lists what was tried for the kernels
+and is written by hand."""
 STRIDES = {"-".join(map(str, strides)) for strides in LAYER_SETS.values()}
 PAPER = {(case.batch, case.height, case.width, case.num_classes, case.channels) for case in CASES.values()}
 
@@ -94,13 +94,6 @@ def of_one_device(rows: Sequence[Row]) -> list[Row]:
 # --------------------------------------------------------------------------------------------------------------- tables
 
 
-def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    lines = list(lines)
-    if not lines:
-        return NOT_YET
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *lines))
-
-
 def ms(row: Row | None, spread: bool = True) -> str:
     if row is None:
         return "–"
@@ -125,7 +118,7 @@ def number(value: float | None, unit: str = "") -> str:
 
 
 def sources(rows: Sequence[Row]) -> str:
-    """Where a table's numbers are from."""
+    """A sentence with the devices, versions and commits of a table's rows."""
     lines = []
     for row in map(first, grouped(rows, lambda row: (*place(row), row.driver, row.triton)).values()):
         versions = (("driver", row.driver), ("torch", row.torch), ("Triton", row.triton))
@@ -173,8 +166,10 @@ def described(row: Row) -> str:
 
 
 def times_floor(row: Row) -> float | None:
-    """The time divided by that of a copy of four times the features' bytes: three reads and a write are the least that
-    forward and backward need."""
+    """The time divided by that of a copy of four times the features' bytes.
+
+    Forward and backward together need at least three reads and a write of the features.
+    """
     if row.median_ms is None or row.copy_gb_s is None:
         return None
     strides, dtype = map(int, row.strides.split("-")), getattr(torch, row.dtype)
@@ -253,7 +248,7 @@ def everything(rows: Sequence[Row], chosen: Callable[[Row], bool]) -> str:
 
 
 def digest(draw: Callable, rows: Sequence[Row]) -> str:
-    """What a picture depends on: the rows and the code that draws them."""
+    """A hash of all that a picture depends on: the rows and the code that draws them."""
     text = inspect.getsource(draw) + "\n".join(map(str, map(astuple, rows)))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -407,7 +402,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     stale += sorted(left_over)
     if options.check:
         for path in stale:
-            print(f"{path.relative_to(options.root)} does not say what the results say: python -m benchmarks.report")
+            print(f"{path.relative_to(options.root)} does not match the results: run python -m benchmarks.report")
         return 1 if stale else 0
     for path in stale:
         if path in texts:
