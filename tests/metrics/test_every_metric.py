@@ -22,6 +22,7 @@ from metric_cases import (
     same,
 )
 from observers import Dispatched
+from processes import run_ranks
 
 from contextrast_kernels.metrics import (
     AlignmentUniformity,
@@ -283,7 +284,7 @@ def on_rank(rank, folder, ranks):
 
 
 def test_two_ranks_give_the_results_of_one_process(tmp_path):
-    torch.multiprocessing.spawn(on_rank, (str(tmp_path), 2), nprocs=2)
+    run_ranks(on_rank, str(tmp_path), 2, ranks=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     for name in METRICS:
         for when in ("nothing", "one", "both", "given"):
