@@ -160,7 +160,7 @@ for rows, scratch_bytes in ((40, size), (39, size), (40, size - 16)):
     assert done.stderr.count("ERROR: AddressSanitizer") == 2
 
 
-def test_fuzz_under_sanitizers(compiler, sanitized_library):
+def test_fuzzed_calls_are_clean_under_sanitizers(compiler, sanitized_library):
     """The same examples every day, so that a failure can be repeated; the slow test below draws new ones."""
     tests = ["tests/csrc/test_native.py", "tests/distance", "-k", "fuzzed or nothing_in or extreme or longest"]
     done = run_sanitized(compiler, sanitized_library, RUN_TESTS, *tests, "--hypothesis-seed=0")
@@ -168,7 +168,7 @@ def test_fuzz_under_sanitizers(compiler, sanitized_library):
 
 
 @pytest.mark.slow
-def test_everything_under_sanitizers(compiler, sanitized_library):
+def test_all_calls_are_clean_under_sanitizers(compiler, sanitized_library):
     tests = ["tests/csrc/test_native.py", "tests/loss/test_bane.py", "tests/distance"]
     done = run_sanitized(compiler, sanitized_library, RUN_TESTS, *tests, "-k", "not [reference and not real")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[:3000]

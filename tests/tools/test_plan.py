@@ -44,7 +44,7 @@ def _contents(value) -> dict[int, list]:
     return {value.data_ptr(): value.cpu().contiguous().view(-1).view(torch.uint8).tolist()}
 
 
-def test_the_plan_knows_what_each_kernel_writes(rng, monkeypatch):
+def test_the_plan_lists_the_arguments_that_each_kernel_writes(rng, monkeypatch):
     """Bytes are counted from the table WRITTEN: run on the interpreter, kernels change the arguments that it names."""
     changed = {}
 
