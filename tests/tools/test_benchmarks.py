@@ -1,4 +1,4 @@
-"""The benchmarks: one schema for all results, and that the runner runs."""
+"""The benchmarks: the schema of the results, the measurements, the runner and the report."""
 
 import contextlib
 import os
@@ -314,7 +314,7 @@ def test_rows_that_differ_or_crash_are_recorded_as_failed(tmp_path, monkeypatch,
     assert found["edge_distance", "int64"].startswith("failed: differs from the reference: ")
     assert found["edge_distance", "int8"] == "failed: RuntimeError: no"
     monkeypatch.undo()
-    assert runs(tmp_path, "--parts", "distances") == 0  # what failed is tried again, and takes its row
+    assert runs(tmp_path, "--parts", "distances") == 0  # failed rows are tried again and replaced
     assert not any(row.status.startswith("failed") for row in rows_in(tmp_path))
     assert len({row.measured for row in rows_in(tmp_path)}) == len(rows_in(tmp_path))
 
@@ -378,7 +378,7 @@ def test_rows_that_take_too_long_are_stopped(tmp_path, monkeypatch, one_volume):
 
 
 def test_row_timeout_is_signalled_repeatedly():
-    """What is raised inside a callback of the garbage collector, say, is lost."""
+    """One signal is not enough: an exception inside a callback of the garbage collector is lost."""
     with pytest.raises(TimeoutError, match=r"took more than 0\.05 s"), run.at_most(0.05):
         with contextlib.suppress(TimeoutError):
             time.sleep(20)
@@ -432,7 +432,7 @@ def made_up_cpu_rows():
 
 
 def report_into(root, *devices):
-    """README.md and docs/ of the repository in a folder of their own, and as results the rows of these devices."""
+    """Copy README.md and docs/ to a folder, and write the rows of these devices there as results."""
     (root / "docs").mkdir()
     (root / "results").mkdir()
     for name in ("README.md", "docs/method.md", "docs/distance.md"):

@@ -1,4 +1,4 @@
-"""What a training step puts on the device and holds there: counted from shapes, and on the way through torch."""
+"""The launches and the memory of a training step, calculated from shapes and observed through torch."""
 
 import pytest
 import torch
