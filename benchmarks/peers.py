@@ -28,7 +28,7 @@ import sys
 import types
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 from unittest import mock
 
 import torch
@@ -36,15 +36,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import contextrast_kernels as ck
-
-
-class Peer(NamedTuple):
-    name: str
-    call: Callable[[], Any] | None
-    """The call that returns the loss, a scalar with a live graph. None: it is not here, and ``note`` has the reason."""
-    note: str
-    """What the row computes, and how it differs from ours."""
-
+from benchmarks.results import Absent
 
 # ------------------------------------------------------------------------------------------------- other people's code
 
@@ -210,24 +202,30 @@ def official(
     labels: Tensor,
     logits: Tensor,
     ignore_index: int = 255,
-) -> Peer:
-    """A relative's published loss on one batch: features of the layers from high to low resolution, labels (B, H, W),
-    logits (B, N, H', W'). It samples with torch's CPU generator, so seed that generator to repeat a call. A call raises
-    the errors of the code."""
+) -> tuple[Callable[[], Tensor], str]:
+    """The call of a relative's published loss on one batch, and a note on what it computes. The call returns a scalar
+    with a live graph. It samples with torch's CPU generator, so seed that generator to repeat a call.
+
+    Args:
+        name: one of RELATIVES.
+        folder: has the checkout. Absent is raised if it has none.
+        features, labels, logits: layers from high to low resolution; (B, H, W); (B, N, H', W').
+    """
     root = folder / name if folder else None
     if root is None or not root.is_dir():
-        return Peer(name, None, f"no checkout {name} in a folder given with --peers or CONTEXTRAST_PEERS")
-    given = (list(features), labels, logits, logits.shape[1], ignore_index)
-    try:
-        with quiet():
-            call, note = RELATIVES[name](root.resolve(), *given)
-    except Exception as error:
-        return Peer(name, failing(error), "does not load")
-    return Peer(name, on_device(call, features[0].device), note)
+        raise Absent(f"no checkout {name} in a folder given with --peers or CONTEXTRAST_PEERS")
+    with quiet():
+        call, note = RELATIVES[name](root.resolve(), list(features), labels, logits, logits.shape[1], ignore_index)
+
+    def on_device():
+        with cuda_means(features[0].device):
+            return call()
+
+    return on_device, note
 
 
-def ours(name: str, features: Sequence[Tensor], labels: Tensor, logits: Tensor) -> Peer:
-    """The same relative by this package, with the settings of the official row."""
+def ours(name: str, features: Sequence[Tensor], labels: Tensor, logits: Tensor) -> Callable[[], Tensor]:
+    """The call of the same relative by this package, with the settings of the official code."""
     N, D = logits.shape[1], features[0].shape[1]
     layer = min(1, len(features) - 1)
     loss = {
@@ -237,22 +235,7 @@ def ours(name: str, features: Sequence[Tensor], labels: Tensor, logits: Tensor) 
         "RegionContrast": lambda: ck.RegionContrastLoss(N, ck.MemoryBank(N, D, pixels=0, regions=2975), layer=layer),
     }[name]()
     loss.to(features[0].device)
-    return Peer(name, lambda: loss(features, labels, logits), "")
-
-
-def on_device(call: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
-    def run():
-        with cuda_means(device):
-            return call()
-
-    return run
-
-
-def failing(error: Exception) -> Callable[[], Any]:
-    def run():
-        raise error
-
-    return run
+    return lambda: loss(features, labels, logits)
 
 
 def failure(error: BaseException) -> str:

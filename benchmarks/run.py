@@ -353,19 +353,17 @@ def run_relative(machine: Machine, case: Case, name: str, folder: pathlib.Path |
     inputs = machine.inputs(case)
     features = [x.detach().requires_grad_() for x in inputs.features]
     batch = (features, inputs.labels, inputs.logits)
-    found = peers.ours(name, *batch) if ours else peers.official(name, folder, *batch)
-    if found.call is None:
-        raise Absent(found.note)
+    call, note = (peers.ours(name, *batch), "") if ours else peers.official(name, folder, *batch)
 
     def both():
-        return torch.autograd.grad(found.call(), features, allow_unused=True)
+        return torch.autograd.grad(call(), features, allow_unused=True)
 
     with peers.quiet():
-        value = found.call()
+        value = call()
         if not bool(value.isfinite()):
             raise measure.Differs(f"its loss is {value.item()}")
         outcome = machine.outcome([both])
-    return outcome | {"exact": "another loss", "note": found.note}
+    return outcome | {"exact": "another loss", "note": note}
 
 
 # ------------------------------------------------------------------------------------------------------- training step
@@ -525,16 +523,11 @@ def to_do(jobs: Iterable[Job], known: dict[tuple, Row]) -> list[Job]:
     ]
 
 
-def check(options: argparse.Namespace) -> None:
-    """Refuse options with which every row would fail."""
-    for name in ("minutes", "row_seconds", "seconds"):
-        if not 0 <= getattr(options, name) <= 86400:
-            option = f"--{name.replace('_', '-')}"
-            raise ValueError(f"{option}: expected 0 to 86400, got {getattr(options, name)}")
-    if options.peers is not None and not options.peers.is_dir():
-        raise ValueError(f"--peers: expected a folder that holds checkouts, got {options.peers}")
-    if options.out.exists() and not options.out.is_dir():
-        raise ValueError(f"--out: expected a folder, got the file {options.out}")
+def duration(text: str) -> float:
+    """An option's number of minutes or seconds."""
+    if not 0 <= float(text) <= 86400:
+        raise argparse.ArgumentTypeError(f"expected 0 to 86400, got {text}")
+    return float(text)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -545,14 +538,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--peers", type=pathlib.Path, metavar="DIR", help="checkouts of the relatives: see peers.py")
     parser.add_argument("--tiny", action="store_true", help="tiny twins of the cases, untimed, on any device")
     parser.add_argument("--again", action="store_true", help="measure also the rows that the file has")
-    parser.add_argument("--minutes", type=float, default=9.0, help="start no row later than this (default: 9)")
-    parser.add_argument("--row-seconds", type=float, default=180.0, help="give a row up after this (default: 180)")
-    parser.add_argument("--seconds", type=float, default=0.5, help="duration of a row's measurement (default: 0.5)")
+    parser.add_argument("--minutes", type=duration, default=9.0, help="start no row later than this (default: 9)")
+    parser.add_argument("--row-seconds", type=duration, default=180.0, help="give a row up after this (default: 180)")
+    parser.add_argument("--seconds", type=duration, default=0.5, help="duration of a row's measurement (default: 0.5)")
     options = parser.parse_args(arguments)
-    try:
-        check(options)
-    except ValueError as error:
-        parser.error(str(error))
+    if options.peers is not None and not options.peers.is_dir():
+        parser.error(f"--peers: expected a folder that holds checkouts, got {options.peers}")
+    if options.out.exists() and not options.out.is_dir():
+        parser.error(f"--out: expected a folder, got the file {options.out}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     machine = Machine(device, tiny=options.tiny, seconds=options.seconds)
     everywhere = machine.on_gpu or machine.tiny
