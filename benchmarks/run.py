@@ -1,4 +1,4 @@
-"""Measure everything: the fused loss, its parts, the reference, compilers, other people's code, a training step.
+"""Measure the loss, its parts, the reference, compilers, other people's code, a training step and the host's time.
 
     python -m benchmarks.run --out FOLDER                      the rows that FOLDER/<device>.csv lacks at this commit
     python -m benchmarks.run --out FOLDER --parts loss step    some parts
@@ -62,6 +62,7 @@ class Machine:
 
     def __init__(self, device: str, *, tiny: bool, seconds: float):
         self.device, self.tiny, self.seconds = torch.device(device), tiny, seconds
+        self.side = 16 if tiny else distances.SIDE
         self.on_gpu = self.device.type == "cuda"
         self.environment = results.environment(self.device)
         self.kept: dict[str, tuple[Any, Any]] = {}
@@ -301,7 +302,7 @@ def run_negatives(machine: Machine, case: Case, distance_at: str, mode: str) -> 
 
 def distances_part(machine: Machine, names: Sequence[str]) -> Iterator[Job]:
     """Distance transforms and edge distances of volumes, and edge distances of maps: they have cases of their own."""
-    inputs = distances.cases(16 if machine.tiny else distances.SIDE)
+    inputs = distances.cases(machine.side)
     if machine.tiny:
         inputs = {(case.what, case.is_volume): case for case in reversed(inputs)}.values()
     for case in inputs:
