@@ -49,7 +49,7 @@ WRITTEN = {
 """The arguments that each kernel writes or adds to. It reads the others."""
 
 PIXEL_MAPS = frozenset({"codes", "y", "e", "base", "similarity", "norms"})
-"""Arguments with one number for each pixel of all layers. A sweep reads those of its own layers."""
+"""Arguments with one number for each pixel of all layers, of which a sweep takes the pixels of its own layers."""
 
 
 class Row(NamedTuple):
@@ -209,7 +209,7 @@ def moved(launch: _launch.Launch) -> tuple[int, int]:
     own_pixels = None
     if PIXEL_MAPS & arguments.keys() and "x" in arguments:
         own_pixels = sum(x.numel() // x.shape[1] for x in arguments["x"])
-    sizes = {}  # by address: a tensor that two arguments share is moved once
+    sizes = {}  # by address: what two arguments share is moved once
     for argument, value in arguments.items():
         for x in _tensors(value):
             size = x.nbytes
