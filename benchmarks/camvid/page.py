@@ -191,7 +191,7 @@ def seen(rows: Sequence[Result]) -> str:
     return (
         f"In the last fifth of the training {edge[1][0]} of the error pixels at stride 4 and {edge[1][1]} at stride 32 "
         f"are at distance 0 ({edge[0][0]} and {edge[0][1]} in the first fifth). Among pixels at the same distance BANE "
-        f"chooses by its hash, so where nearly all are at distance 0 it is nearly the semi-hard choice. Over all "
+        f"chooses by its hash. Where nearly all are at distance 0, its choice is almost the semi-hard one. Over all "
         f"parameters of the encoder the gradient of the weighted loss has {100 * ratio:.1f} % of the norm of the "
         f"cross-entropy's, and the cosine of the two is {cosine:+.3f}."
     )
