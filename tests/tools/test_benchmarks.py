@@ -533,6 +533,16 @@ def test_relative_times_are_ratios_to_ours(tmp_path):
     assert {cells[4] for cells in columns_of(page, f"relative's loss {run.BOTH}", "PNE_Loss")} == {"–"}
 
 
+def test_host_times_are_ratios_to_the_plain_op(tmp_path):
+    what = f"host time, {run.FORWARD}"
+    gpu = {"device": "A GPU", "driver": "580.1", "torch": "2.11.0"}
+    times = {run.host.PLAIN: 0.5, "contextrast_loss": 3.0}
+    rows = [results.Row(what, by, median_ms=time, iqr_ms=0.0, **gpu) for by, time in times.items()]
+    assert report.main(report_into(tmp_path, rows)) == 0
+    page = (tmp_path / "docs" / "performance.md").read_text()
+    assert {by: columns_of(page, what, by)[0][4] for by in times} == {run.host.PLAIN: "1", "contextrast_loss": "6"}
+
+
 def test_a_later_untimed_row_does_not_hide_a_measurement():
     later = replace(ROW, commit="7654321", status="untimed", median_ms=None, iqr_ms=None)
     again = replace(ROW, commit="7654321", median_ms=3.0)
