@@ -29,6 +29,7 @@ test-all: $(VENV)/.all
 test-floor: .venv-floor/.all
 	.venv-floor/bin/python -m pytest $(ARGS)
 
+# Time what is used on a CPU; on a machine with a GPU, everything.
 bench: $(VENV)/.all
 	$(RUN) -m benchmarks.run --out build/results $(ARGS)
 
