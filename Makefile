@@ -29,8 +29,9 @@ test-all: $(VENV)/.all
 test-floor: .venv-floor/.all
 	.venv-floor/bin/python -m pytest $(ARGS)
 
+# Time what is used on a CPU; on a machine with a GPU, everything.
 bench: $(VENV)/.all
-	$(RUN) -m pytest benchmarks --benchmark-enable --benchmark-only --benchmark-columns median,iqr,rounds $(ARGS)
+	$(RUN) -m benchmarks.run --out build/results $(ARGS)
 
 # On a machine with a GPU: build the CUDA kernels, run the tests that need a device, and time everything.
 # make gpu RUN=python3         in an environment that already has torch, Triton, CMake, Ninja and nvcc

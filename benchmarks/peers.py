@@ -10,11 +10,14 @@ theirs is in this tree:
 
     python -m benchmarks.run --parts peers --peers DIR --out FOLDER     times them beside this package's
 
-Their files run as they are, with their published settings. Three things are done around them: modules that they
-import and the losses never use (loggers, registries, debuggers) are stood in for; where there is no CUDA device,
-`.cuda()` leaves a tensor where it is; RegionContrast's decoder, which computes its loss between its own layers, is
-given the features and logits instead of computing them. What a network does before its loss (projection, resizing of
-logits) is not timed; what a loss does itself (arg-max, normalisation of embeddings, sampling) is.
+Their files run unchanged, with their published settings. Three things around them are replaced:
+
+* Modules that they import and that the losses never use (loggers, registries, debuggers) are replaced by stand-ins.
+* Without a CUDA device, `.cuda()` leaves a tensor where it is.
+* RegionContrast's decoder computes its loss between its own layers. It is given the features and logits instead.
+
+The time includes what a loss does itself (arg-max, normalisation of embeddings, sampling). It does not include what a
+network does before its loss (projection, resizing of logits).
 """
 
 import contextlib
@@ -25,7 +28,7 @@ import sys
 import types
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 from unittest import mock
 
 import torch
@@ -33,22 +36,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import contextrast_kernels as ck
-
-
-class Peer(NamedTuple):
-    name: str
-    call: Callable[[], Any] | None
-    """It returns the loss, a scalar with a live graph. None: not here, and ``note`` says why."""
-    note: str
-    """What the row computes, and how it differs from ours."""
-
+from benchmarks.results import Absent
 
 # ------------------------------------------------------------------------------------------------- other people's code
 
 
 class StandIn(types.ModuleType):
-    """In place of a module that a loss's file imports and the loss never uses. With a ``path``, a package whose other
-    modules are the checkout's, without what its __init__ would import."""
+    """A module in place of one that a loss's file imports and the loss never uses.
+
+    With a ``path`` it is a package: its other modules come from the checkout, and its own __init__ does not run.
+    """
 
     def __init__(self, name: str, path: pathlib.Path | None = None, **members):
         super().__init__(name)
@@ -101,8 +98,10 @@ def cuda_means(device: torch.device) -> Iterator[None]:
 
 
 def pixel_contrast(root, features, labels, logits, num_classes, ignore_index):
-    """tau 0.1 over 0.07, 1024 samples, at most 100 views, as configs/cityscapes/H_48_D_4.json has them. It fails where
-    no image has more pixels of a class than views: fewer views there."""
+    """tau 0.1 over 0.07, 1024 samples, at most 100 views, as in configs/cityscapes/H_48_D_4.json.
+
+    The code fails if no image has more pixels of a class than views. Such a batch gets fewer views.
+    """
     with imports_from(root):
         loss_file = importlib.import_module("lib.loss.loss_contrast")
     x = features[0]
@@ -123,7 +122,7 @@ def pixel_contrast(root, features, labels, logits, num_classes, ignore_index):
 
 
 def multi_scale(root, features, labels, logits, num_classes, ignore_index):
-    """tau 0.1, weights 1, 0.7, 0.4, 0.1 and cross-scale terms, as configs/CITYSCAPES/hrnet_contrastive_CTS.json."""
+    """tau 0.1, weights 1, 0.7, 0.4, 0.1 and cross-scale terms, as in configs/CITYSCAPES/hrnet_contrastive_CTS.json."""
     classes = {n: str(n) for n in range(num_classes)} | {255: "ignored"}
     maps = types.SimpleNamespace(CLASS_INFO={1: [None, classes]})
     utils = StandIn("utils", DATASETS_INFO={"": maps}, Logger=StandIn("Logger"), is_distributed=lambda: False)
@@ -138,7 +137,7 @@ def multi_scale(root, features, labels, logits, num_classes, ignore_index):
 
 
 def reverse_contrast(root, features, labels, logits, num_classes, ignore_index):
-    """tau 1, weight 1.3, 100 pixels a pair, pairs of at most 199 errors, as the one config has them."""
+    """tau 1, weight 1.3, 100 pixels a pair, pairs of at most 199 errors, as in their only config."""
     register = types.SimpleNamespace(register_module=lambda: lambda cls: cls)
     folder = root / "mmseg" / "models"
     absent = [name for name in ("mmcv", "torchvision", "ipdb") if importlib.util.find_spec(name) is None]
@@ -156,7 +155,7 @@ def reverse_contrast(root, features, labels, logits, num_classes, ignore_index):
 
 
 def region_contrast(root, features, labels, logits, num_classes, ignore_index):
-    """tau 0.2, queues of 2975, as experiments/decoder_contrast/config.yaml."""
+    """tau 0.2, queues of 2975, as in experiments/decoder_contrast/config.yaml."""
     folder = root / "pyseg"
     with imports_from(root, StandIn("pyseg", folder), StandIn("pyseg.models", folder / "models")):
         decoder_file = importlib.import_module("pyseg.models.decoder_contrast")
@@ -203,24 +202,30 @@ def official(
     labels: Tensor,
     logits: Tensor,
     ignore_index: int = 255,
-) -> Peer:
-    """A relative's published loss on one batch: features of the layers from high to low resolution, labels (B, H, W),
-    logits (B, N, H', W'). It samples with torch's CPU generator: seed that before a call to repeat one. A call raises
-    what the code raises."""
+) -> tuple[Callable[[], Tensor], str]:
+    """The call of a relative's published loss on one batch, and a note on what it computes. The call returns a scalar
+    with a live graph. It samples with torch's CPU generator, so seed that generator to repeat a call.
+
+    Args:
+        name: one of RELATIVES.
+        folder: has the checkout. Absent is raised if it has none.
+        features, labels, logits: layers from high to low resolution; (B, H, W); (B, N, H', W').
+    """
     root = folder / name if folder else None
     if root is None or not root.is_dir():
-        return Peer(name, None, f"no checkout {name} in a folder given with --peers or CONTEXTRAST_PEERS")
-    given = (list(features), labels, logits, logits.shape[1], ignore_index)
-    try:
-        with quiet():
-            call, note = RELATIVES[name](root.resolve(), *given)
-    except Exception as error:
-        return Peer(name, failing(error), "does not load")
-    return Peer(name, on_device(call, features[0].device), note)
+        raise Absent(f"no checkout {name} in a folder given with --peers or CONTEXTRAST_PEERS")
+    with quiet():
+        call, note = RELATIVES[name](root.resolve(), list(features), labels, logits, logits.shape[1], ignore_index)
+
+    def on_device():
+        with cuda_means(features[0].device):
+            return call()
+
+    return on_device, note
 
 
-def ours(name: str, features: Sequence[Tensor], labels: Tensor, logits: Tensor) -> Peer:
-    """The same relative by this package, with the settings of the official row."""
+def ours(name: str, features: Sequence[Tensor], labels: Tensor, logits: Tensor) -> Callable[[], Tensor]:
+    """The call of the same relative by this package, with the settings of the official code."""
     N, D = logits.shape[1], features[0].shape[1]
     layer = min(1, len(features) - 1)
     loss = {
@@ -230,22 +235,7 @@ def ours(name: str, features: Sequence[Tensor], labels: Tensor, logits: Tensor) 
         "RegionContrast": lambda: ck.RegionContrastLoss(N, ck.MemoryBank(N, D, pixels=0, regions=2975), layer=layer),
     }[name]()
     loss.to(features[0].device)
-    return Peer(name, lambda: loss(features, labels, logits), "")
-
-
-def on_device(call: Callable[[], Tensor], device: torch.device) -> Callable[[], Tensor]:
-    def run():
-        with cuda_means(device):
-            return call()
-
-    return run
-
-
-def failing(error: Exception) -> Callable[[], Any]:
-    def run():
-        raise error
-
-    return run
+    return lambda: loss(features, labels, logits)
 
 
 def failure(error: BaseException) -> str:

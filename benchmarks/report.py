@@ -19,19 +19,19 @@ from dataclasses import astuple
 
 import torch
 
-from benchmarks import distances, results
+from benchmarks import distances, host, results
 from benchmarks.camvid import page as camvid
 from benchmarks.camvid.rows import FILE, Result
-from benchmarks.results import IDENTITY, Row
+from benchmarks.results import IDENTITY, NOT_YET, Row, table
 from contextrast_kernels.cases import CASES, ERROR_SHARES, LAYER_SETS, REGIMES, Case
 
 ROOT = pathlib.Path(__file__).parents[1]
 BLOCK = re.compile(r"(<!-- measured: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 BOTH = "contextrast_loss forward+backward"
 OURS = (distances.OURS, "contextrast", "triton")
-NOT_YET = "Not measured yet."
 COUNTED, TRIED = "counted.md", "tried.md"
-"""Written by ``python -m tests.compiled.counts --write``, and by hand: what was tried for the kernels."""
+"""``python -m tests.compiled.counts --write`` writes the first one. The second one lists what was tried for the kernels
+and is written by hand."""
 STRIDES = {"-".join(map(str, strides)) for strides in LAYER_SETS.values()}
 PAPER = {(case.batch, case.height, case.width, case.num_classes, case.channels) for case in CASES.values()}
 
@@ -94,13 +94,6 @@ def of_one_device(rows: Sequence[Row]) -> list[Row]:
 # --------------------------------------------------------------------------------------------------------------- tables
 
 
-def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    lines = list(lines)
-    if not lines:
-        return NOT_YET
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *lines))
-
-
 def ms(row: Row | None, spread: bool = True) -> str:
     if row is None:
         return "–"
@@ -125,7 +118,7 @@ def number(value: float | None, unit: str = "") -> str:
 
 
 def sources(rows: Sequence[Row]) -> str:
-    """Where a table's numbers are from."""
+    """A sentence with the devices, versions and commits of a table's rows."""
     lines = []
     for row in map(first, grouped(rows, lambda row: (*place(row), row.driver, row.triton)).values()):
         versions = (("driver", row.driver), ("torch", row.torch), ("Triton", row.triton))
@@ -173,8 +166,10 @@ def described(row: Row) -> str:
 
 
 def times_floor(row: Row) -> float | None:
-    """The time divided by that of a copy of four times the features' bytes: three reads and a write are the least that
-    forward and backward need."""
+    """The time divided by that of a copy of four times the features' bytes.
+
+    Forward and backward together need at least three reads and a write of the features.
+    """
     if row.median_ms is None or row.copy_gb_s is None:
         return None
     strides, dtype = map(int, row.strides.split("-")), getattr(torch, row.dtype)
@@ -221,8 +216,11 @@ def loss_on_gpu(rows: Sequence[Row]) -> str:
 
 
 def everything(rows: Sequence[Row], chosen: Callable[[Row], bool]) -> str:
-    """A line for each row, within each setting the fastest first; failures and absences stay. A relative's loss is
-    listed beside ours, which on a CPU is the reference; a training step beside that with cross-entropy alone."""
+    """A line for each row, within each setting the fastest first; failures and absences stay.
+
+    A relative's loss is compared with ours, which on a CPU is the reference; a training step with that of cross-entropy
+    alone; and the host's time with that of a plain op.
+    """
     rows = [row for row in rows if chosen(row)]
     lines = []
 
@@ -232,7 +230,7 @@ def everything(rows: Sequence[Row], chosen: Callable[[Row], bool]) -> str:
 
     for of_setting in grouped(rows, compared).values():
         timed = sorted(pick(of_setting), key=lambda row: row.median_ms)
-        ours = first(row for row in timed if row.by in OURS or row.mode == "cross-entropy")
+        ours = first(row for row in timed if row.by in (*OURS, host.PLAIN) or row.mode == "cross-entropy")
         ours = ours or first(row for row in timed if row.by == "reference" and not row.driver)
         for row in sorted(of_setting, key=lambda row: (row.median_ms is None, row.median_ms or 0.0)):
             name = f"{row.case} {row.regime}".strip()
@@ -250,7 +248,7 @@ def everything(rows: Sequence[Row], chosen: Callable[[Row], bool]) -> str:
 
 
 def digest(draw: Callable, rows: Sequence[Row]) -> str:
-    """What a picture depends on: the rows and the code that draws them."""
+    """A hash of all that a picture depends on: the rows and the code that draws them."""
     text = inspect.getsource(draw) + "\n".join(map(str, map(astuple, rows)))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -336,6 +334,10 @@ def performance(rows: Sequence[Row], counted: str = "") -> str:
         "### In a training step",
         "With the loss and the projection heads that it needs. × is the time over that of cross-entropy alone.",
         everything(rows, gpu("training step")),
+        "### On the host",
+        "Time until a call returns, on inputs so small that the kernels take none. × is the time over that of a plain "
+        "custom op.",
+        everything(rows, gpu("host time")),
         "### Distance transforms",
         everything(rows, gpu("edge_distance", "distance_transform")),
     ]
@@ -400,7 +402,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     stale += sorted(left_over)
     if options.check:
         for path in stale:
-            print(f"{path.relative_to(options.root)} does not say what the results say: python -m benchmarks.report")
+            print(f"{path.relative_to(options.root)} does not match the results: run python -m benchmarks.report")
         return 1 if stale else 0
     for path in stale:
         if path in texts:

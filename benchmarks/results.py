@@ -11,6 +11,7 @@ import pathlib
 import platform
 import re
 import subprocess
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import get_args
 
@@ -125,6 +126,16 @@ def of_case(case: Case) -> dict:
         "dtype": str(case.dtype).removeprefix("torch."),
         "layout": case.layout,
     }
+
+
+NOT_YET = "Not measured yet."
+
+
+def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    if not lines:
+        return NOT_YET
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *lines))
 
 
 # ---------------------------------------------------------------------------------------------------------- the machine

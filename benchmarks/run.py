@@ -1,4 +1,4 @@
-"""Measure everything: the fused loss, its parts, the reference, compilers, other people's code, a training step.
+"""Measure the loss, its parts, the reference, compilers, other people's code, a training step and the host's time.
 
     python -m benchmarks.run --out FOLDER                      the rows that FOLDER/<device>.csv lacks at this commit
     python -m benchmarks.run --out FOLDER --parts loss step    some parts
@@ -35,7 +35,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported
 
 import contextrast_kernels as ck
-from benchmarks import distances, peers, results
+from benchmarks import distances, host, peers, results
 from benchmarks.camvid.networks import NETWORKS
 from benchmarks.results import Absent, Row
 from contextrast_kernels import bane, cases, measure
@@ -61,11 +61,10 @@ class Job:
 class Machine:
     """Where the rows are measured, how long each, and the inputs of the case at hand."""
 
-    def __init__(self, device: str, *, tiny: bool, seconds: float, side: int = distances.SIDE):
+    def __init__(self, device: str, *, tiny: bool, seconds: float):
         self.device, self.tiny, self.seconds = torch.device(device), tiny, seconds
-        self.side = 16 if tiny else side
+        self.side = 16 if tiny else distances.SIDE
         self.on_gpu = self.device.type == "cuda"
-        self.time = measure.time_calls
         self.environment = results.environment(self.device)
         self.kept: dict[str, tuple[Any, Any]] = {}
 
@@ -122,7 +121,7 @@ class Machine:
         if self.tiny:
             calls[0]()
             return {"status": "untimed"}
-        timing = self.time(calls, self.device, self.seconds)
+        timing = measure.time_calls(calls, self.device, self.seconds)
         outcome = {"median_ms": timing.median_ms, "iqr_ms": timing.iqr_ms, "copy_gb_s": self.bandwidth}
         if count:
             outcome |= {
@@ -356,19 +355,17 @@ def run_relative(machine: Machine, case: Case, name: str, folder: pathlib.Path |
     inputs = machine.inputs(case)
     features = [x.detach().requires_grad_() for x in inputs.features]
     batch = (features, inputs.labels, inputs.logits)
-    found = peers.ours(name, *batch) if ours else peers.official(name, folder, *batch)
-    if found.call is None:
-        raise Absent(found.note)
+    call, note = (peers.ours(name, *batch), "") if ours else peers.official(name, folder, *batch)
 
     def both():
-        return torch.autograd.grad(found.call(), features, allow_unused=True)
+        return torch.autograd.grad(call(), features, allow_unused=True)
 
     with peers.quiet():
-        value = found.call()
+        value = call()
         if not bool(value.isfinite()):
             raise measure.Differs(f"its loss is {value.item()}")
         outcome = machine.outcome([both])
-    return outcome | {"exact": "another loss", "note": found.note}
+    return outcome | {"exact": "another loss", "note": note}
 
 
 # ------------------------------------------------------------------------------------------------------- training step
@@ -429,6 +426,27 @@ def run_step(machine: Machine, case: Case, name: str, by: str | None) -> dict:
         return machine.outcome([step])
 
 
+# ------------------------------------------------------------------------------------------------------------- the host
+
+
+def host_part(machine: Machine, names: Sequence[str]) -> Iterator[Job]:
+    """The time until a call on small inputs returns to the host, whatever the device does then."""
+    for name in host.calls(machine.device):
+        for pass_ in (FORWARD, BOTH):
+            row = Row(f"host time, {pass_}", name, **machine.environment)
+            yield Job(row, functools.partial(run_host, machine, name, pass_))
+
+
+def run_host(machine: Machine, name: str, pass_: str) -> dict:
+    call = host.calls(machine.device)[name]
+    timed = call if pass_ == FORWARD else functools.partial(host.step, call)
+    timed()
+    if machine.tiny:
+        return {"status": "untimed"}
+    timing = measure.time_calls([timed], torch.device("cpu"), machine.seconds)
+    return {"median_ms": timing.median_ms, "iqr_ms": timing.iqr_ms}
+
+
 # ----------------------------------------------------------------------------------------------------------------- main
 
 PARTS = {
@@ -438,6 +456,7 @@ PARTS = {
     "compiled": compiled_part,
     "peers": peers_part,
     "step": step_part,
+    "host": host_part,
     "scaling": scaling_part,
 }
 ON_CPU = ("loss", "compiled", "peers", "distances")
@@ -506,16 +525,11 @@ def to_do(jobs: Iterable[Job], known: dict[tuple, Row]) -> list[Job]:
     ]
 
 
-def check(options: argparse.Namespace) -> None:
-    """Refuse options with which every row would fail."""
-    for name in ("minutes", "row_seconds", "seconds"):
-        if not 0 <= getattr(options, name) <= 86400:
-            option = f"--{name.replace('_', '-')}"
-            raise ValueError(f"{option}: expected 0 to 86400, got {getattr(options, name)}")
-    if options.peers is not None and not options.peers.is_dir():
-        raise ValueError(f"--peers: expected a folder that holds checkouts, got {options.peers}")
-    if options.out.exists() and not options.out.is_dir():
-        raise ValueError(f"--out: expected a folder, got the file {options.out}")
+def duration(text: str) -> float:
+    """An option's number of minutes or seconds."""
+    if not 0 <= float(text) <= 86400:
+        raise argparse.ArgumentTypeError(f"expected 0 to 86400, got {text}")
+    return float(text)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -526,14 +540,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--peers", type=pathlib.Path, metavar="DIR", help="checkouts of the relatives: see peers.py")
     parser.add_argument("--tiny", action="store_true", help="tiny twins of the cases, untimed, on any device")
     parser.add_argument("--again", action="store_true", help="measure also the rows that the file has")
-    parser.add_argument("--minutes", type=float, default=9.0, help="start no row later than this (default: 9)")
-    parser.add_argument("--row-seconds", type=float, default=180.0, help="give a row up after this (default: 180)")
-    parser.add_argument("--seconds", type=float, default=0.5, help="duration of a row's measurement (default: 0.5)")
+    parser.add_argument("--minutes", type=duration, default=9.0, help="start no row later than this (default: 9)")
+    parser.add_argument("--row-seconds", type=duration, default=180.0, help="give a row up after this (default: 180)")
+    parser.add_argument("--seconds", type=duration, default=0.5, help="duration of a row's measurement (default: 0.5)")
     options = parser.parse_args(arguments)
-    try:
-        check(options)
-    except ValueError as error:
-        parser.error(str(error))
+    if options.peers is not None and not options.peers.is_dir():
+        parser.error(f"--peers: expected a folder that holds checkouts, got {options.peers}")
+    if options.out.exists() and not options.out.is_dir():
+        parser.error(f"--out: expected a folder, got the file {options.out}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     machine = Machine(device, tiny=options.tiny, seconds=options.seconds)
     everywhere = machine.on_gpu or machine.tiny

@@ -224,7 +224,8 @@ def print_plan(case: Case, base_rate: float, training_step) -> None:
     print(
         f"{case}, base rate {base_rate:g}; features {features / 1e6:.1f} MB.\n"
         "All launches of a training step, and the bytes that each kernel of the loss reads and writes at least once,\n"
-        "calculated from its grid and tiles (_hard_similarities: at most, as it skips rows without a negative).\n"
+        "calculated from its grid and tiles. Those of _hard_similarities are at most these: it skips rows without a\n"
+        "negative.\n"
         "Nothing was run.\n"
     )
     print(f"{'kernel':<28}{'programs':>10}{'reads MB':>11}{'writes MB':>11}{'x features':>12}")

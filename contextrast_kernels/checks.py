@@ -254,7 +254,7 @@ def together(first_name: str, first: Tensor, name: str, value: Tensor, *, batch:
 
 
 def samples_from(name: str, value: Tensor, *size: int) -> None:
-    """Check that a map has pixels, if it is to be sampled to a size that has some."""
+    """Check that a map has pixels, unless the size that it is sampled to has none."""
     if math.prod(size) > 0 and math.prod(value.shape[value.ndim - len(size) :]) == 0:
         raise ValueError(f"{name}: expected a map with at least one pixel, got {describe(value)}")
 

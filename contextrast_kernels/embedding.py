@@ -30,11 +30,14 @@ def _inverse_norm(squared_norm: Tensor) -> Tensor:
 
 
 class Embeddings(NamedTuple):
-    """The embeddings v = scale · x of a layer's pixels, kept as their factors. Both users multiply x by a small matrix;
-    scaling that product costs less than scaling x."""
+    """The embeddings v = scale · x of a layer's pixels, kept as their factors.
+
+    The anchors and the similarities both multiply x by a small matrix. To scale that product costs less than to scale
+    x.
+    """
 
     x: Tensor
-    """(B, D, P). In pixels that take no part it is zero, or at least moderate."""
+    """(B, D, P). At pixels that are not valid it is zero, unless ``moderate`` is True."""
     scale: Tensor
     """(B, 1, P), 1 / ‖x‖₂, or 1 without normalisation."""
     moderate: bool
@@ -44,8 +47,8 @@ class Embeddings(NamedTuple):
 def pixel_embeddings(features: Tensor, valid: Tensor, normalize: bool) -> Embeddings:
     """Embeddings of a feature map (B, D, *size), the pixels in memory order.
 
-    A NaN in a pixel outside ``valid`` (B, *size) reaches neither value nor gradient: such pixels become zero, unless
-    values may be read and none of them can do harm.
+    A NaN in a pixel outside ``valid`` (B, *size) reaches neither value nor gradient, because such pixels become zero.
+    On eager CPU code, where values can be read, this step is left out if all features are moderate.
     """
     x = features.to(compute_dtype(features.dtype)).flatten(2)
     moderate = _is_moderate(x)

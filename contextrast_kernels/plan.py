@@ -1,5 +1,5 @@
-"""What one training step puts on the device, from shapes alone: every kernel, fill and copy with the bytes that it
-moves, and the most memory that is held at once beside inputs and gradients. Nothing is run."""
+"""Calculate what one training step does on the device, from shapes alone: every kernel, fill and copy with the bytes
+that it moves, and the peak memory beside inputs and gradients. Nothing is run."""
 
 import math
 import weakref
@@ -21,7 +21,7 @@ GRAIN = 512
 """PyTorch's allocator rounds sizes up to a multiple of this number of bytes."""
 
 SECTOR = 32
-"""Bytes that the memory is read in."""
+"""The memory is read in units of this number of bytes."""
 
 WRITTEN = {
     "_label_codes": ("y", "e", "base", "counts", "drawn"),
@@ -114,11 +114,11 @@ def training_step(
     layout: str = "nchw",
     base_rate: float = 0.0,
 ) -> Step:
-    """Forward in training mode with the defaults of the selection, and the backward pass of a loss of its own.
+    """Calculate a forward pass in training mode, with the defaults of the selection, and its backward pass.
 
-    A row has the bytes of features, label maps and tables that its kernel reads and writes at least once (the
-    similarities of hard negatives: at most, since only rows that hold one are read). The floor, three reads of the
-    features and one write, is four times their bytes.
+    A row has the bytes of features, label maps and tables that its kernel reads and writes at least once. Those of the
+    similarities of hard negatives are an upper bound, because the kernel reads only the rows that hold a negative. The
+    floor is four times the bytes of the features: three reads and one write.
 
     Args:
         sizes: (h, w) of every layer.
@@ -200,7 +200,7 @@ def info_nce_launches(
 
 
 def moved(launch: _launch.Launch) -> tuple[int, int]:
-    """Bytes that a launch reads and writes, each of them once: a second read is left to the caches."""
+    """The bytes that a launch reads and writes at least once. Repeated reads are assumed to hit a cache."""
     name, arguments = launch.kernel.__name__, launch.arguments
     written = set(WRITTEN[name])
     if name == "_label_codes" and launch.constants["GIVEN"]:
@@ -233,7 +233,7 @@ def named_tensors(arguments: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, T
 
 
 def _sampled_bytes(labels: Tensor, arguments: dict) -> int:
-    """What ``_label_codes`` reads of the labels: a sector for each pixel, but no row of them more than whole."""
+    """The bytes of the labels that ``_label_codes`` reads: a sector for each pixel, and at most the whole row."""
     total = 0
     for h, w in zip(arguments["geometry"].h, arguments["geometry"].w, strict=True):
         rows = min(_launch.decode_int(h), math.prod(labels.shape[1:-1]))

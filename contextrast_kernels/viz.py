@@ -44,8 +44,8 @@ DISTINCT = (
 def class_colours(num_classes: int) -> Tensor:
     """The colour of each class in every picture: float32 (N, 3) in 0..1.
 
-    No colour is near the grey of ignored pixels, white or black. Up to 24 colours are easy to tell apart. Beyond that
-    they are hues in turn bright, soft, dark and muted.
+    No colour is near the grey of ignored pixels, white or black. Up to 24 colours are easy to tell apart. More classes
+    get evenly spaced hues that are in turn bright, soft, dark and muted.
     """
     checks.num_classes(num_classes)
     if num_classes <= len(DISTINCT):

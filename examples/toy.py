@@ -1,4 +1,4 @@
-"""A small network and endless coloured scenes, so that the examples run anywhere. Replace them by yours."""
+"""A small network and endless coloured scenes, so that the examples run anywhere. Replace both with your own."""
 
 import torch
 from torch import Tensor, nn

@@ -15,7 +15,7 @@ import contextrast_kernels as ck
 class WithContrast(nn.Module):
     """A segmentation model and its objective: Trainer calls it and reads "loss" from its output.
 
-    The loss is computed inside of forward, and so inside of DDP, which Trainer wraps around it with
+    The loss is computed inside forward, and therefore inside DDP, which Trainer wraps around the model with
     find_unused_parameters=True; the projection heads would look unused if the loss came later.
     """
 

@@ -29,11 +29,12 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 
 LONGEST = (
-    *("test_group", "test_kernels", "test_bane", "test_demo", "test_cuda_budgets", "test_compiled_csrc"),
-    *("test_examples", "test_info_nce_kernel", "test_exact", "test_compile", "test_resources"),
-    *("test_contextrast_inputs", "test_contextrast"),
+    *("test_native_library", "test_resources", "test_group", "test_volumes", "test_benchmarks", "test_demo"),
+    *("test_viz", "test_cuda_budgets", "test_relatives", "test_every_metric", "test_bane", "test_exact"),
+    *("test_kernels", "test_memory_bank", "test_bounds", "test_info_nce_kernel", "test_native"),
 )
-"""The files that take longest. They run first, so that all processes of the suite end at about the same time."""
+"""The files that take longest. They run first, so that all processes of the suite end at about the same time. The file
+that compiles csrc's CUDA code for others, test_cuda_budgets, is among them."""
 
 
 def pytest_collection_modifyitems(items):

@@ -95,20 +95,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser, options = parse(arguments)
     ends = time.monotonic() + 60 * options.minutes
     if options.device == "cpu":
-        torch.set_num_threads(1)  # with another number of threads sums are rounded otherwise
+        torch.set_num_threads(1)  # the rounding of sums depends on the number of threads
     path, device = options.out / FILE, torch.device(options.device)
     with contextlib.ExitStack() as held:
         try:
             options.out.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=options.out).close()  # what cannot be written is said before a training
+            tempfile.TemporaryFile(dir=options.out).close()  # fails now if nothing can be written
             held.enter_context(FileLock(options.out / ".lock", timeout=0))
             where = environment(device)
             done = {row.measured for row in known(path, where, device)}
             left = [job for job in options.jobs if job not in done]
-            for job in left:
-                protocol = arms.PROTOCOLS[job[0]]
-                training.NETWORKS[protocol.network](2, protocol.pretrained)  # missing weights are named before frames
-                break
+            if left:  # fails now if weights are missing, before the frames are read
+                protocol = arms.PROTOCOLS[left[0][0]]
+                training.NETWORKS[protocol.network](2, protocol.pretrained)
             print(f"{len(options.jobs) - len(left)} of {len(options.jobs)} trainings done, commit {where['commit']}")
             return train(left, path, where, device, options.root, ends)
         except Timeout:
@@ -116,7 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except (results.SchemaError, results.Absent, data.DataError, training.CheckpointError) as error:
             parser.error(str(error))
         except OSError as error:
-            print(f"cannot go on: {error}. The last checkpoint and all rows are kept.", file=sys.stderr)
+            print(f"cannot continue: {error}. The last checkpoint and all rows are kept.", file=sys.stderr)
             return 1
         except KeyboardInterrupt:
             print("interrupted. The last checkpoint and all rows are kept.", file=sys.stderr)

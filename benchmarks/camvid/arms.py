@@ -25,7 +25,7 @@ class Protocol:
     iterations: int
     learning_rate: float
     every: int = 1
-    """Train on each ``every``-th frame; which of them, the seed says."""
+    """Train on every ``every``-th frame, from a start that the seed chooses."""
     pretrained: bool = True
     momentum: float = 0.9
     weight_decay: float = 5e-4
@@ -61,7 +61,7 @@ class Arm:
     """A class of ``contextrast_kernels``, or "" for none."""
     options: dict = field(default_factory=dict)
     weight: float | None = None
-    """As published; None: the weight that the sweep chose."""
+    """The published weight. None: the weight that the sweep chose."""
 
     def build(self, num_classes: int, dim: int, seed: int) -> nn.Module | None:
         if not self.loss:
@@ -97,16 +97,16 @@ FEW = ("baseline", "bane", "ccl")
 REST = ("full-distance", "base-rate-0.1", "pixel-contrast", "multi-scale", "region-contrast", "pne")
 SWEEP = ("alpha-0.1", "alpha-0.03", "alpha-0.3")
 SEEDS, FEWER = tuple(range(8)), tuple(range(4))
-"""Those of the components and the few-label arms, and those of the rest."""
+"""The seeds of the components and the few-label arms, and the seeds of the rest."""
 SWEEP_SEEDS = (1000, 1001)
-"""They choose α and are not used again."""
+"""The seeds that choose α. They are not used again."""
 MARGIN = 0.01
 
 Job = tuple[Protocol, Arm, int]
 
 
 def plan() -> Iterator[Job]:
-    """Give the study's trainings in the order in which they run: the sweep, then seed by seed, then the rest."""
+    """The study's trainings in the order in which they run: the sweep, then seed by seed, then the rest."""
 
     def jobs(protocol: str, names: Sequence[str], seed: int) -> Iterator[Job]:
         return ((PROTOCOLS[protocol], ARMS[name], seed) for name in names)
@@ -121,8 +121,11 @@ def plan() -> Iterator[Job]:
 
 
 def alpha(rows: Iterable) -> float:
-    """Choose α from the sweep's rows: the paper's 0.1, unless another's mean mIoU over the sweep's seeds is more than a
-    point (``MARGIN``) higher. It is 0.1 as long as the sweep is not complete."""
+    """The α that the sweep's rows choose.
+
+    It is the paper's 0.1, unless the sweep is complete and the mean mIoU of another α is higher by more than a point
+    (``MARGIN``).
+    """
     scores = {name: [row.miou for row in rows if row.arm == name and row.miou is not None] for name in SWEEP}
     if any(len(of_arm) < len(SWEEP_SEEDS) for of_arm in scores.values()):
         return 0.1

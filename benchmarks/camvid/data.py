@@ -46,8 +46,10 @@ def frames(root: pathlib.Path, split: str, size: tuple[int, int]) -> tuple[Tenso
 
 
 def class_weights(labels: Tensor) -> Tensor:
-    """Weigh the cross-entropy's classes by the square root of the median frequency over their own, so that a short
-    training learns the rare ones too. SegNet's protocol weighs without the root."""
+    """The weights of the classes in the cross-entropy: √(median frequency / own frequency).
+
+    SegNet's protocol has no root. With it a short training learns the rare classes too.
+    """
     counts = torch.bincount(labels.flatten().long(), minlength=VOID + 1)[: len(CLASSES)].clamp(min=1).float()
     return (counts.median() / counts).sqrt()
 
@@ -61,12 +63,12 @@ def _read(path: pathlib.Path, mode: str | None = None) -> np.ndarray:
 
 
 def draw(seed: int, *what: int) -> int:
-    """Give each purpose of a seed a 32-bit seed of its own."""
+    """A 32-bit seed for each purpose of a seed."""
     return int(np.random.SeedSequence((seed, *what)).generate_state(1)[0])
 
 
 def order(count: int, batch: int, seed: int, iteration: int) -> Tensor:
-    """Say which of ``count`` frames an iteration takes: each once before any comes again."""
+    """The indices of an iteration's frames. Each of ``count`` frames is used once before any is used again."""
     places = range(iteration * batch, (iteration + 1) * batch)
     epochs = {
         epoch: torch.randperm(count, generator=torch.Generator().manual_seed(draw(seed, 1, epoch)))
@@ -76,7 +78,7 @@ def order(count: int, batch: int, seed: int, iteration: int) -> Tensor:
 
 
 def augmentation(size: tuple[int, int]) -> v2.Transform:
-    """Build the paper's augmentation (random scale, flip, colour jitter) by torchvision; it draws from torch's seed."""
+    """The paper's augmentation: random scale, flip and colour jitter. It draws from torch's generator."""
     fill = {tv_tensors.Image: 127, tv_tensors.Mask: VOID}
     return v2.Compose(
         [
@@ -89,7 +91,7 @@ def augmentation(size: tuple[int, int]) -> v2.Transform:
 
 
 def batch(images: Tensor, labels: Tensor, augment: v2.Transform, seed: int, iteration: int, count: int):
-    """Draw an iteration's batch: float images in 0..1 and int64 labels. It depends on seed and iteration alone."""
+    """An iteration's batch: float images in 0..1 and int64 labels. It depends only on seed and iteration."""
     chosen = order(len(images), count, seed, iteration)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(draw(seed, 2, iteration))

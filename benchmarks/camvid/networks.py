@@ -13,7 +13,7 @@ from benchmarks.results import Absent
 
 @contextlib.contextmanager
 def needed(package: str, network: str) -> Iterator[None]:
-    """Turn whatever an import or a download raises into one sentence."""
+    """Turn any error of an import or a download into ``Absent``."""
     try:
         yield
     except Exception as error:
@@ -39,7 +39,7 @@ class Segmenter(nn.Module):
         self.mean, self.std = mean, std
 
     def decode(self, stages: list[Tensor]) -> Tensor:
-        """Give what goes into ``classify``, at the first stage's size."""
+        """The input of ``classify``, at the first stage's size."""
         raise NotImplementedError
 
     def forward(self, images: Tensor) -> Tensor:
@@ -88,7 +88,7 @@ def imagenet_weights() -> dict[str, Tensor]:
 
 
 class HRNet(Segmenter):
-    """HRNetV2-W18: the four branches brought to the finest, mixed and classified. timm downloads its weights."""
+    """HRNetV2-W18: the four branches are resized to the finest, mixed and classified. timm downloads the weights."""
 
     def __init__(self, num_classes: int, pretrained: bool = False):
         super().__init__("hrnet_w18", pretrained, 0.45, 0.225, feature_location="")  # "": the branches

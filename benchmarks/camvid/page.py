@@ -7,6 +7,9 @@ import re
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 
+import numpy as np
+import torch
+
 from benchmarks.camvid.arms import (
     ARMS,
     COMPONENTS,
@@ -24,14 +27,15 @@ from benchmarks.camvid.arms import (
 )
 from benchmarks.camvid.paired import Comparison, compare, holm
 from benchmarks.camvid.rows import Result
+from benchmarks.results import table
 
 PERCENT = {"miou": "mIoU", "rare": "rare classes", "boundary_3": "boundary, 3 px", "boundary_5": "boundary, 5 px"}
 OTHERS = {"alignment": "alignment", "uniformity": "uniformity"}
 STUDIES = {"pretrained": (*COMPONENTS, *REST), "few-labels": FEW}
 CHOICES = {"ccl": 9, "base-rate-0.1": 9, "full-distance": 15, "semi-hard": 17}
-"""Arms that read an open choice (◇) of docs/method.md differently, and its number."""
+"""Arms that answer an open question (◇) of docs/method.md differently, and its number."""
 LEAST = 3
-"""With fewer seeds nothing is concluded."""
+"""The fewest seeds from which a conclusion is drawn."""
 STRIDES = ("stride 4", "stride 8", "stride 16", "stride 32")
 LAYERS = {
     "errors": ("errors, %", 100, ".1f"),
@@ -42,8 +46,7 @@ LAYERS = {
     "ratio": ("gradient / cross-entropy's", 1, ".3f"),
     "cosine": ("their cosine", 1, "+.3f"),
 }
-"""What the table of layers has of the log: heading, unit, format."""
-NOTHING = "Not measured yet."
+"""The columns of the table of layers: name in the log → heading, unit, format."""
 TEMPLATE = pathlib.Path(__file__).with_suffix(".md")
 
 
@@ -51,25 +54,25 @@ TEMPLATE = pathlib.Path(__file__).with_suffix(".md")
 
 
 def scored(rows: Iterable[Result], protocol: str, arm: str) -> dict[int, Result]:
-    """Give the finished trainings of an arm by seed."""
+    """The finished trainings of an arm, by seed."""
     return {row.seed: row for row in rows if (row.protocol, row.arm, row.status) == (protocol, arm, "ok")}
 
 
 def difference(rows: Sequence[Result], protocol: str, arm: str, score: str, against: str = "baseline") -> Comparison:
-    """Compare two arms seed by seed; IoUs in percentage points."""
+    """The comparison of two arms seed by seed; IoUs are in percentage points."""
     one, other = scored(rows, protocol, arm), scored(rows, protocol, against)
     unit = 100 if score in PERCENT else 1
     return compare([unit * (getattr(one[s], score) - getattr(other[s], score)) for s in sorted(one.keys() & other)])
 
 
 def corrected(rows: Sequence[Result], protocol: str) -> dict[str, float]:
-    """Give each arm's p-value of its mIoU against the baseline, by Holm over the protocol's arms."""
+    """The p-value of each arm's mIoU against the baseline, corrected by Holm over the protocol's arms."""
     names = [arm for arm in STUDIES[protocol] if arm != "baseline"]
     return dict(zip(names, holm([difference(rows, protocol, arm, "miou").p for arm in names])))
 
 
 def headline(rows: Sequence[Result]) -> str:
-    """Say what the data show of the loss's defaults against the cross-entropy alone."""
+    """What the data show about the loss with its defaults, compared with the cross-entropy alone."""
     full, few = (len(difference(rows, protocol, "bane", "miou").differences) for protocol in STUDIES)
     if max(full, few) < LEAST:
         return f"Not known yet: {full} of {len(SEEDS)} planned seeds are trained, {few} with a quarter of the labels"
@@ -99,40 +102,28 @@ def number(value: float, form: str) -> str:
 
 
 def spread(values: Sequence[float], form: str = ".2f") -> str:
-    """Give the mean ± the standard deviation."""
+    """The mean ± the standard deviation."""
     if not values:
         return "–"
     return f"{statistics.fmean(values):{form}}" + (f" ± {statistics.stdev(values):{form}}" if len(values) > 1 else "")
 
 
 def logged(rows: Iterable[Result]) -> dict[str, list[list[float]]]:
-    """Average the logs of several trainings: name → for each fifth of the training the layers' values, or NaN."""
+    """The mean of the logs of several trainings: name → for each fifth of the training the layers' values, or NaN."""
     found = [json.loads(row.log) for row in rows if row.log]
     means = {}
     for name in dict.fromkeys(name for log in found for name in log):
-        stacks = zip(*(log[name] for log in found if name in log))
-        means[name] = [
-            [
-                statistics.fmean(some) if (some := [value for value in of_layer if value is not None]) else math.nan
-                for of_layer in zip(*fifth)
-            ]
-            for fifth in stacks
-        ]
+        values = torch.stack([torch.tensor(np.array(log[name], float)) for log in found if name in log])
+        means[name] = values.nanmean(0).tolist()
     return means
 
 
 def watched(rows: Sequence[Result]) -> list[Result]:
-    """Give the trainings with the loss's defaults; as long as there are none, those of the sweep at its 0.1."""
+    """The trainings with the loss's defaults. As long as there are none, those of the sweep with α = 0.1."""
     return list((scored(rows, "pretrained", "bane") or scored(rows, "alpha", "alpha-0.1")).values())
 
 
 # --------------------------------------------------------------------------------------------------------------- tables
-
-
-def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    if not lines:
-        return NOTHING
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *lines))
 
 
 def compared(rows: Sequence[Result], protocol: str) -> str:
@@ -191,7 +182,7 @@ def layers(rows: Sequence[Result]) -> str:
 
 
 def seen(rows: Sequence[Result]) -> str:
-    """Say in words what the table of layers shows."""
+    """What the table of layers shows, in words."""
     means = logged(watched(rows))
     if not means:
         return ""
@@ -200,7 +191,7 @@ def seen(rows: Sequence[Result]) -> str:
     return (
         f"In the last fifth of the training {edge[1][0]} of the error pixels at stride 4 and {edge[1][1]} at stride 32 "
         f"are at distance 0 ({edge[0][0]} and {edge[0][1]} in the first fifth). Among pixels at the same distance BANE "
-        f"chooses by its hash, so where nearly all are at distance 0 it is nearly the semi-hard choice. Over all "
+        f"chooses by its hash. Where nearly all are at distance 0, its choice is almost the semi-hard one. Over all "
         f"parameters of the encoder the gradient of the weighted loss has {100 * ratio:.1f} % of the norm of the "
         f"cross-entropy's, and the cosine of the two is {cosine:+.3f}."
     )
@@ -226,7 +217,7 @@ def times(rows: Sequence[Result]) -> str:
 
 
 def evidence(rows: Sequence[Result]) -> str:
-    """The block of docs/method.md: what other readings change against ours."""
+    """The block of docs/method.md: how the results of other readings differ from ours."""
     lines = []
     for arm, choice in sorted(CHOICES.items(), key=lambda pair: pair[1]):
         cells = []
@@ -288,7 +279,7 @@ def plot_layers(axes_of, rows: Sequence[Result]):
 
 
 def plots(rows: Sequence[Result]) -> dict[str, tuple[Callable, list[Result]]]:
-    """Give for each picture how it is drawn and from which rows; one without rows is left out."""
+    """For each picture the function that draws it, and its rows. A picture without rows is left out."""
     found = {}
     if any(difference(rows, p, arm, "miou").differences for p, names in STUDIES.items() for arm in names[1:]):
         found["differences"] = (plot_differences, [row for row in rows if row.protocol in STUDIES])
@@ -301,7 +292,7 @@ def plots(rows: Sequence[Result]) -> dict[str, tuple[Callable, list[Result]]]:
 
 
 def where(rows: Sequence[Result]) -> str:
-    """Say on what and by which code the rows were trained."""
+    """The machine and the code that trained the rows."""
     trained = [row for row in rows if row.protocol != "timing"]
     places: dict[tuple, int] = {}
     for row in trained:
@@ -314,7 +305,7 @@ def where(rows: Sequence[Result]) -> str:
 
 
 def finished(rows: Sequence[Result]) -> int:
-    """Count the planned trainings that are finished."""
+    """The number of planned trainings that are finished."""
     return len({row.measured for row in rows} & {(p.name, arm.name, seed) for p, arm, seed in plan()})
 
 

@@ -11,7 +11,7 @@ CONFIDENCE, POWER, RESAMPLES = 0.95, 0.8, 10_000
 
 @dataclass(frozen=True)
 class Comparison:
-    """The differences of n seeds, their mean, and how far it can be trusted. Fields are NaN where n is too small."""
+    """The differences of n seeds, their mean, and its uncertainty. Fields are NaN if n is too small."""
 
     differences: tuple[float, ...]
     mean: float
@@ -26,7 +26,7 @@ class Comparison:
 
 
 def compare(differences: Sequence[float]) -> Comparison:
-    """Compare by one difference for each seed."""
+    """The comparison that follows from one difference for each seed."""
     values, nan = np.asarray(differences, float), float("nan")
     n = len(values)
     mean = float(values.mean()) if n else nan
@@ -48,7 +48,7 @@ def compare(differences: Sequence[float]) -> Comparison:
 
 
 def noncentrality(freedom: int) -> float:
-    """Give the true mean, in standard errors, that a two-sided t test at 5 % finds with 80 % power."""
+    """The true mean, in standard errors, that a two-sided t test at 5 % finds with 80 % power."""
     critical = stats.t.ppf((1 + CONFIDENCE) / 2, freedom)
 
     def lacking(shift: float) -> float:  # the other tail has less than 1e-5 there
@@ -58,7 +58,7 @@ def noncentrality(freedom: int) -> float:
 
 
 def holm(p: Sequence[float]) -> list[float]:
-    """Correct p-values of several comparisons by Holm's step-down method. A NaN stays one and is not counted."""
+    """The p-values of several comparisons, corrected by Holm's step-down method. A NaN is kept and not counted."""
     order = sorted((i for i, value in enumerate(p) if value == value), key=lambda i: p[i])
     corrected, least = list(p), 0.0
     for place, i in enumerate(order):

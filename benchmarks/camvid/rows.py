@@ -31,7 +31,7 @@ class Result:
     uniformity: float | None = None
     iou_per_class: str = ""
     step_ms: float | None = None
-    """The median of a step with data and augmentation: in rows of the protocol ``timing`` alone."""
+    """The median time of a step with data and augmentation. Only rows of the protocol ``timing`` have it."""
     cpu_seconds: float | None = None
     """CPU time of the whole training with its evaluation, over all calls. Load of other processes increases it."""
     log: str = ""
@@ -44,11 +44,11 @@ class Result:
 
     @property
     def measured(self) -> tuple:
-        """What identifies a training. A training is not repeated."""
+        """The columns that identify a training."""
         return self.protocol, self.arm, self.seed
 
     def flaw(self) -> str | None:
-        """Say in a sentence what makes the row unusable."""
+        """What is wrong with the row, as a sentence; None if nothing is."""
         if self.protocol not in PROTOCOLS:
             return f"protocol: expected one of {', '.join(PROTOCOLS)}, got {self.protocol!r}."
         if self.arm not in ARMS:

@@ -1,4 +1,4 @@
-"""One training of the study. It can be left at any iteration and taken up again, on a CPU to the same bits.
+"""One training of the study. It can be stopped after any iteration and resumed; on a CPU it then gives the same bits.
 
 Frames, augmentation and first weights are functions of seed and iteration, so that all arms of a seed see the same. The
 checkpoint holds the rest: weights, momentum, the loss's own state and the log.
@@ -38,12 +38,14 @@ class Diverged(Exception):
 
 @dataclass
 class Log:
-    """Figures of the loss in training for each layer, from high to low resolution, summed over each fifth.
+    """Numbers that describe the loss in training, for each layer from high to low resolution, summed over each fifth.
 
     Every probed iteration adds ``at_edge``, the share of error pixels at distance 0, and ``errors``, the share of valid
-    pixels that are errors. With the Contextrast loss it also adds ``negatives``, ``classes`` and ``loss``. Of the
-    gradients it adds ``ratio``, the norm of the weighted loss's over that of the cross-entropy's, and ``cosine`` of the
-    two, at each stage's output and, as the last number, over all parameters of the encoder.
+    pixels that are errors. With the Contextrast loss it also adds ``negatives``, ``classes`` and ``loss``.
+
+    Two numbers compare the gradient of the weighted loss with that of the cross-entropy: ``ratio`` of their norms, and
+    their ``cosine``. Both are taken at the output of each stage and, as the last number, over all parameters of the
+    encoder.
     """
 
     sums: dict[str, list]
@@ -70,7 +72,7 @@ class Log:
 
 @dataclass(frozen=True)
 class Frames:
-    """The frames of both splits on the device, and what every row says of where it was trained."""
+    """The frames of both splits on the device, and the columns that name the machine and the code."""
 
     train: tuple[Tensor, Tensor]
     validation: tuple[Tensor, Tensor]
@@ -131,7 +133,7 @@ class Training:
         self.milliseconds.append(1000 * (time.perf_counter() - began))
 
     def probe(self, cross_entropy: Tensor, contrast: Tensor | None, logits: Tensor, labels: Tensor) -> None:
-        """Log this iteration: see ``Log``."""
+        """Add this iteration to the log."""
         fifth = self.iteration * FIFTHS // self.protocol.iterations
         stages, N = self.network.stages, len(arms.CLASSES)
         at_edge, errors = [], []
@@ -202,7 +204,7 @@ class Training:
         return {"network": self.network, "optimizer": self.optimizer, "schedule": self.schedule, **loss}
 
     def save(self, path: pathlib.Path) -> None:
-        """Replace the checkpoint as a whole, so that a complete one is always there."""
+        """Replace the checkpoint by a rename, so that the file is always complete."""
         state = {name: part.state_dict() for name, part in self.parts().items()}
         what = repr((self.protocol, self.arm, self.weight))
         half = path.with_suffix(".new")
@@ -211,15 +213,15 @@ class Training:
         half.replace(path)
 
     def resume(self, path: pathlib.Path) -> None:
-        """Go on from a checkpoint."""
+        """Continue from a checkpoint."""
         try:
             state = torch.load(path, map_location=self.frames.device, weights_only=True)
             what, self.iteration, self.cpu_seconds, *log = state["rest"]
             if what != repr((self.protocol, self.arm, self.weight)):
-                raise ValueError("it is of other settings")
+                raise ValueError("it has other settings")
             for name, part in self.parts().items():
                 part.load_state_dict(state[name])
-        except Exception as error:  # whatever a damaged file makes torch.load raise
+        except Exception as error:  # a damaged file can make torch.load raise any error
             reason = str(error).partition("\n")[0]
             raise CheckpointError(
                 f"{path}: cannot be resumed ({reason}). Delete it to restart this training."

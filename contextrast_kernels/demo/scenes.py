@@ -240,14 +240,14 @@ class CamVid:
 
     def __init__(self, root: Path, size: int, *, limit: int | None = None, device: torch.device | str = "cpu"):
         if not root.is_dir():
-            raise DataError(f"no folder {root}: expected CamVid's, which holds train, trainannot, val and valannot.")
+            raise DataError(f"no folder {root}. Give CamVid's, which holds train, trainannot, val and valannot.")
         self.images, self.labels = (t.to(device) for t in _read_split(root, "train", size, limit, len(self.classes)))
         images, labels = (t.to(device) for t in _read_split(root, "val", size, limit, len(self.classes)))
         self.size = tuple(labels.shape[-2:])
         if self.size != tuple(self.labels.shape[-2:]):
             raise DataError(
                 f"the frames of {root / 'train'} and {root / 'val'} have different proportions, "
-                f"which would give {tuple(self.labels.shape[-2:])} and {self.size} pixels: both must be the same."
+                f"which would give {tuple(self.labels.shape[-2:])} and {self.size} pixels. Both must be the same."
             )
         self.validation = self.shown = images.float() / 255, labels.long()
 
@@ -272,7 +272,7 @@ def _read_split(root: Path, split: str, height: int, limit: int | None, num_clas
     try:
         from PIL import Image
     except ImportError as error:
-        raise DataError(f"reading CamVid needs Pillow ({error}): pip install pillow.") from error
+        raise DataError(f"reading CamVid needs Pillow ({error}). Install it: pip install pillow.") from error
 
     def read(path: Path) -> Image.Image:
         try:
@@ -280,36 +280,42 @@ def _read_split(root: Path, split: str, height: int, limit: int | None, num_clas
                 image.load()
                 return image
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise DataError(f"cannot read {path}: {error}.") from error
+            raise DataError(f"cannot read {path} ({error}). Copy the file again.") from error
 
     images_folder, labels_folder = root / split, root / f"{split}annot"
     for folder in (images_folder, labels_folder):
         if not folder.is_dir():
-            raise DataError(f"no folder {folder}: SegNet's layout has train, trainannot, val and valannot.")
+            raise DataError(f"no folder {folder}. SegNet's layout has train, trainannot, val and valannot.")
     paths = sorted(path for path in images_folder.iterdir() if path.suffix.lower() in (".png", ".jpg", ".jpeg"))[:limit]
     if not paths:
-        raise DataError(f"no .png or .jpg image in {images_folder}.")
+        raise DataError(f"no .png or .jpg image in {images_folder}. Give CamVid's folder in SegNet's layout.")
 
     images, labels, first = [], [], None
     for path in paths:
         label_path = labels_folder / f"{path.stem}.png"
         if not label_path.is_file():
-            raise DataError(f"no label map {label_path} for the image {path}.")
+            raise DataError(f"no label map {label_path} for the image {path}. Add the map, or remove the image.")
         image, label = read(path).convert("RGB"), read(label_path)
         if label.size != image.size:
-            raise DataError(f"the label map {label_path} has {_pixels(label)}, its image has {_pixels(image)}.")
+            raise DataError(
+                f"the label map {label_path} has {_pixels(label)}, its image has {_pixels(image)}. "
+                "Both must have the same size."
+            )
         if label.mode not in ("L", "P"):
-            raise DataError(f"the label map {label_path} is of mode {label.mode}; expected one byte a pixel (L or P).")
+            raise DataError(f"the label map {label_path} has mode {label.mode}. Save it as L or P.")
         values = np.array(label)
         if values.max() > num_classes:
             raise DataError(
-                f"the label map {label_path} holds the value {values.max()}; "
-                f"expected 0..{num_classes - 1} for the classes and {num_classes} for void."
+                f"the label map {label_path} holds the value {values.max()}. "
+                f"Expected 0..{num_classes - 1} for the classes and {num_classes} for void, as in SegNet's CamVid."
             )
         if first is None:
             first_path, first = path, image
         elif image.size != first.size:
-            raise DataError(f"the image {path} has {_pixels(image)}, {first_path} has {_pixels(first)}.")
+            raise DataError(
+                f"the image {path} has {_pixels(image)}, {first_path} has {_pixels(first)}. "
+                "All images must have the same size."
+            )
         W, H = image.size
         width = max(1, round(height * W / H))
         images.append(np.array(image.resize((width, height), Image.Resampling.BILINEAR)))

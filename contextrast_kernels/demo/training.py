@@ -440,7 +440,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(argv)
 
     if (options.root is not None) != (options.data == "camvid"):
-        parser.error("--root and --data camvid go together: give both or neither.")
+        parser.error("--root: expected together with --data camvid, and only then. Give both or neither.")
     steps, batch, size, options.validation = DEFAULTS[options.data, options.quick]
     for name, default, low, high in (("steps", steps, 1, 10**6), ("batch", batch, 1, 1024), ("size", size, 64, 1024)):
         value = getattr(options, name)
@@ -457,23 +457,24 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     try:
         options.device = torch.device(name)
         if options.device.type not in ("cpu", "cuda"):
-            raise RuntimeError("expected auto, cpu, cuda or cuda:N")
+            raise RuntimeError(f"the demo does not run on {options.device.type}")
         torch.empty(1, device=options.device)
     except (RuntimeError, AssertionError) as error:
-        parser.error(f"--device {name} cannot be used: {str(error).splitlines()[0]}.")
+        problem = str(error).splitlines()[0]
+        parser.error(f"--device: {name} cannot be used ({problem}). Choose auto, cpu, cuda or cuda:N.")
 
     options.out = options.out.resolve()
     if options.out.exists():
         if not options.out.is_dir():
-            parser.error(f"--out: {options.out} is a file; give a folder.")
+            parser.error(f"--out: {options.out} is a file. Give a folder.")
         others = {path.name for path in options.out.iterdir()} - {"metrics.json", *pictures.NAMES}
         if others:
-            parser.error(f"--out: {options.out} would be replaced, but holds {min(others)}; give another folder.")
+            parser.error(f"--out: {options.out} would be replaced, but holds {min(others)}. Give another folder.")
     try:
         tempfile.TemporaryDirectory(prefix=f".{options.out.name}-", dir=options.out.parent).cleanup()
     except OSError as error:
         reason = error.strerror or error
-        parser.error(f"--out: the folder {options.out.parent} cannot be written to ({reason}); give another folder.")
+        parser.error(f"--out: the folder {options.out.parent} cannot be written to ({reason}). Give another folder.")
     return options
 
 

@@ -20,8 +20,8 @@ class MemoryBank(nn.Module):
     The bank is saved in the ``state_dict`` of the loss that it is passed to, but it is not one of its buffers, which
     DistributedDataParallel would overwrite with those of rank 0 in every forward. Without ``group`` every rank keeps
     its own bank. With a group all ranks write the entries of all ranks, in the order of the ranks, and hold the same
-    bank; every rank must then write the same number of rows, so have the same batch size and layer size. If they differ
-    from the start, every rank raises an error.
+    bank; every rank must then write the same number of rows, so the ranks need the same batch size and layer size. If
+    they differ in the first batch, every rank raises an error.
 
     Args:
         num_classes: N.

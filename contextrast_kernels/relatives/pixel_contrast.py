@@ -57,7 +57,8 @@ class PixelContrastLoss(SampledLoss):
         ignore_index: the label of ignored pixels.
         temperature: τ.
         sampler: "hard-easy" (the published quota), "bane", "common-count" or "uniform" (see ``Sampler``), or any
-            callable with the same signature. If it chooses more pixels than "hard-easy" can, as many of them are drawn.
+            callable with the same signature. It may choose more pixels than "hard-easy" can; then that number is drawn
+            from them.
         max_samples, max_views, min_pixels: as in ``Sampler``. As published, a class with at most ``max_views`` pixels
             in an image is left out there; for small images set ``min_pixels``.
         bank: a MemoryBank. Its entries replace the batch's pixels as columns, and each training forward writes the
@@ -184,8 +185,8 @@ def semi_hard_nce(
 
     For every row ``negatives`` columns are drawn at random from the ``hardest`` share of its negatives, those with the
     largest similarity, and ``positives`` from the share of its positives with the smallest similarity. Shares are
-    rounded up. It holds three matrices of rows x columns numbers at once, and more for larger ``hardest`` than the
-    default. columns None: the rows themselves.
+    rounded up. Three matrices of rows x columns numbers are held at once, and more if ``hardest`` is above its
+    default. If ``columns`` is None, the rows are the columns.
     """
     itself = columns is None
     if columns is None or column_labels is None:

@@ -140,7 +140,7 @@ def test_report_writes_the_page_and_finds_it_stale(docs, capsys, seeds):
     assert (docs / "docs/camvid/differences.png").exists() == (docs / "docs/camvid/layers.png").exists() == (seeds > 0)
     results.write(docs / "results" / FILE, study(0.02, 4), Result)
     capsys.readouterr()
-    assert report.main([*call, "--check"]) == 1 and "camvid.md does not say" in capsys.readouterr().out
+    assert report.main([*call, "--check"]) == 1 and "camvid.md does not match" in capsys.readouterr().out
 
 
 def test_committed_trainings_are_of_one_commit_and_the_schema():

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def trained(protocol, arm, frames, folder, stops=()):
-    """The row and the training, taken up by another process after each of these iterations."""
+    """The row and the training, which is saved and resumed after each of these iterations."""
     path = folder / f"{arm}-{len(stops)}.pt"
     for stop in (*stops, None):
         torch.manual_seed(99 if stop else 7)  # what another process would have drawn before

@@ -12,7 +12,6 @@ Descriptors, tilings, grids, shared memory and the packing of arguments are thos
 import contextlib
 import ctypes
 import hashlib
-import itertools
 import os
 import shutil
 import subprocess
@@ -71,16 +70,15 @@ class Built:
 
 
 def build(arch: int, sources: Iterable[Path] | None = None, folder: Path | None = None) -> Built:
-    """Compiles csrc/*.cu for all architectures, or other sources for this one, once for each text.
+    """Compile csrc/*.cu or other sources for an architecture, once for each text.
 
     folder: where results are kept; build/ptx of the project unless said otherwise.
     """
-    archs = ARCHITECTURES if sources is None else (arch,)
     sources = sorted((ROOT / "csrc").glob("*.cu")) if sources is None else list(sources)
     nvcc, folder = find_nvcc(), folder or ROOT / "build" / "ptx"
     read = [*sources, RUNTIME, *sorted((ROOT / "csrc").glob("*.*h"))]
     version = subprocess.run([nvcc, "--version"], check=True, **PIPED).stdout
-    key = hashlib.sha256(b"\0".join([*(path.read_bytes() for path in read), repr((FLAGS, archs, version)).encode()]))
+    key = hashlib.sha256(b"\0".join([*(path.read_bytes() for path in read), repr((FLAGS, arch, version)).encode()]))
     target = folder / key.hexdigest()[:16]
     if not target.exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -88,17 +86,16 @@ def build(arch: int, sources: Iterable[Path] | None = None, folder: Path | None 
             kept, result = Path(scratch, "kept"), Path(scratch, "result")
             kept.mkdir()
             result.mkdir()
-            codes = [f"-gencode=arch=compute_{each},code=compute_{each}" for each in archs]
-            command = [nvcc, *FLAGS, *codes, "--threads", "2", "--keep", "--keep-dir", kept]
+            code = f"-gencode=arch=compute_{arch},code=compute_{arch}"
+            command = [nvcc, *FLAGS, code, "--threads", "2", "--keep", "--keep-dir", kept]
             done = subprocess.run([*command, *sources, RUNTIME, "-o", result / "library.so"], **PIPED)
             if done.returncode:
                 raise RuntimeError(done.stderr)
-            for source, each in itertools.product(sources, archs):
-                found = [*kept.glob(f"{source.stem}*_{each}.ptx"), *kept.glob(f"{source.stem}.ptx")]
-                shutil.copy(found[0], result / f"{source.stem}.{each}.ptx")
+            for source in sources:
+                shutil.copy(kept / f"{source.stem}.ptx", result)
             with contextlib.suppress(OSError):  # another process was faster
                 result.rename(target)
-    ptx = {path.name.split(".")[0]: path for path in target.glob(f"*.{arch}.ptx")}
+    ptx = {path.stem: path for path in target.glob("*.ptx")}
     return Built(target / "library.so", {name: path.read_text() for name, path in ptx.items()}, ptx, arch)
 
 

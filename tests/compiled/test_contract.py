@@ -76,7 +76,7 @@ def hold(case: Case, arch: int, record_property, orders=ORDERS, machine_code: bo
 
 
 @pytest.mark.parametrize(("case", "arch"), architectures())
-def test_case(case, arch, one_rank, record_property):
+def test_compiled_case_meets_the_contract(case, arch, one_rank, record_property):
     hold(case, arch, record_property)
 
 
@@ -103,7 +103,7 @@ LARGE = next(case for case in QUICK if (case.op, case.dtype, case.D) == ("contex
 
 
 @pytest.mark.parametrize("axis", ["images", *(pytest.param(a, marks=pytest.mark.slow) for a in ("channels", "rows"))])
-def test_offsets_past_two_billion(axis, tmp_path):
+def test_offsets_past_two_billion_give_the_same_bits(axis, tmp_path):
     built = build(LARGE)
     x, *others = built.leaves
     expected = []

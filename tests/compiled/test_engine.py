@@ -122,7 +122,7 @@ INSTRUCTIONS = {
 
 
 @pytest.mark.parametrize("name", INSTRUCTIONS)
-def test_instruction(name, rng):
+def test_instruction_equals_numpy(name, rng):
     result, sources, expected = INSTRUCTIONS[name]
     prefix = {2: "%h", 4: "%r", 8: "%d"}
     given = [rng.permutation(values(kind, rng)) for kind in sources]
@@ -237,7 +237,7 @@ PROGRAMS["descriptor of a matrix in shared memory"] = wgmma("or.b64 %d1, %d1, 56
 
 
 @pytest.mark.parametrize("kind", PROGRAMS)
-def test_finding(kind):
+def test_a_program_for_each_kind_of_finding_is_reported(kind):
     _, findings = execute(PROGRAMS[kind], grid=2, undefined=kind == "undefined bytes read")
     found = [finding for finding in findings if finding.kind == kind]
     assert found, [finding.kind for finding in findings]

@@ -62,7 +62,7 @@ class Recorded(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_opcheck(case):
+def test_ops_pass_opcheck(case):
     """Schema, fake tensors, autograd registration and AOT dispatch of every op, backward ops with what forward
     saved."""
     built = build(case)
@@ -85,7 +85,7 @@ def test_opcheck(case):
 
 
 @pytest.mark.parametrize(("case", "dynamic"), DYNAMIC)
-def test_torch_compile(case, dynamic):
+def test_one_compiled_graph_equals_eager(case, dynamic):
     """One graph, the bits of eager mode, and no compilation on the second call."""
     built = build(case)
     torch._dynamo.reset()

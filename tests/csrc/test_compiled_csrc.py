@@ -97,7 +97,7 @@ def test_the_kernels_equal_the_cpu(gpu, rng, what, step):
         assert_same(gpu, case)
 
 
-def test_distances_of_adversarial_maps(gpu, rng):
+def test_distances_of_adversarial_maps_equal_the_cpu(gpu, rng):
     for case in list(cases.distances([(1, 40), (33, 64)], rng))[::23]:
         assert_same(gpu, case)
 
@@ -105,7 +105,7 @@ def test_distances_of_adversarial_maps(gpu, rng):
 @SLOW
 @pytest.mark.parametrize("arch", [80, 90, 100])
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_all_distances_of_adversarial_maps(devices, rng, size, arch):
+def test_all_distances_of_adversarial_maps_equal_the_cpu(devices, rng, size, arch):
     for case in cases.distances([size], rng):
         assert_same(devices(arch), case)
 
@@ -210,7 +210,7 @@ def test_any_call_equals_the_cpu(gpu, data):
         assert_same(gpu, (op, op, arguments), (order,))
 
 
-def test_exhaustive_small_maps(gpu):
+def test_every_small_map_equals_the_cpu(gpu):
     """All maps of three values, as one batch each: every neighbourhood, every pair of seeds."""
     for H, W in ((1, 4), (4, 1), (2, 2)):
         digits = np.arange(3 ** (H * W))[:, None] // 3 ** np.arange(H * W) % 3
@@ -219,7 +219,7 @@ def test_exhaustive_small_maps(gpu):
 
 
 @SLOW
-def test_exhaustive_larger_maps(gpu):
+def test_every_larger_map_equals_the_cpu(gpu):
     for H, W in ((1, 7), (7, 1), (2, 3)):
         digits = np.arange(3 ** (H * W))[:, None] // 3 ** np.arange(H * W) % 3
         classes = torch.from_numpy(digits.reshape(-1, H, W) - 1)

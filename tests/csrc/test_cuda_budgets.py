@@ -1,6 +1,6 @@
 """What ptxas makes of the kernels of csrc/ on each architecture: no spills, and enough threads on a multiprocessor.
 
-The PTX is that of tests/compiled/csrc.py, which compiles the sources once.
+The PTX is that of tests/compiled/csrc.py, which compiles the sources once for each architecture.
 """
 
 import re

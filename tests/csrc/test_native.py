@@ -66,7 +66,7 @@ def brute_force_sq(classes):
         pytest.param((2, 9), 2, marks=pytest.mark.slow),
     ],
 )
-def test_every_small_map(shape, symbols):
+def test_every_small_map_equals_brute_force(shape, symbols):
     """All maps of one shape, of outside and symbols - 1 classes, and of as many classes as symbols."""
     pixels = shape[0] * shape[1]
     code = torch.arange(symbols**pixels)
@@ -91,19 +91,19 @@ def check_against_scipy(maps):
 
 # Heights around the borders of the words, widths around those of the segments and of vector registers.
 @pytest.mark.parametrize("size", [(31, 33), (32, 16), (33, 15), (63, 17), (64, 64), (65, 48), (97, 31)])
-def test_word_and_segment_borders(rng, size):
+def test_borders_of_words_and_segments_equal_scipy(rng, size):
     check_against_scipy(list(families(rng, *size).values()))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("height", [1, 2, 31, 32, 33, 63, 64, 65, 127, 128, 129])
 @pytest.mark.parametrize("width", [1, 2, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129])
-def test_every_pair_of_borders(rng, height, width):
+def test_every_pair_of_borders_equals_scipy(rng, height, width):
     check_against_scipy(list(families(rng, height, width).values()))
 
 
 @pytest.mark.parametrize("size", [(40, 1023), (33, 1025), (1024, 34), (3, 4100)])
-def test_long_lines(rng, size):
+def test_long_lines_equal_scipy(rng, size):
     named = families(rng, *size)
     check_against_scipy(
         [named[name] for name in ("hole in a corner", "two far seeds", "parabola", "disc", "density 0.1 %")]
@@ -121,7 +121,7 @@ def test_every_family_at_real_sizes(rng, size):
         check_against_scipy([classes])
 
 
-def test_largest_sides():
+def test_largest_sides_have_exact_distances():
     """At 16384 a squared distance takes 29 bits. One seed in a corner: distances are known in closed form."""
     side = 16384
     for shape in ((3, side), (side, 3)):
@@ -134,7 +134,7 @@ def test_largest_sides():
 
 
 @pytest.mark.slow
-def test_largest_image():
+def test_the_largest_image_has_exact_distances():
     side = 16384
     mask = torch.ones(1, side, side, dtype=torch.uint8)
     mask[0, 0, 0] = 0
@@ -145,7 +145,7 @@ def test_largest_image():
         assert torch.equal(squared[r].long(), line + r * r)
 
 
-def test_density_sweep(rng):
+def test_maps_of_every_density_equal_scipy(rng):
     for percent in (0.05, 0.1, 0.3, 1, 3, 10, 30, 50, 70, 90, 97, 99, 99.7, 99.9, 99.95):
         random = np.where(rng.random((70, 130)) * 100 < percent, rng.integers(0, 3, (70, 130)), -1)
         check_against_scipy([random, np.minimum(random, 0)])
@@ -218,7 +218,7 @@ def test_every_integer_type_and_stride(rng, dtype):
     assert torch.equal(native.distance_transform(classes != 0, True), to_zero)
 
 
-def test_expanded_inputs(rng):
+def test_expanded_inputs_equal_contiguous_ones(rng):
     row = torch.from_numpy(rng.integers(-1, 2, (1, 1, 50)))
     full = row.expand(3, 40, 50)
     assert torch.equal(distance_sq(full), distance_sq(full.contiguous()))

@@ -48,7 +48,7 @@ SIZES = [(1, 1), (1, 70), (70, 1), (2, 3), (31, 33), (32, 64), (33, 31), (64, 65
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
-def test_distances_of_adversarial_maps(rng, size):
+def test_distances_of_adversarial_maps_equal_the_cpu(rng, size):
     for case in cases.distances([size], rng):
         assert_same(case)
 
@@ -68,7 +68,7 @@ def test_the_gpu_equals_the_cpu(rng, what):
 @pytest.mark.parametrize(
     "size", [(1023, 1025), (1025, 1024), (2050, 2050), (70, 4100), (4100, 70), (33, 16384), (16384, 33)]
 )
-def test_large_maps(rng, size):
+def test_large_maps_equal_the_cpu(rng, size):
     for values in (
         rng.integers(-1, 2, size),
         np.where(rng.random(size) < 0.001, -1, 0),
@@ -96,7 +96,7 @@ def test_large_volumes(rng, size, sampling):
 
 @pytest.mark.parametrize("regime", REGIMES)
 @pytest.mark.parametrize("name", CASES)
-def test_the_papers_settings(name, regime):
+def test_the_papers_settings_equal_the_cpu(name, regime):
     case = replace(CASES[name], regime=regime)
     labels, predictions = case.label_maps()
     N, sizes = case.num_classes, [side for size in case.sizes for side in size]
@@ -152,7 +152,7 @@ def test_work_goes_to_the_current_stream(rng, op):
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_a_second_device(rng, op):
+def test_a_second_device_gives_the_same(rng, op):
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two CUDA devices")
     arguments = on_the_gpu(rng, op)
@@ -189,7 +189,7 @@ def test_a_call_returns_before_the_device_has_worked(rng, op):
 
 
 @pytest.mark.parametrize("op", ["select_nearest", "bane_negatives"])
-def test_a_graph_draws_anew_at_each_replay(rng, op):
+def test_a_graph_makes_new_draws_at_each_replay(rng, op):
     *arguments, seed = on_the_gpu(rng, op)
     run = functools.partial(cases.call, op)
     side = torch.cuda.Stream()
@@ -230,7 +230,7 @@ def test_a_graph_reads_its_inputs_at_each_replay(rng, op):
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_runs_agree(rng, op):
+def test_repeated_runs_give_the_same_bits(rng, op):
     arguments = on_the_gpu(rng, op)
     first = cases.call(op, arguments)
     for _ in range(20):

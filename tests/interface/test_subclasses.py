@@ -160,7 +160,7 @@ def test_a_subclass_is_taken_as_the_tensor_it_holds(name):
 
 
 @pytest.mark.parametrize("name", ["contextrast_loss", "ContextrastCriterion", "error_map"])
-def test_monai_and_torchvision_tensors(name):
+def test_monai_and_torchvision_tensors_are_taken_as_plain_ones(name):
     monai = pytest.importorskip("monai.data", reason="monai is not installed")
     tv_tensors = pytest.importorskip("torchvision.tv_tensors", reason="torchvision is not installed")
     function, *arguments = CALLS[name]

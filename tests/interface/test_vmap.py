@@ -36,7 +36,7 @@ def one_by_one(function, arguments):
 
 
 @pytest.mark.parametrize("name", MAPS)
-def test_maps_over_samples(map_backend, name):
+def test_vmapped_map_ops_equal_one_call_per_sample(map_backend, name):
     function, *arguments = MAPS[name]
     assert torch.equal(torch.func.vmap(function)(*arguments), one_by_one(function, arguments))
     # Here all arguments but the first are shared by all samples, which are along axis 2.
@@ -50,7 +50,7 @@ def test_maps_over_samples(map_backend, name):
 # tests/compiled/test_ops.py maps the compiled kernels over samples in every run.
 @pytest.mark.parametrize("backend", ["reference", pytest.param("triton", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", LOSSES)
-def test_losses_over_samples(name, backend):
+def test_vmapped_losses_equal_one_call_per_sample(name, backend):
     if ck.available()[backend] != "ok":
         pytest.skip(f"backend {backend}: {ck.available()[backend]}")
     function, *arguments = LOSSES[name]
@@ -61,7 +61,7 @@ def test_losses_over_samples(name, backend):
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_gradients_of_every_sample(name, reference):
+def test_vmapped_gradients_equal_those_of_each_sample(name, reference):
     function, first, *others = LOSSES[name]
     gradient = torch.func.grad(lambda x, *rest: function(x, *rest).sum())
     leaf = first.clone().requires_grad_()

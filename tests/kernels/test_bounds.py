@@ -7,9 +7,9 @@ Triton's interpreter, which reads this process's memory.
 import ctypes
 import itertools
 import mmap
-import multiprocessing
 import signal
 
+import processes
 import pytest
 import torch
 from interpreter import speed_up
@@ -87,7 +87,7 @@ def read_beyond() -> None:
 
 def exit_code(target, *arguments) -> int:
     """Run ``target`` in a new process and return its exit code."""
-    process = multiprocessing.get_context("spawn").Process(target=target, args=arguments)
+    process = processes.context().Process(target=target, args=arguments)
     process.start()
     process.join()
     return process.exitcode

@@ -65,7 +65,7 @@ SHAPES = [
 
 @ON_COMPILED_CODE
 @pytest.mark.parametrize(("shape", "form"), crossed(SHAPES, [*itertools.product(POSITIVES, DTYPES)]))
-def test_every_shape(rng, shape, form):
+def test_every_shape_meets_the_contract(rng, shape, form):
     """In every run each shape is tested in one form and dtype, which differ from shape to shape."""
     (R, C, D), (positives, dtype) = shape, form
     x = [vectors(rng, n, D, dtype, 2.0) for n in (R, C) if n is not None]
@@ -85,7 +85,7 @@ def test_every_set_of_negatives_and_weights(rng, case, own):
 
 @pytest.mark.slow  # in float64 gradients are the reference's, which are checked every day
 @pytest.mark.parametrize(("positives", "own"), crossed(POSITIVES, [False, True]))
-def test_gradcheck(rng, own, positives):
+def test_gradient_equals_finite_differences(rng, own, positives):
     R, C = 5, 5 if own else 6
     x = [vectors(rng, n, 4).requires_grad_() for n in ((R,) if own else (R, C))]
     options = {} if own else {**on_device(chosen(rng, "names and weights", R, C)), "reduction": "none"}
@@ -98,7 +98,7 @@ def test_gradcheck(rng, own, positives):
 @pytest.mark.parametrize("positives", POSITIVES)
 @pytest.mark.parametrize("own", [False, True])
 @pytest.mark.parametrize("kind", SETS)
-def test_gradcheck_of_every_element(rng, kind, own, positives):
+def test_every_element_of_the_gradient_equals_finite_differences(rng, kind, own, positives):
     R, C = 4, 4 if own else 5
     x = [vectors(rng, n, 3).requires_grad_() for n in ((R,) if own else (R, C))]
     options = on_device(chosen(rng, kind, R, C)) | {"positives": positives, "reduction": "none"}
@@ -130,14 +130,14 @@ def test_gradcheck_of_every_element(rng, kind, own, positives):
         "none",
     ],
 )
-def test_nothing_to_contrast(rng, row_labels, column_labels, positives):
+def test_nothing_to_contrast_gives_the_reference(rng, row_labels, column_labels, positives):
     x = [vectors(rng, n, 8) for n in ((3,) if column_labels is None else (3, 4))]
     tensors = [None if y is None else torch.tensor(y, device=DEVICE) for y in (row_labels, column_labels)]
     assert_like_the_reference(loss_of(*tensors, positives=positives), x)
 
 
 @pytest.mark.parametrize(("R", "C", "D"), [(0, 4, 8), (3, 0, 8), (0, 0, 8), (0, None, 8), (3, 4, 0)])
-def test_empty_matrices(R, C, D):
+def test_empty_matrices_give_zero(R, C, D):
     x = [torch.zeros(n, D, device=DEVICE, requires_grad=True) for n in (R, C) if n is not None]
     y = [None if n is None else torch.zeros(n, dtype=torch.int64, device=DEVICE) for n in (R, C)]
     with ck.backend("triton"):
@@ -160,7 +160,7 @@ def stepped(x):
     ids=["columns first", "neither axis of stride 1", "one row"],
 )
 @pytest.mark.parametrize("D", [8, pytest.param(130, marks=pytest.mark.slow)])
-def test_every_layout(rng, form, D):
+def test_layouts_of_matrices_and_labels_do_not_matter(rng, form, D):
     """Matrices stored column by column, slices, and expanded rows, each with label vectors of the same kind."""
     x, z = form(vectors(rng, 5, D, torch.float32)), form(vectors(rng, 7, D, torch.float32))
     y, c = (labels(rng, 2 * n)[::2] for n in (5, 7))
@@ -179,7 +179,7 @@ def test_every_layout(rng, form, D):
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64])
-def test_every_label_dtype(rng, dtype):
+def test_label_dtypes_do_not_matter(rng, dtype):
     x, z = vectors(rng, 6, 8), vectors(rng, 7, 8)
     y, c = labels(rng, 6), labels(rng, 7)
     ignore_index = 255 if dtype == torch.uint8 else -1
@@ -326,7 +326,7 @@ def test_splitting_the_columns_changes_rounding_alone(rng, monkeypatch):
     assert not torch.equal(split[1], whole[1])
 
 
-def test_blocks_of_padding(rng):
+def test_blocks_of_ignored_rows_meet_the_contract(rng):
     """Blocks of ignored rows and of ignored columns, before, between and after valid ones."""
     x, y = vectors(rng, 100, 8), labels(rng, 100)
     y[:33], y[40:] = -1, -1
@@ -337,7 +337,7 @@ def test_blocks_of_padding(rng):
 
 
 @pytest.mark.parametrize("positives", ["supcon", "pooled"])
-def test_sums_of_many_splits(rng, positives):
+def test_sums_of_many_splits_are_added(rng, positives):
     """There are more splits than are added at a time, and some are empty. Their maxima and the sums relative to these
     give the sum of all."""
     from triton import language as tl
@@ -381,7 +381,7 @@ def test_columns_in_the_order_of_their_classes(rng):
 
 @ON_COMPILED_CODE
 @pytest.mark.parametrize(("reduction", "own"), [("mean", False), ("none", True)])
-def test_opcheck(rng, own, reduction):
+def test_ops_pass_opcheck(rng, own, reduction):
     x, z, y, c = vectors(rng, 4, 8), vectors(rng, 5, 8), labels(rng, 4, ignored=0), labels(rng, 5, ignored=0)
     tensors = (x, y, None, None) if own else (x, y, z, c)
     sets = on_device(chosen(rng, "names and weights", 4, 4 if own else 5))

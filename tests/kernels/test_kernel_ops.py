@@ -24,7 +24,7 @@ pytestmark = NEEDS_TRITON
 
 
 @ON_COMPILED_CODE
-def test_opcheck(rng):
+def test_ops_pass_opcheck(rng):
     """Schema, fake tensors, autograd registration and AOT dispatch of every op, backward ops with what forward
     saved."""
     labels, _ = labels_and_predictions(rng, 1, 3, 6, 7)
@@ -94,7 +94,7 @@ OPS = ["class_anchors", "pixel_anchor_loss", "contextrast_loss", "contextrast_lo
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_torch_compile(rng, op, compiler, dynamic):
+def test_compiled_ops_equal_eager(rng, op, compiler, dynamic):
     """One graph, the bits of eager mode, and no compilation on the second call."""
     eager = every_op(rng)[op]
     torch._dynamo.reset()

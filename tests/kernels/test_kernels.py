@@ -43,7 +43,7 @@ ANCHOR_CASES = [
 
 @ON_COMPILED_CODE
 @pytest.mark.parametrize(("case", "dtype"), crossed(ANCHOR_CASES, DTYPES))
-def test_class_anchors(rng, case, dtype):
+def test_class_anchors_meet_the_contract(rng, case, dtype):
     B, D, N, size, layout = case
     x = feature_map(rng, B, D, *size, dtype, layout)
     labels, _ = labels_and_predictions(rng, B, N, 11, 13)
@@ -96,7 +96,7 @@ def test_the_largest_numbers_of_classes(rng, num_classes):
 
 @pytest.mark.slow  # in float64 gradients are the reference's, which are checked every day
 @pytest.mark.parametrize("normalize", [True, False])
-def test_class_anchors_gradcheck(rng, normalize):
+def test_gradient_of_class_anchors_equals_finite_differences(rng, normalize):
     x = feature_map(rng, 1, 8, 2, 3).requires_grad_()
     labels = torch.tensor([[[0, 1, 0], [2, 255, 0]]], device=DEVICE)
     with ck.backend("triton"):
@@ -143,7 +143,7 @@ def test_vectors_without_direction_pass_no_gradient(rng):
 
 @ON_COMPILED_CODE
 @pytest.mark.parametrize(("kind", "dtype"), crossed(["hard", "base", "both", "neither"], DTYPES))
-def test_pixel_anchor_loss(rng, kind, dtype):
+def test_pixel_anchor_loss_meets_the_contract(rng, kind, dtype):
     x = feature_map(rng, 2, 20, 3, 5, dtype)
     labels, _ = labels_and_predictions(rng, 2, 5, 11, 13)
     rows = feature_map(rng, 5, 20, 1, 1, torch.promote_types(dtype, torch.float32)).reshape(5, 20)
@@ -175,7 +175,7 @@ def test_pixel_anchor_loss_at_the_edges(rng, case, kind):
 
 @pytest.mark.slow  # in float64 gradients are the reference's, which are checked every day
 @pytest.mark.parametrize(("kind", "normalize"), crossed(["hard", "both", "neither"], [True, False]))
-def test_pixel_anchor_loss_gradcheck(rng, kind, normalize):
+def test_gradient_of_pixel_anchor_loss_equals_finite_differences(rng, kind, normalize):
     x = feature_map(rng, 1, 8, 2, 3).requires_grad_()
     labels = torch.tensor([[[0, 1, 0], [2, 255, 0]]], device=DEVICE)
     rows = feature_map(rng, 3, 8, 1, 1).reshape(3, 8).requires_grad_()
@@ -259,14 +259,14 @@ CONTEXTRAST_CASES = {
 
 @ON_COMPILED_CODE
 @pytest.mark.parametrize("options", CONTEXTRAST_CASES.values(), ids=list(CONTEXTRAST_CASES))
-def test_contextrast_loss(rng, options):
+def test_contextrast_loss_meets_the_contract(rng, options):
     xs = pyramid(rng, 2, 12, [(3, 4), (2, 2)])
     labels, predictions = labels_and_predictions(rng, 2, 4, 11, 13)
     assert_like_the_reference(total(labels, predictions, 4, 2, **options), xs)
 
 
 @pytest.mark.parametrize(("scale", "dtype"), crossed([1e-4, 1.0, 1e4], DTYPES[1:]))
-def test_contextrast_loss_in_every_dtype_and_scale(rng, dtype, scale):
+def test_every_dtype_and_scale_meets_the_contract(rng, dtype, scale):
     xs = pyramid(rng, 1, 24, [(4, 5), (2, 2)], dtype, scale=scale)
     labels, predictions = labels_and_predictions(rng, 1, 4, 10, 12)
     assert_like_the_reference(total(labels, predictions, 4, 2), xs)
@@ -339,7 +339,7 @@ def test_layers_with_different_memory_layouts(rng):
     assert_like_the_reference(total(labels, predictions, 4, 4), xs)
 
 
-def test_logits_as_predictions(rng):
+def test_logits_as_predictions_meet_the_contract(rng):
     xs = pyramid(rng, 1, 16, [(4, 5), (2, 3)])
     labels, predictions = labels_and_predictions(rng, 1, 4, 11, 13)
     logits = torch.nn.functional.one_hot(predictions, 4).movedim(-1, 1).float()
@@ -359,7 +359,7 @@ def test_two_runs_agree_bit_by_bit(rng):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("options", ["as the paper", "not normalised", "with base pixels"])
-def test_contextrast_loss_gradcheck(rng, options):
+def test_gradient_of_contextrast_loss_equals_finite_differences(rng, options):
     xs = [x.requires_grad_() for x in pyramid(rng, 1, 8, [(2, 3), (2, 2)])]
     labels, predictions = labels_and_predictions(rng, 1, 3, 6, 6, wrong=0.6)
     with ck.backend("triton"):
@@ -437,7 +437,7 @@ def test_degenerate_batches(rng, what):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"base_rate": 0.5}], ids=["hard", "dense"])
-def test_codes_of_two_bytes(rng, options):
+def test_codes_of_two_bytes_meet_the_contract(rng, options):
     """256 classes, the last of which does not fit a byte beside the mark of no class."""
     xs = pyramid(rng, 1, 8, [(6, 7), (3, 3)])
     values = [0, 1, 253, 254, 255]
@@ -461,7 +461,7 @@ def test_a_nonfinite_valid_pixel_gives_nan_in_any_layer(rng, layer):
         assert loss(*xs).isnan()
 
 
-def test_reports_of_the_module(rng):
+def test_reports_of_the_module_equal_the_reference(rng):
     xs = pyramid(rng, 2, 8, [(4, 5), (2, 3)], torch.float32)
     labels, predictions = labels_and_predictions(rng, 2, 4, 11, 13)
     reports = []
@@ -482,7 +482,7 @@ def test_reports_of_the_module(rng):
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_four_layers(rng, dtype, layout):
+def test_four_layers_meet_the_contract(rng, dtype, layout):
     xs = pyramid(rng, 1, 64, [(9, 34), (5, 17), (3, 9), (2, 5)], dtype, layout)
     labels, predictions = labels_and_predictions(rng, 1, 19, 36, 136)
     for options in ({}, {"base_rate": 0.5}):
@@ -491,7 +491,7 @@ def test_four_layers(rng, dtype, layout):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("D", [200, 256, 300, 720, 1024])
-def test_many_channels(rng, D):
+def test_many_channels_meet_the_contract(rng, D):
     xs = pyramid(rng, 1, D, [(4, 5), (2, 3)], torch.float32)
     labels, predictions = labels_and_predictions(rng, 1, 7, 8, 10)
     for options in ({}, {"base_rate": 0.5}):
@@ -499,7 +499,7 @@ def test_many_channels(rng, D):
 
 
 @pytest.mark.slow
-def test_a_block_with_every_class_there_is(rng):
+def test_a_block_with_every_class_meets_the_contract(rng):
     """150 classes in one block: ten rounds over sixteen slots."""
     labels = torch.from_numpy(rng.permutation(150 * 4).reshape(1, 20, 30) % 150).to(DEVICE)
     predictions = torch.from_numpy(rng.integers(0, 150, (1, 20, 30))).to(DEVICE)

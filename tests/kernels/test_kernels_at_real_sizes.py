@@ -43,7 +43,7 @@ AT_REAL_SIZE = pytest.mark.gpu if DEVICE == "cuda" else pytest.mark.slow
 
 @AT_REAL_SIZE
 @pytest.mark.parametrize("regime", cases.REGIMES)
-def test_precision_in_every_regime(regime):
+def test_every_regime_meets_the_contract(regime):
     """bfloat16 on the device, from trained errors to one wrong class without an edge."""
     xs, _, loss, _ = at_real_size("cityscapes", batch=2, regime=regime)
     assert_like_the_reference(loss, xs)
@@ -51,7 +51,7 @@ def test_precision_in_every_regime(regime):
 
 @AT_REAL_SIZE
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
-def test_precision_in_every_dtype(dtype):
+def test_every_dtype_meets_the_contract(dtype):
     """TF32 as the device computes it stays within the contract of float32."""
     xs, _, loss, _ = at_real_size("cityscapes", dtype, batch=1)
     assert_like_the_reference(loss, xs)
@@ -68,7 +68,7 @@ def test_precision_of_other_cases_and_layouts(name, layout):
 
 @AT_REAL_SIZE
 @pytest.mark.parametrize(("name", "rate"), [("cityscapes", 0.01), ("cityscapes", 1.0), ("ade20k", 1.0)])
-def test_precision_of_dense_negatives(name, rate):
+def test_dense_negatives_meet_the_contract(name, rate):
     xs, _, loss, _ = at_real_size(name, batch=1)
     assert_like_the_reference(lambda *xs: loss(*xs, base_rate=rate), xs)
 
@@ -85,7 +85,7 @@ def test_scaled_features_keep_the_precision(scale, dtype):
 
 @AT_REAL_SIZE
 @pytest.mark.parametrize("size", [(92, 120), (388, 388)], ids=["23x30", "97x97"])
-def test_odd_sizes(size):
+def test_odd_sizes_meet_the_contract(size):
     height, width = size
     xs, _, loss, case = at_real_size("camvid", batch=2, height=height, width=width)
     if DEVICE == "cuda":
@@ -264,7 +264,7 @@ def test_memory_beside_features_and_gradients(name, layout):
 
 
 @pytest.mark.gpu
-def test_another_stream():
+def test_kernels_run_on_the_current_stream():
     """The features come late on that stream: a kernel on any other would read what was there before."""
     xs, _, loss, _ = at_real_size("cityscapes", batch=2)
     expected = run(loss, xs)

@@ -89,7 +89,7 @@ def on_this_device(case: Case) -> bool:
         if on_this_device(case)
     ],
 )
-def test_case(case, one_rank):
+def test_interpreted_case_meets_the_contract(case, one_rank):
     built = build(case, DEVICE)
     if case.values in ("plain", "NaN at an ignored pixel"):
         assert_like_the_reference(built.loss, built.leaves, case.rounding, case.gradient_is_zero)

@@ -144,7 +144,7 @@ def test_paper_paths_compile_within_limits(path):
     assert_hardly_spilled(rows)
 
 
-def test_dense_negatives_in_float32():
+def test_dense_negatives_in_float32_compile_within_limits():
     rows = compiled(
         "--op", "contextrast_loss", "--negatives", "all", "--layout", "nchw", "--arch", "100", "--dtype", "float32"
     )
@@ -185,7 +185,7 @@ def test_cityscapes_and_ade20k_stay_within_spill_limits(arch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("part", range(PARTS))
-def test_every_case(part):
+def test_every_case_compiles_within_limits(part):
     """Minutes each on one core: ``-k "every_case and 3"`` runs one."""
     assert_lean(compiled("--matrix", f"{part}/{PARTS}"))
 

@@ -3,6 +3,7 @@
 import copy
 import datetime
 import itertools
+import os
 import pickle
 from dataclasses import dataclass, field
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from inputs import leaves, pyramid, scene, volume_scene
 from interpreter import speed_up
+from processes import run_ranks
 from torch import distributed as dist
 
 import contextrast_kernels as ck
@@ -377,6 +379,7 @@ def copies(group):
 
 def run_rank(rank, folder, runs, whole):
     """whole: run everything, not only the cases."""
+    os.environ["TRITON_INTERPRET"] = "1"  # these ranks compute on the CPU, also where there is a GPU
     torch.set_num_threads(1)
     if any(backend == "triton" for _, backend in runs):
         speed_up()
@@ -415,9 +418,7 @@ def run_rank(rank, folder, runs, whole):
 
 
 def spawned(folder, runs, whole):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")  # these ranks compute on the CPU, also where there is a GPU
-        torch.multiprocessing.spawn(run_rank, args=(str(folder), runs, whole), nprocs=4)
+    run_ranks(run_rank, str(folder), runs, whole, ranks=4)
     return [torch.load(f"{folder}/{rank}.pt", weights_only=False) for rank in range(4)]
 
 

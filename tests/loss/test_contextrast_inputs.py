@@ -78,7 +78,7 @@ def test_layout_does_not_matter(rng):
             torch.testing.assert_close(gradient, want, rtol=0, atol=1e-14)
 
 
-def test_expanded_features_and_labels(rng):
+def test_expanded_features_and_labels_equal_copies(rng):
     features, labels, predictions = case(rng)
     expanded = [x[:1].expand(3, -1, -1, -1) for x in features]
     maps = [x[:1].expand(3, -1, -1) for x in (labels, predictions)]
@@ -100,7 +100,7 @@ def test_features_may_be_a_tuple_of_any_number_of_layers(rng):
         assert loss.item() == pytest.approx(expected, **TIGHT)
 
 
-def test_layers_of_equal_size(rng):
+def test_layers_of_equal_size_equal_the_loops(rng):
     """DeepLab's dilated stages share a stride; their base pixels still come from different streams."""
     labels, predictions = scene(rng)
     features = pyramid(rng, sizes=((9, 12), (5, 6), (5, 6), (5, 6)))
@@ -186,7 +186,7 @@ def test_degenerate_batches_give_zero_and_a_live_graph(rng, options, dtype):
         assert_zero_with_live_graph(features, labels, torch.where(labels == 255, 0, labels), **options)  # no error
 
 
-def test_all_pixels_wrong(rng):
+def test_all_pixels_wrong_equals_the_loops(rng):
     features, labels, _ = case(rng, ignored=0.0)
     predictions = (labels + 1) % 4
     for options in ({}, {"distance_at": "full"}, {"ratio": 1.0}):
@@ -197,7 +197,7 @@ def test_all_pixels_wrong(rng):
         assert loss > 0
 
 
-def test_a_collapsed_prediction(rng):
+def test_a_collapsed_prediction_equals_the_loops(rng):
     """One predicted class everywhere, and one image whose error fills it: no edge at all there."""
     features, labels, predictions = case(rng, ignored=0.0)
     labels[0] = 1
@@ -208,7 +208,7 @@ def test_a_collapsed_prediction(rng):
         assert loss.item() == pytest.approx(expected, **TIGHT)
 
 
-def test_one_pixel_layers(rng):
+def test_layers_of_one_pixel_equal_the_loops(rng):
     features, labels, predictions = pyramid(rng, B=3, sizes=((1, 1),) * 4), *scene(rng, B=3, ignored=0)
     for options in ({}, {"negatives": "none", "base_rate": 1.0}):
         loss = ck.contextrast_loss(features, labels, predictions, num_classes=4, **options)
@@ -217,7 +217,7 @@ def test_one_pixel_layers(rng):
         )
 
 
-def test_zero_vectors(rng):
+def test_zero_vectors_equal_the_loops(rng):
     features, labels, predictions = case(rng)
     for x in features:
         x[:, :, 0] = 0

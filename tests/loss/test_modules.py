@@ -396,7 +396,7 @@ def test_gradients_reach_every_encoder_stage_and_projection_head():
 
 
 @pytest.mark.parametrize("autocast_dtype", [torch.bfloat16])
-def test_training_under_autocast(autocast_dtype):
+def test_a_training_step_under_autocast_has_a_float32_loss(autocast_dtype):
     """Features come out of the network in half precision; the loss is float32 all the same."""
     network, images, labels = training_batch()
     with torch.autocast("cpu", autocast_dtype):
@@ -408,7 +408,7 @@ def test_training_under_autocast(autocast_dtype):
     assert all(stage[0].weight.grad.isfinite().all() for stage in network.stages)
 
 
-def test_channels_last_training_step():
+def test_memory_format_of_a_training_step_does_not_matter():
     network, images, labels = training_batch()
     losses = []
     for memory_format in (torch.contiguous_format, torch.channels_last):

@@ -344,7 +344,7 @@ def test_a_block_cut_out_of_a_volume_uses_the_reference(rng, monkeypatch):
 
 @pytest.mark.parametrize("backend", ["reference", pytest.param("triton", marks=[NEEDS_TRITON, pytest.mark.slow])])
 @pytest.mark.parametrize("options", [{}, {"base_rate": 0.4, "normalize_anchors": True}], ids=["hard", "dense"])
-def test_gradcheck(rng, backend, options):
+def test_gradient_equals_finite_differences(rng, backend, options):
     features, labels, predictions = case(rng, sizes=((2, 3, 3), (2, 2, 1)), B=1, Z=3, H=6, W=5)
     features = leaves([x.contiguous(memory_format=torch.channels_last_3d) for x in features])
     options |= {"num_classes": N, "layer_weights": (1.0, 0.5), "temperature": 0.5}
@@ -442,7 +442,7 @@ def test_a_nonfinite_valid_voxel_gives_nan(rng, backend):
         pytest.param("reference", {}, marks=pytest.mark.slow),
     ],
 )
-def test_compiled_in_one_graph(rng, backend, options):
+def test_one_compiled_graph_equals_eager(rng, backend, options):
     features, labels, predictions = case(rng, sizes=((2, 3, 4), (2, 2, 2)), dtype=torch.float32)
     logits = logits_of(predictions, N, rng)
 

@@ -22,6 +22,7 @@ from metric_cases import (
     same,
 )
 from observers import Dispatched
+from processes import run_ranks
 
 from contextrast_kernels.metrics import (
     AlignmentUniformity,
@@ -81,7 +82,7 @@ def test_results_without_a_batch_are_nan_and_not_zero(name):
 
 
 @every_metric
-def test_maps_of_one_pixel(name):
+def test_maps_of_one_pixel_are_scored(name):
     labels = torch.zeros(2, 1, 1, dtype=torch.uint8)
     x = [torch.ones(2, 3, 1, 1)]
     results = evaluated(name, METRICS[name][1](labels, labels, labels.int() + 1, x))
@@ -135,7 +136,7 @@ def test_logits_and_class_maps_of_other_sizes(name):
 
 @every_metric
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
-def test_label_types_and_strides(name, dtype):
+def test_label_types_and_strides_do_not_matter(name, dtype):
     labels, predictions, instances = maps(seed=6)
     labels[labels < 0], predictions = 255, predictions.remainder(N)
     x = embeddings()
@@ -283,7 +284,7 @@ def on_rank(rank, folder, ranks):
 
 
 def test_two_ranks_give_the_results_of_one_process(tmp_path):
-    torch.multiprocessing.spawn(on_rank, (str(tmp_path), 2), nprocs=2)
+    run_ranks(on_rank, str(tmp_path), 2, ranks=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     for name in METRICS:
         for when in ("nothing", "one", "both", "given"):

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from inputs import leaves, logits_of, pyramid, scene
+from processes import run_ranks
 from torch import nn
 
 import contextrast_kernels as ck
@@ -262,7 +263,7 @@ def two_ranks(rank, folder):
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(two_ranks, args=(str(folder),), nprocs=2)
+    run_ranks(two_ranks, str(folder), ranks=2)
     return {
         (kind, rank): torch.load(folder / f"{kind}-{rank}.pt", weights_only=True)
         for kind in ("own", "shared", "disagreement")

@@ -274,7 +274,7 @@ def test_pne_draws_from_all_images_alike():
 
 
 @pytest.mark.parametrize("name", [name for name in LOSSES if name != "pne, parity"])
-def test_gradient(name):
+def test_gradient_equals_finite_differences(name):
     """PNE's parity mode is left out, because its official gradient is not that of its value. PNE passes no gradient to
     right pixels, so only the wrong ones move."""
     layers, labels, logits = batch(wrong=0.1)
@@ -366,7 +366,7 @@ def test_more_pairs_than_samples_and_more_samples_than_pixels(name, max_samples,
         assert (loss.last["samples"] > 0).all()
 
 
-def test_one_class_in_all():
+def test_one_class_in_all_gives_zero():
     """One class of two: nothing to push away from, so the loss is 0."""
     layers, labels, _ = batch()
     labels = torch.where(labels == 255, 255, 0)
@@ -422,7 +422,7 @@ def test_scaled_features_give_the_same_loss(name, scale):
 
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision(name, dtype):
+def test_half_precision_is_computed_in_float32(name, dtype):
     """Computed in float32: against float64 on the same inputs. Gradients come back in the input's dtype."""
     layers, labels, logits = batch(dtype=dtype)
     tracked, exact = leaves(layers), leaves([x.double() for x in layers])

@@ -19,7 +19,7 @@ def share_of_errors(labels, predictions):
     return float(((predictions != labels) & valid).sum() / valid.sum())
 
 
-def test_the_papers_settings():
+def test_cases_have_the_sizes_of_the_paper():
     settings = {name: (c.batch, c.height, c.width, c.num_classes) for name, c in cases.CASES.items()}
     assert settings == {
         "cityscapes": (8, 512, 1024, 19),
@@ -94,7 +94,7 @@ def test_inputs_follow_from_case_and_seed_alone():
 
 @pytest.mark.parametrize("layout", cases.LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_dtype_layout_and_layers(dtype, layout):
+def test_inputs_have_the_dtype_layout_and_layers_of_the_case(dtype, layout):
     case = replace(cases.CASES["ade20k"].tiny(), dtype=dtype, layout=layout, strides=cases.DEEPLAB)
     inputs = case.inputs()
     assert [tuple(x.shape[2:]) for x in inputs.features] == [(8, 8), (4, 4), (4, 4), (4, 4)]
@@ -115,7 +115,7 @@ def test_features_are_near_their_class():
 
 
 @pytest.mark.parametrize("name", ["camvid", "ade20k"])
-def test_labels_of_real_frames(tmp_path, name):
+def test_classes_of_real_frames_are_mapped_one_to_one(tmp_path, name):
     """Each class of the files becomes one class of the case; void stays void."""
     stripes = torch.arange(12, dtype=torch.uint8).repeat_interleave(40).expand(360, 480)
     for split in ("train", "val"):

@@ -42,7 +42,7 @@ def test_plain_loop_with_two_processes():
     assert float(steps[1][1]) < float(steps[0][1])
 
 
-def test_volumes():
+def test_the_volume_example_lowers_the_loss():
     from volumes import train
 
     losses = train(steps=12, batch=1)
@@ -50,7 +50,7 @@ def test_volumes():
     assert sum(losses[-3:]) < 0.9 * sum(losses[:3])
 
 
-def test_lightning(tmp_path):
+def test_the_lightning_example_trains(tmp_path):
     pytest.importorskip("lightning", reason="lightning is not installed; pip install lightning")
     from lightning_module import main
 
@@ -71,7 +71,7 @@ def test_lightning(tmp_path):
     assert heads <= {id(p) for group in trainer.optimizers[0].param_groups for p in group["params"]}
 
 
-def test_transformers(tmp_path):
+def test_the_transformers_example_trains(tmp_path):
     pytest.importorskip("transformers", reason="transformers is not installed; pip install transformers accelerate")
     pytest.importorskip("accelerate", reason="accelerate is not installed; pip install transformers accelerate")
     from transformers_trainer import main
@@ -112,7 +112,7 @@ def nnunet_plans(spacing):
 @pytest.mark.slow
 @pytest.mark.parametrize("spacing", [[1.0, 1.0], [2.5, 1.0, 1.0]], ids=["maps", "volumes"])
 @pytest.mark.parametrize("ignored", [False, True])
-def test_nnunet_trainer(tmp_path, monkeypatch, spacing, ignored):
+def test_the_nnunet_trainer_trains_and_reloads(tmp_path, monkeypatch, spacing, ignored):
     """Training steps train the heads and lower the loss, validation has nnU-Net's own loss, and checkpoints reload."""
     pytest.importorskip("nnunetv2", reason="nnunetv2 is not installed; pip install nnunetv2")
     for variable in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
@@ -150,7 +150,7 @@ def test_nnunet_trainer(tmp_path, monkeypatch, spacing, ignored):
 
 
 @pytest.mark.slow
-def test_nnunet_trainer_refuses_regions(tmp_path, monkeypatch):
+def test_the_nnunet_trainer_refuses_regions(tmp_path, monkeypatch):
     pytest.importorskip("nnunetv2", reason="nnunetv2 is not installed; pip install nnunetv2")
     monkeypatch.setenv("nnUNet_results", str(tmp_path))
     from nnunet_trainer import nnUNetTrainerContextrast

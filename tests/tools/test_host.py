@@ -1,4 +1,4 @@
-"""The number of kernels that a step launches, of ops that it calls and of tensors that it allocates.
+"""The number of kernels that a step launches and of ops that it calls.
 
 The counts come from a process of its own, because in this one Triton's kernels are interpreted.
 """
@@ -15,21 +15,19 @@ pytest.importorskip("triton")
 
 ROOT = pathlib.Path(__file__).parents[2]
 PROGRAM = """
-import json, sys, torch
+import json, torch
+import recording
 from benchmarks import host
-code = host.main(["--rounds", "2"])
-device = torch.device("cpu")
-with host.launching(device) as launched:
-    counts = {name: host.count(call, launched)._asdict() for name, call in host.calls(device).items()}
+with recording.launches_recorded() as launched:
+    counts = {name: recording.count(call, launched)._asdict() for name, call in host.calls(torch.device("cpu")).items()}
 print(json.dumps(counts))
-sys.exit(code)
 """
 
 COMPILING = """
 import json, torch
 from unittest import mock
 import contextrast_kernels as ck
-from benchmarks import host
+import recording
 from contextrast_kernels.kernels import _launch
 from triton.runtime.jit import JITFunction
 
@@ -54,7 +52,7 @@ variants = [
 ]
 
 def compiled_by_variant():
-    with host.launching(torch.device("cpu")):
+    with recording.launches_recorded():
         stub, counts = JITFunction._do_compile, []
         for variant in variants:
             compiled = []
@@ -69,52 +67,36 @@ with mock.patch.object(_launch, "_what_compiling_depends_on", lambda *_: [object
 """
 
 
-def run(*arguments, **environment):
+def outcome_of(program):
+    """What a program prints as JSON, in a process whose kernels are not interpreted."""
     inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    hidden = {"CUDA_VISIBLE_DEVICES": ""}  # the counts are the same on every machine
-    return subprocess.run(
-        [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, env=inherited | hidden | environment
-    )
+    paths = os.pathsep.join(map(str, (ROOT, pathlib.Path(__file__).parent)))
+    here = {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": paths}  # the counts are the same on every machine
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=inherited | here)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(done.stdout)
 
 
 @pytest.fixture(scope="module")
-def outcome():
-    done = run("-c", PROGRAM)
-    assert done.returncode == 0, done.stdout + done.stderr
-    *printed, counts = done.stdout.splitlines()
-    return json.loads(counts), printed
+def counts():
+    return outcome_of(PROGRAM)
 
 
 @pytest.mark.parametrize("name", ["contextrast_loss", "class_anchors"])
-def test_a_kernel_is_launched_once_for_all_layers(outcome, name):
-    launches = outcome[0][name]["launches"]
+def test_a_kernel_is_launched_once_for_all_layers(counts, name):
+    launches = counts[name]["launches"]
     assert launches
     assert len(launches) == len(set(launches)), launches
 
 
-def test_the_module_adds_two_ops_to_the_function(outcome):
+def test_the_module_adds_two_ops_to_the_function(counts):
     """Its seed is copied, then advanced."""
-    of_module, of_function = (sum(outcome[0][name]["ops"].values()) for name in ("ContextrastLoss", "contextrast_loss"))
+    of_module, of_function = (sum(counts[name]["ops"].values()) for name in ("ContextrastLoss", "contextrast_loss"))
     assert of_module - of_function <= 2
-
-
-def test_every_cost_is_printed(outcome):
-    costs = {line[:42].strip(): float(line[42:].split()[0]) for line in outcome[1] if line[42:51].strip()[-2:-1] == "."}
-    assert costs["plain custom_op         forward"] == 1
-    assert costs["contextrast_loss        forward+backward"] > 1
-    assert [name.split()[-1] for name in costs if name.startswith("negatives, native")] == ["forward"]
-
-
-def test_the_host_benchmark_refuses_the_interpreter():
-    done = run("-m", "benchmarks.host", "--rounds", "1", TRITON_INTERPRET="1")
-    assert done.returncode == 1
-    assert "unset TRITON_INTERPRET" in done.stderr.splitlines()[-1]
 
 
 def test_a_compiled_kernel_is_used_again_exactly_where_triton_would():
     """Compiled kernels are looked up by our key. With a key that never repeats, Triton's own key decides."""
-    done = run("-c", COMPILING)
-    assert done.returncode == 0, done.stdout + done.stderr
-    ours, triton = json.loads(done.stdout)
+    ours, triton = outcome_of(COMPILING)
     assert ours == triton
     assert ours[0] and not ours[1] and not ours[-1] and any(ours[2:])

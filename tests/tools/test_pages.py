@@ -57,7 +57,7 @@ def test_the_loss_alone_in_the_readme_needs_no_other_code(capsys):
 
 
 @pytest.mark.parametrize(("page", "number"), [("README.md", 0), ("docs/attach.md", 0)])
-def test_the_training_loop(page, number, capsys):
+def test_the_training_loop_runs(page, number, capsys):
     names = given()
     del names["torch"], names["ck"]  # the code imports them
     before = [p.detach().clone() for p in names["model"].parameters()]
@@ -93,7 +93,7 @@ def test_the_loop_over_the_relatives():
     exec(ablation, names)
 
 
-def test_the_code_about_distances():
+def test_the_code_about_distances_runs():
     """One block after the other, as a reader would run them."""
     torch.manual_seed(0)
     names = {}
@@ -109,7 +109,7 @@ RECIPES = blocks("docs/recipes.md")
 
 
 @pytest.mark.parametrize("number", range(len(RECIPES)))
-def test_the_recipes(number):
+def test_the_recipes_run(number):
     exec(RECIPES[number], names := given())
     if "loss" in names:
         assert names["loss"].isfinite() and names["loss"] > 0

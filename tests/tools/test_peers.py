@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from benchmarks import peers
+from benchmarks.results import Absent
 from contextrast_kernels import measure
 
 CPU = torch.device("cpu")
@@ -96,10 +97,10 @@ def checkouts(tmp_path):
 def assert_every_loss_runs(folder):
     features, labels, logits = small_case()
     for name in peers.RELATIVES:
-        peer = peers.official(name, folder, features, labels, logits)
+        call, _ = peers.official(name, folder, features, labels, logits)
         for _ in range(2):
-            peer.call().backward()
-        assert any(x.grad is not None and bool(x.grad.isfinite().all()) for x in features), peer.name
+            call().backward()
+        assert any(x.grad is not None and bool(x.grad.isfinite().all()) for x in features), name
         for x in features:
             x.grad = None
 
@@ -119,20 +120,20 @@ def test_the_real_checkouts_run():
     assert_every_loss_runs(pathlib.Path(folder))
 
 
-def test_an_absent_checkout_is_a_note_and_a_broken_one_a_failure(tmp_path):
+def test_an_absent_checkout_and_a_broken_one_raise_different_errors(tmp_path):
     (tmp_path / "PNE_Loss").mkdir()
-    found = {name: peers.official(name, tmp_path, *small_case()) for name in peers.RELATIVES}
-    assert found["ContrastiveSeg"].call is None and "no checkout ContrastiveSeg" in found["ContrastiveSeg"].note
     with pytest.raises(ModuleNotFoundError) as error:
-        found["PNE_Loss"].call()
+        peers.official("PNE_Loss", tmp_path, *small_case())
     assert peers.failure(error.value).startswith("failed: ModuleNotFoundError: No module named")
-    assert all(peers.official(name, None, *small_case()).call is None for name in peers.RELATIVES)
+    for name, folder in (("ContrastiveSeg", tmp_path), *((name, None) for name in peers.RELATIVES)):
+        with pytest.raises(Absent, match=f"no checkout {name}"):
+            peers.official(name, folder, *small_case())
 
 
 def test_views_have_the_published_number_unless_the_code_would_fail(checkouts):
     features, labels, logits = small_case()
     notes = [
-        peers.official("ContrastiveSeg", checkouts, features, y, logits).note
+        peers.official("ContrastiveSeg", checkouts, features, y, logits)[1]
         for y in (labels, torch.arange(256 * 384).view(1, 256, 384).expand(2, -1, -1) // 4 % 400 // 4 % 100)
     ]
     assert notes[0].endswith("at most 100 views") and not notes[1].endswith("at most 100 views")

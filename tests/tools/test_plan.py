@@ -1,4 +1,4 @@
-"""What a training step puts on the device and holds there: counted from shapes, and on the way through torch."""
+"""The launches and the memory of a training step, calculated from shapes and observed through torch."""
 
 import pytest
 import torch
@@ -43,7 +43,7 @@ def _contents(arguments: dict) -> dict[tuple[str, int], list]:
     }
 
 
-def test_the_plan_knows_what_each_kernel_writes(rng, monkeypatch):
+def test_the_plan_lists_the_arguments_that_each_kernel_writes(rng, monkeypatch):
     """Bytes are counted from the table WRITTEN: run on the interpreter, kernels change the arguments that it names."""
     changed = {}
 

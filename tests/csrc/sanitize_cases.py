@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import torch
 
-sys.path[:0] = [str(pathlib.Path(__file__).parents[1] / folder) for folder in ("tests", ".")]
+sys.path[:0] = [str(pathlib.Path(__file__).parents[n]) for n in (1, 2)]
 
 import native_cases  # noqa: E402
 

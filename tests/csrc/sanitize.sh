@@ -2,10 +2,10 @@
 # compute-sanitizer over the CUDA kernels of csrc/, on the small cases: accesses outside, races in shared memory, reads of
 # what was never written, wrong barriers. Needs a GPU and the CUDA toolkit; takes minutes. Ends with 1 at the first finding.
 #
-#   benchmarks/sanitize.sh              all four tools
-#   benchmarks/sanitize.sh racecheck    one of them
+#   tests/csrc/sanitize.sh              all four tools
+#   tests/csrc/sanitize.sh racecheck    one of them
 set -euo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/../.."
 
 command -v compute-sanitizer > /dev/null || PATH="$PATH:${CUDA_HOME:-/usr/local/cuda}/bin"
 command -v compute-sanitizer > /dev/null || {
@@ -22,6 +22,6 @@ for tool in "${@:-memcheck racecheck initcheck synccheck}"; do
   for one in $tool; do
     echo "== $one"
     compute-sanitizer --tool "$one" --error-exitcode 1 --kernel-name kernel_substring=contextrast \
-      "$python" benchmarks/sanitize_cases.py
+      "$python" tests/csrc/sanitize_cases.py
   done
 done
