@@ -108,6 +108,38 @@ def test_a_compiled_function_follows_the_backend_it_is_called_in(compilations):
     assert len(graphs) == 2
 
 
+def test_compiled_code_in_asyncio_tasks_follows_each_task(compilations):
+    """Two blocks that overlap in time, neither inside the other, in tasks of one thread."""
+    count, _ = compilations
+
+    @torch.compile(fullgraph=True, backend=count)
+    def which(x):
+        return x + (1 if choose(x, ("native",)) == "reference" else 2)
+
+    async def first(entered, left):
+        with ck.backend("reference"):
+            entered.set()
+            await left.wait()
+            return which(torch.zeros(())).item()
+
+    async def second(entered, left):
+        await entered.wait()
+        with ck.backend("triton"):
+            left.set()
+            await asyncio.sleep(0)
+            return which(torch.zeros(())).item()
+
+    async def both():
+        events = asyncio.Event(), asyncio.Event()
+        return await asyncio.gather(first(*events), second(*events))
+
+    usual = 1.0 if chosen() == "reference" else 2.0
+    seen = asyncio.run(both())
+    if torch.__version__ >= (2, 14):  # before, tasks share the backend that compiled code reads
+        assert seen == [1.0, usual]
+    assert which(torch.zeros(())).item() == usual
+
+
 def test_a_backend_can_be_chosen_inside_a_compiled_function(compilations):
     count, graphs = compilations
 
