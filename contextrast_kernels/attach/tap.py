@@ -111,7 +111,7 @@ class FeatureTap(nn.Module):
         x = _as_map(x, layer, self._image)
         if dtype is None:
             x = x.to(head[0].weight.dtype)
-        if not torch.amp.is_autocast_available(x.device.type):  # torch.autocast refuses "meta"
+        if x.device.type == "meta":  # torch.autocast refuses it
             return head(x)
         with torch.autocast(x.device.type, dtype, enabled=dtype is not None):
             return head(x)
@@ -177,7 +177,7 @@ class FeatureTap(nn.Module):
         if layer.overwritten:
             x = x.clone()
         device, dtype = x.device.type, None
-        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        if device != "meta" and torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
         # Compiled code has no version counters. There only maps are copied that the example's forward overwrote.
         self._maps[i] = (x, None if torch.compiler.is_compiling() else x._version, dtype)
