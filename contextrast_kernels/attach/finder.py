@@ -426,12 +426,15 @@ class _Finder:
 
     def _alike(self, before: list[_Unit], kept: list[_Unit]) -> list[_Unit]:
         """Remove the units of a head: those after the last unit that is named like the previous stage (with a different
-        number), if they are built differently."""
+        number), if they are built differently and no earlier stage has one of their name."""
         same = [i for i, u in enumerate(kept) if before and u.kernels and _pattern(u) == _pattern(before[-1])]
         if not same:
             return kept
-        end = same[-1] + 1
-        while end < len(kept) and (not kept[end].kernels or self._same_kind(kept[end], kept[same[-1]])):
+        end, last, names = same[-1] + 1, kept[same[-1]], {_pattern(u) for u in before if len(u.kernels) > 1}
+        while end < len(kept):
+            u = kept[end]
+            if u.kernels and not self._same_kind(u, last) and _pattern(u) not in names:
+                break
             end += 1
         return kept[:end]
 

@@ -20,7 +20,7 @@ from zoo_resnets import (
     resnet_fcn_head,
     resnet_one_projection,
 )
-from zoo_transformers import DPT, ConvNeXt, EfficientFormer, SegFormer, Swin, SwinUNet, ViT
+from zoo_transformers import DPT, ConvNeXt, EfficientFormer, EfficientViT, SegFormer, Swin, SwinUNet, ViT
 from zoo_unets import (
     AttentionUNet,
     FlatUNet,
@@ -102,6 +102,10 @@ ZOO = {
     "Swin-Unet": (SwinUNet, named([*(f"layers.{i}.blocks.1" for i in range(3)), "norm"], (8, 16, 32, 64))),
     "ConvNeXt": (ConvNeXt, named([f"stages.{i}" for i in range(4)], W)),
     "EfficientFormer V2": (EfficientFormer, named([f"stages.{i}" for i in range(4)], W)),
+    "EfficientViT": (
+        EfficientViT,
+        named((*(f"stages.{i}.downsample.res1" for i in (1, 2, 3)), "stages.3.blocks"), W),
+    ),
     "two streams that meet at the end": (lambda: TwoStreams(early=False), named([f"second.{i}" for i in range(4)], W)),
     "DPT": (DPT, named(SPACED, (16,) * 4, (16,) * 4)),
     "ViT, SETR": (ViT, None),
@@ -118,6 +122,7 @@ DOUBTS = {
     "HRNet": EXCHANGE,
     "HRNet, more exchanges": EXCHANGE,
     "Tiramisu": "'bottleneck' follows 'trans3' at the same resolution, and may belong to the head",
+    "EfficientViT": "'stages.3.blocks' follows 'stages.3.downsample.res2' at the same resolution",
     "two streams that meet at the end": "'stages.3' ends a second encoder",
 }
 """Name → a part of the sentence that the table has about what is not certain. All other tables have none."""

@@ -1,5 +1,6 @@
 """Transformers, and ConvNeXt."""
 
+from collections import OrderedDict
 from itertools import pairwise
 
 import torch
@@ -287,3 +288,36 @@ class EfficientFormer(nn.Module):
 
     def forward(self, x):
         return up(self.head(self.stages(self.stem(x))), x)
+
+
+class EfficientViT(nn.Module):
+    """Stages whose downsampling has residual blocks before and after it, and then blocks of a different kind."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(conv(3, 8, stride=2), conv(8, 8, stride=2))
+        self.stages = nn.Sequential(
+            nn.Sequential(OrderedDict(blocks=nn.Sequential(Strange(8), Strange(8)))),
+            *(
+                nn.Sequential(
+                    OrderedDict(
+                        downsample=nn.Sequential(
+                            OrderedDict(res1=Basic(a, a), merge=conv(a, b, stride=2), res2=Basic(b, b))
+                        ),
+                        blocks=nn.Sequential(Strange(b), Strange(b)),
+                    )
+                )
+                for a, b in pairwise(W)
+            ),
+        )
+        self.head = nn.Conv2d(W[-1], N, 1)
+
+    def forward(self, x):
+        return up(self.head(self.stages(self.stem(x))), x)
+
+
+class Strange(nn.Sequential):
+    """A block that is no relative of the residual ones."""
+
+    def __init__(self, width):
+        super().__init__(conv(width, width), conv(width, width, 1))
