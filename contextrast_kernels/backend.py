@@ -157,6 +157,20 @@ def _warn_once(message: str) -> None:
     warnings.warn(message, RuntimeWarning, stacklevel=4)
 
 
+def _slower(name: str, status: str) -> str:
+    of = "error maps, distances and negatives" if name == "native" else "the losses"
+    return (
+        f"contextrast_kernels: the {name} backend cannot run, so a slower one is used for {of}: {status}. "
+        "CONTEXTRAST_BACKEND=reference silences this warning"
+    )
+
+
+def warn_if_not_built() -> None:
+    """Say at the import that pip built no native library, which pip itself says only with -v."""
+    if not native.is_built() and os.environ.get("CONTEXTRAST_BACKEND") != "reference":
+        _warn_once(_slower("native", _native_status("cpu")))
+
+
 def _transform(name: str) -> str:
     """The reason why a backend cannot run inside the active transforms of torch.func, or ""."""
     if name != "triton" or torch.compiler.is_compiling():
@@ -197,11 +211,7 @@ def choose(tensor: Tensor, offered: tuple[str, ...], unfit: str = "") -> str:
         if status == "ok":
             return candidate
         if device_type in ("cpu", "cuda") and not torch.compiler.is_compiling():
-            cost = "" if device_type == "cuda" else " for error maps, distances and negatives"
-            _warn_once(
-                f"contextrast_kernels: the {candidate} backend cannot run, so a slower one is used{cost}: {status}. "
-                "CONTEXTRAST_BACKEND=reference silences this warning"
-            )
+            _warn_once(_slower(candidate, status))
     return "reference"
 
 

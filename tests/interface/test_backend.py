@@ -1,6 +1,10 @@
 """The backend context: threads, asyncio tasks and torch.compile."""
 
 import asyncio
+import os
+import pathlib
+import shutil
+import subprocess
 import sys
 import threading
 from types import SimpleNamespace
@@ -175,6 +179,31 @@ def test_a_missing_native_library_warns_once(without_native):
             ck.edge_distance(MAP)
             ck.error_map(MAP, MAP)
     assert len(told) == 1
+
+
+def test_an_import_without_the_native_library_warns_once(tmp_path):
+    """The copy stands for an installation where pip found no compiler."""
+    source = pathlib.Path(ck.__file__).parent
+    shutil.copytree(source, tmp_path / source.name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    program = (
+        "import contextrast_kernels as ck, torch; print('imported'); ck.edge_distance(torch.zeros(1, 2, 2).long())"
+    )
+
+    def run(**environment):
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            cwd=tmp_path,
+            env={"PATH": os.environ["PATH"], **environment},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stderr
+
+    told = run()
+    assert told.count("the native library is not built: install a C++17 compiler") == 1
+    assert "a slower one is used for error maps, distances and negatives" in told
+    assert "native library" not in run(CONTEXTRAST_BACKEND="reference")
 
 
 def test_asking_for_the_reference_silences_the_warning(without_native, monkeypatch, recwarn):
