@@ -52,7 +52,7 @@ class _Traced(threading.local):
 
 _traced = _Traced()
 
-_DYNAMO_READS_CONTEXT = torch.__version__ >= (2, 14)
+_DYNAMO_READS_CONTEXT = torch.__version__ >= "2.14"
 """Whether a traced function can read a ContextVar. Where it cannot, ``_traced`` also has the backend forced outside,
 and tasks of asyncio that share a thread share it in compiled code."""
 
