@@ -3,7 +3,7 @@
 from contextrast_kernels import metrics, viz
 from contextrast_kernels.anchors import class_anchors, fuse_anchors
 from contextrast_kernels.attach import attach, split_heads
-from contextrast_kernels.backend import available, backend
+from contextrast_kernels.backend import available, backend, warn_if_not_built
 from contextrast_kernels.bane import bane_negatives, error_map, select_nearest
 from contextrast_kernels.contextrast import contextrast_loss
 from contextrast_kernels.distance import distance_transform, edge_distance
@@ -48,3 +48,5 @@ __all__ = [
     "split_heads",
     "viz",
 ]
+
+warn_if_not_built()

@@ -41,10 +41,9 @@ _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("contextras
 
 
 class _Traced(threading.local):
-    """The forced backend as code under torch.compile reads it.
+    """The backend that a function traced by torch.compile forces.
 
-    Dynamo guards on this attribute and lets a traced function set it. It cannot set a ContextVar, and before
-    PyTorch 2.14 it cannot read one.
+    Dynamo lets a traced function set this attribute, and guards on it. It cannot set a ContextVar.
     """
 
     def __init__(self) -> None:
@@ -52,6 +51,10 @@ class _Traced(threading.local):
 
 
 _traced = _Traced()
+
+_DYNAMO_READS_CONTEXT = torch.__version__ >= "2.14"
+"""Whether a traced function can read a ContextVar. Where it cannot, ``_traced`` also has the backend forced outside,
+and tasks of asyncio that share a thread share it in compiled code."""
 
 
 @contextlib.contextmanager
@@ -65,19 +68,32 @@ def backend(name: str) -> Iterator[None]:
     """
     if name not in CHOICES:
         raise ValueError(f"backend: expected one of {', '.join(map(repr, CHOICES))}, got {name!r}")
-    compiling = torch.compiler.is_compiling()
-    token = None if compiling else _forced.set(name)
-    previous, _traced.forced = _traced.forced, name
+    if torch.compiler.is_compiling():
+        previous, _traced.forced = _traced.forced, name
+        try:
+            yield
+        finally:
+            _traced.forced = previous
+        return
+    token = _forced.set(name)
+    _show_to_dynamo()
     try:
         yield
     finally:
-        _traced.forced = previous
-        if token is not None:
-            _forced.reset(token)
+        _forced.reset(token)
+        _show_to_dynamo()
+
+
+def _show_to_dynamo() -> None:
+    if not _DYNAMO_READS_CONTEXT:
+        _traced.forced = _forced.get()
 
 
 def _requested() -> str:
-    forced = _traced.forced if torch.compiler.is_compiling() else _forced.get()
+    compiling = torch.compiler.is_compiling()
+    forced = _traced.forced if compiling else None
+    if forced is None and (_DYNAMO_READS_CONTEXT or not compiling):
+        forced = _forced.get()
     name = forced if forced is not None else os.environ.get("CONTEXTRAST_BACKEND", "auto")
     if name not in CHOICES:
         raise ValueError(
@@ -141,6 +157,20 @@ def _warn_once(message: str) -> None:
     warnings.warn(message, RuntimeWarning, stacklevel=4)
 
 
+def _slower(name: str, status: str) -> str:
+    of = "error maps, distances and negatives" if name == "native" else "the losses"
+    return (
+        f"contextrast_kernels: the {name} backend cannot run, so a slower one is used for {of}: {status}. "
+        "CONTEXTRAST_BACKEND=reference silences this warning"
+    )
+
+
+def warn_if_not_built() -> None:
+    """Say at the import that pip built no native library, which pip itself says only with -v."""
+    if not native.is_built() and os.environ.get("CONTEXTRAST_BACKEND") != "reference":
+        _warn_once(_slower("native", _native_status("cpu")))
+
+
 def _transform(name: str) -> str:
     """The reason why a backend cannot run inside the active transforms of torch.func, or ""."""
     if name != "triton" or torch.compiler.is_compiling():
@@ -181,11 +211,7 @@ def choose(tensor: Tensor, offered: tuple[str, ...], unfit: str = "") -> str:
         if status == "ok":
             return candidate
         if device_type in ("cpu", "cuda") and not torch.compiler.is_compiling():
-            cost = "" if device_type == "cuda" else " for error maps, distances and negatives"
-            _warn_once(
-                f"contextrast_kernels: the {candidate} backend cannot run, so a slower one is used{cost}: {status}. "
-                "CONTEXTRAST_BACKEND=reference silences this warning"
-            )
+            _warn_once(_slower(candidate, status))
     return "reference"
 
 

@@ -284,18 +284,20 @@ def _in_order(distances: Tensor) -> Tensor:
     dtype = distances.dtype
     if not dtype.is_floating_point and (dtype.itemsize < 4 or dtype == torch.int32):
         return distances.int()
-    if dtype.is_floating_point and dtype != torch.float64:
+    # Before PyTorch 2.14 torch.func.vmap cannot map the view as integers, so the ranks below serve there.
+    mapped = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+    if dtype.is_floating_point and dtype != torch.float64 and not mapped:
         bits = distances.float().view(torch.int32)
         # The bits of a number that is not negative have its order. -0 becomes 0.
         largest = torch.iinfo(torch.int32).max
         magnitude = bits & largest
         return torch.where(distances.isnan(), largest, torch.where(bits < 0, -magnitude, magnitude))
-    if dtype == torch.float64:
+    if dtype.is_floating_point:
         image = distances
-    elif dtype == torch.uint64:
-        image = distances.view(torch.int64) ^ torch.iinfo(torch.int64).min
     else:
         image = distances.long()
+        if dtype == torch.uint64:  # numbers of 2**63 and more became negative
+            image = image ^ torch.iinfo(torch.int64).min
     # 64 bits do not fit: replace each value by its rank among the different values of its image.
     values, at = image.flatten(1).sort(1)  # NaN comes last
     above = (values[:, 1:] != values[:, :-1]) & ~values[:, :-1].isnan()

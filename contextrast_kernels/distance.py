@@ -108,7 +108,7 @@ def distance_transform(
         result = op(batched, squared, sampling)
         distance, indices = result if return_indices else (result, None)
     else:
-        seeds = (batched.view(_UNSIGNED[mask.dtype]) if mask.dtype in _UNSIGNED else batched) == 0
+        seeds = (batched.to(_UNSIGNED[mask.dtype]) if mask.dtype in _UNSIGNED else batched) == 0
         distance_sq, nearest = _transform(seeds, sampling, return_indices)
         distance = _in_pixels(distance_sq, squared, sampling)
         indices = _coordinates(nearest, seeds.shape[1:]) if nearest is not None else None

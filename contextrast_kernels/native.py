@@ -125,10 +125,15 @@ _SCRATCH_ARGUMENTS = {
 }
 
 
+def is_built() -> bool:
+    """Whether the library's file exists. It is not opened."""
+    return _PATH.exists()
+
+
 @functools.cache
 def _library() -> ctypes.CDLL | str:
     """The opened library, or the reason why it cannot be opened."""
-    if not _PATH.exists():
+    if not is_built():
         return (
             "the native library is not built: install a C++17 compiler and reinstall contextrast_kernels with "
             "CONTEXTRAST_NATIVE=1, which says what is missing"

@@ -30,6 +30,7 @@ _NARROW = 0.75
 
 _EXCHANGE = "likely, not certain: these are parallel branches that exchange their maps, and not one chain of stages"
 _BYPASSED = "likely, not certain: another path of the model bypasses {}"
+_TWO = "likely, not certain: {} ends a second encoder of the same depth, which is left out"
 _SAME = "likely, not certain: {} follows {} at the same resolution, and may belong to the head"
 
 
@@ -74,12 +75,15 @@ def find_stages(calls: list[Call], graph: Graph | None, reason: str) -> tuple[li
 
 
 def _before_the_coarsest(maps: list[Layer]) -> list[str]:
-    """The last map of each size up to the coarsest one, where an encoder ends."""
+    """The last map of each size up to the coarsest one, where an encoder ends, and the first of the coarsest ones or
+    that of the outermost module around it."""
     coarsest = min((layer.pixels for layer in maps), default=0)
     last: dict[tuple[int, ...], str] = {}
-    for layer in maps:
+    for i, layer in enumerate(maps):
         last[layer.size] = layer.name
         if layer.pixels == coarsest:
+            around = [m.name for m in maps[i:] if m.pixels == coarsest and _inside(layer.module, m.module)]
+            last[layer.size] = [layer.name, *around][-1]
             break
     return list(last.values())[-MAX_LAYERS:]
 
@@ -173,10 +177,12 @@ class _Finder:
     def __init__(self, calls: list[Call], graph: Graph):
         self.calls = {call.module: call for call in calls}
         self.graph = graph
+        self.rise = self._rises()
         self.turn = self._turns()
         self.dominator, self.depth = self._dominators()
         self.shaped = {s for n, shapes in enumerate(graph.shapes) if shapes for s in graph.sources[n]}
         """The nodes that a normalisation or an activation reads."""
+        self.weight = self._weights()
         self.logits = self._logits()
         self.candidates = [
             (call, layer, node)
@@ -190,12 +196,41 @@ class _Finder:
 
     # ------------------------------------------------------------------------------------------------------- the graph
 
+    def _rises(self) -> list[int]:
+        """``Graph.rise`` without the rises inside residual blocks whose branch works at one coarser resolution."""
+        rise = list(self.graph.rise)
+        for call in self.calls.values():
+            inside = range(call.start, call.end)
+            if call.module and len({rise[n] for n in inside} - {0}) == 1 and self._adds_its_input(call):
+                for n in inside:
+                    rise[n] = 0
+        return rise
+
+    def _adds_its_input(self, call: Call) -> bool:
+        """Whether a module's map is the sum of its input and something computed from it."""
+        graph, found, todo = self.graph, set(), [n for _, n in call.maps if n]
+        while todo:
+            n = todo.pop()
+            if n < call.start:
+                return True
+            if n not in found and not (graph.mass[n] or graph.shapes[n] or graph.rise[n] or n in graph.joins):
+                found.add(n)
+                todo += graph.sources[n]
+        return False
+
     def _turns(self) -> list[float]:
         """For each node, the pixels of the coarsest map on its way whose resolution is raised; inf if there is none."""
         turn = [math.inf] * len(self.graph)
         for n in range(1, len(self.graph)):
-            turn[n] = min([self.graph.rise[n] or math.inf, *(turn[s] for s in self.graph.sources[n])])
+            turn[n] = min([self.rise[n] or math.inf, *(turn[s] for s in self.graph.sources[n])])
         return turn
+
+    def _weights(self) -> list[int]:
+        """For each node, the parameters on the way from the images that has the most."""
+        weight = [0] * len(self.graph)
+        for n in range(1, len(self.graph)):
+            weight[n] = max(weight[s] for s in self.graph.sources[n]) + self.graph.mass[n]
+        return weight
 
     def _dominators(self) -> tuple[list[int], list[int]]:
         """For each node, its immediate dominator (the last node on every path from the images) and their number."""
@@ -248,7 +283,7 @@ class _Finder:
             around = self.calls.get(parent)
             if around is not None and around.maps and around.start <= node < around.end:
                 finer = layer.pixels < min(other.pixels for other in around.layers)
-                if finer and not any(self.graph.rise[around.start : around.end]):
+                if finer and not any(self.rise[around.start : around.end]):
                     ends = [n for _, n in around.maps if n]
                     if node in self.graph.ancestors(ends, stop=range(around.start)):
                         return True
@@ -258,32 +293,45 @@ class _Finder:
     # ------------------------------------------------------------------------------------------------------- the trunk
 
     def find(self) -> tuple[list[Layer], str]:
-        trunk, ends = self._trunk()
+        trunk, needed = self._trunk()
         stages = self._stages(trunk)
-        listed = self._listed(stages, ends)
-        if listed is not None:
-            return listed
-        return self._check(trunk, stages)
+        layers, doubt = self._listed(stages, needed) or self._check(trunk, stages)
+        return layers, doubt or (self._second_encoder(trunk[-1]) if trunk else "")
 
     def _trunk(self) -> tuple[list[_Unit], set[int]]:
         """The units from the image to the encoder's end, and all nodes that the last map of its resolution needs."""
-        weight = [0] * len(self.graph)
-        for n in range(1, len(self.graph)):
-            weight[n] = max(weight[s] for s in self.graph.sources[n]) + self.graph.mass[n]
-        open_ = [
-            (call, layer, node)
-            for call, layer, node in self.candidates
-            if node not in self.logits and self.turn[node] > layer.pixels and not self._is_hidden(call, layer, node)
-        ]
-        for pixels in sorted({layer.pixels for _, layer, _ in open_}):
-            group = [(weight[node], node) for _, layer, node in open_ if layer.pixels == pixels]
-            end = max(group)[1]
-            trunk = self._cut(self._units(end, weight), pixels)
+        ends = self._ends()
+        for pixels in sorted({layer.pixels for layer, _ in ends}):
+            group = [node for layer, node in ends if layer.pixels == pixels]
+            most = max(self.weight[node] for node in group)
+            # Of equally heavy maps, as of two streams that are added at every stage, the one that depends on the other.
+            end = max((n for n in group if self.weight[n] == most), key=lambda n: (len(self.graph.ancestors([n])), n))
+            trunk = self._cut(self._units(end), pixels)
             if trunk and trunk[-1].layer.pixels == pixels:
                 return trunk, self.graph.ancestors([end])
         return [], set()
 
-    def _units(self, end: int, weight: list[int]) -> list[_Unit]:
+    def _ends(self) -> list[tuple[Layer, int]]:
+        """The maps where an encoder may end, and their nodes."""
+        return [
+            (layer, node)
+            for call, layer, node in self.candidates
+            if node not in self.logits and self.turn[node] > layer.pixels and not self._is_hidden(call, layer, node)
+        ]
+
+    def _second_encoder(self, end: _Unit) -> str:
+        """A sentence about a map as coarse as the encoder's end, with at least half as many parameters on a path of its
+        own, or ""."""
+        before, found = self.graph.ancestors([end.node]), []
+        for layer, node in self._ends():
+            needed = self.graph.ancestors([node])
+            if layer.pixels == end.layer.pixels and node not in before and end.node not in needed:
+                own = self.weight[node] - max(self.weight[n] for n in needed & before)
+                if own >= self.weight[end.node] / 2:
+                    found.append(layer.name)
+        return _TWO.format(repr(min(found, key=lambda name: name.count(".")))) if found else ""
+
+    def _units(self, end: int) -> list[_Unit]:
         """The trunk's maps up to a node, in order, each of the outermost module that is one step of the trunk."""
         line = [end]
         while line[-1] != IMAGE:
@@ -296,7 +344,7 @@ class _Finder:
             if _step(coarse, fine) > 2:
                 while n > start:
                     path.add(n)
-                    n = max((s for s in self.graph.sources[n] if s >= start), key=lambda s: weight[s])
+                    n = max((s for s in self.graph.sources[n] if s >= start), key=lambda s: self.weight[s])
         steps = self._steps(certain | path) if path else sure
         units, last = [], IMAGE
         for layer, node in steps:
@@ -339,13 +387,15 @@ class _Finder:
         before = max((m for m in maps if m[0] < call.start), key=lambda m: m[0], default=(IMAGE, None))
         inner = [(n, m) for n, m in maps if call.start <= n < node and n not in own and m.stride >= _MIN_STRIDE]
         coarsest = min(other.pixels for other in call.layers)
+        widest = max(other.channels for other in call.layers)
         for n, m in inner:
             if m.pixels <= coarsest:
                 continue
             if before[1] is None or m.pixels < before[1].pixels:
                 return True
             # The map has the resolution of the module's input. It ends a stage if the module has more than one product.
-            if m.pixels == before[1].pixels and m.channels >= before[1].channels:
+            # A map with more channels than the module's output is the inside of an inverted residual.
+            if m.pixels == before[1].pixels and before[1].channels <= m.channels <= widest:
                 between = self.graph.ancestors([n], stop=frozenset([before[0]]))
                 after = self.graph.ancestors([node], stop=frozenset([n]))
                 kernels = [self.graph.kernel[k] for k in between if self.graph.kernel[k]]
@@ -376,12 +426,15 @@ class _Finder:
 
     def _alike(self, before: list[_Unit], kept: list[_Unit]) -> list[_Unit]:
         """Remove the units of a head: those after the last unit that is named like the previous stage (with a different
-        number), if they are built differently."""
+        number), if they are built differently and no earlier stage has one of their name."""
         same = [i for i, u in enumerate(kept) if before and u.kernels and _pattern(u) == _pattern(before[-1])]
         if not same:
             return kept
-        end = same[-1] + 1
-        while end < len(kept) and (not kept[end].kernels or self._same_kind(kept[end], kept[same[-1]])):
+        end, last, names = same[-1] + 1, kept[same[-1]], {_pattern(u) for u in before if len(u.kernels) > 1}
+        while end < len(kept):
+            u = kept[end]
+            if u.kernels and not self._same_kind(u, last) and _pattern(u) not in names:
+                break
             end += 1
         return kept[:end]
 
@@ -465,7 +518,7 @@ class _Finder:
             work[u.layer.pixels] = work.get(u.layer.pixels, 0) + len(u.kernels)
         most = max(work, key=lambda pixels: work[pixels])
         plain = work[most] >= _PLAIN * sum(work.values()) and sum(work.values()) > MAX_LAYERS
-        if plain:
+        if plain and len(trunk) > 1:
             depths = [u for u in trunk if u.layer.pixels == most and u.layer.stride >= _MIN_STRIDE]
             blocks = [u for u in depths if len(u.kernels) > 1] or depths
             read = self._read_elsewhere(blocks)
@@ -482,7 +535,7 @@ class _Finder:
             last = {u.layer.size: u.layer.name for u in trunk}
             raise NotFound(
                 "expected at least two stages of stride 4 or more, each coarser than the one before",
-                list(last.values()),
+                list(last.values()) if len(last) > 1 else (),
             )
         if any(_step(b, a) > _MAX_STEP + 0.5 for a, b in pairwise(layers)):
             raise NotFound("the resolution falls to less than a quarter in one step")

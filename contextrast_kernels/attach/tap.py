@@ -109,8 +109,12 @@ class FeatureTap(nn.Module):
                 "the forward. Call fully_shard(head) for each head in tap.heads before fully_shard(model)."
             )
         x = _as_map(x, layer, self._image)
+        if dtype is None:
+            x = x.to(head[0].weight.dtype)
+        if x.device.type == "meta":  # torch.autocast refuses it
+            return head(x)
         with torch.autocast(x.device.type, dtype, enabled=dtype is not None):
-            return head(x if dtype is not None else x.to(head[0].weight.dtype))
+            return head(x)
 
     def detach(self) -> None:
         """Remove hooks and heads, so that the model is as before ``attach``. A second call does nothing."""
@@ -172,8 +176,9 @@ class FeatureTap(nn.Module):
             return
         if layer.overwritten:
             x = x.clone()
-        device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        device, dtype = x.device.type, None
+        if device != "meta" and torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
         # Compiled code has no version counters. There only maps are copied that the example's forward overwrote.
         self._maps[i] = (x, None if torch.compiler.is_compiling() else x._version, dtype)
 
@@ -223,7 +228,8 @@ class _Recorder:
 def split_heads(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Split the state dict of an attached model into that of the plain model and that of the projection heads.
 
-    Names may have a prefix, as from DDP, torch.compile or a LightningModule. The model's names keep it.
+    The state may be that of a wrapped model. What DDP and torch.compile add to the names, ``module.`` and
+    ``_orig_mod.``, is removed. A different prefix, such as the attribute of a LightningModule, stays.
 
     Args:
         state_dict: the result of ``model.state_dict()`` while the model was attached, or a saved one.
@@ -232,7 +238,7 @@ def split_heads(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], di
         The plain model's state, for ``model.load_state_dict``, and that of the heads, for ``tap.load_state_dict``.
 
     Raises:
-        TypeError: state_dict is not a mapping.
+        TypeError, ValueError: state_dict is not a mapping of names to tensors, or it is a checkpoint that holds one.
 
     Examples:
         >>> state, heads = ck.split_heads(torch.load("checkpoint.pt"))
@@ -240,13 +246,22 @@ def split_heads(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], di
     """
     if not isinstance(state_dict, Mapping):
         raise TypeError(f"state_dict: expected a mapping of names to tensors, got {checks.describe(state_dict)}")
+    for name, value in state_dict.items():
+        if isinstance(value, Mapping) and any(f".{NAME}." in f".{inner}" for inner in value):
+            raise ValueError(
+                f"state_dict: expected a mapping of names to tensors, got a checkpoint that holds one; "
+                f"pass checkpoint[{name!r}]"
+            )
+    names = {name: name.replace("_orig_mod.", "") for name in state_dict}
+    wrapped = all(name.startswith("module.") for name in names.values())
     model, heads = {}, {}
     for name, value in state_dict.items():
-        _, found, after = f".{name}".rpartition(f".{NAME}.")
+        short = names[name].removeprefix("module.") if wrapped else names[name]
+        _, found, after = f".{short}".rpartition(f".{NAME}.")
         if found:
             heads[after] = value
         else:
-            model[name] = value
+            model[short] = value
     return model, heads
 
 

@@ -97,15 +97,32 @@ def test_scripting_an_attached_model_raises_a_clear_error():
     torch.testing.assert_close(torch.jit.script(model)(IMAGES), model(IMAGES))
 
 
-@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "model.net."])
-def test_a_checkpoint_of_a_training_loads_into_the_plain_model(prefix):
+class Holder(nn.Module):
+    """As a LightningModule, it has the model as an attribute."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net, self.scale = net, nn.Parameter(torch.ones(()))
+
+
+WRAPPERS = {
+    "plain": lambda model: model,
+    "DDP": nn.DataParallel,  # it names the parameters as DDP does, and needs no process group
+    "compiled": torch.compile,
+    "DDP, compiled": lambda model: torch.compile(nn.DataParallel(model)),
+    "compiled, DDP": lambda model: nn.DataParallel(torch.compile(model)),
+    "Lightning": Holder,
+    "Lightning, compiled": lambda model: Holder(torch.compile(model)),
+}
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_a_checkpoint_of_a_training_loads_into_the_plain_model(name):
     model, tap = attached()
     step(model, tap)
-    checkpoint = {prefix + name: value for name, value in model.state_dict().items()}
-    state, heads = ck.split_heads(checkpoint)
-    assert state.keys() | {f"{prefix}contextrast_heads.{name}" for name in heads} == checkpoint.keys()
+    state, heads = ck.split_heads(WRAPPERS[name](model).state_dict())
     plain = Net()
-    plain.load_state_dict({name.removeprefix(prefix): value for name, value in state.items()})
+    (Holder(plain) if "Lightning" in name else plain).load_state_dict(state)
     torch.testing.assert_close(plain.eval()(IMAGES), model.eval()(IMAGES))
     _, other = attached(plain)
     other.load_state_dict(heads)
@@ -113,11 +130,22 @@ def test_a_checkpoint_of_a_training_loads_into_the_plain_model(prefix):
         assert torch.equal(other.state_dict()[name], value)
 
 
+def test_a_compiled_part_loads_into_the_plain_model():
+    model, _ = attached()
+    model.stages[1] = torch.compile(model.stages[1])
+    Net().load_state_dict(ck.split_heads(model.state_dict())[0])
+
+
 def test_a_state_without_heads_is_split_into_itself_and_nothing():
     state = Net().state_dict()
     assert ck.split_heads(state) == (dict(state), {})
+
+
+def test_what_is_not_a_state_is_refused():
     with pytest.raises(TypeError, match=r"^state_dict: expected a mapping of names to tensors, got Net"):
         ck.split_heads(Net())
+    with pytest.raises(ValueError, match=r"got a checkpoint that holds one; pass checkpoint\['model'\]"):
+        ck.split_heads({"epoch": 3, "model": attached()[0].state_dict()})
 
 
 class Volumes(nn.Module):

@@ -1,10 +1,13 @@
-"""The finder on the networks of ``zoo.py``: it finds the stages, and the encoder's first parameter gets a gradient, or
-it raises an error."""
+"""The finder on the networks of ``zoo.py``: it finds the stages, says what is not certain, and the encoder's first
+parameter gets a gradient; or it raises an error, and the layers that it proposes can be tapped."""
+
+import ast
+import re
 
 import pytest
 import torch
 from nets import attached
-from zoo import ZOO
+from zoo import DOUBTS, ZOO
 
 pytestmark = pytest.mark.usefixtures("reference", "one_thread")
 
@@ -16,12 +19,19 @@ def test_encoder_stages_are_found_or_refused(name):
     model = build()
     example = torch.zeros(1, 3, 128, 128)
     if expected is None:
-        with pytest.raises(ValueError, match=r"as in ck\.attach\(model, layers=\[.*; candidates: '"):
+        with pytest.raises(ValueError, match=r"as in ck\.attach\(model, layers=\[.*; candidates: '") as error:
             attached(model, example_input=example)
         assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+        proposed = ast.literal_eval(re.search(r"layers=(\[.*?\])\);", str(error.value))[1])
+        _, tap = attached(model, example_input=example, layers=proposed)
+        assert [layer.name for layer in tap.layers] == proposed
         return
     _, tap = attached(model, example_input=example)
     assert {layer.name: (layer.channels, layer.stride) for layer in tap.layers} == expected
+    if name in DOUBTS:
+        assert re.search(rf"^likely, not certain: .*{DOUBTS[name]}.*; to choose others: ck\.attach", tap.table(), re.M)
+    else:
+        assert tap.doubt == "" and "likely" not in tap.table()
     model(torch.randn(2, 3, 128, 128))
     sum(x.square().sum() for x in tap.features()).backward()
     assert any(p.grad is not None and p.grad.any() for n, p in model.named_parameters() if "contextrast" not in n)

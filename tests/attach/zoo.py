@@ -6,8 +6,8 @@ for an image of 64 × 64; or None where it must refuse, as no stages can be told
 
 from torch import nn
 from zoo_blocks import Basic, N, W
-from zoo_branches import BiSeNet, BiSeNetV2, DDRNet, Detour, FullResolution, HRNet, PIDNet, Shallow
-from zoo_light import ENet, ESPNet, FastSCNN, FCN8s, LargeFOV, MobileNet, SegNet
+from zoo_branches import BiSeNet, BiSeNetV2, DDRNet, Detour, FullResolution, HRNet, PIDNet, Shallow, TwoStreams
+from zoo_light import ENet, ESPNet, FastSCNN, FCN8s, LargeFOV, MobileNet, MobileNetV4, SegNet
 from zoo_resnets import (
     FPN,
     DeepLabV3Plus,
@@ -20,7 +20,7 @@ from zoo_resnets import (
     resnet_fcn_head,
     resnet_one_projection,
 )
-from zoo_transformers import DPT, ConvNeXt, SegFormer, Swin, SwinUNet, ViT
+from zoo_transformers import DPT, ConvNeXt, EfficientFormer, EfficientViT, SegFormer, Swin, SwinUNet, ViT
 from zoo_unets import (
     AttentionUNet,
     FlatUNet,
@@ -88,6 +88,7 @@ ZOO = {
         MobileNet,
         named(("features.3", "features.5", "features.8", "features.10"), (8, 12, 24, 96)),
     ),
+    "MobileNet V4": (MobileNetV4, named([f"blocks.{i}" for i in range(4)], W)),
     "Fast-SCNN": (FastSCNN, named(("dsconv1", "dsconv2", "bottleneck1", "bottleneck3"), (12, 16, 24, 40))),
     "ESPNet": (ESPNet, named(("b2", "b3"), (35, 64), (4, 8))),
     "BiSeNet": (BiSeNet, named(LAYERS, W)),
@@ -100,10 +101,28 @@ ZOO = {
     "Swin": (Swin, named([*(f"layers.{i}.blocks.1" for i in range(3)), "norm"], W)),
     "Swin-Unet": (SwinUNet, named([*(f"layers.{i}.blocks.1" for i in range(3)), "norm"], (8, 16, 32, 64))),
     "ConvNeXt": (ConvNeXt, named([f"stages.{i}" for i in range(4)], W)),
+    "EfficientFormer V2": (EfficientFormer, named([f"stages.{i}" for i in range(4)], W)),
+    "EfficientViT": (
+        EfficientViT,
+        named((*(f"stages.{i}.downsample.res1" for i in (1, 2, 3)), "stages.3.blocks"), W),
+    ),
+    "two streams that meet at the end": (lambda: TwoStreams(early=False), named([f"second.{i}" for i in range(4)], W)),
     "DPT": (DPT, named(SPACED, (16,) * 4, (16,) * 4)),
     "ViT, SETR": (ViT, None),
     "no map smaller than the image": (FullResolution, None),
     "one coarse map": (Shallow, None),
+    "two streams that meet at every stage": (lambda: TwoStreams(early=True), None),
     "operations outside PyTorch": (lambda: Detour(nn.Conv2d(W[-1], N, 1)), None),
 }
 """Name → how the network is built; the stages, or None where ``attach`` must refuse."""
+
+EXCHANGE = "parallel branches that exchange their maps"
+DOUBTS = {
+    "DDRNet": "bypasses 'layer3', 'layer4'",
+    "HRNet": EXCHANGE,
+    "HRNet, more exchanges": EXCHANGE,
+    "Tiramisu": "'bottleneck' follows 'trans3' at the same resolution, and may belong to the head",
+    "EfficientViT": "'stages.3.blocks' follows 'stages.3.downsample.res2' at the same resolution",
+    "two streams that meet at the end": "'stages.3' ends a second encoder",
+}
+"""Name → a part of the sentence that the table has about what is not certain. All other tables have none."""

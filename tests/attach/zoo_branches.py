@@ -1,5 +1,7 @@
 """Networks of several branches, and some in which there is nothing to find."""
 
+from itertools import pairwise
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -176,6 +178,25 @@ class Shallow(nn.Module):
         e3 = self.enc3(F.max_pool2d(e2, 2))
         d = self.dec2(torch.cat((e2, up(e3, e2)), 1))
         return self.cls(self.dec1(torch.cat((e1, up(d, e1)), 1)))
+
+
+class TwoStreams(nn.Module):
+    """Two encoders, such as those of colour and depth, whose maps are added at every stage, or only the last ones."""
+
+    def __init__(self, early):
+        super().__init__()
+        self.stem, self.second_stem = conv(3, 8, stride=2), conv(3, 8, stride=2)
+        self.stages, self.second = (
+            nn.ModuleList(nn.Sequential(conv(a, b, stride=2), conv(b, b)) for a, b in pairwise((8, *W)))
+            for _ in range(2)
+        )
+        self.head, self.early = nn.Conv2d(W[-1], N, 1), early
+
+    def forward(self, image):
+        x, y = self.stem(image), self.second_stem(image)
+        for stage, second in zip(self.stages, self.second):
+            x, y = stage(x + y if self.early else x), second(y)
+        return up(self.head(x + y), image)
 
 
 class Detour(FlatResNet):

@@ -1,9 +1,11 @@
 """Networks made of VGG's layers, and networks for real time."""
 
+from itertools import pairwise
+
 import torch
 from torch import nn
 from torch.nn import functional as F
-from zoo_blocks import Basic, N, conv, up
+from zoo_blocks import Basic, N, W, conv, up
 from zoo_resnets import Pyramid
 
 
@@ -161,6 +163,36 @@ class MobileNet(nn.Module):
     def forward(self, x):
         y = self.features(x)
         return up(self.high(self.cbr(y) * self.scale(y)), x)
+
+
+class UniversalBlock(nn.Module):
+    """MobileNet V4's inverted residual: a convolution before the wide inside, and the strided one within it."""
+
+    def __init__(self, inputs, outputs, stride=1):
+        super().__init__()
+        wide = 4 * inputs
+        self.dw_start, self.pw_exp = conv(inputs, inputs, 3, groups=inputs), conv(inputs, wide, 1)
+        self.dw_mid, self.pw_proj = conv(wide, wide, 3, stride, groups=wide), conv(wide, outputs, 1)
+        self.residual = stride == 1
+
+    def forward(self, x):
+        y = self.pw_proj(self.dw_mid(self.pw_exp(self.dw_start(x))))
+        return x + y if self.residual else y
+
+
+class MobileNetV4(nn.Module):
+    """Stages of blocks in a Sequential, as timm has them, and one projection."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv_stem = conv(3, 8, stride=2)
+        self.blocks = nn.Sequential(
+            *(nn.Sequential(UniversalBlock(a, b, 2), UniversalBlock(b, b)) for a, b in pairwise((8, *W)))
+        )
+        self.head = nn.Conv2d(W[-1], N, 1)
+
+    def forward(self, x):
+        return up(self.head(self.blocks(self.conv_stem(x))), x)
 
 
 class FastSCNN(nn.Module):

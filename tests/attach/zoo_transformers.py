@@ -1,5 +1,8 @@
 """Transformers, and ConvNeXt."""
 
+from collections import OrderedDict
+from itertools import pairwise
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -256,3 +259,65 @@ class ConvNeXt(nn.Module):
         for down, stage in zip(self.downsample_layers, self.stages):
             y = stage(down(y))
         return up(self.head(y), x)
+
+
+class StridedMixer(nn.Module):
+    """EfficientFormer V2's residual block, whose branch works at half the resolution."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.stride_conv, self.local, self.out = conv(width, width, stride=2), conv(width, width), conv(width, width, 1)
+
+    def forward(self, x):
+        return x + self.out(F.interpolate(self.local(self.stride_conv(x)), scale_factor=2.0))
+
+
+class EfficientFormer(nn.Module):
+    """Stages of a strided convolution and two blocks; in the third stage the blocks leave its resolution."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = conv(3, 8, stride=2)
+        self.stages = nn.Sequential(
+            *(
+                nn.Sequential(conv(a, b, stride=2), *(StridedMixer(b) if b == W[2] else Basic(b, b) for _ in range(2)))
+                for a, b in pairwise((8, *W))
+            )
+        )
+        self.head = nn.Conv2d(W[-1], N, 1)
+
+    def forward(self, x):
+        return up(self.head(self.stages(self.stem(x))), x)
+
+
+class EfficientViT(nn.Module):
+    """Stages whose downsampling has residual blocks before and after it, and then blocks of a different kind."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(conv(3, 8, stride=2), conv(8, 8, stride=2))
+        self.stages = nn.Sequential(
+            nn.Sequential(OrderedDict(blocks=nn.Sequential(Strange(8), Strange(8)))),
+            *(
+                nn.Sequential(
+                    OrderedDict(
+                        downsample=nn.Sequential(
+                            OrderedDict(res1=Basic(a, a), merge=conv(a, b, stride=2), res2=Basic(b, b))
+                        ),
+                        blocks=nn.Sequential(Strange(b), Strange(b)),
+                    )
+                )
+                for a, b in pairwise(W)
+            ),
+        )
+        self.head = nn.Conv2d(W[-1], N, 1)
+
+    def forward(self, x):
+        return up(self.head(self.stages(self.stem(x))), x)
+
+
+class Strange(nn.Sequential):
+    """A block that is no relative of the residual ones."""
+
+    def __init__(self, width):
+        super().__init__(conv(width, width), conv(width, width, 1))

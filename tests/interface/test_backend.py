@@ -1,6 +1,10 @@
 """The backend context: threads, asyncio tasks and torch.compile."""
 
 import asyncio
+import os
+import pathlib
+import shutil
+import subprocess
 import sys
 import threading
 import warnings
@@ -109,6 +113,38 @@ def test_a_compiled_function_follows_the_backend_it_is_called_in(compilations):
     assert len(graphs) == 2
 
 
+def test_compiled_code_in_asyncio_tasks_follows_each_task(compilations):
+    """Two blocks that overlap in time, neither inside the other, in tasks of one thread."""
+    count, _ = compilations
+
+    @torch.compile(fullgraph=True, backend=count)
+    def which(x):
+        return x + (1 if choose(x, ("native",)) == "reference" else 2)
+
+    async def first(entered, left):
+        with ck.backend("reference"):
+            entered.set()
+            await left.wait()
+            return which(torch.zeros(())).item()
+
+    async def second(entered, left):
+        await entered.wait()
+        with ck.backend("triton"):
+            left.set()
+            await asyncio.sleep(0)
+            return which(torch.zeros(())).item()
+
+    async def both():
+        events = asyncio.Event(), asyncio.Event()
+        return await asyncio.gather(first(*events), second(*events))
+
+    usual = 1.0 if chosen() == "reference" else 2.0
+    seen = asyncio.run(both())
+    if torch.__version__ >= (2, 14):  # before, tasks share the backend that compiled code reads
+        assert seen == [1.0, usual]
+    assert which(torch.zeros(())).item() == usual
+
+
 def test_a_backend_can_be_chosen_inside_a_compiled_function(compilations):
     count, graphs = compilations
 
@@ -144,6 +180,31 @@ def test_a_missing_native_library_warns_once(without_native):
             ck.edge_distance(MAP)
             ck.error_map(MAP, MAP)
     assert len(told) == 1
+
+
+def test_an_import_without_the_native_library_warns_once(tmp_path):
+    """The copy stands for an installation where pip found no compiler."""
+    source = pathlib.Path(ck.__file__).parent
+    shutil.copytree(source, tmp_path / source.name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    program = (
+        "import contextrast_kernels as ck, torch; print('imported'); ck.edge_distance(torch.zeros(1, 2, 2).long())"
+    )
+
+    def run(**environment):
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            cwd=tmp_path,
+            env={"PATH": os.environ["PATH"], **environment},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stderr
+
+    told = run()
+    assert told.count("the native library is not built: install a C++17 compiler") == 1
+    assert "a slower one is used for error maps, distances and negatives" in told
+    assert "native library" not in run(CONTEXTRAST_BACKEND="reference")
 
 
 def test_asking_for_the_reference_silences_the_warning(without_native, monkeypatch, recwarn):

@@ -114,3 +114,14 @@ def test_the_losses_run_forward_and_backward_on_meta(name):
     loss(features, labels, logits)
     loss(features, labels, logits).backward()
     assert leaves[0].grad.shape == leaves[0].shape
+
+
+def test_a_model_on_meta_can_be_attached(capsys):
+    with torch.device("meta"):
+        model = torch.nn.Sequential(*(torch.nn.Conv2d(a, b, 3, 4, 1) for a, b in ((3, 8), (8, 12), (12, 4))))
+    tap = ck.attach(model, dim=5)
+    assert "0      4       8         64 x 80  NCHW" in capsys.readouterr().out
+    with torch.autocast("cpu", torch.bfloat16):
+        model(torch.zeros(2, 3, 64, 64, device="meta"))
+        features = tap.features()
+    assert [(x.shape, x.device.type) for x in features] == [((2, 5, 16, 16), "meta"), ((2, 5, 4, 4), "meta")]

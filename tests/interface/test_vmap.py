@@ -47,6 +47,28 @@ def test_vmapped_map_ops_equal_one_call_per_sample(map_backend, name):
     assert torch.equal(got, one_by_one(function, shared))
 
 
+TYPES = [
+    torch.float16,
+    torch.bfloat16,
+    torch.float32,
+    torch.float64,
+    torch.int64,
+    torch.uint16,
+    torch.uint32,
+    torch.uint64,
+]
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_maps_of_every_type_over_samples(map_backend, dtype):
+    numbers = torch.randint(0, 5, LABELS.shape, generator=RANDOM).to(dtype)
+    for function, *arguments in (
+        (lambda e, d: ck.select_nearest(e, d, 0.5, num_classes=N), LABELS, numbers),
+        (ck.distance_transform, numbers),
+    ):
+        assert torch.equal(torch.func.vmap(function)(*arguments), one_by_one(function, arguments))
+
+
 # tests/compiled/test_ops.py maps the compiled kernels over samples in every run.
 @pytest.mark.parametrize("backend", ["reference", pytest.param("triton", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", LOSSES)

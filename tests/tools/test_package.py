@@ -2,6 +2,7 @@
 
 import ast
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -122,3 +123,10 @@ def test_the_plan_lists_every_launch(case, capsys):
     [launches] = [int(line.split()[0]) for line in lines if " launches, " in line]
     listed = [line for line in lines if line.startswith(("_", "sums", "seed", "negatives", "grad"))]
     assert len(listed) == launches <= 24
+
+
+def test_the_address_of_the_repository_is_the_same_everywhere():
+    urls = dict(re.findall(r'^(Repository|Issues|Changelog) = "(.*)"$', (ROOT / "pyproject.toml").read_text(), re.M))
+    home = urls["Repository"]
+    assert urls["Issues"] == f"{home}/issues" and urls["Changelog"] == f"{home}/blob/main/CHANGELOG.md"
+    assert f"\nrepo_url: {home}\n" in (ROOT / "mkdocs.yml").read_text()

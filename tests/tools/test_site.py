@@ -55,3 +55,6 @@ def test_the_notebook_runs(monkeypatch):
     program = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
+    stored = "".join("".join(o.get("text", "")) for cell in cells for o in cell.get("outputs", []))
+    for line in done.stdout.splitlines()[:5]:  # the table of attach, which has no measured number
+        assert f"{line}\n" in stored
