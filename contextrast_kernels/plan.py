@@ -213,7 +213,7 @@ def moved(launch: _launch.Launch) -> tuple[int, int]:
         size = x.nbytes
         if argument in PIXEL_MAPS and own_pixels is not None:
             size = own_pixels * x.element_size()
-        elif argument == "labels":
+        elif name == "_label_codes" and argument == "labels":
             size = _sampled_bytes(x, arguments)
         sizes[argument in written, id(x)] = size
     reads, writes = (sum(size for (is_written, _), size in sizes.items() if is_written == way) for way in (False, True))
