@@ -19,9 +19,9 @@ from contextrast_kernels.kernels import _launch
 from contextrast_kernels.kernels._sums import Sums
 from contextrast_kernels.kernels._tile_table import next_power_of_2
 from contextrast_kernels.kernels._tiles import (
+    count_scale,
     float64_from_bits,
     inverse_norm,
-    power_of_two,
     pulled_scale,
     pushed_scale,
     term_scale,
@@ -48,7 +48,6 @@ class Scales(NamedTuple):
     """(layers, N): ‖â‖ before normalisation."""
     max_abs: Tensor | None
     temperature: float
-    scale_exponent: int
 
     def encoded(self) -> "Scales":
         """Return the same for a kernel, with the bits of the temperature."""
@@ -122,7 +121,7 @@ def _dL_dfused(
     present = tl.maximum(tl.sum((all_counts > 0).to(tl.int32), 0), 1).to(tl.float64)
     count = tl.load(counts + layer * N + n)
     pixels = tl.maximum(count, 1).to(tl.float64)
-    share = tl.load(terms + (3 * layer + 1) * N + n).to(tl.float64) / power_of_two(scales.scale_exponent) / pixels  # G
+    share = tl.load(terms + (3 * layer + 1) * N + n).to(tl.float64) / count_scale(count) / pixels  # G
     A_pulled = tl.load(pulled + (layer * N + n) * D + d, mask=d < D, other=0)
     A_pushed = tl.load(pushed + (layer * N + n) * D + d, mask=d < D, other=0)
     A_pulled = A_pulled.to(tl.float64) / pulled_scale(scales.max_abs, layer, count, NORMALIZE)
@@ -193,9 +192,7 @@ def _finish(
             inverse_temperature = (1.0 / float64_from_bits(scales.temperature)).to(Z.dtype.element_ty)
             log_sum = tl.load(Z + i * N + every, mask=exists, other=0.0)
             length = tl.load(scales.lengths + i * N + every, mask=exists, other=0.0)
-            scale, _ = term_scale(
-                log_sum, length, scales.max_abs, i, inverse_temperature, scales.scale_exponent, D, NORMALIZE
-            )
+            scale, _ = term_scale(log_sum, length, scales.max_abs, i, pixels, inverse_temperature, D, NORMALIZE)
             sums = tl.load(terms + 3 * i * N + every, mask=exists, other=0).to(tl.float64)
             mean = tl.where(pixels > 0, sums / scale / tl.maximum(pixels, 1).to(tl.float64), 0.0)
             broken = tl.load(terms + (3 * i + 2) * N + every, mask=exists, other=0) > 0

@@ -540,6 +540,12 @@ def vector_scale(max_abs, layer, scale_exponent, NORMALIZE: tl.constexpr):
 
 
 @triton.jit
+def count_scale(count):
+    """Return the fixed-point scale of a sum of ``count`` numbers of at most 1, with room for as many roundings."""
+    return power_of_two(60 - exponent_above(tl.maximum(count, 1)))
+
+
+@triton.jit
 def pulled_scale(max_abs, layer, count, NORMALIZE: tl.constexpr):
     """Return the scale of A⁺, a sum of ``count`` embeddings with weights of at most 1, with room for as many
     roundings."""
@@ -553,19 +559,19 @@ def pushed_scale(max_abs, layer, NORMALIZE: tl.constexpr):
 
 
 @triton.jit
-def term_scale(
-    Z, length, max_abs, layer, inverse_temperature, scale_exponent, D: tl.constexpr, NORMALIZE: tl.constexpr
-):
-    """Return the fixed-point scale of Σ softplus(Z_n - s_np), whose terms are below |Z| + ‖â‖ max‖v‖ / τ + 1, and
-    whether there is one: there is none where Z or â is not finite or an s may overflow."""
+def term_scale(Z, length, max_abs, layer, count, inverse_temperature, D: tl.constexpr, NORMALIZE: tl.constexpr):
+    """Return the fixed-point scale of Σ softplus(Z_n - s_np) over the ``count`` pixels of a class, whose terms are
+    below |Z| + ‖â‖ max‖v‖ / τ + 1, and whether there is one: there is none where Z or â is not finite or an s may
+    overflow."""
     longest = 1.0
     if not NORMALIZE:
-        longest = tl.load(max_abs + layer) * (D * 1.0)
+        longest = tl.load(max_abs + layer) * (D**0.5)
     # An anchor that was normalised is longer than the ``length`` that it had.
     longest *= tl.maximum(length, 1.0)
     bound = tl.where(-float("inf") == Z, 0.0, tl.abs(Z)) + longest * inverse_temperature + 1.0
     known = bound < 2.0**60
-    return power_of_two(scale_exponent - exponent_above(tl.where(known, bound, 1.0))), known
+    exponent = 60 - exponent_above(tl.maximum(count, 1)) - exponent_above(tl.where(known, bound, 1.0))
+    return power_of_two(exponent), known
 
 
 @triton.jit

@@ -87,7 +87,7 @@ def forward(
     if group is not None:
         Z = ranks.log_sum_exp(Z, group, 1 / temperature if normalize else None)  # ‖â‖ ≤ 1 and ‖v‖ ≤ 1
 
-    scales = Scales(lengths, sums.max_abs, temperature, scale_exponent)
+    scales = Scales(lengths, sums.max_abs, temperature)
     # 16 bits of a gradient ask for no more of its sums.
     chained = features[0].element_size() == 2 and normalize
     moments(features, code, sums, table, Z, similarity, scales, chained, norms)

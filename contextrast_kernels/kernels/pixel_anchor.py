@@ -32,6 +32,7 @@ from contextrast_kernels.kernels._tiles import (
     block_classes,
     channels,
     chosen,
+    count_scale,
     decode_int,
     dot_features,
     float64_from_bits,
@@ -41,7 +42,6 @@ from contextrast_kernels.kernels._tiles import (
     is_negative,
     open_block,
     piece_products,
-    power_of_two,
     program_and_part,
     pulled_scale,
     pushed_scale,
@@ -91,7 +91,7 @@ def forward(
     if not normalize:
         largest_features([features], code, sums)
     Z, similarity = log_sums([features], code, sums, table, temperature, normalize)
-    scales = Scales(lengths, sums.max_abs, temperature, _launch.scale_exponent(_launch.pixels((features.shape,))))
+    scales = Scales(lengths, sums.max_abs, temperature)
     moments([features], code, sums, table, Z, similarity, scales)
     outcome = finish(sums, table, Z, scales, (1.0,))
     terms = Terms(code.e, code.base, similarity, table, Z, outcome.coefficients)
@@ -252,8 +252,8 @@ def _pixel_anchor_fwd(
                     pushed + here, block_pushed, pushed_scale(None, 0, True), used[None, :] & (block_pushed != 0.0)
                 )
             _add_terms(
-                terms, tl.sum(losses, 0), tl.sum(shares, 0), slots, Z, scales, block.number, inverse_temperature, N,
-                D, NORMALIZE,
+                terms, tl.sum(losses, 0), tl.sum(shares, 0), slots, Z, counts, scales, block.number,
+                inverse_temperature, N, D, NORMALIZE,
             )  # fmt: skip
             rounds = 0  # nothing is left to do
     while rank0 < rounds:
@@ -331,7 +331,9 @@ def _pixel_anchor_fwd(
             here = pushed + others[:, None] * D + d[None, :]
             add_fixed(here, block_pushed[k], scale, (others >= 0)[:, None] & (d < D)[None, :])
         if part == 0:
-            _add_terms(terms, losses, shares, labels, Z, scales, block.number, inverse_temperature, N, D, NORMALIZE)
+            _add_terms(
+                terms, losses, shares, labels, Z, counts, scales, block.number, inverse_temperature, N, D, NORMALIZE
+            )
         rank0 += CLASSES
 
 
@@ -405,6 +407,7 @@ def _add_terms(
     shares,
     classes,
     Z,
+    counts,
     scales,
     number,
     inverse_temperature,
@@ -413,15 +416,14 @@ def _add_terms(
     NORMALIZE: tl.constexpr,
 ):
     """Add Σ softplus and Σ σ of some classes (-1: none) to the terms of layer ``number``, and mark classes whose sum
-    has no scale. ``terms`` and ``Z`` point to those of the layer."""
+    has no scale. ``terms``, ``Z`` and ``counts`` point to those of the layer."""
     used = classes >= 0
     length = tl.load(scales.lengths + number * N + classes, mask=used, other=0.0)
     log_sum = tl.load(Z + classes, mask=used, other=0.0)
-    scale, known = term_scale(
-        log_sum, length, scales.max_abs, number, inverse_temperature, scales.scale_exponent, D, NORMALIZE
-    )
+    count = tl.load(counts + classes, mask=used, other=1)
+    scale, known = term_scale(log_sum, length, scales.max_abs, number, count, inverse_temperature, D, NORMALIZE)
     known = known & (tl.abs(losses) < float("inf"))
     add_fixed(terms + classes, losses, scale, used & known)
-    add_fixed(terms + N + classes, shares, power_of_two(scales.scale_exponent), used & known)
+    add_fixed(terms + N + classes, shares, count_scale(count), used & known)
     mark = tl.full(classes.shape, 1, tl.int64)
     tl.atomic_max(terms + 2 * N + classes, mark, mask=used & (known == 0), sem="relaxed")
