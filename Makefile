@@ -29,9 +29,9 @@ test-all: $(VENV)/.all
 test-floor: .venv-floor/.all
 	.venv-floor/bin/python -m pytest $(ARGS)
 
-# Time what is used on a CPU; on a machine with a GPU, everything.
+# The quick rows for a CPU. `python -m benchmarks.run` measures all of them.
 bench: $(VENV)/.all
-	$(RUN) -m benchmarks.run --out build/results $(ARGS)
+	$(RUN) -m pytest benchmarks --benchmark-enable --benchmark-only --benchmark-columns median,iqr,rounds $(ARGS)
 
 # On a machine with a GPU: build the CUDA kernels, run the tests that need a device, and time everything.
 # make gpu RUN=python3         in an environment that already has torch, Triton, CMake, Ninja and nvcc

@@ -61,10 +61,11 @@ class Job:
 class Machine:
     """Where the rows are measured, how long each, and the inputs of the case at hand."""
 
-    def __init__(self, device: str, *, tiny: bool, seconds: float):
+    def __init__(self, device: str, *, tiny: bool, seconds: float, side: int = distances.SIDE):
         self.device, self.tiny, self.seconds = torch.device(device), tiny, seconds
-        self.side = 16 if tiny else distances.SIDE
+        self.side = 16 if tiny else side
         self.on_gpu = self.device.type == "cuda"
+        self.time = measure.time_calls
         self.environment = results.environment(self.device)
         self.kept: dict[str, tuple[Any, Any]] = {}
 
@@ -121,7 +122,7 @@ class Machine:
         if self.tiny:
             calls[0]()
             return {"status": "untimed"}
-        timing = measure.time_calls(calls, self.device, self.seconds)
+        timing = self.time(calls, self.device, self.seconds)
         outcome = {"median_ms": timing.median_ms, "iqr_ms": timing.iqr_ms, "copy_gb_s": self.bandwidth}
         if count:
             outcome |= {
