@@ -29,8 +29,8 @@ LARGE_SIMILARITIES = (
     "contextrast_loss float32 channels_last D720 N256 wide rows int32",
     "contextrast_loss float32 channels_last D1024 N150 wide rows uint8 NaN",
 )
-"""Features that are not normalised, with similarities of some hundreds. Three TF32 products hold 22 bits of each, and
-the error is 1.3 to 1.8 times what is allowed; see docs/numerics.md."""
+"""Features that are not normalised, with similarities of some hundreds, which a float32 holds to about 1e-5. The error
+is 1.3 to 1.8 times what is allowed; see docs/numerics.md."""
 
 
 def architecture(case: Case) -> int:
@@ -45,7 +45,7 @@ def architectures() -> list:
         arch = (80, 90, 100)[k % 3] if slow else architecture(case)
         marks = [pytest.mark.slow] if slow else []
         if str(case).startswith(LARGE_SIMILARITIES):
-            marks.append(pytest.mark.xfail(reason="similarities of some hundreds in TF32", strict=True))
+            marks.append(pytest.mark.xfail(reason="similarities of some hundreds in float32", strict=True))
         chosen.append(pytest.param(case, arch, id=f"{case} sm_{arch}", marks=marks))
     return chosen
 
