@@ -104,3 +104,15 @@ def test_interpreted_case_meets_the_contract(case, one_rank):
                            expected.isnan() if expected.is_floating_point() else expected)  # fmt: skip
     for counts in built.exact:
         assert torch.equal(counts, built.exact[0])
+
+
+@NEEDS_TRITON
+def test_a_group_keeps_the_digits_of_a_loss_without_normalisation(one_rank):
+    options = {"negatives": "none", "base_rate": 1.0, "normalize": False, "normalize_anchors": True, "temperature": 0.5}
+    options |= {"group": "one rank", "layer_weights": (1.0,)}
+    built = build(Case("contextrast_loss", options, "float64", D=128), DEVICE)
+    with ck.backend("reference"):
+        expected = built.reference(*built.leaves)
+    with ck.backend("triton"):
+        value = built.loss(*built.leaves)
+    torch.testing.assert_close(value, expected, rtol=1e-12, atol=0)
