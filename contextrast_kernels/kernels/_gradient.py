@@ -32,6 +32,7 @@ from contextrast_kernels.kernels._tiles import (
     float64_from_bits,
     hard_share,
     image_of,
+    in_map,
     inverse_norm,
     is_finite,
     is_negative,
@@ -133,39 +134,32 @@ def _features_bwd(
     """
     P: tl.constexpr = TILES.P
     CHUNK: tl.constexpr = TILES.CHUNK
-    block = open_block(x, geometry, tl.program_id(0), TILES.ROWS, P, LAYOUT)
-    out_image = image_of(out, block.layer, block.b, OUT_LAYOUT)
-    y += block.pixel
-    g = 1.0
-    if gradient is not None:
-        g = tl.load(gradient).to(ACC)
-    if pull is not None:
-        pull += block.number * N * D
     e = terms.e
     similarity = terms.similarity
     table = terms.table
-    Z = terms.Z
-    coefficients = terms.coefficients
+    g = 1.0
+    if gradient is not None:
+        g = tl.load(gradient).to(ACC)
     inverse_temperature = 1.0
     if table is not None:
-        e += block.pixel
-        similarity += block.pixel
-        table += block.number * N * D
-        Z += block.number * N
-        coefficients += 2 * block.number * N
         inverse_temperature = (1.0 / float64_from_bits(temperature)).to(ACC)
 
+    block = open_block(x, geometry, tl.program_id(0), TILES.ROWS, P, LAYOUT)
     gathered = True
     if COPIED:
         slots, classes = block_classes(y, e, block, 0, N, TILES.ROWS, BINS, 16)
         gathered = classes > 16
         if classes <= 16:
             gathered = _write_copied_rows(
-                block, out_image, y, e, similarity, table, pull, Z, coefficients, slots, g, inverse_temperature, N,
-                D, LAYOUT, OUT_LAYOUT,
-            )  # fmt: skip
+                block, out, y, terms, pull, slots, g, inverse_temperature, N, D, LAYOUT, OUT_LAYOUT
+            )
             if gathered:
                 tl.debug_barrier()  # what other threads stored is written again
+    out_image = image_of(out, block.layer, block.b, OUT_LAYOUT)
+    if pull is not None:
+        pull += block.number * N * D
+    if table is not None:
+        table, Z, coefficients = _of_layer(terms, block.number, N, D)
     r1 = block.r0
     if gathered:
         r1 = block.r1
@@ -205,7 +199,7 @@ def _features_bwd(
             is_hard = negative < N
             some_hard = tl.max(is_hard.to(tl.int32), 0) > 0
             if some_hard:
-                s = tl.load(similarity + (r * block.w + block.c), mask=is_hard, other=0.0)
+                s = tl.load(in_map(similarity, block, r), mask=is_hard, other=0.0)
                 weight = tl.load(coefficients + N + negative, mask=is_hard, other=0.0)
                 hard = weight * tl.exp(s - tl.load(Z + negative, mask=is_hard, other=0.0))
                 # ⟨x, â_e⟩ = s τ / r; without direction nothing passes.
@@ -234,16 +228,18 @@ def _features_bwd(
 
 
 @triton.jit
+def _of_layer(terms, number, N, D: tl.constexpr):
+    """Return the pointers to â, Z and the coefficients of layer ``number``."""
+    return terms.table + number * N * D, terms.Z + number * N, terms.coefficients + 2 * number * N
+
+
+@triton.jit
 def _write_copied_rows(
     block,
-    out_image,
+    out,
     y,
-    e,
-    similarity,
-    table,
+    terms,
     pull,
-    Z,
-    coefficients,
     slots,
     g,
     inverse_temperature,
@@ -264,6 +260,12 @@ def _write_copied_rows(
     """
     P: tl.constexpr = block.c.shape[0]
     C: tl.constexpr = min(D, 128)  # channels of dx that are held in registers
+    out_image = image_of(out, block.layer, block.b, OUT_LAYOUT)
+    table = terms.table
+    if pull is not None:
+        pull += block.number * N * D
+    if table is not None:
+        table, Z, coefficients = _of_layer(terms, block.number, N, D)
     R = ()
     spoilt = tl.zeros((16, C), tl.float32)  # becomes NaN
     for i in tl.static_range(D // C):
@@ -318,9 +320,9 @@ def _write_copied_rows(
             s = tl.sum(tl.where(own, products, 0.0), 1) * norm * inverse_temperature
             share = sigmoid(tl.load(Z + label, mask=valid, other=0.0) - s)
             mine = tl.load(coefficients + label, mask=valid, other=0.0) * share * outer
-            negative = row_codes(e, block, r)
+            negative = row_codes(terms.e, block, r)
             against = anchor_classes == negative[:, None]
-            hard = hard_share(similarity + (r * block.w + block.c), Z, negative, N)
+            hard = hard_share(in_map(terms.similarity, block, r), Z, negative, N)
             hard *= tl.load(coefficients + N + negative, mask=negative < N, other=0.0) * outer
             mine += tl.where(negative == label, hard, 0.0)  # a given negative of its own class
             high, low = two_pieces(hard)
@@ -376,12 +378,7 @@ def _features_bwd_dense(
     PARTS: tl.constexpr = (D + TILES.COLUMNS - 1) // TILES.COLUMNS
     block = open_block(x, geometry, tl.program_id(0), TILES.ROWS, P, LAYOUT)
     out_image = image_of(out, block.layer, block.b, OUT_LAYOUT)
-    y += block.pixel
-    e = terms.e + block.pixel
-    base = terms.base + block.pixel
-    table = terms.table + block.number * N * D
-    Z = terms.Z + block.number * N
-    k_pull = terms.coefficients + 2 * block.number * N
+    table, Z, k_pull = _of_layer(terms, block.number, N, D)
     k_push = k_pull + N
     if pull is not None:
         pull += block.number * N * D
@@ -391,8 +388,8 @@ def _features_bwd_dense(
     for r in range(block.r0, block.r1):
         row = row_of(block.image, block, r)
         label = row_codes(y, block, r)
-        negative = row_codes(e, block, r)
-        is_base = row_flags(base, block, r)
+        negative = row_codes(terms.e, block, r)
+        is_base = row_flags(terms.base, block, r)
         valid = label < N
         size = summed_size(row, D, TILES.CHUNK, NORMALIZE, ACC)
         norm = inverse_norm(size, NORMALIZE)

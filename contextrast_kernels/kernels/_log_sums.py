@@ -23,6 +23,7 @@ from contextrast_kernels.kernels._tiles import (
     filled,
     float64_from_bits,
     from_order,
+    in_map,
     in_order,
     inverse_norm,
     is_negative,
@@ -140,8 +141,6 @@ def _hard_similarities(
     P: tl.constexpr = TILES.P
     CHUNK: tl.constexpr = TILES.CHUNK
     block = open_block(x, geometry, tl.program_id(0), TILES.ROWS, P, LAYOUT)
-    e += block.pixel
-    similarity += block.pixel
     table += block.number * N * D
     largest += block.number * N
     inverse_temperature = (1.0 / float64_from_bits(temperature)).to(ACC)
@@ -163,11 +162,11 @@ def _hard_similarities(
             if norms is None:
                 norm = inverse_norm(tl.sum(sizes, 0), NORMALIZE)
             else:
-                norm = tl.load(norms + block.pixel + (r * block.w + block.c), mask=is_hard, other=0.0)
+                norm = tl.load(in_map(norms, block, r), mask=is_hard, other=0.0)
                 norm = tl.where(norm == norm, norm, 0.0)  # as ``inverse_norm``: NaN only where a product is not finite
             s = tl.where(is_hard, tl.sum(products, 0) * norm * inverse_temperature, 0.0)
             tl.atomic_max(largest + negative, in_order(s), mask=is_hard, sem="relaxed")
-        tl.store(similarity + (r * block.w + block.c), s, mask=block.live)
+        tl.store(in_map(similarity, block, r), s, mask=block.live)
 
 
 @triton.jit(do_not_specialize=["B", "N", "scale_exponent"])
@@ -229,9 +228,6 @@ def _dense_similarities(
     """
     CLASSES: tl.constexpr = TILES.CLASSES
     block = open_block(x, geometry, tl.program_id(0), TILES.ROWS, TILES.P, LAYOUT)
-    y += block.pixel
-    e += block.pixel
-    base += block.pixel
     table += block.number * N * D
     inverse_temperature = (1.0 / float64_from_bits(temperature)).to(ACC)
     here = (of_layer(partial_start, block.number) + block.index).to(tl.int64) * N

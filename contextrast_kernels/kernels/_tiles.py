@@ -192,17 +192,21 @@ def row_of(image, block, r):
 
 
 @triton.jit
+def in_map(numbers, block, r):
+    """Return pointers to the numbers of row r of a block in a map with one number a pixel of all layers, (P,)."""
+    return numbers + block.pixel + (r * block.w + block.c)
+
+
+@triton.jit
 def row_codes(codes, block, r):
-    """Return the codes of row r of a block, int32 (P,), which are no class outside of the image. ``codes`` points to
-    those of the block's image."""
-    return tl.load(codes + (r * block.w + block.c), mask=block.live, other=32767).to(tl.int32)
+    """Return the codes of row r of a block, int32 (P,), which are no class outside of the image."""
+    return tl.load(in_map(codes, block, r), mask=block.live, other=32767).to(tl.int32)
 
 
 @triton.jit
 def row_flags(flags, block, r):
-    """Return whether the pixels of row r of a block are marked, (P,). ``flags`` points to the bytes of the block's
-    image."""
-    return tl.load(flags + (r * block.w + block.c), mask=block.live, other=0) != 0
+    """Return whether the pixels of row r of a block are marked, (P,)."""
+    return tl.load(in_map(flags, block, r), mask=block.live, other=0) != 0
 
 
 # ------------------------------------------------------------------------------------------------ pixels and channels
@@ -373,7 +377,7 @@ def hard_share(similarity, Z, negative, N):
 @triton.jit
 def block_classes(codes, more, block, rank0, N, ROWS: tl.constexpr, BINS: tl.constexpr, CLASSES: tl.constexpr):
     """Return the distinct classes in a block of one or two code maps, in ascending order: (CLASSES,) of them from the
-    rank0-th on, padded with -1, and the number of all. ``codes`` and ``more`` point to the codes of the block's image.
+    rank0-th on, padded with -1, and the number of all.
 
     A block of a real label map holds a handful of classes: sums over them need CLASSES rows, not N. A block with more
     classes takes further rounds.
@@ -381,7 +385,7 @@ def block_classes(codes, more, block, rank0, N, ROWS: tl.constexpr, BINS: tl.con
     P: tl.constexpr = block.c.shape[0]
     r = block.r0 + tl.arange(0, ROWS)
     inside = (r < block.r1)[:, None] & block.live[None, :]
-    here = r[:, None] * block.w + block.c[None, :]
+    here = block.pixel + (r[:, None] * block.w + block.c[None, :])
     code = tl.load(codes + here, mask=inside, other=BINS).to(tl.int32)
     code = tl.reshape(tl.where(inside, code, BINS), (ROWS * P,))
     n = tl.arange(0, BINS)
@@ -404,11 +408,11 @@ def block_classes(codes, more, block, rank0, N, ROWS: tl.constexpr, BINS: tl.con
 
 @triton.jit
 def all_finite(norms, block, ROWS: tl.constexpr):
-    """Return whether all vectors of a block are finite. ``norms`` points to the kept norms of the block's image, which
-    are NaN where a vector is not finite."""
+    """Return whether all vectors of a block are finite. The kept norms are NaN where a vector is not."""
     r = block.r0 + tl.arange(0, ROWS)
     inside = (r < block.r1)[:, None] & block.live[None, :]
-    norm = tl.load(norms + (r[:, None] * block.w + block.c[None, :]), mask=inside, other=0.0)
+    here = block.pixel + (r[:, None] * block.w + block.c[None, :])
+    norm = tl.load(norms + here, mask=inside, other=0.0)
     return tl.max(tl.max((norm != norm).to(tl.int32), 0), 0) == 0
 
 

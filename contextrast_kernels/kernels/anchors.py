@@ -25,6 +25,7 @@ from contextrast_kernels.kernels._tiles import (
     channels,
     dot_features,
     float64_from_bits,
+    in_map,
     inverse_norm,
     is_finite,
     open_block,
@@ -178,9 +179,6 @@ def _class_anchors_fwd(
     program, part = program_and_part(D, TILES.COLUMNS)
     block = open_block(x, geometry, program, TILES.ROWS, TILES.P, LAYOUT)
     d0 = part * TILES.COLUMNS
-    codes += block.pixel
-    if norms is not None:
-        norms += block.pixel
     sums += block.number * N * D
     broken += block.number * N
     scale = vector_scale(max_abs, block.number, scale_exponent, NORMALIZE)
@@ -215,7 +213,7 @@ def _class_anchors_fwd(
                 tl.atomic_max(broken + y, mark, mask=block.live & (y < N) & (finite == 0), sem="relaxed")
             norm = inverse_norm(size, NORMALIZE)
             if norms is not None:
-                tl.store(norms + (r * block.w + block.c), tl.where(finite, norm, float("nan")), mask=block.live)
+                tl.store(in_map(norms, block, r), tl.where(finite, norm, float("nan")), mask=block.live)
             weight = tl.where((slots[:, None] == y[None, :]) & finite[None, :], norm[None, :], 0.0)
             more = ()
             for k in tl.static_range(PRODUCTS):
@@ -257,7 +255,7 @@ def _sums_of_copied_rows(block, codes, norms, slots, D: tl.constexpr, C: tl.cons
         norm = inverse_norm(size, True)
         if norms is not None:
             kept = tl.where(is_finite(size), norm, float("nan"))
-            tl.store(norms + (r * block.w + block.c), kept, mask=block.live)
+            tl.store(in_map(norms, block, r), kept, mask=block.live)
         high, middle = two_pieces(norm)
         third = (norm - high.to(tl.float32) - middle.to(tl.float32)).to(tl.bfloat16)
         zero = tl.zeros((4, P), tl.bfloat16)
@@ -280,7 +278,6 @@ def _largest_features(x, geometry, codes, max_abs, N, D: tl.constexpr, TILES: tl
     P: tl.constexpr = TILES.P
     CHUNK: tl.constexpr = TILES.CHUNK
     block = open_block(x, geometry, tl.program_id(0), TILES.ROWS, P, LAYOUT)
-    codes += block.pixel
     largest = tl.zeros((CHUNK, P), max_abs.dtype.element_ty)
     for r in range(block.r0, block.r1):
         row = row_of(block.image, block, r)

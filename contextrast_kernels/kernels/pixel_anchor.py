@@ -37,6 +37,7 @@ from contextrast_kernels.kernels._tiles import (
     dot_features,
     float64_from_bits,
     hard_share,
+    in_map,
     inverse_norm,
     is_finite,
     is_negative,
@@ -218,44 +219,23 @@ def _pixel_anchor_fwd(
     CLASSES: tl.constexpr = TILES.CLASSES
     PRODUCTS: tl.constexpr = TILES.COLUMNS // TILES.K
     program, part = program_and_part(D, TILES.COLUMNS)
-    block = open_block(x, geometry, program, TILES.ROWS, TILES.P, LAYOUT)
     d0 = part * TILES.COLUMNS
-    y = codes.y + block.pixel
-    e = codes.e + block.pixel
-    table += block.number * N * D
-    pulled += block.number * N * D
-    pushed += block.number * N * D
-    Z += block.number * N
-    counts += block.number * N
-    terms += 3 * block.number * N
+    y = codes.y
+    e = codes.e
     inverse_temperature = (1.0 / float64_from_bits(scales.temperature)).to(ACC)
 
     rank0 = 0
-    rounds = 1
+    rounds = tl.full((), 1, tl.int32)
+    block = open_block(x, geometry, program, TILES.ROWS, TILES.P, LAYOUT)
     if COPIED:
-        C: tl.constexpr = 64  # channels of a product: see ``piece_products``
         slots, classes = block_classes(y, e, block, 0, N, TILES.ROWS, BINS, 16)
-        if (classes <= 16) & all_finite(norms + block.pixel, block, TILES.ROWS):
-            sums, losses, shares = _sums_of_copied_rows(
-                block, y, e, similarity + block.pixel, norms + block.pixel, table, Z, slots, inverse_temperature, N,
-                D, C, LAYOUT,
-            )  # fmt: skip
-            used = slots >= 0
-            scale = pulled_scale(None, 0, tl.load(counts + slots, mask=used, other=1), True)
-            for i in tl.static_range(D // C):
-                block_pulled, block_pushed = tl.split(tl.permute(tl.reshape(sums[i], (C, 2, 16)), (0, 2, 1)))
-                d = i * C + tl.arange(0, C)
-                here = slots[None, :] * D + d[:, None]
-                # A class may be here as a label or as a negative alone.
-                add_fixed(pulled + here, block_pulled, scale[None, :], used[None, :] & (block_pulled != 0.0))
-                add_fixed(
-                    pushed + here, block_pushed, pushed_scale(None, 0, True), used[None, :] & (block_pushed != 0.0)
-                )
-            _add_terms(
-                terms, tl.sum(losses, 0), tl.sum(shares, 0), slots, Z, counts, scales, block.number,
-                inverse_temperature, N, D, NORMALIZE,
+        if (classes <= 16) & all_finite(norms, block, TILES.ROWS):
+            _add_copied_rows(
+                block, codes, similarity, norms, table, Z, pulled, pushed, terms, counts, scales, slots,
+                inverse_temperature, N, D, LAYOUT,
             )  # fmt: skip
             rounds = 0  # nothing is left to do
+    table, Z, pulled, pushed, terms, counts = _of_layer(block.number, table, Z, pulled, pushed, terms, counts, N, D)
     while rank0 < rounds:
         if codes.base is None:
             labels, label_count = block_classes(y, None, block, rank0, N, TILES.ROWS, BINS, CLASSES)
@@ -298,10 +278,10 @@ def _pixel_anchor_fwd(
 
             # 3. Negatives.
             if codes.base is None:
-                hard = hard_share(similarity + block.pixel + (r * block.w + block.c), Z, negative, N)
+                hard = hard_share(in_map(similarity, block, r), Z, negative, N)
                 push = tl.where((others[:, None] == negative[None, :]) & finite[None, :], (hard * norm)[None, :], 0.0)
             else:
-                against = is_negative(others, label, negative, row_flags(codes.base + block.pixel, block, r))
+                against = is_negative(others, label, negative, row_flags(codes.base, block, r))
                 log_sum = tl.load(Z + others, mask=others >= 0, other=0.0)
                 push = tl.exp(products * (norm * inverse_temperature)[None, :] - log_sum[:, None]) * norm[None, :]
                 push = tl.where(against & finite[None, :], push, 0.0)
@@ -338,10 +318,56 @@ def _pixel_anchor_fwd(
 
 
 @triton.jit
+def _of_layer(number, table, Z, pulled, pushed, terms, counts, N, D: tl.constexpr):
+    """Return the pointers to what belongs to layer ``number``."""
+    row = number * N
+    return table + row * D, Z + row, pulled + row * D, pushed + row * D, terms + 3 * row, counts + row
+
+
+@triton.jit
+def _add_copied_rows(
+    block,
+    codes,
+    similarity,
+    norms,
+    table,
+    Z,
+    pulled,
+    pushed,
+    terms,
+    counts,
+    scales,
+    slots,
+    inverse_temperature,
+    N,
+    D: tl.constexpr,
+    LAYOUT: tl.constexpr,
+):
+    """Add A⁺, A⁻, Σ softplus and Σ σ of the 16 classes of a block of normalised vectors that are finite."""
+    C: tl.constexpr = 64  # channels of a product: see ``piece_products``
+    table, Z, pulled, pushed, terms, counts = _of_layer(block.number, table, Z, pulled, pushed, terms, counts, N, D)
+    sums, losses, shares = _sums_of_copied_rows(
+        block, codes, similarity, norms, table, Z, slots, inverse_temperature, N, D, C, LAYOUT
+    )
+    used = slots >= 0
+    scale = pulled_scale(None, 0, tl.load(counts + slots, mask=used, other=1), True)
+    for i in tl.static_range(D // C):
+        block_pulled, block_pushed = tl.split(tl.permute(tl.reshape(sums[i], (C, 2, 16)), (0, 2, 1)))
+        d = i * C + tl.arange(0, C)
+        here = slots[None, :] * D + d[:, None]
+        # A class may be here as a label or as a negative alone.
+        add_fixed(pulled + here, block_pulled, scale[None, :], used[None, :] & (block_pulled != 0.0))
+        add_fixed(pushed + here, block_pushed, pushed_scale(None, 0, True), used[None, :] & (block_pushed != 0.0))
+    _add_terms(
+        terms, tl.sum(losses, 0), tl.sum(shares, 0), slots, Z, counts, scales, block.number, inverse_temperature, N,
+        D, True,
+    )  # fmt: skip
+
+
+@triton.jit
 def _sums_of_copied_rows(
     block,
-    y,
-    e,
+    codes,
     similarity,
     norms,
     table,
@@ -354,7 +380,7 @@ def _sums_of_copied_rows(
     LAYOUT: tl.constexpr,
 ):
     """Return [A⁺ | A⁻] (D, 32) in tiles of C channels, and Σ softplus and Σ σ as (P, 16), of the 16 classes of a block
-    whose vectors are finite. The pointers are those of the block's image and layer.
+    whose vectors are finite. ``table`` and ``Z`` point to those of the block's layer.
 
     A row of 64 pixels comes to shared memory once, one ahead, for both products: xᵀ (P, D) · [three pieces of â]
     (D, 64) gives s, x (D, P) · [two pieces of the weights] (P, 64) the sums. One list of classes serves labels and
@@ -366,10 +392,9 @@ def _sums_of_copied_rows(
     losses = tl.zeros((P, 16), tl.float32)
     shares = tl.zeros((P, 16), tl.float32)
     for r in tl.range(block.r0, block.r1, num_stages=3):
-        pixel = r * block.w + block.c
-        label = row_codes(y, block, r)
-        negative = row_codes(e, block, r)
-        norm = tl.load(norms + pixel, mask=block.live, other=0.0)
+        label = row_codes(codes.y, block, r)
+        negative = row_codes(codes.e, block, r)
+        norm = tl.load(in_map(norms, block, r), mask=block.live, other=0.0)
         tiles = row_tiles(row_again(block.image, block, r, LAYOUT), D, C)
         products = tl.zeros((P, 16), tl.float32)
         for i in tl.static_range(D // C):
@@ -385,7 +410,7 @@ def _sums_of_copied_rows(
         shares += chosen(own, share)
 
         # Negatives.
-        hard = hard_share(similarity + pixel, Z, negative, N) * norm
+        hard = hard_share(in_map(similarity, block, r), Z, negative, N) * norm
 
         # Weighted sums of the embeddings.
         pull, pull_low = two_pieces(share * norm)
