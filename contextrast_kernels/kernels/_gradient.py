@@ -38,6 +38,7 @@ from contextrast_kernels.kernels._tiles import (
     is_negative,
     joined,
     open_block,
+    rounded,
     row_again,
     row_codes,
     row_flags,
@@ -401,7 +402,7 @@ def _features_bwd_dense(
             own = (classes[:, None] == label[None, :]) & valid[None, :]
             against = is_negative(classes, label, negative, is_base)
             log_sum = tl.load(Z + classes, mask=classes >= 0, other=0.0)[:, None]
-            s = products * (norm * inverse_temperature)[None, :]
+            s = rounded(products * (norm * inverse_temperature)[None, :])
             pulled = tl.load(k_pull + classes, mask=classes >= 0, other=0.0)[:, None] * sigmoid(log_sum - s)
             pushed = tl.load(k_push + classes, mask=classes >= 0, other=0.0)[:, None] * tl.exp(s - log_sum)
             weights = tl.where(own, pulled, 0.0) + tl.where(against, pushed, 0.0)

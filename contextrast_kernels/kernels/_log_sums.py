@@ -31,6 +31,7 @@ from contextrast_kernels.kernels._tiles import (
     of_layer,
     open_block,
     power_of_two,
+    rounded,
     row_codes,
     row_flags,
     row_of,
@@ -244,7 +245,7 @@ def _dense_similarities(
         for i in tl.static_range(ROUNDS):
             n = i * CLASSES + tl.arange(0, CLASSES)
             classes = tl.where(n < N, n, -1)
-            s = anchor_products(row, table, classes, D, TILES.K, ACC) * (norm * inverse_temperature)[None, :]
+            s = rounded(anchor_products(row, table, classes, D, TILES.K, ACC) * (norm * inverse_temperature)[None, :])
             s = tl.where(is_negative(classes, label, negative, is_base), s, -float("inf"))
             top = tl.maximum(largest[i], tl.max(s, 1))
             shift = tl.where(top == -float("inf"), 0.0, top)

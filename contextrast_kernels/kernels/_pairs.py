@@ -7,7 +7,7 @@ A tile has N vectors and K channels. The vectors of ``x`` are held by a program,
 import triton
 from triton import language as tl
 
-from contextrast_kernels.kernels._tiles import FLOAT32_DOT, decode_int, dot_float64
+from contextrast_kernels.kernels._tiles import FLOAT32_DOT, decode_int, dot_float64, rounded
 
 
 @triton.jit
@@ -77,7 +77,7 @@ def _minus_dot(x, z, acc):
 
 
 @triton.jit
-def products(
+def similarities(
     held,
     streamed,
     x,
@@ -86,14 +86,15 @@ def products(
     z,
     z_first,
     z_wanted,
+    inverse_temperature,
     D: tl.constexpr,
     TILES: tl.constexpr,
     X_LAYOUT: tl.constexpr,
     Z_LAYOUT: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """Return ⟨x, z⟩ of HELD vectors and STREAM others, (HELD, STREAM): from their tiles ``held`` and ``streamed``
-    where TILES.HOLD; else both matrices are read, K channels at a time."""
+    """Return s of HELD vectors and STREAM others, (HELD, STREAM): from their tiles ``held`` and ``streamed`` where
+    TILES.HOLD; else both matrices are read, K channels at a time."""
     K: tl.constexpr = TILES.K
     HELD: tl.constexpr = TILES.HELD
     STREAM: tl.constexpr = TILES.STREAM
@@ -105,7 +106,7 @@ def products(
         for d0 in range(0, D, K):
             left = vector_tile(x, x_first, x_wanted, d0, D, HELD, K, X_LAYOUT)
             s = _minus_dot(left, vector_tile(z, z_first, z_wanted, d0, D, STREAM, K, Z_LAYOUT), s)
-    return -s
+    return rounded(-inverse_temperature * s)
 
 
 @triton.jit

@@ -355,6 +355,15 @@ def anchor_products(row, table, classes, D: tl.constexpr, K: tl.constexpr, ACC: 
 
 
 @triton.jit
+def rounded(product):
+    """Return a product, rounded to its type before it meets another number. The compiler would fuse s - Z with the
+    product in s, and exp(s - Z) would not be 1 where one s is all of Z: by the rounding of s, which grows with it."""
+    if product.dtype == tl.float32 and is_cuda():
+        product = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [product], tl.float32, is_pure=True, pack=1)
+    return product
+
+
+@triton.jit
 def is_negative(classes, label, negative, is_base):
     """Return whether each pixel is a negative of each class, (classes, P); none is of the class -1. Ignored pixels
     have neither e nor base."""

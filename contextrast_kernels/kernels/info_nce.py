@@ -36,8 +36,8 @@ from contextrast_kernels.kernels._pairs import (
     addresses,
     column_codes,
     pair_kinds,
-    products,
     row_codes,
+    similarities,
     softplus_and_sigmoid,
     times_weight,
     vector_tile,
@@ -313,8 +313,9 @@ def _info_nce_log_sums(
         # Ignored columns alone are passed over; but for the first tile, so that a broken row shows without a column.
         if (tl.max(valid_column.to(tl.int32), 0) > 0) | (first == start):
             streamed = vector_tiles(z, first, valid_column, D, STREAM, TILES, Z_LAYOUT)
-            s = inverse_temperature * products(
-                held, streamed, x, held_first, valid, z, first, valid_column, D, TILES, X_LAYOUT, Z_LAYOUT, ACC
+            s = similarities(
+                held, streamed, x, held_first, valid, z, first, valid_column, inverse_temperature, D, TILES, X_LAYOUT,
+                Z_LAYOUT, ACC,
             )  # fmt: skip
             positive, negative = pair_kinds(
                 columns, row_label[:, None], row_name[:, None], label[None, :], name[None, :], candidate[None, :],
@@ -389,8 +390,9 @@ def _info_nce_terms(
         positive = positive & valid[:, None]
         if tl.max(tl.max(positive.to(tl.int32), 1), 0) > 0:
             streamed = vector_tiles(z, first, valid_column, D, STREAM, TILES, Z_LAYOUT)
-            s = inverse_temperature * products(
-                held, streamed, x, held_first, valid, z, first, valid_column, D, TILES, X_LAYOUT, Z_LAYOUT, ACC
+            s = similarities(
+                held, streamed, x, held_first, valid, z, first, valid_column, inverse_temperature, D, TILES, X_LAYOUT,
+                Z_LAYOUT, ACC,
             )  # fmt: skip
             softplus, sigmoid = softplus_and_sigmoid(log_sum[:, None] - s)
             mass += tl.sum(tl.where(positive, weight[None, :], 0.0), 1).to(tl.float64)
@@ -571,8 +573,9 @@ def _info_nce_bwd(
             )
         if tl.max(wanted.to(tl.int32), 0) > 0:
             streamed = vector_tiles(z, first, wanted, D, STREAM, TILES, Z_LAYOUT)
-            s = inverse_temperature * products(
-                held, streamed, x, held_first, valid, z, first, wanted, D, TILES, X_LAYOUT, Z_LAYOUT, ACC
+            s = similarities(
+                held, streamed, x, held_first, valid, z, first, wanted, inverse_temperature, D, TILES, X_LAYOUT,
+                Z_LAYOUT, ACC,
             )  # fmt: skip
             slopes = tl.zeros((HELD, STREAM), ACC)
             if TOWARD != "columns":

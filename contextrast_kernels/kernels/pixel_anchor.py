@@ -46,6 +46,7 @@ from contextrast_kernels.kernels._tiles import (
     program_and_part,
     pulled_scale,
     pushed_scale,
+    rounded,
     row_again,
     row_codes,
     row_flags,
@@ -283,7 +284,8 @@ def _pixel_anchor_fwd(
             else:
                 against = is_negative(others, label, negative, row_flags(codes.base, block, r))
                 log_sum = tl.load(Z + others, mask=others >= 0, other=0.0)
-                push = tl.exp(products * (norm * inverse_temperature)[None, :] - log_sum[:, None]) * norm[None, :]
+                similarities = rounded(products * (norm * inverse_temperature)[None, :])
+                push = tl.exp(similarities - log_sum[:, None]) * norm[None, :]
                 push = tl.where(against & finite[None, :], push, 0.0)
 
             # 4. Weighted sums of the embeddings.
