@@ -24,6 +24,13 @@ ON_AMD = tl.constexpr(torch.version.hip is not None)
 FLOAT32_DOT = tl.constexpr("ieee" if torch.version.hip else "tf32x3")
 """How float32 is multiplied. AMD's matrix cores have no TF32, which three products make precise; they take float32."""
 
+
+@triton.constexpr_function
+def compiled_for_cuda():
+    """Return whether a kernel is compiled for an NVIDIA GPU: not for another one, and not interpreted."""
+    return is_cuda() and not triton.knobs.runtime.interpret
+
+
 # -------------------------------------------------------------------------------------------------- layers and blocks
 
 
@@ -324,6 +331,19 @@ def dot_features(a, x, acc, PIECES: tl.constexpr = 3, CHAINED: tl.constexpr = Fa
 
 
 @triton.jit
+def dot_float32(a, x, acc):
+    """Return acc + a · x of float32, for a (M, K) and x (K, ·), from six products of bfloat16 pieces: as many
+    operations as three TF32 products. The largest products have 16 bits, of whose sum tensor cores hardly cut any, and
+    are summed alone; TF32's have 22, and their cut sums shrink s by 1e-7."""
+    a1, a2 = two_pieces(a)
+    x1, x2 = two_pieces(x)
+    a3 = (a - a1.to(tl.float32) - a2.to(tl.float32)).to(tl.bfloat16)
+    x3 = (x - x1.to(tl.float32) - x2.to(tl.float32)).to(tl.bfloat16)
+    small = tl.dot(a1, x2, tl.dot(a2, x1, tl.dot(a3, x1, tl.dot(a1, x3, tl.dot(a2, x2)))))
+    return acc + (tl.dot(a1, x1) + small)
+
+
+@triton.jit
 def dot_float64(a, x, acc):
     """Return acc + a · x of float64, for a (M, K) and x (K, ·)."""
     if FLOAT64_DOT:
@@ -350,7 +370,12 @@ def anchor_products(row, table, classes, D: tl.constexpr, K: tl.constexpr, ACC: 
     PIECES: tl.constexpr = 2 if cuda_capability_geq(9) else 3
     products = tl.zeros((classes.shape[0], row.live.shape[0]), ACC)
     for k in range(0, D, K):
-        products = dot_features(class_rows(table, classes, k, D, K), channels(row, k, D, K), products, PIECES)
+        anchors = class_rows(table, classes, k, D, K)
+        tile = channels(row, k, D, K)
+        if tile.dtype == tl.float32 and compiled_for_cuda():
+            products = dot_float32(anchors, tile, products)
+        else:
+            products = dot_features(anchors, tile, products, PIECES)
     return products
 
 
@@ -358,7 +383,7 @@ def anchor_products(row, table, classes, D: tl.constexpr, K: tl.constexpr, ACC: 
 def rounded(product):
     """Return a product, rounded to its type before it meets another number. The compiler would fuse s - Z with the
     product in s, and exp(s - Z) would not be 1 where one s is all of Z: by the rounding of s, which grows with it."""
-    if product.dtype == tl.float32 and is_cuda():
+    if product.dtype == tl.float32 and compiled_for_cuda():
         product = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [product], tl.float32, is_pure=True, pack=1)
     return product
 
@@ -429,7 +454,7 @@ def all_finite(norms, block, ROWS: tl.constexpr):
 def again(number, r):
     """Return the same int32, hidden from the compiler behind a loop's r: what is computed from it stays in the loop,
     where it takes a few instructions, and does not fill registers across it."""
-    if is_cuda():
+    if compiled_for_cuda():
         number = tl.inline_asm_elementwise(
             "mov.b32 $0, $1; // $2", "=r,r,r", [number, r], tl.int32, is_pure=True, pack=1
         )

@@ -40,7 +40,7 @@ SWEEPS = {
 }  # fmt: skip
 PRODUCTS = {
     "_class_anchors_fwd": {"bfloat16": "BF16", "float16": "TF32", "float32": "TF32", "float64": "DMMA"},
-    "_dense_similarities": {"bfloat16": "BF16", "float16": "TF32", "float32": "TF32", "float64": "DMMA"},
+    "_dense_similarities": {"bfloat16": "BF16", "float16": "TF32", "float32": "BF16", "float64": "DMMA"},
     "_pixel_anchor_fwd": {"bfloat16": "BF16", "float16": "TF32", "float32": "TF32", "float64": "DMMA"},
     "_features_bwd_dense": {"bfloat16": "TF32", "float16": "TF32", "float32": "TF32", "float64": "DMMA"},
 }
