@@ -386,12 +386,6 @@ def _fused_loss(
     seed: Tensor,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss by the fused kernels, for given codes of the hard negatives and given base pixels."""
-    for i, x in enumerate(features if options.group is not None else ()):
-        if x.shape[0] * math.prod(x.shape[2:]) > ranks.MOST_PIXELS:
-            raise ValueError(
-                f"features[{i}]: expected at most {ranks.MOST_PIXELS} pixels on each rank of a group, "
-                f"got {checks.describe(x)}; use backend('reference') on all ranks, or a smaller batch"
-            )
     planes = (maps.plane_stack(x) for x in features)
     stacks = [x for x in planes if x is not None]  # choose_kernels took the reference where one is None
     arguments = (

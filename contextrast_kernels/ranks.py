@@ -12,10 +12,6 @@ from torch import Tensor, distributed
 
 from contextrast_kernels import checks
 
-MOST_PIXELS = 2**24
-"""The most pixels of a layer on each rank of a group. The bound gives all ranks the same scale for their fixed-point
-sums without communication."""
-
 
 def name_of(group) -> str | None:
     """The name of a process group, after a check that this rank is in it; None for None."""
@@ -129,7 +125,7 @@ def gathered(x: Tensor, name: str) -> Tensor:
 
 
 def add_up(parts: Sequence[Tensor], name: str) -> None:
-    """Replace every tensor by its sum over the ranks, all in one reduction. The tensors have the same dtype."""
+    """Replace every tensor by its sum over the ranks, all in one reduction, which is in float64 if one of them is."""
     total = reduced(torch.cat([part.flatten() for part in parts]), name)
     for part, of_all in zip(parts, total.split([part.numel() for part in parts])):
         part.copy_(of_all.view_as(part))

@@ -108,10 +108,8 @@ class Case:
 
     @property
     def rounding(self) -> float:
-        """The relative error that is allowed beyond twice that of the reference. The ranks of a group exchange sums of
-        exponentials in fixed point."""
-        allowed = 1e-12 if self.dtype == "float64" else 1e-6
-        return max(allowed, 1e-11) if self.options.get("group") else allowed
+        """The relative error that is allowed beyond twice that of the reference."""
+        return 1e-12 if self.dtype == "float64" else 1e-6
 
     @property
     def gradient_is_zero(self) -> bool:

@@ -22,8 +22,8 @@ from contextrast_kernels.kernels._tiles import (
     count_scale,
     float64_from_bits,
     inverse_norm,
-    pulled_scale,
     pushed_scale,
+    sum_scale,
     term_scale,
 )
 
@@ -124,7 +124,7 @@ def _dL_dfused(
     share = tl.load(terms + (3 * layer + 1) * N + n).to(tl.float64) / count_scale(count) / pixels  # G
     A_pulled = tl.load(pulled + (layer * N + n) * D + d, mask=d < D, other=0)
     A_pushed = tl.load(pushed + (layer * N + n) * D + d, mask=d < D, other=0)
-    A_pulled = A_pulled.to(tl.float64) / pulled_scale(scales.max_abs, layer, count, NORMALIZE)
+    A_pulled = A_pulled.to(tl.float64) / sum_scale(scales.max_abs, layer, count, NORMALIZE)
     A_pushed = A_pushed.to(tl.float64) / pushed_scale(scales.max_abs, layer, NORMALIZE)
     temperature = float64_from_bits(scales.temperature)
     strength = tl.where(count > 0, float64_from_bits(layer_weight) / (present * temperature), 0.0)

@@ -11,7 +11,8 @@ from contextrast_kernels.kernels import _launch
 
 
 class Sums(NamedTuple):
-    """int64 each, but for ``max_abs``; vectors and terms in fixed point."""
+    """int64 each, but for ``max_abs``; vectors and terms in fixed point. After ranks added them up, the vectors are
+    float64."""
 
     vectors: Tensor | None
     """(layers, N, D): Σ v of every class."""

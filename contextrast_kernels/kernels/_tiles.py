@@ -584,9 +584,8 @@ def count_scale(count):
 
 
 @triton.jit
-def pulled_scale(max_abs, layer, count, NORMALIZE: tl.constexpr):
-    """Return the scale of A⁺, a sum of ``count`` embeddings with weights of at most 1, with room for as many
-    roundings."""
+def sum_scale(max_abs, layer, count, NORMALIZE: tl.constexpr):
+    """Return the scale of a sum of ``count`` embeddings with weights of at most 1, with room for as many roundings."""
     return vector_scale(max_abs, layer, 60 - exponent_above(tl.maximum(count, 1)), NORMALIZE)
 
 

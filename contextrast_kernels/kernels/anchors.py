@@ -35,9 +35,9 @@ from contextrast_kernels.kernels._tiles import (
     row_of,
     row_tiles,
     size_term,
+    sum_scale,
     summed_size,
     two_pieces,
-    vector_scale,
     zero_tiles,
 )
 
@@ -55,9 +55,8 @@ def forward(
     code = codes([features], labels, num_classes, ignore_index, sums, volumes=volume)
     if not normalize:
         largest_features([features], code, sums)
-    scale_exponent = _launch.scale_exponent(_launch.pixels((features.shape,)))
-    class_sums([features], code, sums, scale_exponent)
-    table, _ = anchor_tables(sums, _launch.accumulator(features.dtype), scale_exponent)
+    class_sums([features], code, sums)
+    table, _ = anchor_tables(sums, _launch.accumulator(features.dtype))
     return table[0], sums.counts[0].clone(), code.y
 
 
@@ -79,13 +78,9 @@ def largest_features(features: Sequence[Tensor], code: Codes, sums: Sums) -> Non
     _launch.sweep(_largest_features, features, arguments, tiles, {})
 
 
-def class_sums(
-    features: Sequence[Tensor], code: Codes, sums: Sums, scale_exponent: int, norms: Tensor | None = None
-) -> None:
-    """Add Σ v over the pixels of every class to ``sums.vectors``, in one read of the features.
-
-    scale_exponent: ``_launch.scale_exponent`` of all the pixels, on all ranks, that the sums will hold. norms: where
-    1/‖x‖ of every pixel is kept for later sweeps, NaN where x is not finite."""
+def class_sums(features: Sequence[Tensor], code: Codes, sums: Sums, norms: Tensor | None = None) -> None:
+    """Add Σ v over the pixels of every class to ``sums.vectors``, in one read of the features. norms: where 1/‖x‖ of
+    every pixel is kept for later sweeps, NaN where x is not finite."""
     x = features[0]
     D = x.shape[1]
     arguments = {
@@ -94,7 +89,7 @@ def class_sums(
         "broken": sums.broken,
         "norms": norms,
         "max_abs": sums.max_abs,
-        "scale_exponent": scale_exponent,
+        "counts": sums.counts,
         "N": sums.counts.shape[1],
     }
     tiles = tiles_of("_class_anchors_fwd", x.dtype, D)
@@ -111,8 +106,21 @@ def class_sums(
     _launch.sweep(_class_anchors_fwd, features, arguments, tiles, constants, splits=splits, copied=copied)
 
 
+def float64_sums(sums: Sums) -> Tensor:
+    """Return Σ v of every class, (layers, N, D) float64, which ranks can add up: their fixed-point scales differ."""
+    L, N, D = sums.vectors.shape
+    vectors = torch.empty(L, N, D, dtype=torch.float64, device=sums.vectors.device)
+    _launch.launch(
+        _float64_sums,
+        (L * N,),
+        {"sums": sums.vectors, "max_abs": sums.max_abs, "counts": sums.counts, "vectors": vectors, "N": N},
+        {"D": D, "BLOCK": next_power_of_2(D), "NORMALIZE": sums.max_abs is None},
+    )
+    return vectors
+
+
 def anchor_tables(
-    sums: Sums, dtype: torch.dtype, scale_exponent: int, fusion_weight: float = 0.0, normalize_anchors: bool = False
+    sums: Sums, dtype: torch.dtype, fusion_weight: float = 0.0, normalize_anchors: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Return â (layers, N, D) from the sums of all ranks, and ‖â‖ (layers, N) before normalisation. The rows of â are
     means, mixed with those of the last layer, and normalised if asked. A class without pixels has a row of zeros, one
@@ -130,7 +138,6 @@ def anchor_tables(
             "counts": sums.counts,
             "table": table,
             "lengths": lengths,
-            "scale_exponent": scale_exponent,
             "fusion_weight": _launch.float64_bits(fusion_weight),
             "N": N,
         },
@@ -146,7 +153,7 @@ def anchor_tables(
     return table, lengths
 
 
-@triton.jit(do_not_specialize=["scale_exponent", "N"])
+@triton.jit(do_not_specialize=["N"])
 def _class_anchors_fwd(
     x,
     geometry,
@@ -155,7 +162,7 @@ def _class_anchors_fwd(
     broken,
     norms,
     max_abs,
-    scale_exponent,
+    counts,
     N,
     D: tl.constexpr,
     TILES: tl.constexpr,
@@ -181,7 +188,7 @@ def _class_anchors_fwd(
     d0 = part * TILES.COLUMNS
     sums += block.number * N * D
     broken += block.number * N
-    scale = vector_scale(max_abs, block.number, scale_exponent, NORMALIZE)
+    counts += block.number * N
 
     rank0 = 0
     classes = 1
@@ -191,9 +198,11 @@ def _class_anchors_fwd(
             C: tl.constexpr = 64  # channels of a product: the least with which they are wgmma's rows
             totals, finite = _sums_of_copied_rows(block, codes, norms, slots, D, C, LAYOUT)
             if finite:
+                used = slots >= 0
+                scale = sum_scale(None, 0, tl.load(counts + slots, mask=used, other=1), True)[None, :]
                 for i in tl.static_range(D // C):
                     d = i * C + tl.arange(0, C)
-                    add_fixed(sums + slots[None, :] * D + d[:, None], totals[i], scale, (slots >= 0)[None, :])
+                    add_fixed(sums + slots[None, :] * D + d[:, None], totals[i], scale, used[None, :])
                 classes = 0  # nothing is left to do
             else:
                 tl.debug_barrier()  # the norms that other threads stored are written again
@@ -222,6 +231,8 @@ def _class_anchors_fwd(
                     tile = tl.where(finite[None, :], tile, 0.0)
                 more = more + (dot_features(weight, tl.trans(tile), totals[k]),)  # noqa: RUF005
             totals = more
+        count = tl.load(counts + slots, mask=slots >= 0, other=1)
+        scale = sum_scale(max_abs, block.number, count, NORMALIZE)[:, None]
         for k in tl.static_range(PRODUCTS):
             d = d0 + k * K + tl.arange(0, K)
             here = sums + slots[:, None] * D + d[None, :]
@@ -289,18 +300,36 @@ def _largest_features(x, geometry, codes, max_abs, N, D: tl.constexpr, TILES: tl
 
 
 @triton.jit
-def _mean(sums, broken, max_abs, counts, layer, n, d, scale_exponent, N, D: tl.constexpr, NORMALIZE: tl.constexpr):
+def _total(sums, max_abs, count, layer, n, d, N, D: tl.constexpr, NORMALIZE: tl.constexpr):
+    """Return Σ v of class n of a layer in float64, (BLOCK,), from a sum in fixed point or in float64."""
+    total = tl.load(sums + (layer * N + n) * D + d, mask=d < D, other=0).to(tl.float64)
+    if sums.dtype.element_ty == tl.int64:
+        total /= sum_scale(max_abs, layer, count, NORMALIZE).to(tl.float64)
+    return total
+
+
+@triton.jit(do_not_specialize=["N"])
+def _float64_sums(sums, max_abs, counts, vectors, N, D: tl.constexpr, BLOCK: tl.constexpr, NORMALIZE: tl.constexpr):
+    """One program, one class of one layer: writes its Σ v in float64."""
+    layer = tl.program_id(0) // N
+    n = tl.program_id(0) % N
+    d = tl.arange(0, BLOCK)
+    total = _total(sums, max_abs, tl.load(counts + layer * N + n), layer, n, d, N, D, NORMALIZE)
+    tl.store(vectors + (layer * N + n) * D + d, total, mask=d < D)
+
+
+@triton.jit
+def _mean(sums, broken, max_abs, counts, layer, n, d, N, D: tl.constexpr, NORMALIZE: tl.constexpr):
     """Return a^n of a layer in float64, (BLOCK,), and the class's count of pixels."""
     count = tl.load(counts + layer * N + n)
-    scale = vector_scale(max_abs, layer, scale_exponent, NORMALIZE).to(tl.float64)
-    total = tl.load(sums + (layer * N + n) * D + d, mask=d < D, other=0).to(tl.float64)
+    total = _total(sums, max_abs, count, layer, n, d, N, D, NORMALIZE)
     lost = tl.load(broken + layer * N + n) > 0
     if not NORMALIZE:
         lost = lost | (tl.load(max_abs + layer) >= LARGEST_MAX_ABS)
-    return tl.where(lost & (count > 0), float("nan"), total / (scale * tl.maximum(count, 1).to(tl.float64))), count
+    return tl.where(lost & (count > 0), float("nan"), total / tl.maximum(count, 1).to(tl.float64)), count
 
 
-@triton.jit(do_not_specialize=["scale_exponent", "fusion_weight", "N"])
+@triton.jit(do_not_specialize=["fusion_weight", "N"])
 def _anchor_tables(
     sums,
     broken,
@@ -308,7 +337,6 @@ def _anchor_tables(
     counts,
     table,
     lengths,
-    scale_exponent,
     fusion_weight,
     N,
     L: tl.constexpr,
@@ -322,9 +350,9 @@ def _anchor_tables(
     n = tl.program_id(0)
     d = tl.arange(0, BLOCK)
     w_h = float64_from_bits(fusion_weight)
-    top, top_count = _mean(sums, broken, max_abs, counts, L - 1, n, d, scale_exponent, N, D, NORMALIZE)
+    top, top_count = _mean(sums, broken, max_abs, counts, L - 1, n, d, N, D, NORMALIZE)
     for i in tl.static_range(L):
-        anchor, count = _mean(sums, broken, max_abs, counts, i, n, d, scale_exponent, N, D, NORMALIZE)
+        anchor, count = _mean(sums, broken, max_abs, counts, i, n, d, N, D, NORMALIZE)
         if i < L - 1:
             anchor = tl.where(top_count > 0, (1 - w_h) * anchor + w_h * top, anchor)
         anchor = tl.where(count > 0, anchor, 0.0)

@@ -24,7 +24,7 @@ from contextrast_kernels.kernels._gradient import Terms, feature_gradients
 from contextrast_kernels.kernels._log_sums import log_sums
 from contextrast_kernels.kernels._sums import zeros
 from contextrast_kernels.kernels._tile_table import keeps_norms
-from contextrast_kernels.kernels.anchors import anchor_tables, class_sums, largest_features
+from contextrast_kernels.kernels.anchors import anchor_tables, class_sums, float64_sums, largest_features
 from contextrast_kernels.kernels.pixel_anchor import moments
 
 
@@ -54,9 +54,7 @@ def forward(
     volumes: as in ``codes``.
     """
     dtype = _launch.accumulator(features[0].dtype)
-    scale_exponent = _launch.scale_exponent(_launch.pixels(_launch.shapes(features)))
     if group is not None:
-        scale_exponent = _launch.scale_exponent(ranks.size(group) * ranks.MOST_PIXELS)  # the same on every rank
         errors = errors.clone()
     sums = zeros(features, num_classes, normalize, anchors=True, loss=True)
     code = codes(
@@ -78,10 +76,11 @@ def forward(
     norms = None
     if code.base is None and normalize and keeps_norms(features[0].dtype, features[0].shape[1], num_classes):
         norms = torch.empty(code.y.shape, dtype=torch.float32, device=code.y.device)
-    class_sums(features, code, sums, scale_exponent, norms)
+    class_sums(features, code, sums, norms)
     if group is not None:
+        sums = sums._replace(vectors=float64_sums(sums))
         ranks.add_up([sums.vectors, sums.counts, sums.broken, sums.drawn, errors], group)
-    table, lengths = anchor_tables(sums, dtype, scale_exponent, fusion_weight, normalize_anchors)
+    table, lengths = anchor_tables(sums, dtype, fusion_weight, normalize_anchors)
 
     Z, similarity = log_sums(features, code, sums, table, temperature, normalize, norms)
     if group is not None:

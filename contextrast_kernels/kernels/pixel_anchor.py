@@ -44,7 +44,6 @@ from contextrast_kernels.kernels._tiles import (
     open_block,
     piece_products,
     program_and_part,
-    pulled_scale,
     pushed_scale,
     rounded,
     row_again,
@@ -56,6 +55,7 @@ from contextrast_kernels.kernels._tiles import (
     side_by_side,
     sigmoid,
     softplus,
+    sum_scale,
     summed_size,
     term_scale,
     two_pieces,
@@ -302,7 +302,7 @@ def _pixel_anchor_fwd(
             block_pushed = more_pushed
 
         count = tl.load(counts + labels, mask=labels >= 0, other=1)
-        scale = pulled_scale(scales.max_abs, block.number, count, NORMALIZE)[:, None]
+        scale = sum_scale(scales.max_abs, block.number, count, NORMALIZE)[:, None]
         for k in tl.static_range(PRODUCTS):
             d = d0 + k * K + tl.arange(0, K)
             here = pulled + labels[:, None] * D + d[None, :]
@@ -352,7 +352,7 @@ def _add_copied_rows(
         block, codes, similarity, norms, table, Z, slots, inverse_temperature, N, D, C, LAYOUT
     )
     used = slots >= 0
-    scale = pulled_scale(None, 0, tl.load(counts + slots, mask=used, other=1), True)
+    scale = sum_scale(None, 0, tl.load(counts + slots, mask=used, other=1), True)
     for i in tl.static_range(D // C):
         block_pulled, block_pushed = tl.split(tl.permute(tl.reshape(sums[i], (C, 2, 16)), (0, 2, 1)))
         d = i * C + tl.arange(0, C)

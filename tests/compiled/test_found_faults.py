@@ -90,3 +90,21 @@ def test_lanes_agree_on_what_they_store(op, D, options):
     """Also the only compile of the quick tests with anchors that are normalised in bfloat16."""
     built = build(Case(op, options, "bfloat16", D=D))
     assert_contract(built.loss, built.leaves, 80)
+
+
+@pytest.mark.parametrize(
+    ("op", "options", "scale"),
+    [
+        (
+            "contextrast_loss",
+            {"negatives": "none", "base_rate": 1.0, "normalize": False, "layer_weights": (1.0,)},
+            2,
+        ),
+        pytest.param("info_nce", {"columns": None, "positives": "pooled"}, 20, marks=pytest.mark.slow),
+    ],
+)
+def test_gradient_of_large_similarities_is_precise_in_float32(op, options, scale):
+    """The rounding of a similarity grows with it. Where one outweighs the others, it cancels only if all kernels
+    subtract the log-sum-exp from the rounded similarity."""
+    built = build(Case(op, options, "float32", D=96))
+    assert_contract(built.loss, [scale * x for x in built.leaves], 80)

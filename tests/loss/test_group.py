@@ -213,16 +213,6 @@ def test_log_sums_keep_their_range(one_rank, bound):
 
 
 @pytest.mark.skipif(ck.available()["triton"] != "ok", reason=f"triton: {ck.available()['triton']}")
-def test_more_pixels_than_the_fixed_point_has_room_for_are_refused(one_rank, monkeypatch):
-    inputs = batch("two ranks")
-    with ck.backend("triton"):
-        loss_of("two ranks", group=dist.group.WORLD)(*inputs)
-        monkeypatch.setattr(ranks, "MOST_PIXELS", 3 * SIZES[0][0] * SIZES[0][1] - 1)
-        with pytest.raises(ValueError, match=r"^features\[0\]: expected at most 161 pixels on each rank"):
-            loss_of("two ranks", group=dist.group.WORLD)(*inputs)
-
-
-@pytest.mark.skipif(ck.available()["triton"] != "ok", reason=f"triton: {ck.available()['triton']}")
 def test_sums_over_ranks_do_not_modify_their_inputs(one_rank, monkeypatch):
     monkeypatch.setattr(ranks, "reduced", lambda x, *_: 2 * x.detach())
     features, labels, _ = batch("two ranks")
