@@ -46,12 +46,15 @@ def forward(
     group: str | None = None,
     volumes: Sequence[int] | None = None,
 ) -> tuple[Outcome, Tensor, Terms]:
-    """The loss and what ``backward`` needs: label codes and terms.
+    """Return the loss, the label codes, and what ``backward`` needs besides.
 
-    e: codes of the hard negatives of all layers. base: bool maps of the base pixels of every layer, or an empty list
-    where base_rate draws them with the int64 seed. group: the name of the process group
-    whose ranks reduce at the seams; ``errors`` (layers,) then becomes a fourth row of the report, added up as well.
-    volumes: as in ``codes``.
+    Args:
+        e: codes of the hard negatives of all layers.
+        base: bool maps of the base pixels of every layer, or an empty list where ``base_rate`` draws them with
+            ``seed``, an int64 tensor.
+        group: the name of the process group over whose ranks the sums are added up. ``errors`` (layers,), which is
+            added up as well, is then a fourth row of the report.
+        volumes: as in ``codes``.
     """
     dtype = _launch.accumulator(features[0].dtype)
     if group is not None:
@@ -109,7 +112,7 @@ def backward(
     temperature: float,
     normalize: bool,
 ) -> list[Tensor]:
-    """dL/dx of every layer; without ``pull`` the gradient stops at the anchors."""
+    """Return dL/dx of every layer. Without ``pull`` no gradient goes through the anchors."""
     return feature_gradients(
         features,
         y,
