@@ -4,8 +4,8 @@
     python -m tests.compiled.counts --write                           the same, into benchmarks/results/counted.md
     python -m tests.compiled.counts --cases camvid --hot 15           one case, and what it executes most
 
-A case runs with one image, of half its height and width if it is large, and is counted a pixel. Cityscapes has tables
-by kernel, as has a case alone; the others have their bounds.
+A case runs with one image, of half its height and width if it is large, and is counted a pixel. Cityscapes on Hopper
+has tables by kernel, as has a case alone; the others have their bounds.
 """
 
 import os
@@ -14,6 +14,7 @@ os.environ["TRITON_INTERPRET"] = "0"
 
 import argparse
 import functools
+import itertools
 import math
 import re
 import subprocess
@@ -36,8 +37,8 @@ from .driver import Launched, Launcher, emulated
 from .engine import Schedule
 
 WRITTEN = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "counted.md"
-L1_BYTES = 256 * 1024
-"""The L1 cache of a multiprocessor, including shared memory."""
+L1_BYTES = {80: 192 * 1024, 90: 256 * 1024, 100: 256 * 1024}
+"""The L1 cache of a multiprocessor, including shared memory, by architecture."""
 SECTOR = 32
 LARGE = 2**18
 """Pixels of an image that is counted with half its height and width."""
@@ -58,7 +59,12 @@ class Device:
     """Operations a second, dense."""
 
 
-DEVICES = (Device("H100 SXM", 3.35e12), Device("H200", 4.8e12))
+A100_TENSOR = {"f16": 312e12, "bf16": 312e12, "tf32": 156e12, "f64": 19.5e12}
+DEVICES = {
+    90: (Device("H100 SXM", 3.35e12), Device("H200", 4.8e12)),
+    80: (Device("A100 SXM", 2.04e12, 108, 1.41e9, 4.4e12, A100_TENSOR),),
+}
+"""The L2 cache of an A100 was not measured: it has the share of its peak that Hopper's reaches."""
 
 
 # ------------------------------------------------------------------------------------------------------------ counting
@@ -79,10 +85,10 @@ def blocks_held(cubin: bytes, shared: int, warps: int, arch: int) -> int:
 
 
 def l1_share(launcher: Launcher) -> int:
-    """What the shared memory of all blocks of a multiprocessor leaves of its 256 KiB, by their number."""
+    """What the shared memory of all blocks of a multiprocessor leaves of its L1 cache, by their number."""
     metadata = launcher.metadata
     held = blocks_held(launcher.cubin, metadata.shared, metadata.num_warps, metadata.target.arch)
-    return (L1_BYTES - held * (metadata.shared + 1024)) // held
+    return (L1_BYTES[metadata.target.arch] - held * (metadata.shared + 1024)) // held
 
 
 EXPLAINED = "\n".join(
@@ -98,13 +104,15 @@ EXPLAINED = "\n".join(
         'wavefront moves 128 bytes, and each bank conflict needs one more; without conflicts "wavefronts an ideal '
         'one" is 1. The operands that wgmma reads are included.',
         "* *L2*: sectors of 32 bytes that pass the L1 cache / 5.5 TB/s. A block has its share of the 256 KiB that "
-        "shared memory leaves, and the cache is empty at first. Stores and atomics always pass.",
+        "shared memory leaves, and the cache is empty at first. Stores and atomics always pass. Of an A100 it is "
+        "192 KiB and 4.4 TB/s, the share of its peak that Hopper's L2 cache reaches: an estimate.",
         "* *memory*: sectors that pass the L2 cache / 85 % of the memory's rate. The cache holds everything that "
         "one launch touches and nothing of the launch before.",
         "* *tensor*: products / the dense peak rate of their type.",
         "",
         "An H100 SXM and an H200 have 132 multiprocessors at 1.755 GHz, 3.35 and 4.8 TB/s of memory bandwidth, "
-        "and 989 TFLOP/s in 16 bits, 494 in TF32 and 67 in float64. The kernels run one after the other, so the "
+        "and 989 TFLOP/s in 16 bits, 494 in TF32 and 67 in float64; an A100 SXM of 80 GB has 108 at 1.41 GHz, "
+        "2.04 TB/s, 312, 156 and 19.5 TFLOP/s. The kernels run one after the other, so the "
         "sum of each kernel's largest bound is a bound too. Counts of kernels whose grid depends on the number of "
         "pixels are scaled to the full image; the smaller image has more padding. The floor is 4 F: three reads "
         "of the features and one write.",
@@ -274,9 +282,9 @@ def memory_table(found: dict[str, Counts], pixels: int, feature_bytes: int) -> s
 RESOURCES = ("issue", "L1", "L2", "memory", "tensor")
 
 
-def bounds_table(found: Counted) -> str:
+def bounds_table(found: Counted, arch: int) -> str:
     rows = []
-    for device in DEVICES:
+    for device in DEVICES[arch]:
         whole, largest = Counter(), 0.0
         for name, counts in found.kernels.items():
             bounds = {what: found.scales[name] * seconds for what, seconds in counts.bounds(device).items()}
@@ -297,7 +305,7 @@ def section(found: Counted, arch: int, hot: int, in_full: bool) -> str:
             "Requests to memory:",
             memory_table(found.kernels, pixels_of(found.twin), found.twin.feature_bytes),
         ]
-    text.append(bounds_table(found))
+    text.append(bounds_table(found, arch))
     if hot:
         text.append(hottest(found.launches, hot))
     return "\n\n".join(text)
@@ -315,7 +323,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cases", nargs="+", choices=list(cases.CASES), default=["cityscapes", "ade20k", "camvid"])
     parser.add_argument("--layout", nargs="+", choices=list(cases.LAYOUTS), default=list(cases.LAYOUTS))
-    parser.add_argument("--arch", type=int, default=90)
+    parser.add_argument("--arch", nargs="+", type=int, choices=list(DEVICES), default=list(DEVICES))
     parser.add_argument("--base-rate", type=float, default=0.0)
     parser.add_argument("--hot", type=int, default=0, help="list so many instructions that are executed most")
     parser.add_argument("--write", action="store_true", help=f"into {WRITTEN.name}, for docs/performance.md")
@@ -323,13 +331,11 @@ def main() -> None:
     options = {"base_rate": given.base_rate} if given.base_rate else {}
     sections = [EXPLAINED]
     print(EXPLAINED)
-    for name in given.cases:
-        for layout in given.layout:
-            found = counted(replace(cases.CASES[name], layout=layout), given.arch, options)
-            sections.append(
-                section(found, given.arch, given.hot, in_full=name == "cityscapes" or len(given.cases) == 1)
-            )
-            print(f"\n{sections[-1]}", flush=True)
+    for arch, name, layout in itertools.product(given.arch, given.cases, given.layout):
+        found = counted(replace(cases.CASES[name], layout=layout), arch, options)
+        in_full = len(given.cases) == 1 or (name == "cityscapes" and arch == 90)
+        sections.append(section(found, arch, given.hot, in_full))
+        print(f"\n{sections[-1]}", flush=True)
     if given.write:
         WRITTEN.write_text("\n\n".join(sections) + "\n")
 
