@@ -13,11 +13,13 @@ import triton
 from triton import language as tl
 from triton.language.target_info import cuda_capability_geq, is_cuda
 
+from contextrast_kernels.kernels._tile_table import TRITON
+
 ZERO_NORM_SQUARED = tl.constexpr(1e-24)
 """The square of ``embedding.ZERO_NORM``."""
 LARGEST_MAX_ABS = tl.constexpr(2.0**100)
 """Unnormalised features beyond this have no fixed-point scale: their sums become NaN."""
-FLOAT64_DOT = tl.constexpr(tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9))
+FLOAT64_DOT = tl.constexpr(TRITON >= (3, 9))
 """Whether tl.dot takes float64. Triton 3.6 cannot compile it for Ampere and Hopper, nor always for Blackwell; 3.9 can;
 the versions between were not tried."""
 ON_AMD = tl.constexpr(torch.version.hip is not None)

@@ -76,7 +76,7 @@ FAULTS = [
     Fault("a barrier in a divergent branch", HARD, "not all lanes", "_label_codes", BARRIER, DIVERGED, 1),
     Fault("masks of loads lost", GIVEN, "outside of every tensor", "_pixel_anchor_fwd", r"@%p\d+ (ld\.global)", r"\1"),
     Fault("masks of stores lost", HARD, "outside of every tensor", "_label_codes", r"@%p\d+ (st\.global)", r"\1"),
-    Fault("a store to shared memory lost", HARD, "undefined", "_class_anchors_fwd", r"st\.shared::cta[^;]*;"),
+    Fault("a store to shared memory lost", HARD, "undefined", "_class_anchors_fwd", r"(@!?%p\d+ )?st\.shared[^;]*;"),
     Fault("loads two bytes further on", GIVEN, "address not aligned", "_pixel_anchor_fwd",
           r"(ld\.global\.v4\.b32[^\[]*\[ %rd\d+ \+) 0", r"\1 2"),
     Fault("a pointer that is not aligned as promised", HARD, "address not aligned", patch=unaligned_pointer),
@@ -93,8 +93,8 @@ FAULTS = [
           r"cp\.async\.wait_group[^;]*;", "cp.async.wait_group 15;"),
     Fault("a descriptor 16 bytes further on", ROWS, CONTRACT, "_info_nce_log_sums",
           r"(wgmma\.mma_async[^;]*?, )(%rd\d+), (%p\d+|\d+), 1, 1", r"add.s64 \2, \2, 1; \1\2, \3, 1, 1"),
-    Fault("a stride twice as long", HARD, CONTRACT, "_hard_similarities", r"mad\.wide\.s32([^;]*), 2,",
-          r"mad.wide.s32\1, 4,"),
+    Fault("a stride twice as long", HARD, CONTRACT, "_hard_similarities", r"(mad|mul)\.wide\.s32([^;]*), 2([,;])",
+          r"\1.wide.s32\2, 4\3"),
     Fault("two pointers swapped on their way", HARD, "", patch=swapped_pointers),
 ]  # fmt: skip
 
