@@ -27,7 +27,8 @@ test-all: $(VENV)/.all
 
 # The oldest supported torch, with the Triton that it pins, whose interpreter needs a NumPy before 2.4.
 test-floor: .venv-floor/.all
-	.venv-floor/bin/python -m pytest $(ARGS)
+	.venv-floor/bin/python -m pytest --ignore tests/compiled $(ARGS)
+	TRITON_INTERPRET=0 .venv-floor/bin/python -m pytest tests/compiled $(ARGS)
 
 # The quick rows for a CPU. `python -m benchmarks.run` measures all of them.
 bench: $(VENV)/.all
