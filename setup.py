@@ -17,8 +17,8 @@ import setuptools
 LEAST_SETUPTOOLS = 77  # as in pyproject.toml; older versions cannot read its licence entry
 if int(setuptools.__version__.split(".")[0]) < LEAST_SETUPTOOLS:
     sys.exit(
-        f"contextrast_kernels: expected setuptools {LEAST_SETUPTOOLS} or newer, got {setuptools.__version__}; "
-        f"pip install 'setuptools>={LEAST_SETUPTOOLS}', or do not use --no-build-isolation"
+        f"contextrast_kernels: expected setuptools {LEAST_SETUPTOOLS} or newer, got {setuptools.__version__}. "
+        f"Run pip install 'setuptools>={LEAST_SETUPTOOLS}', or do not use --no-build-isolation."
     )
 
 from setuptools import Command, Distribution, setup  # noqa: E402
@@ -40,7 +40,7 @@ def find_tool(name: str, folders: list[str]) -> str | None:
 def build_tool(name: str) -> str:
     found = find_tool(name, [os.path.dirname(sys.executable)])
     if found is None:
-        raise BuildFailed(f"{name} was not found; pip install {name}")
+        raise BuildFailed(f"{name} was not found. Install it: pip install {name}.")
     return found
 
 
@@ -114,10 +114,11 @@ class build_native(Command):
             break
         if failures:
             part = "CUDA kernels were" if self.distribution.has_library else "native library was"
-            sentence = f"contextrast_kernels: the {part} not built: {failures[-1]}"
-            if wish == "1":
-                sys.exit(f"{sentence} (required by CONTEXTRAST_NATIVE=1)")
-            print(sentence, file=sys.stderr)
+            required = " (required by CONTEXTRAST_NATIVE=1)" if wish == "1" else ""
+            message = f"contextrast_kernels: the {part} not built{required}: {failures[-1]}"
+            if required:
+                sys.exit(message)
+            print(message, file=sys.stderr)
 
     def get_source_files(self):
         return ["CMakeLists.txt", *(str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc").iterdir()))]

@@ -118,8 +118,8 @@ def fuse_anchors(
     _check_anchors("top_anchors", top_anchors)
     if top_anchors.shape != anchors.shape:
         raise ValueError(
-            f"top_anchors: expected shape {tuple(anchors.shape)}, that of anchors, got {checks.describe(top_anchors)}; "
-            "all layers share N and D"
+            f"top_anchors: expected shape {tuple(anchors.shape)}, that of anchors, got {checks.describe(top_anchors)}. "
+            "All layers share N and D."
         )
     for name, value in (("counts", counts), ("top_counts", top_counts)):
         if value.is_floating_point():

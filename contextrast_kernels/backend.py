@@ -97,7 +97,7 @@ def _requested() -> str:
     name = forced if forced is not None else os.environ.get("CONTEXTRAST_BACKEND", "auto")
     if name not in CHOICES:
         raise ValueError(
-            f"CONTEXTRAST_BACKEND: expected one of {', '.join(map(repr, CHOICES))}, got {name!r}; correct or unset it"
+            f"CONTEXTRAST_BACKEND: expected one of {', '.join(map(repr, CHOICES))}, got {name!r}. Correct or unset it."
         )
     return name
 
@@ -113,10 +113,10 @@ _native_status._dynamo_marked_constant = True  # type: ignore[attr-defined]  # D
 
 def _triton_status(device_type: str) -> str:
     if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed; pip install triton"
+        return "Triton is not installed. Install it: pip install triton"
     if device_type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         return (
-            "Triton's kernels need a CUDA device; to run them slowly on the CPU, as the tests do, set "
+            "Triton's kernels need a CUDA device. To run them slowly on the CPU, as the tests do, set "
             "TRITON_INTERPRET=1 before Python starts"
         )
     return "ok" if device_type in ("cpu", "cuda") else f"Triton's kernels are written for CUDA, not for {device_type}"
@@ -147,8 +147,8 @@ def available() -> dict[str, str]:
 
 def untried_on_amd() -> str:
     return (
-        "Triton's kernels compile for AMD GPUs but have never been run on one; "
-        "backend('triton') runs them, and python -m contextrast_kernels doctor checks their results"
+        "Triton's kernels compile for AMD GPUs but have never been run on one. "
+        "Run them with backend('triton'), and check their results with python -m contextrast_kernels doctor"
     )
 
 
@@ -161,7 +161,7 @@ def _slower(name: str, status: str) -> str:
     of = "error maps, distances and negatives" if name == "native" else "the losses"
     return (
         f"contextrast_kernels: the {name} backend cannot run, so a slower one is used for {of}: {status}. "
-        "CONTEXTRAST_BACKEND=reference silences this warning"
+        "CONTEXTRAST_BACKEND=reference silences this warning."
     )
 
 
@@ -198,8 +198,8 @@ def choose(tensor: Tensor, offered: tuple[str, ...], unfit: str = "") -> str:
         status = unfit or _transform(name) or _status(name, device_type)
         if status != "ok":
             raise RuntimeError(
-                f"backend {name!r} cannot run on {device_type} tensors: {status}; "
-                "use backend('auto') or backend('reference')"
+                f"backend {name!r} cannot run on {device_type} tensors: {status}. "
+                "Use backend('auto') or backend('reference')."
             )
         return name
     for candidate in offered:
@@ -228,8 +228,8 @@ def choose_kernels(features: Sequence[Tensor], num_classes: int) -> str:
         if maps.plane_stack(x) is None:
             unfit = (
                 "its kernels read a volume as rows with one stride, as in contiguous and "
-                f"channels_last_3d memory, got strides {x.stride()} for the shape {tuple(x.shape)}; "
-                "call .contiguous() on the features"
+                f"channels_last_3d memory, got strides {x.stride()} for the shape {tuple(x.shape)}. "
+                "Call .contiguous() on the features"
             )
     return choose(first, ("triton",), unfit)
 
@@ -274,7 +274,7 @@ def differentiable_once(name: str, backward_op) -> None:
 
     def refuse(ctx, *_):
         raise RuntimeError(
-            f"{name}: the fused kernels do not support double backward; call it under ``with backend('reference'):``"
+            f"{name}: the fused kernels do not support double backward. Call it under ``with backend('reference'):``."
         )
 
     backward_op.register_autograd(refuse)

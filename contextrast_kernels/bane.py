@@ -129,7 +129,7 @@ def bane_negatives(
     predictions, labels, num_classes = _check_maps(predictions, labels, num_classes, ignore_index, dims)
     if num_classes is None:
         raise ValueError(
-            "num_classes: expected the number of classes for a class map, got None; pass num_classes=N, or logits"
+            "num_classes: expected the number of classes for a class map, got None. Pass num_classes=N, or logits."
         )
     size = labels.shape[1:] if size is None else size
     checks.size("size", tuple(size) if isinstance(size, torch.Size) else size, dims)

@@ -82,7 +82,7 @@ def main(arguments: list[str]) -> int:
         try:
             from contextrast_kernels import plan
         except ImportError as error:
-            parser.error(f"--plan: Triton cannot be imported ({error}); pip install triton")
+            parser.error(f"--plan: Triton cannot be imported ({error}). Install it: pip install triton.")
         print_plan(case, options.base_rate, plan.training_step)
         return 0
     try:
@@ -92,14 +92,14 @@ def main(arguments: list[str]) -> int:
     except (RuntimeError, MemoryError) as error:  # torch's error for it depends on the device
         if "memory" not in str(error).lower():
             raise
-        parser.error(f"{case} needs more memory than is available; give fewer images, such as --shape 1,512,512")
+        parser.error(f"{case} needs more memory than is available. Give fewer images, such as --shape 1,512,512.")
 
 
 def _case(options: argparse.Namespace, parser: argparse.ArgumentParser) -> Case:
     """The case that the options describe; exits with an error if there is none."""
     if options.shape is None:
         if options.classes is not None:
-            parser.error("--classes: expected --shape with it; a --case has its own number of classes")
+            parser.error("--classes: expected --shape with it. A --case has its own number of classes.")
         case = CASES[options.case or "cityscapes"]
         if options.case is None and not options.plan:
             parser.error("expected --shape B,H,W with --classes N, or --case")
@@ -177,7 +177,7 @@ def compare(case: Case, base_rate: float, frames: pathlib.Path | None, seconds: 
             rows[name] = (*times, measure.peak_mib(step, device), found)
     print(_table(case, base_rate, device, rows))
     for sentence in differs:
-        print(f"\nthe result differs from the reference: {sentence}; please file an issue with this output")
+        print(f"\nthe result differs from the reference: {sentence}. Please file an issue with this output.")
     return 1 if differs else 0
 
 

@@ -19,7 +19,7 @@ MAX_SIDE = 16384
 MAX_VOXELS = 2**31
 """The most voxels of a volume. Their indices then fit into 32 bits."""
 
-WITHOUT_FLOAT64 = "counts and distances need float64, which MPS does not have; move it with .cpu()"
+WITHOUT_FLOAT64 = "Counts and distances need float64, which MPS does not have. Move it with .cpu()."
 """The reason why nothing runs on Apple's GPUs."""
 
 _P = ParamSpec("_P")
@@ -98,7 +98,7 @@ def signed(value: Tensor) -> Tensor:
 def has_float64(name: str, value: Tensor) -> None:
     if value.device.type == "mps":
         raise RuntimeError(
-            f"{name}: expected a tensor on the CPU or a CUDA device, got {describe(value)}; {WITHOUT_FLOAT64}"
+            f"{name}: expected a tensor on the CPU or a CUDA device, got {describe(value)}. {WITHOUT_FLOAT64}"
         )
 
 
@@ -107,11 +107,11 @@ def sides(name: str, value: Tensor, dims: int = 2) -> None:
     size = value.shape[value.ndim - dims :]
     if any(side > MAX_SIDE for side in size):
         raise ValueError(
-            f"{name}: expected sides of at most {MAX_SIDE} pixels, got {describe(value)}; crop or downsample it"
+            f"{name}: expected sides of at most {MAX_SIDE} pixels, got {describe(value)}. Crop or downsample it."
         )
     if dims == 3 and math.prod(size) > MAX_VOXELS:
         raise ValueError(
-            f"{name}: expected volumes of at most 2**31 voxels, got {describe(value)}; crop or downsample it"
+            f"{name}: expected volumes of at most 2**31 voxels, got {describe(value)}. Crop or downsample it."
         )
 
 
@@ -138,13 +138,15 @@ def feature_map(name: str, value) -> None:
     if value.ndim not in (4, 5):
         raise ValueError(f"{name}: expected {expected}, got {describe(value)}")
     if value.shape[1] == 0:
-        raise ValueError(f"{name}: expected at least one channel, got {describe(value)}; drop this layer from the list")
+        raise ValueError(
+            f"{name}: expected at least one channel, got {describe(value)}. Drop this layer from the list."
+        )
     sides(name, value, value.ndim - 2)
 
 
 def maps_alone(name: str, value: Tensor) -> None:
     if value.ndim != 4:
-        raise ValueError(f"{name}: expected feature maps (B, D, h, w), got {describe(value)}; pass planes as a batch")
+        raise ValueError(f"{name}: expected feature maps (B, D, h, w), got {describe(value)}. Pass planes as a batch.")
 
 
 def class_map(name: str, value, *, shape: tuple | None = None, dims: int = 2) -> Tensor:
@@ -157,14 +159,14 @@ def class_map(name: str, value, *, shape: tuple | None = None, dims: int = 2) ->
         expected, channel = "an integer map (B, Z, H, W) of a volume", "(B, 1, Z, H, W)"
     tensor(name, value, expected)
     if value.dtype not in _INTEGERS:
-        hint = "; take the argmax, or call .long()" if value.is_floating_point() else "; call .long()"
+        hint = ". Take the argmax, or call .long()." if value.is_floating_point() else ". Call .long()."
         raise TypeError(f"{name}: expected {expected}, got {describe(value)}{hint}")
     if value.ndim == dims + 2 and value.shape[1] == 1:
         value = value[:, 0]
     if value.ndim != dims + 1:
-        hint = "; add the batch axis, value[None]" if value.ndim == dims else ""
+        hint = ". Add the batch axis, value[None]." if value.ndim == dims else ""
         if dims == 3 and value.ndim == 3:
-            hint = "; this is a map, but the features, logits or size are those of a volume"
+            hint = ". This is a map, but the features, logits or size are those of a volume."
         raise ValueError(f"{name}: expected {expected} or {channel}, got {describe(value)}{hint}")
     sides(name, value, dims)
     if shape is not None and tuple(value.shape) != tuple(shape):
@@ -200,7 +202,7 @@ def predictions(name: str, value, num_classes: int | None, dims: int = 2) -> Ten
     axes = "H', W'" if dims == 2 else "Z', H', W'"
     expected = f"a class map (B, {axes}) of integers or logits (B, N, {axes}) of floats"
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: expected {expected}, got {type(value).__name__}; pass a tensor, as output['out']")
+        raise TypeError(f"{name}: expected {expected}, got {type(value).__name__}. Pass a tensor, as output['out'].")
     if value.dtype in _INTEGERS:
         return class_map(name, value, dims=dims)
     if value.dtype not in _FLOATS:
@@ -212,17 +214,17 @@ def predictions(name: str, value, num_classes: int | None, dims: int = 2) -> Ten
         return pad(value, (*(0, 0) * dims, 1, 0))  # sigmoid(z) is the softmax of (0, z)
     if value.shape[1] < 2 or (num_classes is not None and value.shape[1] != num_classes):
         channels = "at least 2 channels" if num_classes is None else f"{num_classes} channels (num_classes)"
-        remedy = "pass the classifier's output"
+        remedy = "Pass the classifier's output"
         if value.shape[1] == 1:
             remedy += ", or num_classes=2 for a binary network with one channel"
-        raise ValueError(f"{name}: expected logits with {channels}, got {describe(value)}; {remedy}")
+        raise ValueError(f"{name}: expected logits with {channels}, got {describe(value)}. {remedy}.")
     return value
 
 
 def logits(name: str, value, num_classes: int, dims: int = 2) -> Tensor:
     if isinstance(value, Tensor) and value.dtype in _INTEGERS:
         raise TypeError(
-            f"{name}: expected logits (B, N, H', W') of floats, got {describe(value)}; pass them before the argmax"
+            f"{name}: expected logits (B, N, H', W') of floats, got {describe(value)}. Pass them before the argmax."
         )
     return predictions(name, value, num_classes, dims)
 
@@ -232,7 +234,7 @@ def soft_labels(name: str, value, shape: tuple) -> Tensor:
     expected = f"floating-point class probabilities of shape {tuple(shape)}"
     tensor(name, value, expected)
     if value.dtype not in _FLOATS:
-        raise TypeError(f"{name}: expected {expected}, got {describe(value)}; class numbers are the labels")
+        raise TypeError(f"{name}: expected {expected}, got {describe(value)}. Class numbers are the labels.")
     if value.ndim == len(shape) and value.shape[1] == 1 and shape[1] == 2:
         value = torch.cat([1 - value, value], 1)
     if value.shape != shape:
@@ -244,12 +246,12 @@ def together(first_name: str, first: Tensor, name: str, value: Tensor, *, batch:
     """Check that two arguments are on one device and, with ``batch``, that they have the same batch size."""
     if first.device != value.device:
         raise ValueError(
-            f"{name}: expected a tensor on {first.device}, where {first_name} is, got {describe(value)}; move it there"
+            f"{name}: expected a tensor on {first.device}, where {first_name} is, got {describe(value)}. Move it there."
         )
     if batch and first.shape[0] != value.shape[0]:
         raise ValueError(
-            f"{name}: expected batch size {first.shape[0]}, that of {first_name}, got {describe(value)}; "
-            "pass maps of the same images"
+            f"{name}: expected batch size {first.shape[0]}, that of {first_name}, got {describe(value)}. "
+            "Pass maps of the same images."
         )
 
 
@@ -276,8 +278,8 @@ def several_classes(value) -> None:
     num_classes(value)
     if value == 1:
         raise ValueError(
-            "num_classes: expected at least 2, got 1; a single class has nothing to be contrasted with. For a network "
-            "with one output channel set num_classes=2: class 1 is where its logits (B, 1, H, W) are positive"
+            "num_classes: expected at least 2, got 1. A single class has nothing to be contrasted with. For a network "
+            "with one output channel set num_classes=2: class 1 is where its logits (B, 1, H, W) are positive."
         )
 
 
@@ -327,7 +329,7 @@ def seed(value, device: torch.device | None) -> None:
             raise TypeError(f"seed: expected an int or an int64 tensor of one element, got {describe(value)}")
         if value.device != device:
             raise ValueError(
-                f"seed: expected a tensor on {device}, where the maps are, got {describe(value)}; move it there"
+                f"seed: expected a tensor on {device}, where the maps are, got {describe(value)}. Move it there."
             )
         return
     integer("seed", value, low=-(2**63), high=2**63 - 1)

@@ -145,31 +145,31 @@ class Options:
         if self.base_sampler is not None and (not callable(self.base_sampler) or self.base_rate > 0):
             raise ValueError(
                 f"base_sampler: expected a callable, such as a ck.Sampler, together with base_rate=0, "
-                f"got {checks.describe(self.base_sampler)} and base_rate={self.base_rate}; set only one of them"
+                f"got {checks.describe(self.base_sampler)} and base_rate={self.base_rate}. Set only one of them."
             )
         if self.base_sampler is None and self.base_rate == 0 and (self.negatives == "none" or self.ratio == 0):
             raise ValueError(
                 f"negatives: expected some source of negatives, got negatives={self.negatives!r}, ratio={self.ratio} "
-                "and base_rate=0; set base_rate above 0, or choose 'bane' or 'semi-hard' with a ratio above 0"
+                "and base_rate=0. Set base_rate above 0, or choose 'bane' or 'semi-hard' with a ratio above 0."
             )
 
 
 def check_layers(features, layer_weights: Sequence[float] | None = None) -> None:
     """Check the feature maps: one for each weight, of one dtype and D, from high to low resolution."""
     if not isinstance(features, Sequence) or len(features) == 0:
-        hint = "pass [x] for one map, list(features.values()) for a dict"
+        hint = "Pass [x] for one map, list(features.values()) for a dict"
         if callable(features):  # the tap or its method was passed instead of the list that it returns
-            hint = "call it, as in tap.features()"
+            hint = "Call it, as in tap.features()"
         raise TypeError(
             "features: expected a list of feature maps (B, D, h, w), one a layer, "
-            f"got {checks.describe(features)}; {hint}"
+            f"got {checks.describe(features)}. {hint}."
         )
     for i, x in enumerate(features):
         checks.feature_map(f"features[{i}]", x)
     if layer_weights is not None and len(features) != len(layer_weights):
         raise ValueError(
             f"layer_weights: expected {len(features)} weights, one for each layer in features, "
-            f"got {len(layer_weights)}; set layer_weights, such as (1.0, 0.7, 0.4) for three layers"
+            f"got {len(layer_weights)}. Set layer_weights, such as (1.0, 0.7, 0.4) for three layers."
         )
     first = features[0]
     for i, x in enumerate(features):
@@ -178,18 +178,18 @@ def check_layers(features, layer_weights: Sequence[float] | None = None) -> None
         if x.shape[1] != first.shape[1] or x.dtype != first.dtype:
             raise ValueError(
                 f"{name}: expected {first.shape[1]} channels of {checks.name_of(first.dtype)}, as features[0] has, "
-                f"got {checks.describe(x)}; project all layers to one size and dtype"
+                f"got {checks.describe(x)}. Project all layers to one size and dtype."
             )
         before = tuple(features[max(i - 1, 0)].shape[2:])
         if x.ndim != first.ndim:
             raise ValueError(
                 f"{name}: expected a layer with {first.ndim - 2} spatial axes, as features[0] has, "
-                f"got {checks.describe(x)}; pass maps or volumes, not both"
+                f"got {checks.describe(x)}. Pass maps or volumes, not both."
             )
         if any(side > above for side, above in zip(x.shape[2:], before)):
             raise ValueError(
-                f"{name}: expected at most the size {before} of the layer before, got {tuple(x.shape[2:])}; "
-                "list the layers from high to low resolution"
+                f"{name}: expected at most the size {before} of the layer before, got {tuple(x.shape[2:])}. "
+                "List the layers from high to low resolution."
             )
 
 

@@ -90,11 +90,11 @@ def distance_transform(
     checks.tensor("mask", mask, "a mask (..., H, W)")
     checks.integer("spatial_dims", spatial_dims, low=1, high=3)
     if mask.is_complex():
-        raise TypeError(f"mask: expected a real dtype, got {checks.describe(mask)}; pass mask != 0")
+        raise TypeError(f"mask: expected a real dtype, got {checks.describe(mask)}. Pass mask != 0.")
     if mask.ndim < spatial_dims:
         raise ValueError(
-            f"mask: expected at least {spatial_dims} axes (spatial_dims), got {checks.describe(mask)}; "
-            "lower spatial_dims"
+            f"mask: expected at least {spatial_dims} axes (spatial_dims), got {checks.describe(mask)}. "
+            "Lower spatial_dims."
         )
     checks.sides("mask", mask, spatial_dims)
     sampling = check_sampling(sampling, spatial_dims)
@@ -141,9 +141,9 @@ def edge_distance(
     expected = "integers (B, H, W) or (B, Z, H, W)"
     checks.tensor("classes", classes, expected)
     if classes.dtype not in _INTEGERS:
-        raise TypeError(f"classes: expected {expected}, got {checks.describe(classes)}; call .long()")
+        raise TypeError(f"classes: expected {expected}, got {checks.describe(classes)}. Call .long().")
     if classes.ndim not in (3, 4):
-        hint = "; add the batch axis, classes[None]" if classes.ndim == 2 else ""
+        hint = ". Add the batch axis, classes[None]." if classes.ndim == 2 else ""
         raise ValueError(f"classes: expected {expected}, got {checks.describe(classes)}{hint}")
     of_volume = isinstance(sampling, tuple | list) and len(sampling) == 3
     if classes.ndim == 4 and classes.shape[1] == 1 and not of_volume:

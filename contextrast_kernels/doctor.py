@@ -37,7 +37,7 @@ def main(arguments: list[str]) -> int:
     print("\nself-check")
     failures = sum(not _run(name, check) for name, check in _checks())
     print(
-        "\nall checks passed" if not failures else f"\n{failures} checks failed; please file an issue with this output"
+        "\nall checks passed" if not failures else f"\n{failures} checks failed. Please file an issue with this output."
     )
     return 1 if failures else 0
 
@@ -52,7 +52,7 @@ def _version(package: str) -> str:
 def _devices() -> list[str]:
     lines = [f"CPU: {torch.get_num_threads()} threads"]
     if torch.backends.mps.is_available():
-        lines.append(f"MPS: not used; {checks.WITHOUT_FLOAT64}")
+        lines.append(f"MPS: not used. {checks.WITHOUT_FLOAT64}")
     if not torch.cuda.is_available():
         built = f"ROCm {torch.version.hip}" if torch.version.hip else f"CUDA {torch.version.cuda}"
         if not (torch.version.hip or torch.version.cuda):

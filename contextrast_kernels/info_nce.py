@@ -79,10 +79,10 @@ def info_nce(
     itself = columns is None
     if columns is None:
         if column_labels is not None:
-            raise ValueError("column_labels: expected None without columns, got labels; pass both or neither")
+            raise ValueError("column_labels: expected None without columns, got labels. Pass both or neither.")
     else:
         if column_labels is None:
-            raise ValueError("column_labels: expected labels (C,) of the columns, got None; pass both or neither")
+            raise ValueError("column_labels: expected labels (C,) of the columns, got None. Pass both or neither.")
         column_labels = check_rows("columns", columns, "column_labels", column_labels)
         checks.together("rows", rows, "columns", columns, batch=False)
         if columns.shape[1] != rows.shape[1] or columns.dtype != rows.dtype:
@@ -189,7 +189,7 @@ def check_rows(name: str, rows: Tensor, labels_name: str, labels: Tensor) -> Ten
 
 
 def _check_integers(name: str, value: Tensor, rows_name: str, rows: Tensor) -> Tensor:
-    _check_vector(name, value, "integer labels", checks.is_integer, rows_name, rows, "; call .long()")
+    _check_vector(name, value, "integer labels", checks.is_integer, rows_name, rows, ". Call .long().")
     return checks.signed(value)
 
 

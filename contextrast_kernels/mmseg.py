@@ -58,8 +58,8 @@ def ContextrastHead(  # a type's name in a config
     base = MODELS.get(kind) if isinstance(kind, str) else kind
     if not isinstance(base, type) or getattr(base, "loss", None) is not BaseDecodeHead.loss:
         raise TypeError(
-            f"head: expected a decode head that computes its loss as BaseDecodeHead does, got {kind!r}; "
-            "use one such as FCNHead, ASPPHead, UPerHead or SegformerHead"
+            f"head: expected a decode head that computes its loss as BaseDecodeHead does, got {kind!r}. "
+            "Use one such as FCNHead, ASPPHead, UPerHead or SegformerHead."
         )
     built = type(f"Contextrast{base.__name__}", (_WithContrast, base), {})(**settings)
     built.add_contrast(in_channels, range(len(in_channels)) if in_index is None else in_index, weight, dim, contrast)

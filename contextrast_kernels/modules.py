@@ -145,7 +145,7 @@ class ContextrastLoss(nn.Module):
             if broken.any():
                 raise ValueError(
                     f"features[{i}]: expected finite values at every valid pixel, got NaN or inf at "
-                    f"{int(broken.sum())} of {int(valid.sum())} pixels; look for an overflow before the loss"
+                    f"{int(broken.sum())} of {int(valid.sum())} pixels. Look for an overflow before the loss."
                 )
 
     def extra_repr(self) -> str:

@@ -216,8 +216,8 @@ def _device(**tensors: Tensor) -> torch.device:
     for name, other in others:
         if other.device != tensor.device:
             raise ValueError(
-                f"{name}: expected a tensor on {tensor.device}, where {first} is, got one on {other.device}; "
-                "move it there"
+                f"{name}: expected a tensor on {tensor.device}, where {first} is, got one on {other.device}. "
+                "Move it there."
             )
     return tensor.device
 

@@ -34,8 +34,8 @@ def _resolved(name: str):
         except (KeyError, RuntimeError, ValueError):
             pass
     raise RuntimeError(
-        f"group: expected an existing process group, got {name!r}, which torch.distributed does not know (any more); "
-        "call torch.distributed.init_process_group before you make the loss"
+        f"group: expected an existing process group, got {name!r}, which torch.distributed does not know (any more). "
+        "Call torch.distributed.init_process_group before you make the loss."
     )
 
 
@@ -82,7 +82,7 @@ def agree(name: str, kind: str, facts: str | None = None) -> None:
         store.delete_key(keys[group.rank()])  # ranks that come later then wait here too, not in a reduction
         raise RuntimeError(
             f"group: expected all {len(ranks)} ranks to call the loss with {facts}, as rank {group.rank()} did, but "
-            "some did not; call it on all ranks, with the same options, backend and kind of features"
+            "some did not. Call it on all ranks, with the same options, backend and kind of features."
         ) from error
     known.exchanges += 1
     first, *others = (store.get(each).decode() for each in keys)
@@ -94,8 +94,8 @@ def agree(name: str, kind: str, facts: str | None = None) -> None:
             pairs = [pair for pair in zip(first.split("; "), given.split("; ")) if pair[0] != pair[1]]
             expected, got = map(", ".join, zip(*pairs))
             raise ValueError(
-                f"group: expected the same on all ranks, got {expected} on rank 0 and {got} on rank {rank}; "
-                "use the same options, backend and kind of features on all ranks"
+                f"group: expected the same on all ranks, got {expected} on rank 0 and {got} on rank {rank}. "
+                "Use the same options, backend and kind of features on all ranks."
             )
     known.kinds.add(kind)
 

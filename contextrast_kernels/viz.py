@@ -100,8 +100,8 @@ def negatives(
     checks.tensor("predictions", predictions, "the class map (H', W') or the logits (N, H', W') of one image")
     if labels.ndim != 2:
         raise ValueError(
-            f"labels: expected the map (H, W) of one image, got {checks.describe(labels)}; "
-            "pass one image, labels[i], or one plane of a volume, labels[i, z]"
+            f"labels: expected the map (H, W) of one image, got {checks.describe(labels)}. "
+            "Pass one image, labels[i], or one plane of a volume, labels[i, z]."
         )
     labels = checks.class_map("labels", labels.detach().cpu()[None])
     predictions = checks.predictions("predictions", predictions.detach().cpu()[None], num_classes)
@@ -357,7 +357,7 @@ def similarity_curve(results: dict[str, Tensor]) -> Figure:
         raise ValueError(f"results: expected the result of metrics.AnchorSimilarity.compute(), got {got}")
     layers = len(results["pixels"])
     if layers == 0:
-        raise ValueError("results: expected results of at least one batch, got none; call update() first")
+        raise ValueError("results: expected results of at least one batch, got none. Call update() first.")
     occupied = results["pixels"].sum(0).nonzero().flatten().tolist()
     shown = slice(0, 1 + max(occupied, default=0))
     distance = results["distance"][shown].tolist()

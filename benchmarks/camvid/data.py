@@ -37,7 +37,7 @@ def frames(root: pathlib.Path, split: str, size: tuple[int, int]) -> tuple[Tenso
         if label.ndim != 2 or image.shape[1:] != label.shape or label.max() > len(CLASSES):
             raise DataError(
                 f"{label_path}: expected one byte a pixel, 0..{len(CLASSES)}, and {tuple(image.shape[1:])} pixels as "
-                f"in {path.name}; got {tuple(label.shape)} and values up to {int(label.max())}. Is it SegNet's CamVid?"
+                f"in {path.name}, got {tuple(label.shape)} and values up to {int(label.max())}. Is it SegNet's CamVid?"
             )
         label = label[torch.arange(size[0])[:, None] * H // size[0], torch.arange(size[1]) * W // size[1]]
         labels.append(torch.where(label == len(CLASSES), VOID, label).to(torch.uint8))

@@ -100,18 +100,18 @@ def _check_model(model) -> None:
     # FSDP is recognised by the name of the module's class or of one of its bases, because importing it takes a second.
     sharded = any(c.__name__ in _FSDP for module in model.modules() for c in type(module).__mro__)
     if sharded or isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
-        raise RuntimeError(f"model: expected the plain model, got {kind}; attach first, then wrap or shard it")
+        raise RuntimeError(f"model: expected the plain model, got {kind}. Attach first, then wrap or shard it.")
     for name, module in model.named_modules():
         if type(module).__name__ == "OptimizedModule" or module._compiled_call_impl is not None:
             raise RuntimeError(
                 "model: expected a model before torch.compile, which ignores hooks that are added later, got "
-                f"{name or 'the model itself'!r} compiled; attach first, then compile the model or its parts"
+                f"{name or 'the model itself'!r} compiled. Attach first, then compile the model or its parts."
             )
         if isinstance(module, FeatureTap):
             raise RuntimeError(
-                f"model: expected a model without a tap, got one attached at {name!r}; use that tap or detach() it"
+                f"model: expected a model without a tap, got one attached at {name!r}. Use that tap or detach() it."
             )
     if hasattr(model, NAME):
         raise RuntimeError(
-            f"model: expected no attribute {NAME!r}, because the tap is registered under this name; rename it"
+            f"model: expected no attribute {NAME!r}, because the tap is registered under this name. Rename it."
         )

@@ -66,10 +66,10 @@ def find_stages(calls: list[Call], graph: Graph | None, reason: str) -> tuple[li
         known = [layer.name for layer in sorted(maps, key=lambda layer: layer.name.count("."))]
         names = error.names or _before_the_coarsest(maps)
         remedy = (
-            f"Name the layers yourself, as in ck.attach(model, layers={names}); "
-            f"candidates: {_listed(known, len(known))}"
+            f"Name the layers yourself, as in ck.attach(model, layers={names}). "
+            f"Candidates: {_listed(known, len(known))}"
             if known
-            else "No module gives a feature map of the image; attach to a model that does"
+            else "No module gives a feature map of the image. Attach to a model that does"
         )
         raise ValueError(f'layers: "auto" found no encoder: {error}. {remedy}.') from None
 
@@ -101,8 +101,8 @@ def look_up(names: Sequence[str], calls: list[Call]) -> list[Layer]:
         if name not in known:
             close = difflib.get_close_matches(name, known, n=_MAX_NAMES, cutoff=0.0)
             raise ValueError(
-                f"layers: expected names of modules that gave a feature map in the example's forward, got {name!r}; "
-                f"known, closest first: {_listed(close, len(known))}"
+                f"layers: expected names of modules that gave a feature map in the example's forward, got {name!r}. "
+                f"Known, closest first: {_listed(close, len(known))}."
             )
         chosen += known[name]
     return list(dict.fromkeys(chosen))

@@ -141,7 +141,7 @@ class FeatureTap(nn.Module):
         widths = [max(map(len, column)) for column in zip(*rows)]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
         if self.doubt:
-            lines.append(f"{self.doubt}; to choose others: ck.attach(model, layers=[...])")
+            lines.append(f"{self.doubt}. To choose others: ck.attach(model, layers=[...]).")
         if len(self.layers) != len(_WEIGHTS):
             weights = (*_WEIGHTS, *(_WEIGHTS[-1],) * len(rows))[: len(self.layers)]
             lines.append(f"{len(self.layers)} layers: give the loss as many layer_weights, such as {weights}")
@@ -249,8 +249,8 @@ def split_heads(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], di
     for name, value in state_dict.items():
         if isinstance(value, Mapping) and any(f".{NAME}." in f".{inner}" for inner in value):
             raise ValueError(
-                f"state_dict: expected a mapping of names to tensors, got a checkpoint that holds one; "
-                f"pass checkpoint[{name!r}]"
+                f"state_dict: expected a mapping of names to tensors, got a checkpoint that holds one. "
+                f"Pass checkpoint[{name!r}]."
             )
     names = {name: name.replace("_orig_mod.", "") for name in state_dict}
     wrapped = all(name.startswith("module.") for name in names.values())

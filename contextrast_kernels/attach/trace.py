@@ -286,7 +286,7 @@ def watch(model: nn.Module, example, own_example: bool) -> tuple[list[Call], Gra
     if image is None:
         raise ValueError(
             "example_input: expected an image (B, C, H, W) or a volume (B, C, D, H, W), of floats or uint8, among the "
-            f"model's arguments, got {checks.describe(example)}; pass one"
+            f"model's arguments, got {checks.describe(example)}. Pass one."
         )
     try:
         return *_run(model, args, kwargs, image, record=True), ""
@@ -297,8 +297,8 @@ def watch(model: nn.Module, example, own_example: bool) -> tuple[list[Call], Gra
     except Exception as error:
         what = f"one black image {tuple(example.shape)}" if own_example else checks.describe(example)
         raise RuntimeError(
-            f"example_input: the model cannot run on {what} ({_reason(error)}); "
-            "pass an example_input that it accepts: a tensor, a tuple of arguments or a dict of keywords"
+            f"example_input: the model cannot run on {what} ({_reason(error)}). "
+            "Pass an example_input that it accepts: a tensor, a tuple of arguments or a dict of keywords."
         ) from error
 
 

@@ -377,7 +377,7 @@ def write(
             pictures.draw(fresh, runs, network, heads, data)
             outcome = f"Wrote {', '.join(sorted(path.name for path in fresh.iterdir()))} to {folder}."
         except ImportError as error:
-            outcome = f"Wrote metrics.json to {folder}; drew nothing, because the pictures need matplotlib ({error})."
+            outcome = f"Wrote metrics.json to {folder}. Drew nothing, because the pictures need matplotlib ({error})."
         if folder.exists():
             folder.rename(scratch / "old")
         fresh.rename(folder)

@@ -78,8 +78,8 @@ class Metric(ABC):
             if len(shape) != value.ndim or any(n not in (None, m) for n, m in zip(shape, value.shape)):
                 sizes = str(shape).replace("None", "any")
                 raise ValueError(
-                    f"state: expected {name} of shape {sizes}, got {checks.describe(value)}; "
-                    "load what was saved with the same options"
+                    f"state: expected {name} of shape {sizes}, got {checks.describe(value)}. "
+                    "Load what was saved with the same options."
                 )
         self._state = {name: value.clone() for name, value in state.items()}
 
@@ -117,7 +117,7 @@ class Metric(ABC):
                 if value.shape != seen[name].shape:
                     raise ValueError(
                         f"{type(self).__name__}: expected batches of one kind, got {name} of shape "
-                        f"{tuple(value.shape)} after {tuple(seen[name].shape)}; keep the number of channels and layers"
+                        f"{tuple(value.shape)} after {tuple(seen[name].shape)}. Keep the number of channels and layers."
                     )
             counts = self._combine(seen, counts)
         self._state = counts
@@ -137,7 +137,7 @@ class Metric(ABC):
             return self._state or self._blank(nothing, "cpu")
         group = None if isinstance(self._group, str) else self._group
         if dist.get_rank(group) < 0:
-            raise ValueError("group: expected a process group with this rank in it; call compute() on its ranks only")
+            raise ValueError("group: expected a process group with this rank in it. Call compute() on its ranks only.")
         # The ranks must use the same kind of device, also those that have not seen a batch.
         device = torch.device("cuda" if "nccl" in str(dist.get_backend_config(group)) else "cpu")
         home = next((value.device for value in self._state.values()), device)
@@ -149,7 +149,7 @@ class Metric(ABC):
         if others:
             raise ValueError(
                 f"{type(self).__name__}: expected the same metric and options on every rank, got others on the ranks "
-                f"{others} than on rank 0, and {kind} on this rank; make the metrics with the same arguments"
+                f"{others} than on rank 0, and {kind} on this rank. Make the metrics with the same arguments."
             )
         shapes = {name: tuple(value.shape) for name, value in self._state.items()} or nothing
         sizes = [n for name in self._layout for n in shapes[name]]
@@ -159,7 +159,7 @@ class Metric(ABC):
         if len(known) > 1:
             raise ValueError(
                 f"{type(self).__name__}: expected the same channels and layers on every rank, got counts of the sizes "
-                f"{sorted(known)}; pass features with the same channels and layers on all ranks"
+                f"{sorted(known)}. Pass features with the same channels and layers on all ranks."
             )
         if not known:
             return self._blank(nothing, "cpu")

@@ -48,7 +48,9 @@ class MemoryBank(nn.Module):
         checks.integer("pixels", pixels, low=0)
         checks.integer("regions", regions, low=0)
         if pixels + regions == 0:
-            raise ValueError("pixels: expected at least one queue, got pixels=0 and regions=0; set one of them above 0")
+            raise ValueError(
+                "pixels: expected at least one queue, got pixels=0 and regions=0. Set one of them above 0."
+            )
         self.num_classes, self.dim, self.lengths = num_classes, dim, (pixels, regions)
         self.group = ranks.name_of(group)
         # One row more than the queues need: entries that are not kept are written there.
@@ -121,8 +123,8 @@ class MemoryBank(nn.Module):
     def check_dim(self, name: str, embeddings: Tensor) -> None:
         if embeddings.shape[1] != self.dim:
             raise ValueError(
-                f"{name}: expected {self.dim} channels, as the memory bank has, got {checks.describe(embeddings)}; "
-                "make the bank with dim = the channels of the features"
+                f"{name}: expected {self.dim} channels, as the memory bank has, got {checks.describe(embeddings)}. "
+                "Make the bank with dim = the channels of the features."
             )
 
     def follow(self, device: torch.device) -> None:

@@ -65,7 +65,7 @@ class RegionContrastLoss(RelativeLoss):
         super().__init__(num_classes, ignore_index, temperature, normalize)
         check_bank(bank, num_classes)
         if bank.lengths[1] == 0:
-            raise ValueError("bank: expected a MemoryBank with a queue of regions, got regions=0; set regions above 0")
+            raise ValueError("bank: expected a MemoryBank with a queue of regions, got regions=0. Set regions above 0.")
         checks.choice("regions", regions, REGIONS)
         checks.integer("layer", layer)
         self.bank, self.regions, self.layer = bank, regions, layer

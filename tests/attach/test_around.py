@@ -144,7 +144,7 @@ def test_a_state_without_heads_is_split_into_itself_and_nothing():
 def test_what_is_not_a_state_is_refused():
     with pytest.raises(TypeError, match=r"^state_dict: expected a mapping of names to tensors, got Net"):
         ck.split_heads(Net())
-    with pytest.raises(ValueError, match=r"got a checkpoint that holds one; pass checkpoint\['model'\]"):
+    with pytest.raises(ValueError, match=r"got a checkpoint that holds one\. Pass checkpoint\['model'\]\."):
         ck.split_heads({"epoch": 3, "model": attached()[0].state_dict()})
 
 

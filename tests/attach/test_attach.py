@@ -116,9 +116,9 @@ def test_heads_run_in_the_precision_of_the_layers():
 
 
 def test_unknown_layers_list_the_known_ones_closest_first():
-    with pytest.raises(ValueError, match=r"^layers: .* got 'stages.7'; known, closest first: 'stages.\d'"):
+    with pytest.raises(ValueError, match=r"^layers: .* got 'stages.7'\. Known, closest first: 'stages.\d'"):
         attached(layers=["stages.0", "stages.7"])
-    with pytest.raises(ValueError, match=r"got 'stages'; known, closest first"):
+    with pytest.raises(ValueError, match=r"got 'stages'\. Known, closest first"):
         attached(layers=["stages"])  # a ModuleList is never called
     with pytest.raises(ValueError, match=r"'stem'"):
         attached(layers=["STEM"])
@@ -149,11 +149,11 @@ def test_fewer_than_two_stages_are_an_error():
             RuntimeError,
             r"^example_input: the model cannot run on float32 of shape \(1, 3, 8, 8, 8\)",
         ),
-        (lambda: ck.attach(nn.Identity()), ValueError, r"No module gives a feature map of the image; attach to"),
+        (lambda: ck.attach(nn.Identity()), ValueError, r"No module gives a feature map of the image\. Attach to"),
         (
             lambda: ck.attach(Net(), example_input=torch.zeros(1, 5, 64, 64)),
             RuntimeError,
-            r"^example_input: the model cannot run on float32 of shape \(1, 5, 64, 64\).*RuntimeError.*; pass an",
+            r"^example_input: the model cannot run on float32 of shape \(1, 5, 64, 64\).*RuntimeError.*\. Pass an",
         ),
         (
             lambda: ck.attach(nn.Sequential(nn.Flatten(), nn.Linear(7, 2))),
@@ -185,7 +185,7 @@ def test_a_model_that_cannot_run_is_not_changed():
         attached(model, example_input=torch.zeros(1, 5, 64, 64))
     assert model.training and not any(m._forward_hooks for m in model.modules())
     model.contextrast_heads = None
-    with pytest.raises(RuntimeError, match="rename it"):
+    with pytest.raises(RuntimeError, match=r"Rename it\."):
         attached(model)
 
 

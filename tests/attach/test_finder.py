@@ -94,9 +94,9 @@ class Listing(Net):
 def test_dict_outputs_with_mixed_meanings_are_not_stages():
     assert found(Queries(Listing())) == {f"inner[{i}]": (c, 4 << i) for i, c in enumerate(WIDTHS)}
     plain = nn.Sequential(nn.Conv2d(3, WIDTHS[0], 8, 8), nn.Conv2d(WIDTHS[0], WIDTHS[0], 1))
-    with pytest.raises(ValueError, match=r'"auto" found no encoder: .*candidates: .*inner.0.0'):
+    with pytest.raises(ValueError, match=r'"auto" found no encoder: .*\. Candidates: .*inner.0.0'):
         found(Queries(nn.Sequential(plain, Shaped(lambda x: [x, x]))))
-    with pytest.raises(ValueError, match=r'"auto" found no encoder: .*candidates: .0'):
+    with pytest.raises(ValueError, match=r'"auto" found no encoder: .*\. Candidates: .0'):
         found(nn.Sequential(plain, Shaped(lambda x: {"out": x, "aux": x[:, :, ::2, ::2]})))
 
 

@@ -149,7 +149,7 @@ def test_attaching_after_compile_is_refused():
         attached(in_place)
     parts = Net()
     parts.stages[1].compile(backend="aot_eager")
-    with pytest.raises(RuntimeError, match=r"before torch\.compile.* got 'stages\.1' compiled; .* or its parts"):
+    with pytest.raises(RuntimeError, match=r"before torch\.compile.* got 'stages\.1' compiled\. .* or its parts"):
         attached(parts)
     parts = Net()
     parts.stages[2] = torch.compile(parts.stages[2], backend="aot_eager")
@@ -297,7 +297,9 @@ def test_sharded_models(one_rank):
     with pytest.raises(RuntimeError, match=r"expected whole projection heads.*fully_shard\(head\) for each head"):
         model.contextrast_heads.features()
     for late in (fully_shard(Net(), mesh=mesh), nn.Sequential(fully_shard(Net(), mesh=mesh))):
-        with pytest.raises(RuntimeError, match=r"^model: expected the plain model, got (FSDPNet|Sequential); .* shard"):
+        with pytest.raises(
+            RuntimeError, match=r"^model: expected the plain model, got (FSDPNet|Sequential)\. .* shard"
+        ):
             attached(late)
 
 

@@ -19,17 +19,17 @@ def test_encoder_stages_are_found_or_refused(name):
     model = build()
     example = torch.zeros(1, 3, 128, 128)
     if expected is None:
-        with pytest.raises(ValueError, match=r"as in ck\.attach\(model, layers=\[.*; candidates: '") as error:
+        with pytest.raises(ValueError, match=r"as in ck\.attach\(model, layers=\[.*\. Candidates: '") as error:
             attached(model, example_input=example)
         assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
-        proposed = ast.literal_eval(re.search(r"layers=(\[.*?\])\);", str(error.value))[1])
+        proposed = ast.literal_eval(re.search(r"layers=(\[.*?\])\)\.", str(error.value))[1])
         _, tap = attached(model, example_input=example, layers=proposed)
         assert [layer.name for layer in tap.layers] == proposed
         return
     _, tap = attached(model, example_input=example)
     assert {layer.name: (layer.channels, layer.stride) for layer in tap.layers} == expected
     if name in DOUBTS:
-        assert re.search(rf"^likely, not certain: .*{DOUBTS[name]}.*; to choose others: ck\.attach", tap.table(), re.M)
+        assert re.search(rf"^likely, not certain: .*{DOUBTS[name]}.*\. To choose others: ck\.attach", tap.table(), re.M)
     else:
         assert tap.doubt == "" and "likely" not in tap.table()
     model(torch.randn(2, 3, 128, 128))

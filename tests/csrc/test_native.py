@@ -163,7 +163,7 @@ def test_tensors_on_two_devices_are_refused_before_anything_reads_them():
         (native.bane_codes, (here, here, 4, [2, 2], 0.5, "bane", "layer", 255, seed(0).to("meta")), "seed"),
     ):
         with pytest.raises(
-            ValueError, match=f"{name}: expected a tensor on cpu, where .* is, got one on meta; move it"
+            ValueError, match=rf"{name}: expected a tensor on cpu, where .* is, got one on meta\. Move it"
         ):
             op._init_fn(*arguments)  # the CPU's and CUDA's part of the op: with a meta tensor the dispatcher stays out
 

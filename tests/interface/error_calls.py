@@ -83,7 +83,7 @@ def swapped(i, x):
 
 
 def assert_one_sentence(call, exception, argument, quoted):
-    """The sentence starts with the argument's name, quotes what was passed, and is one short line."""
+    """The message starts with the argument's name, quotes what was passed, and is one short line."""
     with pytest.raises(exception, match=f"^{argument}.*{quoted}") as caught:
         call()
     sentence = str(caught.value)

@@ -156,7 +156,7 @@ def test_every_rank_raises_if_options_differ(seen):
     assert first == second
     of_layers = "{} channels in {} layers of {}".format
     assert {
-        what: re.search("got (.*) on rank 0 and (.*) on rank 1; use", said).groups()
+        what: re.search(r"got (.*) on rank 0 and (.*) on rank 1\. Use", said).groups()
         for what, said in first.items()
         if what != "after all"
     } == {
