@@ -174,9 +174,9 @@ def layers(rows: Sequence[Result]) -> str:
         lines.append([stride, *(number(of_layer[name] * unit, form) for name, (_, unit, form) in LAYERS.items())])
     arm = watched(rows)[0].arm if means else ""
     told = (
-        f"\n\nThe table is of `{arm}` and holds means over the last fifth of the iterations; the picture shows each "
-        "fifth. The gradients are those of the same batch at the output of each encoder stage; that of the loss "
-        "includes its weight α."
+        f"\n\nThe table is for `{arm}` and holds means over the last fifth of the iterations. The picture shows each "
+        "fifth. The gradients are taken on the same batch, at the output of each encoder stage. The gradient of the "
+        "loss includes its weight α."
     )
     return table(["layer", *(title for title, *_ in LAYERS.values())], lines) + (told if means else "")
 
@@ -190,10 +190,10 @@ def seen(rows: Sequence[Result]) -> str:
     ratio, cosine = means["ratio"][-1][-1], means["cosine"][-1][-1]
     return (
         f"In the last fifth of the training {edge[1][0]} of the error pixels at stride 4 and {edge[1][1]} at stride 32 "
-        f"are at distance 0 ({edge[0][0]} and {edge[0][1]} in the first fifth). Among pixels at the same distance BANE "
-        f"chooses by its hash. Where nearly all are at distance 0, its choice is almost the semi-hard one. Over all "
+        f"are at distance 0 ({edge[0][0]} and {edge[0][1]} in the first fifth). BANE breaks ties by a hash, so where "
+        f"nearly all are at distance 0, its choice is almost the same as the semi-hard one. Over all "
         f"parameters of the encoder the gradient of the weighted loss has {100 * ratio:.1f} % of the norm of the "
-        f"cross-entropy's, and the cosine of the two is {cosine:+.3f}."
+        f"cross-entropy's gradient, and the cosine of the two is {cosine:+.3f}."
     )
 
 

@@ -94,7 +94,7 @@ def l1_share(launcher: Launcher) -> int:
 EXPLAINED = "\n".join(
     (
         "`python -m tests.compiled.counts` executes the PTX of the kernels on a CPU, on one image, and counts what "
-        "they execute and move. The image has half the height and width, but for CamVid's, which is small. "
+        "they execute and move. The image has half the case's height and width, except for CamVid's small images. "
         "No figure here is a time. A bound is the time that a resource needs at its peak rate if it never waits; a "
         "device may take much longer. F is the size of the features.",
         "",
@@ -104,15 +104,15 @@ EXPLAINED = "\n".join(
         'wavefront moves 128 bytes, and each bank conflict needs one more; without conflicts "wavefronts an ideal '
         'one" is 1. The operands that wgmma reads are included.',
         "* *L2*: sectors of 32 bytes that pass the L1 cache / 5.5 TB/s. A block has its share of the 256 KiB that "
-        "shared memory leaves, and the cache is empty at first. Stores and atomics always pass. Of an A100 it is "
-        "192 KiB and 4.4 TB/s, the share of its peak that Hopper's L2 cache reaches: an estimate.",
+        "shared memory leaves, and the cache is empty at first. Stores and atomics always pass. For an A100 they "
+        "are 192 KiB and, estimated with Hopper's share of the peak, 4.4 TB/s.",
         "* *memory*: sectors that pass the L2 cache / 85 % of the memory's rate. The cache holds everything that "
         "one launch touches and nothing of the launch before.",
         "* *tensor*: products / the dense peak rate of their type.",
         "",
         "An H100 SXM and an H200 have 132 multiprocessors at 1.755 GHz, 3.35 and 4.8 TB/s of memory bandwidth, "
-        "and 989 TFLOP/s in 16 bits, 494 in TF32 and 67 in float64; an A100 SXM of 80 GB has 108 at 1.41 GHz, "
-        "2.04 TB/s, 312, 156 and 19.5 TFLOP/s. The kernels run one after the other, so the "
+        "and 989 TFLOP/s in 16 bits, 494 in TF32 and 67 in float64. An A100 SXM of 80 GB has 108 at 1.41 GHz, "
+        "2.04 TB/s, and 312, 156 and 19.5 TFLOP/s. The kernels run one after the other, so the "
         "sum of each kernel's largest bound is a bound too. Counts of kernels whose grid depends on the number of "
         "pixels are scaled to the full image; the smaller image has more padding. The floor is 4 F: three reads "
         "of the features and one write.",
