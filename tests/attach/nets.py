@@ -64,7 +64,7 @@ def found(model, **options):
 
 
 class Wrapped(nn.Module):
-    """A network whose encoder returns ``shape`` of its maps. The logits come from the first usable map."""
+    """A network whose encoder returns ``shape(image, maps)``. The logits come from the first map."""
 
     def __init__(self, shape, net=None):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Standard output, failures while attaching, scripting, checkpoints and volumes."""
+"""``attach`` with unusable standard output, failures, scripting, checkpoints and volumes."""
 
 import io
 import sys
@@ -98,7 +98,7 @@ def test_scripting_an_attached_model_raises_a_clear_error():
 
 
 class Holder(nn.Module):
-    """As a LightningModule, it has the model as an attribute."""
+    """A module with the model as an attribute, like a LightningModule."""
 
     def __init__(self, net):
         super().__init__()
@@ -117,7 +117,7 @@ WRAPPERS = {
 
 
 @pytest.mark.parametrize("name", WRAPPERS)
-def test_a_checkpoint_of_a_training_loads_into_the_plain_model(name):
+def test_a_training_checkpoint_loads_into_the_plain_model(name):
     model, tap = attached()
     step(model, tap)
     state, heads = ck.split_heads(WRAPPERS[name](model).state_dict())
@@ -130,7 +130,7 @@ def test_a_checkpoint_of_a_training_loads_into_the_plain_model(name):
         assert torch.equal(other.state_dict()[name], value)
 
 
-def test_a_compiled_part_loads_into_the_plain_model():
+def test_a_checkpoint_with_a_compiled_part_loads_into_the_plain_model():
     model, _ = attached()
     model.stages[1] = torch.compile(model.stages[1])
     Net().load_state_dict(ck.split_heads(model.state_dict())[0])
@@ -141,7 +141,7 @@ def test_a_state_without_heads_is_split_into_itself_and_nothing():
     assert ck.split_heads(state) == (dict(state), {})
 
 
-def test_what_is_not_a_state_is_refused():
+def test_split_heads_refuses_what_is_not_a_state_dict():
     with pytest.raises(TypeError, match=r"^state_dict: expected a mapping of names to tensors, got Net"):
         ck.split_heads(Net())
     with pytest.raises(ValueError, match=r"got a checkpoint that holds one\. Pass checkpoint\['model'\]\."):
@@ -149,7 +149,7 @@ def test_what_is_not_a_state_is_refused():
 
 
 class Volumes(nn.Module):
-    """A U-Net for volumes. The first step leaves the first axis as it is, as nnU-Net plans do."""
+    """A U-Net for volumes. Its first convolution has stride 1 along the first axis, as in nnU-Net plans."""
 
     def __init__(self):
         super().__init__()
@@ -167,7 +167,7 @@ class Volumes(nn.Module):
         return self.out(x)
 
 
-def test_volumes_get_heads_for_volumes():
+def test_a_network_for_volumes_gets_heads_for_volumes():
     model, tap = attached(Volumes(), example_input=None)
     assert [(layer.name, layer.channels, layer.strides) for layer in tap.layers] == [
         ("down.1", 8, (2, 4, 4)),

@@ -1,4 +1,4 @@
-"""attach(): explicit layers, what an example may be, what the example forward leaves unchanged, and clear errors."""
+"""``attach`` takes layers by name and any example input, does not change the model, and raises clear errors."""
 
 import copy
 
@@ -59,7 +59,7 @@ def test_the_example_forward_keeps_no_graph():
 
 
 def test_attach_in_inference_mode_gives_a_model_that_trains():
-    """This holds also if the example was made in inference mode and a module returns it unchanged."""
+    """This also holds if the example was made in inference mode and a module returns it unchanged."""
     for model, example in ((Net(), None), (nn.Sequential(nn.Identity(), Listing()), IMAGES[:1])):
         with torch.inference_mode():
             _, tap = attached(model, example_input=None if example is None else example.clone())
@@ -85,7 +85,7 @@ def test_a_layer_called_twice_is_noted_in_the_table():
     assert "called" not in attached()[1].table()
 
 
-def test_a_container_that_runs_its_children_runs_as_before():
+def test_attach_does_not_change_the_output_of_a_sequential():
     model = nn.Sequential(*Net().stages[:0], nn.Conv2d(3, 8, 3, 2, 1), *Net().stages)
     expected = copy.deepcopy(model)(IMAGES)
     _, tap = attached(model)
@@ -97,7 +97,7 @@ def test_a_container_that_runs_its_children_runs_as_before():
 
 
 def test_heads_run_in_the_precision_of_the_layers():
-    """This holds also if features() is called outside the autocast region, as with accelerate."""
+    """This also holds if features() is called outside the autocast region, as with accelerate."""
     model, tap = attached()
     with torch.autocast("cpu", torch.bfloat16):
         model(IMAGES)

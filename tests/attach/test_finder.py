@@ -27,8 +27,8 @@ def test_stages_are_found_and_the_table_is_printed(capsys):
     assert lines[4].split() == ["stages.3", "32", "20", "8", "x", "10", "NCHW"]
 
 
-def test_features_are_the_heads_of_the_stages():
-    """They equal the model's own maps, projected by hand."""
+def test_features_are_the_projected_maps_of_the_stages():
+    """The features equal the model's own maps after the heads."""
     model, tap = attached()
     model(IMAGES)
     features = tap.features()
@@ -72,7 +72,7 @@ def test_a_mapping_of_named_outputs_is_read_by_its_keys():
 
 
 class Queries(nn.Module):
-    """Its output has named fields that are not stages, as Mask2Former's: masks, queries, and two maps."""
+    """A model whose output has fields that are not stages, as in Mask2Former: masks, queries and two maps."""
 
     def __init__(self, inner):
         super().__init__()
@@ -91,7 +91,7 @@ class Listing(Net):
         return self.maps(x)
 
 
-def test_dict_outputs_with_mixed_meanings_are_not_stages():
+def test_a_dict_that_holds_other_things_than_stages_is_not_a_list_of_stages():
     assert found(Queries(Listing())) == {f"inner[{i}]": (c, 4 << i) for i, c in enumerate(WIDTHS)}
     plain = nn.Sequential(nn.Conv2d(3, WIDTHS[0], 8, 8), nn.Conv2d(WIDTHS[0], WIDTHS[0], 1))
     with pytest.raises(ValueError, match=r'"auto" found no encoder: .*\. Candidates: .*inner.0.0'):
@@ -101,7 +101,7 @@ def test_dict_outputs_with_mixed_meanings_are_not_stages():
 
 
 class Shaped(nn.Module):
-    """Returns ``shape`` of its input."""
+    """A module that returns ``shape(input)``."""
 
     def __init__(self, shape):
         super().__init__()
@@ -167,7 +167,7 @@ class ChannelsLast(nn.Module):
         return self.inner(x.movedim(3, 1)).movedim(1, 3)
 
 
-def test_maps_with_as_many_channels_as_rows_are_read_as_their_neighbours():
+def test_maps_with_as_many_channels_as_rows_get_the_layout_of_their_neighbours():
     """On images of 32 × 32 the first stage gives (B, 8, 8, 8), which is a map in both layouts."""
     images = IMAGES[:1, :, :32, :32]
 
@@ -297,7 +297,7 @@ def test_the_coarsest_four_of_more_strides_are_taken():
 
 
 def test_a_stem_is_not_an_encoder():
-    """Convolutions that lead into a plain transformer."""
+    """The convolutions of the stem lead into a plain transformer."""
     stem = nn.Sequential(*(stage(a, b) for a, b in ((3, 4), (4, 6), (6, 8), (8, 8))))
     blocks = nn.Sequential(*(nn.Sequential(nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)) for _ in range(40)))
     with pytest.raises(ValueError, match=r"nine tenths of the layers work at stride 16.*layers=\['1\.8', '1\.18', "):
@@ -329,7 +329,7 @@ def test_stages_that_give_their_map_in_two_layouts_are_stages():
     assert found(model) == {f"{i + 1}[0]": (c, 4 << i) for i, c in enumerate(WIDTHS)}
 
 
-def test_stages_inside_win_over_siblings_of_fewer_strides():
+def test_inner_stages_are_preferred_to_siblings_of_fewer_strides():
     halves = [[(3, 4), (4, 6), (6, 8)], [(10, 12), (12, 14)]]
     first, last = (nn.Sequential(*(stage(a, b) for a, b in half)) for half in halves)
     last = nn.Sequential(nn.Conv2d(8, 10, 1), *last)
@@ -352,7 +352,7 @@ def test_an_activation_belongs_to_its_stage_and_a_shared_one_to_none():
 
 
 class UNet(nn.Module):
-    """Siblings go down, then up."""
+    """A U-Net with a list of downsampling layers and a list of upsampling layers."""
 
     def __init__(self, listing=False):
         super().__init__()
@@ -374,7 +374,7 @@ def test_the_decoder_is_left_out():
     assert found(UNet()) == {"down.1": (8, 4), "down.2": (10, 8), "down.3": (12, 16)}
 
 
-def test_inner_stages_beat_a_shorter_output_list():
+def test_inner_stages_are_preferred_to_a_shorter_output_list():
     class Two(nn.Module):
         def __init__(self):
             super().__init__()
@@ -396,7 +396,7 @@ def test_globally_pooled_maps_are_not_stages():
     assert found(classifier) == {f"{i + 1}": (c, 4 << i) for i, c in enumerate(WIDTHS[:3])}
 
 
-def test_stages_win_over_a_pyramid_of_equal_width_around_them():
+def test_stages_are_preferred_to_a_pyramid_of_equal_width_around_them():
     """A neck, or deep supervision, lists four maps made of the stages."""
 
     class Neck(nn.Module):
@@ -412,7 +412,7 @@ def test_stages_win_over_a_pyramid_of_equal_width_around_them():
 
 
 def test_layers_inside_a_block_are_not_stages():
-    """There are two stages. The second one's layers have more sizes than there are stages, as with a shallow PSPNet."""
+    """There are two stages. The layers of the second have more sizes than there are stages, as in a shallow PSPNet."""
     model = nn.Sequential(
         nn.Conv2d(3, 6, 3, 2, 1),
         nn.Sequential(nn.Conv2d(6, 8, 3, 2, 1), nn.ReLU()),

@@ -1,4 +1,4 @@
-"""What ``attach`` finds in the networks of MONAI and nnU-Net, for maps and for volumes."""
+"""``attach`` finds these layers in networks of MONAI and nnU-Net, for maps and for volumes."""
 
 import pathlib
 
@@ -112,7 +112,7 @@ MODELS = [
 @pytest.mark.slow
 @pytest.mark.parametrize("dims", [2, 3], ids=["maps", "volumes"])
 @pytest.mark.parametrize(("build", "names", "maps"), [m[1:] for m in MODELS], ids=[m[0] for m in MODELS])
-def test_medical_models(build, names, maps, dims):
+def test_the_layers_of_medical_models_are_found(build, names, maps, dims):
     model, tap = attached(build()(dims), example_input=torch.zeros(1, 1, *[64] * dims))
     assert [(layer.name, layer.channels, layer.stride) for layer in tap.layers] == [
         (name, *size) for name, size in zip(names, maps)

@@ -1,4 +1,4 @@
-"""The MMSegmentation adapter, on a stub of its decode-head interface: mmseg itself needs a compiled mmcv."""
+"""The MMSegmentation adapter on a stub of mmseg's decode heads, because mmseg itself needs a compiled mmcv."""
 
 import importlib
 import subprocess
@@ -29,7 +29,7 @@ class Registry:
 
 
 class BaseDecodeHead(nn.Module):
-    """What mmseg 1.x's class of this name does, as far as a subclass of ours touches it."""
+    """A stub of mmseg 1.x's class of this name, with the parts that our subclass uses."""
 
     def __init__(self, in_channels, channels, *, num_classes, in_index=-1, ignore_index=255):
         super().__init__()

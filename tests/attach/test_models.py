@@ -100,7 +100,7 @@ MOBILENET = (("backbone.3", "backbone.6", "backbone.16"), (24, 40, 960), (4, 8, 
 HIDDEN = (16, 32, 64, 128)
 LAST_FOUR = items("encoder", 2, 3, 4, 5)
 
-# The model, as docs/attach.md calls it; how it is built; names, channels and strides that "auto" chooses.
+# The model's name in docs/attach.md, how it is built, and the names, channels and strides that "auto" chooses.
 MODELS = [
     ("torchvision deeplabv3_resnet50", lambda: torchvision("deeplabv3_resnet50"), *TORCHVISION_RESNET),
     ("torchvision fcn_resnet50", lambda: torchvision("fcn_resnet50"), *TORCHVISION_RESNET),
@@ -215,8 +215,8 @@ def sampled(models):
 
 
 @pytest.mark.parametrize(("build", "names", "channels", "strides"), sampled(MODELS))
-def test_popular_models(build, names, channels, strides):
-    """attach chooses these layers, the features have their sizes, and the first parameter gets a gradient."""
+def test_the_layers_of_popular_models_are_found(build, names, channels, strides):
+    """The features have the sizes of these layers, and the first parameter gets a gradient."""
     model, tap = attached(build(), example_input=torch.zeros(2, 3, 64, 64))
     assert [layer.name for layer in tap.layers] == list(names)
     assert [layer.channels for layer in tap.layers] == list(channels)
@@ -267,8 +267,8 @@ def test_popular_models(build, names, channels, strides):
     ],
     ids=["BasicUNet", "SegResNet", "DynUNet", "vit", "segformer", "mobilenet"],
 )
-def test_layers_by_name_in_popular_models(build, names, maps):
-    """More scales than auto takes, or layers where auto takes none: plain transformers, sequences of tokens."""
+def test_layers_of_popular_models_can_be_given_by_name(build, names, maps):
+    """The names select more scales than auto takes, or layers that auto does not take, such as those of a ViT."""
     model, tap = attached(build(), layers=names, example_input=torch.zeros(2, 3, 64, 64))
     assert [(layer.channels, layer.stride) for layer in tap.layers] == maps
     model.train()

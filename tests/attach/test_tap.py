@@ -1,4 +1,4 @@
-"""The tap under everything that commonly breaks hooks: copies, compilation, in-place writes, checkpointing, evaluation,
+"""The tap works under what commonly breaks hooks: copies, compilation, in-place writes, checkpointing, evaluation,
 several processes, sharding, and changes of the model's precision."""
 
 import copy
@@ -107,8 +107,8 @@ def test_an_attached_model_can_be_saved_whole():
         torch.testing.assert_close(x, y)
 
 
-def test_attach_then_compile():
-    """The model alone, evaluated before it trains; then model, heads and loss as one graph."""
+def test_an_attached_model_can_be_compiled():
+    """First the model alone is compiled and evaluated before it trains. Then model, heads and loss are one graph."""
     model, tap = attached(Net(inplace=True))
     twin = copy.deepcopy(model)
     expected = step(twin, twin.contextrast_heads)
@@ -187,9 +187,9 @@ def test_a_layer_that_is_overwritten_in_training_only_is_refused():
         tap.features()
 
 
-def test_checkpointing():
-    """Non-reentrant checkpointing changes no number, and its second run records nothing. With reentrant checkpointing
-    the features have no gradient, which raises an error."""
+def test_checkpointing_works_if_it_is_not_reentrant():
+    """Non-reentrant checkpointing does not change the results, and its recomputation records nothing. With reentrant
+    checkpointing the features have no gradient, which raises an error."""
     values = []
     for run in (call, lambda s, x: checkpoint(s, x, use_reentrant=False)):
         torch.manual_seed(0)
@@ -206,8 +206,8 @@ def test_checkpointing():
         tap.features()
 
 
-def test_checkpointing_of_the_whole_model():
-    """The second run, in the backward pass, does not change what a forward in between recorded."""
+def test_recomputing_the_whole_model_keeps_what_a_later_forward_recorded():
+    """Checkpointing runs the model again in the backward pass."""
     model, tap = attached()
     others = IMAGES.flip(0, 3)
     first = checkpoint(model, IMAGES, use_reentrant=False).sum() + sum(x.sum() for x in tap.features())
@@ -275,8 +275,8 @@ def test_ddp_trains_when_a_batch_has_nothing_to_contrast(one_rank):
         ddp(IMAGES)
 
 
-def test_sharded_models(one_rank):
-    """Under FSDP2 the heads are whole after the model's forward, unless it reshards them."""
+def test_a_sharded_model_gets_the_loss_and_gradients_of_the_plain_model(one_rank):
+    """Under FSDP2 the heads are not sharded after the model's forward, unless it reshards them."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 

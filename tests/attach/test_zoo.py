@@ -1,5 +1,8 @@
-"""The finder on the networks of ``zoo.py``: it finds the stages, says what is not certain, and the encoder's first
-parameter gets a gradient; or it raises an error, and the layers that it proposes can be tapped."""
+"""In each network of ``zoo.py`` the finder finds the stages or raises an error.
+
+If it finds them, it says what is not certain, and the encoder gets a gradient. If it raises an error, the layers that
+the error proposes can be tapped.
+"""
 
 import ast
 import re

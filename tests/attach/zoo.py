@@ -1,7 +1,7 @@
-"""Small segmentation networks, laid out as public code lays them out: mostly one class that holds encoder and head.
+"""Small segmentation networks in the layouts of public code, most of them one class that holds encoder and head.
 
-``ZOO`` has for each a function that builds it and the stages that ``attach`` must find, as name → (channels, stride)
-for an image of 64 × 64; or None where it must refuse, as no stages can be told from other maps.
+``ZOO`` has a function that builds each network and the stages that ``attach`` must find, as name → (channels, stride)
+for an image of 64 × 64. If the stages cannot be told from other maps, it has None, and ``attach`` must raise an error.
 """
 
 from torch import nn
@@ -114,7 +114,7 @@ ZOO = {
     "two streams that meet at every stage": (lambda: TwoStreams(early=True), None),
     "operations outside PyTorch": (lambda: Detour(nn.Conv2d(W[-1], N, 1)), None),
 }
-"""Name → how the network is built; the stages, or None where ``attach`` must refuse."""
+"""Name → the function that builds the network, and its stages or None."""
 
 EXCHANGE = "parallel branches that exchange their maps"
 DOUBTS = {
@@ -125,4 +125,4 @@ DOUBTS = {
     "EfficientViT": "'stages.3.blocks' follows 'stages.3.downsample.res2' at the same resolution",
     "two streams that meet at the end": "'stages.3' ends a second encoder",
 }
-"""Name → a part of the sentence that the table has about what is not certain. All other tables have none."""
+"""Name → a part of the line under the table that says what is not certain. All other tables have no such line."""

@@ -1,4 +1,4 @@
-"""What the zoo's networks share: convolutions and residual blocks."""
+"""Convolutions and residual blocks that the zoo's networks share."""
 
 from torch import nn
 from torch.nn import functional as F
@@ -25,7 +25,7 @@ def up(x, like):
 
 
 class Bottleneck(nn.Module):
-    """The residual block of torchvision, with a wide output and a narrow inside."""
+    """The bottleneck block of torchvision, which is narrow inside and has a wide output."""
 
     def __init__(self, inputs, outputs, stride=1, dilation=1):
         super().__init__()
@@ -46,7 +46,7 @@ class Bottleneck(nn.Module):
 
 
 class Basic(nn.Module):
-    """The residual block of two convolutions whose last activation is a function."""
+    """A residual block of two convolutions. Its last activation is a function and not a module."""
 
     def __init__(self, inputs, outputs, stride=1):
         super().__init__()

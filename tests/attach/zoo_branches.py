@@ -1,4 +1,4 @@
-"""Networks of several branches, and some in which there is nothing to find."""
+"""Networks of several branches, and some without stages that can be found."""
 
 from itertools import pairwise
 
@@ -52,7 +52,7 @@ class BiSeNetV2(nn.Module):
 
 
 class DDRNet(nn.Module):
-    """Two branches that exchange maps twice; activations between are shared or functions."""
+    """Two branches that exchange maps twice. The activations in between are shared modules or functions."""
 
     def __init__(self, high=8):
         super().__init__()
@@ -79,7 +79,7 @@ class DDRNet(nn.Module):
 
 
 class PIDNet(nn.Module):
-    """Three branches; the one of the lowest resolution hands its maps to the others and takes none."""
+    """Three branches. The one of the lowest resolution passes its maps to the others and receives none."""
 
     def __init__(self):
         super().__init__()
@@ -107,7 +107,7 @@ class PIDNet(nn.Module):
 
 
 class HRModule(nn.Module):
-    """Branches, and the sum of all of them, brought to the size of each."""
+    """Parallel branches. Each returns the sum of all branches at its own size."""
 
     def __init__(self, widths):
         super().__init__()
@@ -165,7 +165,7 @@ class FullResolution(nn.Module):
 
 
 class Shallow(nn.Module):
-    """A U-Net of strides 1, 2 and 4: one map alone is coarse enough."""
+    """A U-Net of strides 1, 2 and 4. Only one map is coarse enough."""
 
     def __init__(self):
         super().__init__()

@@ -10,7 +10,7 @@ from zoo_resnets import Pyramid
 
 
 class SegNet(nn.Module):
-    """VGG's convolutions, pools with indices, unpooling."""
+    """A network of VGG's convolutions, pools with indices, and unpooling."""
 
     def __init__(self):
         super().__init__()
@@ -51,7 +51,7 @@ def vgg(widths, pools):
 
 
 class FCN8s(nn.Module):
-    """Scores at strides 8, 16 and 32, added."""
+    """A network that adds scores of strides 8, 16 and 32."""
 
     def __init__(self):
         super().__init__()
@@ -73,7 +73,7 @@ class FCN8s(nn.Module):
 
 
 class LargeFOV(nn.Module):
-    """The first DeepLab: one Sequential of VGG, whose last layers are dilated and give the logits."""
+    """The first DeepLab, a Sequential of VGG's layers. The last ones are dilated and give the logits."""
 
     def __init__(self):
         super().__init__()
@@ -85,7 +85,7 @@ class LargeFOV(nn.Module):
 
 
 class ENet(nn.Module):
-    """Bottlenecks as attributes, downsampling that pools with indices, a decoder that unpools."""
+    """A network with bottlenecks as attributes, pools with indices, and a decoder that unpools."""
 
     class Neck(nn.Module):
         def __init__(self, width, dilation=1):
@@ -130,7 +130,7 @@ class ENet(nn.Module):
 
 
 class MobileBlock(nn.Module):
-    """An inverted residual: a wide inside, a narrow output without activation."""
+    """An inverted residual block, which is wide inside and has a narrow output without activation."""
 
     def __init__(self, inputs, outputs, stride=1):
         super().__init__()
@@ -166,7 +166,7 @@ class MobileNet(nn.Module):
 
 
 class UniversalBlock(nn.Module):
-    """MobileNet V4's inverted residual: a convolution before the wide inside, and the strided one within it."""
+    """MobileNet V4's inverted residual block, with a convolution before the wide inside and the strided one in it."""
 
     def __init__(self, inputs, outputs, stride=1):
         super().__init__()
@@ -214,7 +214,7 @@ class FastSCNN(nn.Module):
 
 
 class ESPNet(nn.Module):
-    """The image itself, pooled, joins each level."""
+    """A network that concatenates the pooled image with each level."""
 
     def __init__(self):
         super().__init__()

@@ -7,7 +7,7 @@ from zoo_blocks import Basic, Bottleneck, N, W, conv, double, layer, up
 
 
 class FlatResNet(nn.Module):
-    """torchvision's names beside the head, in one class."""
+    """A ResNet with torchvision's names and a head in one class."""
 
     def __init__(self, head, widths=W, strides=(1, 2, 2, 2), block=Basic):
         super().__init__()
@@ -38,7 +38,7 @@ def resnet_fcn_head():
 
 
 class FlatHead(FlatResNet):
-    """A convolution as wide as the last stage, in attributes of its own."""
+    """A ResNet whose head has a convolution as wide as the last stage, as attributes of the network."""
 
     def __init__(self):
         super().__init__(None)
@@ -61,7 +61,7 @@ class Pyramid(nn.Module):
 
 
 class PSPNet(nn.Module):
-    """semseg's: layer0 ... layer4, ppm, cls and, in training, aux."""
+    """semseg's network: layer0 ... layer4, ppm, cls and, in training, aux."""
 
     def __init__(self, dilated=True, block=Bottleneck):
         super().__init__()
@@ -81,7 +81,7 @@ class PSPNet(nn.Module):
 
 
 class OCRNet(FlatResNet):
-    """Soft regions of an auxiliary map, and attention to them."""
+    """A network with attention to soft regions of an auxiliary map."""
 
     def __init__(self):
         super().__init__(None, strides=(1, 2, 1, 1))
@@ -123,7 +123,7 @@ class DeepLabV3Plus(FlatResNet):
 
 
 class FPN(FlatResNet):
-    """Laterals and smoothing as attributes. ``coarser`` adds RetinaNet's extra level."""
+    """A pyramid with lateral and smoothing convolutions as attributes. ``coarser`` adds RetinaNet's extra level."""
 
     def __init__(self, width=32, coarser=False, bottom_up=False):
         super().__init__(None)
@@ -153,7 +153,7 @@ class FPN(FlatResNet):
 
 
 class RefineNet(FlatResNet):
-    """Blocks that refine from the coarsest to the finest map."""
+    """A network with blocks that refine from the coarsest to the finest map."""
 
     def __init__(self):
         super().__init__(None)
@@ -173,7 +173,7 @@ class RefineNet(FlatResNet):
 
 
 class LinkNet(FlatResNet):
-    """Decoder blocks of transposed convolutions, added to the encoder's maps."""
+    """A network with decoder blocks of transposed convolutions, whose results are added to the encoder's maps."""
 
     def __init__(self):
         super().__init__(None)
@@ -192,7 +192,7 @@ class LinkNet(FlatResNet):
 
 
 class ResUNet(nn.Module):
-    """ternausnet's: conv1 ... conv5 of a ResNet, a center behind a pool, and decoders."""
+    """ternausnet's network: conv1 ... conv5 of a ResNet, a center behind a pool, and decoders."""
 
     def __init__(self):
         super().__init__()

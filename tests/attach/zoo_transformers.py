@@ -58,7 +58,7 @@ class Patches(nn.Module):
 
 
 class SegFormer(nn.Module):
-    """patch_embed1, block1, norm1 ... and the head's linear layers, in one class."""
+    """A network with patch_embed1, block1, norm1 ... and the head's linear layers in one class."""
 
     def __init__(self):
         super().__init__()
@@ -111,7 +111,7 @@ class Merge(nn.Module):
 
 
 class SwinLayer(nn.Module):
-    """The official layer, whose merging of patches is its end."""
+    """The official layer, which ends with the merging of patches."""
 
     def __init__(self, width, outputs):
         super().__init__()
@@ -125,7 +125,7 @@ class SwinLayer(nn.Module):
 
 
 class Swin(nn.Module):
-    """The encoder's layers and one projection on the last map, in one class."""
+    """A network with the encoder's layers and one projection of the last map in one class."""
 
     def __init__(self):
         super().__init__()
@@ -143,7 +143,7 @@ class Swin(nn.Module):
 
 
 class Expand(nn.Module):
-    """Swin-Unet's rise: a linear layer whose channels become pixels."""
+    """Swin-Unet's upsampling: a linear layer whose channels become pixels."""
 
     def __init__(self, width):
         super().__init__()
@@ -207,7 +207,7 @@ class ViT(nn.Module):
 
 
 class DPT(ViT):
-    """Four depths, brought to four resolutions."""
+    """A transformer with four depths, which are resized to four resolutions."""
 
     def __init__(self):
         super().__init__(depth=8, patch=16)
@@ -232,7 +232,7 @@ class DPT(ViT):
 
 
 class ConvNeXt(nn.Module):
-    """downsample_layers and stages as lists beside the head."""
+    """A network with downsample_layers and stages as lists beside the head."""
 
     class Block(nn.Module):
         def __init__(self, width):
@@ -291,7 +291,7 @@ class EfficientFormer(nn.Module):
 
 
 class EfficientViT(nn.Module):
-    """Stages whose downsampling has residual blocks before and after it, and then blocks of a different kind."""
+    """Stages with residual blocks before and after their downsampling, followed by blocks of a different kind."""
 
     def __init__(self):
         super().__init__()
@@ -317,7 +317,7 @@ class EfficientViT(nn.Module):
 
 
 class Strange(nn.Sequential):
-    """A block that is no relative of the residual ones."""
+    """A block without a class in common with the residual ones."""
 
     def __init__(self, width):
         super().__init__(conv(width, width), conv(width, width, 1))

@@ -7,7 +7,7 @@ from zoo_blocks import Basic, N, conv, double, layer, up
 
 
 class UNet(nn.Module):
-    """The one most often copied: inc, down1 ... down4, up1 ... up4, outc."""
+    """The U-Net that is copied most often: inc, down1 ... down4, up1 ... up4, outc."""
 
     widths = (4, 8, 16, 24, 24)
 
@@ -32,7 +32,7 @@ class UNet(nn.Module):
 
 
 class FlatUNet(nn.Module):
-    """Every convolution is an attribute, activations and pools are functions."""
+    """Every convolution is an attribute. Activations and pools are functions."""
 
     def __init__(self):
         super().__init__()
@@ -62,7 +62,7 @@ class FlatUNet(nn.Module):
 
 
 class Down(nn.Module):
-    """Gives the map for the skip connection and the pooled one for the next level."""
+    """A block that returns the map for the skip connection and the pooled map for the next level."""
 
     def __init__(self, inputs, outputs):
         super().__init__()
@@ -95,7 +95,7 @@ class PairUNet(nn.Module):
 
 
 class UNetPlusPlus(nn.Module):
-    """conv0_0 ... conv4_0 and the nested nodes, with four outputs."""
+    """A U-Net++ with conv0_0 ... conv4_0, the nested nodes and four outputs."""
 
     def __init__(self):
         super().__init__()
@@ -121,7 +121,7 @@ class UNetPlusPlus(nn.Module):
 
 
 class UNet3Plus(UNet):
-    """Each decoder reads all encoder maps, brought to its size."""
+    """Each decoder reads all encoder maps, resized to its size."""
 
     def __init__(self):
         super().__init__()
@@ -191,7 +191,7 @@ def nested_unet():
 
 
 class WNet(nn.Module):
-    """Two U-Nets, the second on the first one's output."""
+    """Two U-Nets. The second reads the output of the first."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""The small cases of the native library on a GPU, for sanitize.sh. Results are compared with the CPU's here too."""
+"""Run small cases of the native library on a GPU for sanitize.sh, and compare the results with the CPU's."""
 
 import pathlib
 import sys
@@ -15,7 +15,7 @@ from contextrast_kernels import native  # noqa: E402
 if native.status("cuda") != "ok":
     sys.exit(f"sanitize_cases.py: {native.status('cuda')}")
 
-# No fill of fresh memory here: initcheck has to see reads of memory that was never written.
+# Fresh memory is not filled here, so that initcheck sees reads of memory that was never written.
 compared = 0
 for name, op, arguments in native_cases.everything(np.random.default_rng(7), [(1, 1), (1, 40), (40, 1), (33, 64)]):
     expected, actual = (

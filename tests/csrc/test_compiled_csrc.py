@@ -1,8 +1,8 @@
-"""The CUDA code of csrc/ on the machine of tests/compiled: equal to the library's CPU code bit for bit, with no fault.
+"""The CUDA code of csrc/, executed on a CPU, equals the library's CPU code bit for bit and has no fault.
 
-nvcc compiles it; its host code runs as it is, with tests/compiled/runtime.cpp for CUDA's runtime, and its kernels run
-from their PTX. Every call runs twice, blocks and warps in two random orders. tests/compiled/README.md says what is
-checked; what this cannot show is in tests/csrc/test_native_gpu.py.
+nvcc compiles it. tests/compiled/runtime.cpp replaces CUDA's runtime for the host code, and the machine of
+tests/compiled executes the PTX of the kernels. Every call runs twice, with blocks and warps in two random orders.
+tests/compiled/README.md says what is checked. tests/csrc/test_native_gpu.py tests what this cannot show.
 """
 
 import re
@@ -125,7 +125,7 @@ def test_all_kernels_equal_the_cpu(devices, rng, what, arch):
 
 
 def far_holes(width):
-    """Few seeds, far apart: whole rows are left to the anchors."""
+    """Few seeds that are far apart, so that whole rows are left to the anchors."""
     classes = torch.zeros(1, 35, width, dtype=torch.int64)
     classes[0, 3, 5] = classes[0, 33, width // 2] = -1
     classes[0, 34, width - 1] = 1
@@ -133,14 +133,14 @@ def far_holes(width):
 
 
 @pytest.mark.parametrize("width", [129, *(pytest.param(w, marks=SLOW) for w in (128, 1023, 1025, 4100))])
-def test_rows_longer_than_a_window(gpu, width):
+def test_rows_longer_than_a_window_equal_the_cpu(gpu, width):
     assert_same(gpu, (f"two far holes, {width}", "edge_distance", (far_holes(width), True)))
     whole = torch.zeros(1, 3, width, dtype=torch.int64)
     assert_same(gpu, (f"whole image, {width}", "edge_distance", (whole, False)))
 
 
 @SLOW
-def test_the_longest_row_fits(gpu):
+def test_the_longest_rows_equal_the_cpu(gpu):
     classes = torch.zeros(1, 2, 16384, dtype=torch.int64)
     classes[0, 1, 9000] = -1
     assert_same(gpu, ("16384 wide", "edge_distance", (classes, True)))
@@ -149,7 +149,7 @@ def test_the_longest_row_fits(gpu):
 
 @SLOW
 @pytest.mark.parametrize("sampling", [None, (0.3, 0.7, 1.1)])
-def test_the_longest_lines_of_volumes_fit(gpu, sampling):
+def test_the_longest_lines_of_volumes_equal_the_cpu(gpu, sampling):
     for shape in ((1, 2, 16384, 2), (1, 2, 2, 16384), (1, 16384, 2, 2)):
         mask = torch.ones(shape)
         mask.view(-1)[[5, 9000]] = 0
@@ -157,7 +157,7 @@ def test_the_longest_lines_of_volumes_fit(gpu, sampling):
 
 
 def test_work_per_line_is_linear_in_its_length(gpu):
-    """The worst lines there are: seeds at their ends alone, which no window reaches."""
+    """The worst lines have seeds only at their ends, which no window reaches."""
 
     def of_a_pixel(op, sampling, width):
         mask = torch.ones(1, 1, width, dtype=torch.int32)
@@ -171,12 +171,12 @@ def test_work_per_line_is_linear_in_its_length(gpu):
         short, long = (of_a_pixel("distance_transform", sampling, width) for width in (512, 4096))
         assert (
             long < 1.6 * short
-        )  # the bisection has three steps more; looking at every pixel would cost 8 times as much
+        )  # the bisection has three more steps; a search of every pixel would cost 8 times as much
 
 
 @SLOW
 @pytest.mark.parametrize("at", ["layer", "full"])
-def test_a_batch_of_real_size(gpu, rng, at):
+def test_a_batch_of_real_size_equals_the_cpu(gpu, rng, at):
     case = replace(CASES["camvid"], batch=2)
     labels, predictions = case.label_maps()
     logits = cases.logits_of(predictions[:, ::4, ::4], 11, rng).bfloat16()
@@ -211,7 +211,7 @@ def test_any_call_equals_the_cpu(gpu, data):
 
 
 def test_every_small_map_equals_the_cpu(gpu):
-    """All maps of three values, as one batch each: every neighbourhood, every pair of seeds."""
+    """All maps of three values form one batch, which has every neighbourhood and every pair of seeds."""
     for H, W in ((1, 4), (4, 1), (2, 2)):
         digits = np.arange(3 ** (H * W))[:, None] // 3 ** np.arange(H * W) % 3
         classes = torch.from_numpy(digits.reshape(-1, H, W) - 1)
@@ -328,7 +328,7 @@ FOUND = [
     *("race in global memory between blocks",) * 5,
     *("outside of every tensor", "invalid argument"),
 ]
-"""What the machine says of each fault of faults.cu, in their order."""
+"""What the machine reports for each fault of faults.cu, in order."""
 
 
 def test_the_machine_finds_each_planted_fault():
@@ -363,7 +363,7 @@ def deletions(gpu):
 
 
 def sees(gpu, case, kernel, number, schedule):
-    """Whether a run without one line of a kernel differs, or has a fault; None if the call does not run it."""
+    """Whether a run without one line of a kernel differs or has a fault. None if the call does not run the kernel."""
 
     def mutate(name, text):
         if name != kernel:
@@ -403,8 +403,8 @@ def calls(rng):
 
 
 @SLOW
-def test_each_barrier_and_fence_is_missed(gpu, rng):
-    """Each is deleted alone, from the kernels as they are compiled. One order of warps may hide it, not both."""
+def test_a_missing_barrier_or_fence_is_detected(gpu, rng):
+    """Each is deleted alone from the compiled kernels. One order of warps may hide the deletion, but not both."""
     given, unseen = list(calls(rng)), []
     for kernel, number in deletions(gpu):
         if not any(sees(gpu, case, kernel, number, order) for case in given for order in SCHEDULES[::-1]):
@@ -426,7 +426,7 @@ def test_each_barrier_and_fence_is_missed(gpu, rng):
         ("select.cu", "if (pixel >= layer.num_pixels()) continue;", "", "outside"),
     ],
 )
-def test_a_step_outside_is_seen(tmp_path, rng, source, line, instead, found):
+def test_an_access_out_of_bounds_is_detected(tmp_path, rng, source, line, instead, found):
     text = (csrc.ROOT / "csrc" / source).read_text()
     assert line in text
     (tmp_path / source).write_text(text.replace(line, instead))

@@ -1,4 +1,4 @@
-"""What ptxas makes of the kernels of csrc/ on each architecture: no spills, and enough threads on a multiprocessor.
+"""The kernels of csrc/ spill no registers and leave room for enough threads on a multiprocessor of each architecture.
 
 The PTX is that of tests/compiled/csrc.py, which compiles the sources once for each architecture.
 """
@@ -35,14 +35,14 @@ def compile_for(arch: int, folder: Path) -> dict[str, dict[str, int]]:
                 "registers": int(re.search(r"Used (\d+) registers", text)[1]),
                 "threads": int(threads[1]),
                 "shared": int(shared[1]) if shared else 0,
-                # a kernel's own, and what the functions it calls report besides
+                # those of the kernel and of the functions that it calls, which are reported separately
                 "spills": sum(map(int, re.findall(r"(\d+) bytes spill (?:stores|loads)", text))),
             }
     return kernels
 
 
 def held(used: dict[str, int]) -> int:
-    """Threads that a multiprocessor holds at once, as far as registers and fixed shared memory go."""
+    """Threads that fit on a multiprocessor at once, given their registers and fixed shared memory."""
     of_a_warp = -(-used["registers"] * 32 // 256) * 256
     blocks = REGISTERS // (of_a_warp * used["threads"] // 32)
     if used["shared"]:

@@ -1,7 +1,7 @@
-"""The native library itself: what test_bane.py asks of every backend is asked there, here is what is peculiar to csrc/.
+"""What is specific to the native library. test_bane.py tests what holds for every backend.
 
-Word borders every 32 rows, segments along rows, every type and stride, threads, selection at real sizes, refusals.
-test_native_library.py runs it again in a build with AddressSanitizer and UndefinedBehaviorSanitizer.
+The tests cover word borders every 32 rows, segments along rows, every type and stride, threads, selection at real
+sizes, and errors. test_native_library.py runs them again with AddressSanitizer and UndefinedBehaviorSanitizer.
 """
 
 import itertools
@@ -37,7 +37,7 @@ def seed(value):
 
 
 def brute_force_sq(classes):
-    """Eq. 7, squared, for a batch of small maps at once: every pair of pixels is looked at. int32 (B, H, W)."""
+    """The squared distances of Eq. 7 as int32 (B, H, W), from every pair of pixels of small maps."""
     B, H, W = classes.shape
     edge = torch.zeros(classes.shape, dtype=torch.bool)
     for axis in (1, 2):
@@ -67,7 +67,7 @@ def brute_force_sq(classes):
     ],
 )
 def test_every_small_map_equals_brute_force(shape, symbols):
-    """All maps of one shape, of outside and symbols - 1 classes, and of as many classes as symbols."""
+    """All maps of one shape, with the smallest symbol outside of all classes or with every symbol a class."""
     pixels = shape[0] * shape[1]
     code = torch.arange(symbols**pixels)
     maps = torch.stack([code // symbols**p % symbols for p in range(pixels)], 1).reshape(-1, *shape).to(torch.int8)
@@ -89,7 +89,7 @@ def check_against_scipy(maps):
     assert (distance == rounded).all()
 
 
-# Heights around the borders of the words, widths around those of the segments and of vector registers.
+# The heights are around the borders of words, the widths around those of segments and vector registers.
 @pytest.mark.parametrize("size", [(31, 33), (32, 16), (33, 15), (63, 17), (64, 64), (65, 48), (97, 31)])
 def test_borders_of_words_and_segments_equal_scipy(rng, size):
     check_against_scipy(list(families(rng, *size).values()))
@@ -114,7 +114,7 @@ def test_long_lines_equal_scipy(rng, size):
 @pytest.mark.parametrize(
     "size", [(1023, 1025), (1025, 1023), (1024, 1024), (2050, 2050), (70, 4100), (4100, 70), (512, 1024), (360, 480)]
 )
-def test_every_family_at_real_sizes(rng, size):
+def test_every_family_at_real_sizes_equals_scipy(rng, size):
     for name, classes in families(rng, *size).items():
         if classes.size > 2**21 and name.startswith("random"):
             continue
@@ -122,7 +122,7 @@ def test_every_family_at_real_sizes(rng, size):
 
 
 def test_largest_sides_have_exact_distances():
-    """At 16384 a squared distance takes 29 bits. One seed in a corner: distances are known in closed form."""
+    """At 16384 a squared distance takes 29 bits. With one seed in a corner distances are known in closed form."""
     side = 16384
     for shape in ((3, side), (side, 3)):
         r, c = np.mgrid[: shape[0], : shape[1]]
@@ -152,7 +152,7 @@ def test_maps_of_every_density_equal_scipy(rng):
 
 
 def test_tensors_on_two_devices_are_refused_before_anything_reads_them():
-    """The ops are called by the package with checked tensors; a direct call with a mixed pair gets a sentence too."""
+    """The package checks tensors before it calls the ops. A direct call with a mixed pair raises a clear error too."""
     here, there = torch.zeros(1, 4, 4, dtype=torch.int64), torch.zeros(1, 4, 4, dtype=torch.int64, device="meta")
     assert native._device(labels=here, predictions=here) == here.device
     for op, arguments, name in (
@@ -165,7 +165,7 @@ def test_tensors_on_two_devices_are_refused_before_anything_reads_them():
         with pytest.raises(
             ValueError, match=rf"{name}: expected a tensor on cpu, where .* is, got one on meta\. Move it"
         ):
-            op._init_fn(*arguments)  # the CPU's and CUDA's part of the op: with a meta tensor the dispatcher stays out
+            op._init_fn(*arguments)  # the op's code for CPU and CUDA, to which the dispatcher sends no meta tensor
 
 
 @settings(max_examples=150, deadline=None)
@@ -204,7 +204,7 @@ def views(dense):
 
 
 @pytest.mark.parametrize("dtype", INTEGERS)
-def test_every_integer_type_and_stride(rng, dtype):
+def test_every_integer_type_and_stride_gives_the_same_distances(rng, dtype):
     low = -3 if torch.iinfo(dtype).min else 0
     classes = rng.integers(low, 4, (2, 37, 41))
     classes[:, 10:30, 5:35] = 3
@@ -229,7 +229,7 @@ def test_expanded_inputs_equal_contiguous_ones(rng):
 
 @pytest.mark.parametrize("dtype", INTEGERS)
 def test_extreme_values_are_compared_at_full_width(dtype):
-    """Two different classes never look the same through a narrower type, and no value is an index."""
+    """No narrower type makes two different classes equal, and no value is used as an index."""
     limits = torch.iinfo(dtype)
     values = [limits.max, limits.max - 1, limits.min, 0]
     # Beyond 8 and 32 bits, and around numbers of classes.
@@ -252,7 +252,7 @@ def test_extreme_values_are_compared_at_full_width(dtype):
 
 @pytest.mark.parametrize("ignore_index", [255, -1, -100, 4, 0, 2**40])
 @pytest.mark.parametrize(("label_type", "prediction_type"), [*itertools.product(INTEGERS, repeat=2)])
-def test_errors_of_every_pair_of_types(rng, label_type, prediction_type, ignore_index):
+def test_the_error_map_of_every_pair_of_types_equals_the_reference(rng, label_type, prediction_type, ignore_index):
     def maps(dtype, shape):
         values = torch.from_numpy(rng.integers(-2, 7, shape))
         values[0, 0, :4] = torch.tensor([255, -100, 156, 2**40 + 1])
@@ -268,7 +268,7 @@ def test_errors_of_every_pair_of_types(rng, label_type, prediction_type, ignore_
 
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_argmax_is_that_of_torch(rng, dtype):
-    """Signed zeros tie, infinities do not, the first NaN wins; in any memory format, at any size."""
+    """Signed zeros tie, infinities do not, and the first NaN wins, in any memory format and size."""
     special = [0.0, -0.0, 1.0, -1.0, float("inf"), -float("inf"), float("nan"), -float("nan"), 6e-8, -6e-8, 1e-3]
     logits = torch.tensor(special)[torch.from_numpy(rng.integers(0, len(special), (2, 5, 13, 300)))].to(dtype)
     logits = torch.cat([logits, torch.from_numpy(rng.standard_normal((2, 5, 13, 300))).to(dtype)])
@@ -335,7 +335,7 @@ def test_outputs_are_wholly_written_whatever_the_memory_held(rng):
 
 
 def sorted_selection(classes, distance_sq, ratio, num_classes, seed):
-    """A full sort of each image by (class, distance, hash); of each class the first ceil(ratio |B^n|)."""
+    """Sort each image by (class, distance, hash) and select the first ceil(ratio |B^n|) of each class."""
     B, H, W = classes.shape
     pixel = np.arange(H * W, dtype=np.uint32)
     key = literal.mix(literal.mix(literal.mix(0x9E3779B9) ^ (seed >> 32 & 0xFFFFFFFF)) ^ (seed & 0xFFFFFFFF))
@@ -439,8 +439,8 @@ def test_layers_in_one_call_equal_the_parts_one_by_one(rng, distance_at, negativ
 
 @pytest.mark.parametrize("num_classes", [5, 127, 129, 255, 256, 300])
 @pytest.mark.parametrize("distance_at", ["layer", "full"])
-def test_codes_are_the_same_negatives_in_one_or_two_bytes(rng, num_classes, distance_at):
-    """Classes beyond int8, beside the largest number, which is none."""
+def test_codes_hold_the_same_negatives_in_one_or_two_bytes(rng, num_classes, distance_at):
+    """Some classes exceed int8 or are next to the type's largest number, which means no class."""
     labels, predictions = scene(rng, B=3, N=5, H=66, W=91)
     predictions = predictions + num_classes - 5  # the largest class among them
     sizes = [66, 91, 17, 23, 3, 3, 1, 1, 0, 4]
@@ -482,7 +482,7 @@ def test_empty_input_gives_empty_output():
 @settings(max_examples=150, deadline=None)
 @given(st.data())
 def test_fuzzed_calls_stay_in_bounds(data):
-    """Any values of any type and size: results are in range, and (under AddressSanitizer) every access in bounds."""
+    """Results of any values, type and size are in range. Under AddressSanitizer every access is in bounds."""
 
     def draw_map(shape, dtype):
         limits = np.iinfo(dtype)
@@ -509,7 +509,7 @@ def test_fuzzed_calls_stay_in_bounds(data):
         native.bane_negatives(predictions, labels, N, flat, ratio, negatives, distance_at, ignored, seed(0))
 
 
-def test_refusals_are_sentences():
+def test_invalid_arguments_raise_clear_errors():
     classes = torch.zeros(1, 2, 3, dtype=torch.int64)
     wide = torch.zeros(1, 1, 1, dtype=torch.int64).expand(1, 1, 16385)
     with pytest.raises(

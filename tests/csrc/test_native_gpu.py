@@ -1,4 +1,4 @@
-"""The CUDA kernels of csrc/ on a GPU: equal to the CPU bit for bit, on any stream and device, in graphs, never waiting.
+"""On a GPU the CUDA kernels equal the CPU code bit for bit, on any stream and device and in graphs, and never wait.
 
 What they compute is tested in test_native.py and, kernel by kernel, in test_compiled_csrc.py.
 """
@@ -22,7 +22,7 @@ pytestmark = [
 
 @pytest.fixture(autouse=True)
 def poison():
-    """torch.empty gives NaN and the largest integers, so that what a kernel does not write shows; scratch likewise."""
+    """Fill what torch.empty returns, scratch included, so that tests see what a kernel does not write."""
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -83,7 +83,7 @@ def test_large_maps_equal_the_cpu(rng, size):
 
 @pytest.mark.parametrize("sampling", [None, (2.5, 1.0, 1.0), (0.3, 0.7, 1.1), (25.0, 201.0, 1.0)], ids=str)
 @pytest.mark.parametrize("size", [(128, 128, 128), (33, 257, 130), (2, 70, 4100), (16384, 3, 2)], ids=str)
-def test_large_volumes(rng, size, sampling):
+def test_large_volumes_equal_the_cpu(rng, size, sampling):
     for share in (0.0, 0.001, 0.5):
         mask = rng.random((2, *size)) >= share
         mask[:, size[0] // 3, 0, size[2] // 2] = False
@@ -107,7 +107,7 @@ def test_the_papers_settings_equal_the_cpu(name, regime):
     )
 
 
-def test_more_pixels_than_32_bits_address():
+def test_an_image_beyond_32_bit_offsets_equals_the_image_alone():
     if torch.cuda.get_device_properties(0).total_memory < 40e9:
         pytest.skip("needs 40 GB of device memory")
     classes = torch.zeros(9, 16384, 16384, dtype=torch.uint8, device="cuda")
@@ -142,7 +142,7 @@ def test_work_goes_to_the_current_stream(rng, op):
     torch.cuda.synchronize()
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
-        torch.cuda._sleep(100_000_000)  # what runs on another stream sees zeros
+        torch.cuda._sleep(100_000_000)  # work on another stream reads zeros
         for there, here in zip(late, arguments):
             if isinstance(here, torch.Tensor):
                 there.copy_(here)
@@ -152,7 +152,7 @@ def test_work_goes_to_the_current_stream(rng, op):
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_a_second_device_gives_the_same(rng, op):
+def test_a_second_device_gives_the_same_results(rng, op):
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two CUDA devices")
     arguments = on_the_gpu(rng, op)
@@ -164,7 +164,7 @@ def test_a_second_device_gives_the_same(rng, op):
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_nothing_waits_for_the_device(rng, op):
+def test_no_call_synchronises_with_the_device(rng, op):
     arguments = on_the_gpu(rng, op)
     cases.call(op, arguments)
     torch.cuda.synchronize()
@@ -176,7 +176,7 @@ def test_nothing_waits_for_the_device(rng, op):
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_a_call_returns_before_the_device_has_worked(rng, op):
+def test_a_call_returns_before_the_device_has_finished(rng, op):
     arguments = on_the_gpu(rng, op)
     cases.call(op, arguments)
     torch.cuda.synchronize()
@@ -237,7 +237,7 @@ def test_repeated_runs_give_the_same_bits(rng, op):
         assert all(torch.equal(got, want) for got, want in zip(cases.call(op, arguments), first))
 
 
-def test_inputs_stay_as_they_are(rng):
+def test_inputs_are_not_changed(rng):
     for op in OPS:
         arguments = on_the_gpu(rng, op)
         before = [a.clone() if isinstance(a, torch.Tensor) else a for a in arguments]
@@ -245,8 +245,8 @@ def test_inputs_stay_as_they_are(rng):
         assert all(torch.equal(a, b) for a, b in zip(arguments, before) if isinstance(a, torch.Tensor))
 
 
-def test_an_allocation_that_is_used_up_to_its_end(rng):
-    """The scratch of a call ends where the next tensor begins; what lies there stays."""
+def test_nothing_is_written_beyond_the_scratch(rng):
+    """The scratch of a call ends where the next tensor begins, which must not change."""
     for op in OPS:
         arguments = on_the_gpu(rng, op)
         expected = cases.call(op, arguments)

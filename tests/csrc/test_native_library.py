@@ -1,4 +1,4 @@
-"""The native library as a file: opened or not and why, what it exports, and its tests again under AddressSanitizer and
+"""The file of the native library: why it cannot be opened, what it exports, and its tests under AddressSanitizer and
 UndefinedBehaviorSanitizer."""
 
 import os
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(native.status("cpu") != "ok", reason=f"native, c
 
 @pytest.fixture
 def unopened(monkeypatch):
-    """The library as if it had not been opened yet; whatever a test finds is forgotten after it."""
+    """Clear the caches of the library before and after a test, as if it had not been opened."""
     native._library.cache_clear()
     native.status.cache_clear()
     yield monkeypatch
@@ -29,7 +29,7 @@ def unopened(monkeypatch):
     native.status.cache_clear()
 
 
-def test_a_missing_library_is_a_reason(unopened, tmp_path):
+def test_the_status_says_that_the_library_is_missing(unopened, tmp_path):
     unopened.setattr(native, "_PATH", tmp_path / "_native.so")
     assert "not built" in native.status("cpu")
     assert "CONTEXTRAST_NATIVE=1" in native.status("cuda")
@@ -39,19 +39,19 @@ def test_a_missing_library_is_a_reason(unopened, tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"not a library"])
-def test_a_broken_library_is_a_reason(unopened, tmp_path, content):
+def test_the_status_says_that_the_library_cannot_be_opened(unopened, tmp_path, content):
     path = tmp_path / "_native.so"
     path.write_bytes(content)
     unopened.setattr(native, "_PATH", path)
     assert "cannot be opened" in native.status("cpu")
 
 
-def test_a_library_of_another_version_is_a_reason(unopened):
+def test_the_status_says_that_the_library_has_another_version(unopened):
     unopened.setattr(native, "_INTERFACE", native._INTERFACE + 1)
     assert "another version of csrc/" in native.status("cpu")
 
 
-def test_only_the_interface_is_visible():
+def test_only_the_interface_is_exported():
     nm = shutil.which("nm")
     if nm is None:
         pytest.skip("nm is not installed")
@@ -94,9 +94,9 @@ def compiler():
 
 @pytest.fixture(scope="session")
 def sanitized_library(compiler):
-    """csrc/ once more with AddressSanitizer and UBSan, in build/, where the next run finds most of it done.
+    """Build csrc/ with AddressSanitizer and UBSan in build/, so that the next run rebuilds little.
 
-    It is optimised little (-Og), so that it compiles soon and still runs fast.
+    With -Og it compiles fast and still runs fast.
     """
     cmake = shutil.which("cmake", path=os.path.dirname(sys.executable)) or shutil.which("cmake")
     if cmake is None:
@@ -123,9 +123,9 @@ def run_sanitized(compiler, library, program, *arguments):
         f"import pathlib; from contextrast_kernels import native; native._PATH = pathlib.Path({str(library)!r})\n"
     )
     environment = os.environ | {
-        # The C++ library too: AddressSanitizer looks for its exceptions, of which torch throws some, when it starts.
+        # AddressSanitizer looks up the exceptions of the C++ library when it starts, and torch throws some.
         "LD_PRELOAD": f"{runtime('libasan.so')} {runtime('libstdc++.so.6')}",
-        "ASAN_OPTIONS": "detect_leaks=0",  # of Python and torch there are many
+        "ASAN_OPTIONS": "detect_leaks=0",  # Python and torch have many leaks
         "UBSAN_OPTIONS": "print_stacktrace=1",
         "PYTHONPATH": str(ROOT),
     }
@@ -137,7 +137,7 @@ RUN_TESTS = "import sys, pytest; sys.exit(pytest.main(['-s', '-p', 'no:cacheprov
 
 
 def test_sanitizers_see_an_overrun(compiler, sanitized_library):
-    """The sanitized runs can fail: an output one row too short is noticed, and so is a scratch 16 bytes too short."""
+    """They detect an output that is one row too short, and a scratch that is 16 bytes too short."""
     calls = """
 import ctypes, os, torch
 classes = torch.zeros(1, 40, 70, dtype=torch.int64)
@@ -161,7 +161,7 @@ for rows, scratch_bytes in ((40, size), (39, size), (40, size - 16)):
 
 
 def test_fuzzed_calls_are_clean_under_sanitizers(compiler, sanitized_library):
-    """The same examples every day, so that a failure can be repeated; the slow test below draws new ones."""
+    """The examples are always the same, so that a failure can be repeated. The slow test below draws new ones."""
     tests = ["tests/csrc/test_native.py", "tests/distance", "-k", "fuzzed or nothing_in or extreme or longest"]
     done = run_sanitized(compiler, sanitized_library, RUN_TESTS, *tests, "--hypothesis-seed=0")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[:3000]  # a finding begins with its line of code

@@ -1,4 +1,4 @@
-"""Inputs and an oracle for the distance transform of lines, maps and volumes: it compares every pair of pixels."""
+"""Inputs for the distance transform of lines, maps and volumes, and brute force over every pair of pixels."""
 
 import itertools
 
@@ -47,7 +47,7 @@ def coordinates(number, shape):
 
 
 def numbers(indices, shape):
-    """The inverse."""
+    """The inverse of ``coordinates``."""
     number = np.zeros(indices.shape[1:], dtype=np.int64)
     for index, size in zip(indices, shape, strict=True):
         number = number * size + index
@@ -67,7 +67,7 @@ def edges(classes):
 
 
 def edge_distance(classes, sampling):
-    """Eq. 7, squared, with each class on its own."""
+    """The squared distances of Eq. 7, class by class."""
     of_edge, between = edges(classes).reshape(len(classes), -1), costs(classes.shape[1:], sampling)
     flat = classes.reshape(len(classes), -1)
     same = flat[:, :, None] == flat[:, None, :]

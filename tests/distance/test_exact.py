@@ -1,4 +1,4 @@
-"""The distance transform and the edge distance against brute force, SciPy, MONAI and edt; values to the bit."""
+"""The distance transform and the edge distance equal brute force bit for bit, and agree with SciPy, MONAI and edt."""
 
 import itertools
 import math
@@ -22,7 +22,7 @@ BACKENDS = ["reference"] + (["native"] if native.status("cpu") == "ok" else [])
 
 
 def transformed(mask, sampling, spatial_dims=None):
-    """Squared distances and indices; checks that all four ways to ask agree."""
+    """Return squared distances and indices, and check that all four calls agree."""
     mask = torch.as_tensor(mask)
     dims = {"spatial_dims": mask.ndim - 1 if spatial_dims is None else spatial_dims, "sampling": sampling}
     squared, indices = ck.distance_transform(mask, squared=True, return_indices=True, **dims)
@@ -39,7 +39,7 @@ def transformed(mask, sampling, spatial_dims=None):
 
 
 def check(mask, sampling, first_in_memory=True):
-    """A batch of masks against every pair of pixels. first_in_memory: each index is the first of equals, else one."""
+    """Compare masks with brute force. If first_in_memory, each index must be the first of equally near zeros."""
     squared, number = volumes.brute_force(mask == 0, sampling)
     ours, indices = transformed(mask, sampling)
     assert (ours == squared).all()
@@ -68,7 +68,7 @@ SMALLER = [shape for shape in itertools.product((1, 2, 3), (1, 2, 3), (1, 2)) if
 
 
 @pytest.mark.parametrize("shape", [(9,), (3, 4), (1, 5), (5, 1), (1, 2, 5), (2, 5, 1), (1, 1, 8), *SMALLER], ids=str)
-def test_every_binary_map(backend, shape):
+def test_every_small_binary_map_equals_brute_force(backend, shape):
     sampling = (0.7, 1.3, 2.9)[-len(shape) :]
     for side in (None, sampling):
         check(volumes.every_map(shape, 2), side)
@@ -76,8 +76,8 @@ def test_every_binary_map(backend, shape):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sampling", SAMPLINGS[:4])
-def test_every_binary_volume_of_3x3x2(sampling):
-    """All 2^18 of them."""
+def test_every_binary_volume_of_3x3x2_equals_brute_force(sampling):
+    """There are 2^18 of them."""
     every = volumes.every_map((3, 3, 2), 2)
     for start in range(0, len(every), 2**13):
         check(every[start : start + 2**13], sampling, first_in_memory=sampling in SAMPLINGS[:2])
@@ -90,8 +90,8 @@ def test_every_binary_volume_of_3x3x2(sampling):
         *(pytest.param(shape, 3, marks=pytest.mark.slow) for shape in ((1, 3, 3), (3, 2, 2))),
     ],
 )
-def test_every_label_volume(backend, shape, symbols):
-    """All volumes of outside and symbols - 1 classes, and of as many classes as symbols."""
+def test_every_small_label_volume_equals_brute_force(backend, shape, symbols):
+    """With lowest -1 the smallest symbol is outside of all classes. With 0 every symbol is a class."""
     every = volumes.every_map(shape, symbols).astype(np.int64)
     for start in range(0, len(every), 2**13):
         for lowest in (-1, 0):
@@ -105,8 +105,8 @@ def test_every_label_volume(backend, shape, symbols):
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 @pytest.mark.parametrize("shape", [(6, 7, 9), (1, 20, 17), (33, 2, 5), (2, 40, 3)])
 def test_every_family_equals_brute_force(backend, rng, shape, sampling):
-    """The index is the first of equally near zeros. With a sampling such as 0.7 sums may be equal by rounding alone;
-    these are not compared."""
+    """The index is the first of equally near zeros. With a sampling such as 0.7 sums may be equal by rounding alone.
+    The indices of such ties are not compared."""
     masks = np.stack(list(volumes.families(rng, shape).values()))
     check(masks, sampling, first_in_memory=sampling in SAMPLINGS[:2])
 
@@ -122,7 +122,7 @@ def test_every_family_equals_brute_force(backend, rng, shape, sampling):
     ],
 )
 def test_very_anisotropic_pixels_equal_brute_force(backend, rng, shape, sampling):
-    """Whole numbers whose squares nearly fill 32 bits on a short axis."""
+    """The sampling has integers whose squares nearly fill 32 bits on a short axis."""
     for share in (0.02, 0.2, 0.6, 0.95):
         check((rng.random((3, *shape)) >= share).astype(np.uint8), sampling)
 
@@ -137,7 +137,7 @@ def test_very_anisotropic_pixels_equal_brute_force(backend, rng, shape, sampling
         ((700, 3, 81), (39, 1, 221), (699, 1, 3)),
     ],
 )
-def test_costs_that_nearly_fill_32_bits(backend, shape, sampling, zero):
+def test_costs_that_nearly_fill_32_bits_are_exact(backend, shape, sampling, zero):
     """With one zero the distances are known in closed form. The largest is just below 2^30, and that of a pixel beyond
     the end of a line would be above."""
     mask = np.ones((1, *shape), dtype=bool)
@@ -152,7 +152,7 @@ def test_costs_that_nearly_fill_32_bits(backend, shape, sampling, zero):
 
 @pytest.mark.parametrize("spatial_dims", [1, 2])
 def test_sampled_lines_and_maps_take_the_first_of_equal_costs(backend, rng, spatial_dims):
-    """With two axes nothing is rounded before the last sum: ties are exactly those of brute force."""
+    """With two axes nothing is rounded before the last sum, so ties are exactly those of brute force."""
     shape = (200,) if spatial_dims == 1 else (17, 23)
     for percent in (5, 50, 95, 99, 100):
         mask = rng.random((6, *shape)) * 100 < percent
@@ -174,7 +174,7 @@ def test_fuzzed_masks_equal_brute_force(mask, sides):
 
 
 def assert_volume_equals_the_reference(data):
-    """Larger than brute force can do: word borders, blocks, strips, long thin ones; values and indices."""
+    """These are too large for brute force: they have word borders, blocks and strips, and some are long and thin."""
     size = data.draw(st.sampled_from([(70, 40, 3), (3, 90, 35), (34, 33, 17), (2, 3, 300), (300, 1, 5), (40, 70, 9)]))
     zeros = data.draw(st.sampled_from([1, 3, 40, 2000]))
     generator = np.random.default_rng(data.draw(st.integers(0, 2**32)))
@@ -211,7 +211,7 @@ def test_more_fuzzed_volumes_equal_the_reference(data):
 
 
 def check_against_scipy(mask, sampling):
-    """Distances to one unit in the last place of float32, and each index a nearest zero."""
+    """Distances agree to one unit in the last place of float32, and each index is a nearest zero."""
     squared, indices = transformed(mask[None], sampling)
     distance, scipys = ndimage.distance_transform_edt(mask, sampling, return_indices=True)
     ours = ck.distance_transform(torch.from_numpy(mask), spatial_dims=mask.ndim, sampling=sampling).numpy()
@@ -277,7 +277,7 @@ def test_real_heads_equal_scipy_edt_and_monai(name):
 def test_edge_distance_of_a_volume_is_a_transform_for_each_class(backend):
     classes = torch.from_numpy(ring_and_helix()[None]) - 1
     squared = ck.edge_distance(classes, squared=True)[0].numpy()
-    of_edge = volumes.edges(classes.numpy()[:, 5:15, 5:25, 5:30])[0]  # the oracle is slow: a part is enough
+    of_edge = volumes.edges(classes.numpy()[:, 5:15, 5:25, 5:30])[0]  # brute force is slow: a part is enough
     part = squared[5:15, 5:25, 5:30]
     assert (part[of_edge] == 0)[1:].all()
     for value in (0, 1):
@@ -291,8 +291,8 @@ def test_edge_distance_of_a_volume_is_a_transform_for_each_class(backend):
 
 
 @pytest.mark.parametrize("shape", [(16384, 2, 2), (2, 16384, 2), (2, 2, 16384)])
-def test_longest_sides_of_a_volume(shape):
-    """One zero in a corner: distances are known in closed form."""
+def test_longest_sides_of_a_volume_have_exact_distances(shape):
+    """With one zero in a corner the distances are known in closed form."""
     mask = torch.ones(shape, dtype=torch.uint8)
     mask[0, 0, 0] = 0
     squared = sum(torch.arange(n).reshape([-1 if a == b else 1 for b in range(3)]) ** 2 for a, n in enumerate(shape))
@@ -302,8 +302,8 @@ def test_longest_sides_of_a_volume(shape):
 
 
 @pytest.mark.slow
-def test_a_volume_of_2_to_the_31_voxels():
-    """The last voxel's number is the largest int32. Needs 13 GB."""
+def test_a_volume_of_2_to_the_31_zeros_has_distance_zero():
+    """The last voxel's number is the largest int32. The test needs 13 GB."""
     memory = pathlib.Path("/proc/meminfo")
     if not memory.exists() or int(re.search(r"MemAvailable: +(\d+)", memory.read_text()).group(1)) < 14 * 2**20:
         pytest.skip("needs 14 GB of free memory")

@@ -1,4 +1,4 @@
-"""Inputs of the two functions: dtypes, strides, batches, empty axes, compilation, and errors."""
+"""Dtypes, strides, batches, empty axes, compilation and errors of ``distance_transform`` and ``edge_distance``."""
 
 import itertools
 import math
@@ -29,7 +29,7 @@ def mask(rng):
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, *INTEGERS, *FLOATS])
-def test_every_dtype(backend, mask, dtype):
+def test_every_dtype_of_a_mask_gives_the_same_distances(backend, mask, dtype):
     expected = ck.distance_transform(mask, spatial_dims=3)
     assert torch.equal(ck.distance_transform(mask.to(dtype), spatial_dims=3), expected)
 
@@ -41,7 +41,7 @@ def test_nan_is_nonzero_and_minus_zero_is_zero(backend, dtype):
 
 
 @pytest.mark.parametrize("dtype", INTEGERS)
-def test_every_class_dtype_at_full_width(backend, dtype):
+def test_classes_of_every_dtype_are_compared_at_full_width(backend, dtype):
     high = torch.iinfo(dtype).max
     classes = torch.tensor(
         [[[high, high, high - 1], [high, high, high - 1]]], dtype=torch.uint64 if high > 2**63 else None
@@ -50,7 +50,7 @@ def test_every_class_dtype_at_full_width(backend, dtype):
     assert distance.tolist() == [[[1, 0, 0], [1, 0, 0]]]
 
 
-def test_strides_and_leading_axes(backend, mask):
+def test_strides_and_leading_axes_do_not_change_results(backend, mask):
     expected, indices = ck.distance_transform(mask, spatial_dims=3, return_indices=True)
     assert indices.shape == (3, *mask.shape)
     last = mask.contiguous(memory_format=torch.channels_last_3d)
@@ -93,7 +93,7 @@ def test_empty_input_gives_empty_output(backend, shape):
         assert ck.edge_distance(empty, sampling=sampling).shape == shape
 
 
-def test_without_a_zero_there_is_no_distance(backend):
+def test_without_a_zero_distances_are_infinite_and_indices_are_minus_one(backend):
     ones = torch.ones(2, 3, 4)
     assert (ck.distance_transform(ones, squared=True) == NO_EDGE).all()
     distance, indices = ck.distance_transform(ones, sampling=0.5, squared=True, return_indices=True)
@@ -121,7 +121,7 @@ def test_results_do_not_depend_on_the_threads(rng):
 @pytest.mark.skipif("native" not in BACKENDS, reason="the native library is not built")
 @pytest.mark.parametrize("threads", [1, 2, 64])
 def test_scratch_is_at_most_five_quarters_of_the_output(threads):
-    """Of maps and volumes whose sides are at least 32, as docs/distance.md says. No memory is allocated."""
+    """This holds for sides of at least 32, as docs/distance.md says. The test allocates no memory."""
     sides = (32, 33, 65, 256, 1000, 4000)
     sizes = itertools.product((1, *sides), sides, sides)
     for size in (*sizes, (16384, 1, 32), (1, 32, 16384), (2048, 1024, 1024)):
@@ -136,7 +136,7 @@ def test_scratch_is_at_most_five_quarters_of_the_output(threads):
 
 
 def native_scratch(mask, distance, sampling, squared, threads, *, edges=False, axes=0):
-    """Bytes of scratch for each byte of output. Nothing is read or written."""
+    """Bytes of scratch per byte of output. Nothing is read or written."""
     indices = torch.empty(axes, dtype=torch.int32) if axes else None
     wanted = native._Distance(sampling, squared, distance, indices)
     size = native._library().contextrast_distance_scratch_cpu(native._Volume(mask), wanted, edges, threads)
@@ -203,7 +203,7 @@ def test_invalid_arguments_raise_clear_errors(backend, name):
 
 
 def test_exactly_2_to_the_31_voxels_are_accepted():
-    """Tensors without data; the library describes its scratch for as many voxels and for none more."""
+    """The tensors have no data. The library reports its scratch for this many voxels and refuses more."""
     for call, shape in ((ck.edge_distance, (1, 2048, 1024, 1024)), (deep_transform, (2048, 1024, 1024))):
         assert call(torch.empty(shape, dtype=torch.uint8, device="meta")).shape == shape
     if "native" not in BACKENDS:

@@ -1,6 +1,6 @@
-"""benchmarks/distances.py and docs/distance.md: peers that are said to compute the same function do.
+"""Peers that benchmarks/distances.py and docs/distance.md call exact compute the same distances as this library.
 
-The inputs of the benchmark are what they say, and it asks every peer in every regime.
+The inputs of the benchmark have the stated dtypes and sizes, and every peer is compared in every regime.
 """
 
 import pathlib
@@ -20,7 +20,7 @@ CASES = [replace(case, side=16) for case in distances.cases()]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: " ".join(map(str, case.columns.values())))
-def test_exact_transforms_are_exact(case):
+def test_transforms_that_are_listed_as_exact_equal_ours(case):
     image = distances.image_of(case)
     columns = case.columns
     assert image.dtype == case.dtype
@@ -50,8 +50,8 @@ def test_a_wrong_distance_is_a_difference():
     assert not distances.difference(expected * float("nan"), expected, classes) <= 1e-4
 
 
-def test_every_peer_is_asked_in_every_regime():
-    """What a page compares: each library wherever it can answer the question."""
+def test_every_peer_is_compared_in_every_regime():
+    """Each library is compared wherever it can compute the result."""
     everywhere = {"SciPy", "MONAI"}
     for case in CASES:
         suffix = "" if case.what == "distance_transform" else " on edges"
@@ -73,8 +73,8 @@ def test_edges_are_where_the_edge_distance_is_zero(case):
     assert torch.equal(distances.edges(classes), ck.edge_distance(classes) == 0)
 
 
-def changing_over():
-    """Their call and ours, from the page's table. cuCIM needs a GPU, and edt's labels have another distance."""
+def replaced_calls():
+    """Their calls and ours in the page's table, without cuCIM, which needs a GPU, and without edt's other distance."""
     page = (pathlib.Path(__file__).parents[2] / "docs" / "distance.md").read_text()
     table = page[page.index("| You call |") : page.index("Differences that matter")]
     calls = re.findall(r"^\| `(.+?)`.*?\| `(.+?)`", table, re.MULTILINE)
@@ -82,9 +82,9 @@ def changing_over():
     return [pair for pair in calls if "cucim" not in pair[0] and "labels" not in pair[0]]
 
 
-@pytest.mark.parametrize(("theirs", "ours"), changing_over(), ids=lambda call: call.split("(")[0])
-def test_each_call_of_the_page_changes_over(theirs, ours, rng):
-    """Distances agree to float32's precision. Those of kornia, an approximation, differ by up to a third of them."""
+@pytest.mark.parametrize(("theirs", "ours"), replaced_calls(), ids=lambda call: call.split("(")[0])
+def test_each_call_of_the_page_equals_its_replacement(theirs, ours, rng):
+    """Distances agree to float32's precision. Those of kornia are approximate and differ by up to a third."""
     name = theirs.split("(")[0].rpartition(".")[0]
     pytest.importorskip(name)
     is_kornia, has_channels = "kornia" in name, "monai" in name

@@ -70,7 +70,7 @@ def evaluated(name, *batches, **options):
 
 
 EMBEDDED = ("AlignmentUniformity", "AnchorSimilarity")
-"""Metrics of anchors, which are matrix products in float32: their rounding depends on strides, threads and tracing."""
+"""Metrics from matrix products in float32, whose rounding depends on strides, threads and tracing."""
 
 
 def same(one, other, exact=True):

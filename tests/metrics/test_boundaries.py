@@ -1,4 +1,4 @@
-"""Scores of boundaries against hand-worked numbers, literal loops (``literal_metrics.py``) and OpenCV."""
+"""Scores of boundaries equal numbers worked by hand, literal loops (``literal_metrics.py``) and OpenCV."""
 
 import math
 
@@ -40,7 +40,7 @@ def test_boundary_mask_against_literal_loops(radius):
             assert {tuple(pixel) for pixel in mask.nonzero().tolist()} == loops.trimap(image.numpy(), radius, 3)
 
 
-def test_the_border_of_void_is_not_a_boundary():
+def test_the_border_of_ignored_pixels_is_not_a_boundary():
     labels = torch.zeros(1, 8, 8, dtype=torch.long)
     labels[:, :, 4] = 255
     assert not boundary_mask(labels, 3).any()
@@ -50,7 +50,7 @@ def test_the_border_of_void_is_not_a_boundary():
     assert boundary_mask(labels, 0)[0].nonzero().tolist() == [[y, x] for y in (5, 6) for x in range(4)]
 
 
-def test_no_boundary_means_no_pixel_whatever_the_radius():
+def test_without_a_boundary_the_mask_is_empty_whatever_the_radius():
     assert not boundary_mask(torch.zeros(2, 5, 5, dtype=torch.long), 1e9).any()
     assert not boundary_mask(torch.zeros(2, 5, 5, dtype=torch.long), 1e300).any()
     assert boundary_mask(torch.zeros(0, 5, 5, dtype=torch.long), 3).shape == (0, 5, 5)
@@ -71,7 +71,7 @@ def test_boundary_iou_against_literal_erosion(width, void):
 
 
 def test_boundary_iou_against_opencv_erosion():
-    """The authors' own way to the band: padded by a pixel of zeros, eroded d times with a 3x3 kernel."""
+    """The authors compute the band by padding with a pixel of zeros and eroding d times with a 3x3 kernel."""
     cv2 = pytest.importorskip("cv2", reason="OpenCV is not installed")
     labels, predictions = scene(np.random.default_rng(3), B=2, N=N, H=64, W=97, ignored=0)
     scores = BoundaryIoU(N, (2, 7))

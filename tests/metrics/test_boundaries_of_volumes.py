@@ -1,4 +1,4 @@
-"""Boundary metrics of volumes against literal loops, and against the map that a volume of depth one is."""
+"""Boundary metrics of volumes equal literal loops, and those of a volume of depth one equal those of the map."""
 
 import literal_metrics as loops
 import numpy as np
@@ -51,7 +51,7 @@ def test_boundary_f1_of_volumes_against_literal_loops(scene, radius):
 
 
 def test_shares_of_the_diagonal_span_all_three_sides():
-    """The volume has 160 voxels along z and few along y and x, so only with z is the share more than a voxel."""
+    """The volume has 160 voxels along z and few along y and x, so the share exceeds a voxel only if z counts."""
     labels = torch.zeros(1, 160, 3, 4, dtype=torch.uint8)
     labels[:, 80:] = 1
     shifted = torch.cat((labels[:, :1], labels[:, :-1]), 1)

@@ -1,4 +1,4 @@
-"""Scores of embeddings against literal loops, and what they do with an embedding that is NaN or infinite."""
+"""Scores of embeddings equal literal loops, and are NaN if an embedding is NaN or infinite."""
 
 import math
 
@@ -56,7 +56,7 @@ def test_alignment_of_a_sample_is_unbiased():
         estimates.append(quality.compute()["alignment"].item())
     error = np.std(estimates, ddof=1) / math.sqrt(len(estimates))
     assert 0.002 < error < 0.02 * exact
-    # Without the factor for pairs of a pixel with itself it would be off by 1/12, ten errors and more.
+    # Without the factor for pairs of a pixel with itself the mean would be off by 1/12, at least ten standard errors.
     assert abs(np.mean(estimates) - exact) < 4 * error
 
 
@@ -76,11 +76,11 @@ def test_identical_embeddings_have_alignment_zero():
     quality = AlignmentUniformity(2)
     quality.update(torch.full((1, 64, 8, 8), 0.3, dtype=torch.float16), torch.zeros(1, 8, 8, dtype=torch.long))
     assert quality.compute()["alignment"].item() == 0
-    assert quality.compute()["uniformity"].isnan()  # one class has no other
+    assert quality.compute()["uniformity"].isnan()  # there is only one class
 
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf])
-def test_a_broken_embedding_is_not_hidden(broken):
+def test_a_nan_or_infinite_embedding_gives_nan(broken):
     labels = torch.arange(4).repeat_interleave(16).view(1, 8, 8) // 2  # classes 0 and 1
     labels[0, 0, 0] = 255
     [x] = embeddings(B=1, sizes=((8, 8),))
@@ -136,7 +136,7 @@ def test_an_error_region_without_an_edge_has_no_distance():
     assert similarity.compute()["pixels"].tolist() == [[0, 0, 0]]
 
 
-def test_a_broken_cosine_is_not_hidden():
+def test_a_nan_cosine_gives_nan():
     labels, predictions, _ = maps()
     x = embeddings()
     x[0][:, :, 3] = math.nan

@@ -1,5 +1,5 @@
-"""Properties of every metric: any split into batches and any number of ranks give the same, no update waits for the
-device, and ignored pixels have no effect."""
+"""Properties of every metric: any split into batches and any number of ranks give the same result, no update waits for
+the device, and ignored pixels have no effect."""
 
 import copy
 import pickle
@@ -33,10 +33,10 @@ from contextrast_kernels.metrics import (
 
 
 @every_metric
-def test_any_split_into_batches_gives_the_same(name):
+def test_any_split_into_batches_gives_the_same_result(name):
     whole = arguments(name, B=4)
     parts = [images_of(whole, slice(b, b + 1)) for b in range(4)]
-    if name == "AnchorSimilarity":  # its anchors are those of a batch
+    if name == "AnchorSimilarity":  # its anchors depend on the batch
         same(evaluated(name, whole, whole), evaluated(name, whole, whole))
         return
     same(evaluated(name, whole), evaluated(name, *parts), exact=name not in ("AlignmentUniformity", "BoundaryF1"))
@@ -51,7 +51,7 @@ def test_metrics_can_be_merged_reset_saved_and_copied(name):
     other.update(*second)
     saved = copy.deepcopy(one).state_dict()
     one.merge(other)
-    exact = name != "AlignmentUniformity"  # it draws again
+    exact = name != "AlignmentUniformity"  # merging samples again
     if exact:
         same(one.compute(), both, exact=name != "BoundaryF1")
     other.load_state_dict(saved)
@@ -115,7 +115,7 @@ def test_predictions_at_ignored_pixels_have_no_effect(name):
 
 
 @pytest.mark.parametrize("name", [name for name in METRICS if name != "AlignmentUniformity"])
-def test_logits_and_class_maps_of_other_sizes(name):
+def test_logits_and_class_maps_of_other_sizes_are_resized(name):
     labels, _, instances = maps(H=13, W=17)
     small = maps(seed=8, H=6, W=9)[1].remainder(N)
     x = embeddings(sizes=((13, 17),))
@@ -124,7 +124,7 @@ def test_logits_and_class_maps_of_other_sizes(name):
     same(evaluated(name, METRICS[name][1](labels, small, instances, x)), expected)
 
     logits = torch.from_numpy(np.random.default_rng(0).standard_normal((3, N, 6, 9)))
-    if name == "AnchorSimilarity":  # it looks at the loss's errors, and samples as the loss does
+    if name == "AnchorSimilarity":  # it uses the loss's errors, so it samples like the loss
         resized = literal.resize(logits.numpy(), (13, 17))
     else:
         resized = literal.resize_bilinear(logits.numpy(), (13, 17))
@@ -161,7 +161,7 @@ def test_half_precision_is_computed_in_float32_under_autocast_too(name):
 
 
 @every_metric
-def test_counts_from_inference_mode_can_be_added_to_outside_it(name):
+def test_a_metric_updated_in_inference_mode_can_be_updated_outside_it(name):
     batch = arguments(name)
     metric = METRICS[name][0]()
     with torch.inference_mode():
@@ -216,7 +216,7 @@ def test_results_are_float64_scalars_and_vectors_under_names_that_do_not_clash()
 
 @pytest.mark.gpu
 @every_metric
-def test_a_gpu_gives_the_same_without_waiting(name):
+def test_a_gpu_gives_the_same_result_without_waiting(name):
     batch = arguments(name)
     on_gpu = tuple([t.cuda() for t in a] if isinstance(a, list) else a.cuda() for a in batch)
     metric = METRICS[name][0]()

@@ -1,4 +1,4 @@
-"""Scores of regions against hand-worked numbers, literal loops (``literal_metrics.py``) and torchmetrics."""
+"""Scores of regions equal numbers worked by hand, literal loops (``literal_metrics.py``) and torchmetrics."""
 
 import math
 
@@ -44,7 +44,8 @@ def test_instance_iou_worked_by_hand():
     predictions = torch.tensor([[[1, 0, 0, 1, 1, 0, 0]]])
     scores = InstanceIoU(2, (None, 6.0), first_instance=1000)
     scores.update(predictions, labels, instances)
-    # The instance of 3 pixels: each weighs 2, one hit, two misses. That of 1 pixel weighs 6, a hit. One false alarm.
+    # Each of the 3 pixels of the first instance weighs 2: one hit, two misses. The other's pixel weighs 6: a hit. There
+    # is one false positive.
     assert scores.compute()["iiou_per_class"].tolist()[1] == pytest.approx((2 + 6) / (2 + 6 + 1 + 4), abs=1e-9)
     assert math.isnan(scores.compute()["iiou_per_class"][0])
     assert scores.compute()["iiou"].item() == pytest.approx(8 / 13, abs=1e-9)
@@ -69,7 +70,7 @@ def test_instance_iou_against_literal_loops(first):
     close(scores.compute()["category_iiou"], loops.mean(per_category), 1e-8)
 
 
-def test_one_id_in_several_classes_and_images_is_as_many_instances():
+def test_one_id_in_several_classes_and_images_means_several_instances():
     labels, predictions, instances = maps()
     instances[:] = 1
     scores = InstanceIoU(N, INSTANCE_SIZES)
@@ -78,7 +79,7 @@ def test_one_id_in_several_classes_and_images_is_as_many_instances():
     close(scores.compute()["iiou_per_class"], expected, 1e-8)
 
 
-def test_the_figures_of_cityscapes_fit_its_classes():
+def test_the_constants_of_cityscapes_fit_its_classes():
     scores = InstanceIoU(
         19, metrics.CITYSCAPES_INSTANCE_SIZES, categories=metrics.CITYSCAPES_CATEGORIES, first_instance=1000
     )

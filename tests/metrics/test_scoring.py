@@ -1,4 +1,4 @@
-"""Scores with an ignored class, and of logits at a different size than the labels."""
+"""Scores with an ignored class, and scores of logits whose size differs from that of the labels."""
 
 import literal
 import numpy as np
@@ -58,7 +58,7 @@ def test_miou_without_a_class_equals_torchmetrics(classification, ignored):
 @pytest.mark.parametrize("ignored", [0, 2])
 @pytest.mark.parametrize("name", ON_MAPS)
 def test_an_ignored_class_has_no_score(name, ignored):
-    """It is void in the labels, no class in the predictions, and NaN: as if it were renamed to 255 and to N."""
+    """Its score is NaN. The others are as if it were renamed to 255 in the labels and to N in the predictions."""
     labels, predictions = maps(1)
     results = scores(name, predictions, labels, ignore_index=ignored)
     renamed = labels.where(labels != ignored, 255), predictions.where(predictions != ignored, N)
@@ -108,7 +108,7 @@ def test_the_loss_counts_no_error_of_an_ignored_class():
 @pytest.mark.parametrize("channels", [2, 3, 4, 5, 9])
 @pytest.mark.parametrize("size", [(13, 17), (3, 4), (6, 40)])
 def test_logits_are_resized_bilinearly(channels, size):
-    """As literal loops do it, for every number of classes and in both directions."""
+    """They equal literal loops for every number of classes, if the size grows and if it shrinks."""
     logits = np.random.default_rng(channels).standard_normal((2, channels, 6, 9))
     expected = literal.predicted_classes(literal.resize_bilinear(logits, size))
     for dtype in (torch.float64, torch.float32):
@@ -126,7 +126,7 @@ def test_resized_ties_go_to_the_lowest_class_and_nan_is_the_largest():
 
 
 def test_miou_of_small_logits_is_that_of_logits_resized_first(classification):
-    """Two discs and stripes at a quarter of the size: nearest sampling loses 9 points of mIoU here."""
+    """With a disc and stripes at a quarter of the size, nearest sampling loses 9 points of mIoU."""
     y, x = np.mgrid[:256, :256]
     labels = ((y - 128) ** 2 + (x - 128) ** 2 < 90**2).astype(int) + ((y + 2 * x) % 97 < 30)
     labels = torch.from_numpy(labels)[None]
@@ -156,7 +156,7 @@ class Largest(TorchDispatchMode):
         return out
 
 
-def test_the_logits_of_all_classes_are_never_held_at_the_labels_size():
+def test_logits_of_all_classes_are_never_stored_at_the_size_of_the_labels():
     labels = torch.zeros(2, 64, 96, dtype=torch.int64)
     metric = ck.metrics.ConfusionMatrix(50)
     with Largest() as largest:
@@ -168,8 +168,8 @@ def test_the_logits_of_all_classes_are_never_held_at_the_labels_size():
 
 
 @pytest.mark.parametrize(("share", "size", "pixels"), [(0.02, (30, 40), 1), (0.05, (30, 40), 2), (0.002, (30, 40), 1)])
-def test_boundary_iou_in_shares_of_the_diagonal(share, size, pixels):
-    """As in the authors' code: round(share * diagonal), at least 1; the diagonal is 50 px."""
+def test_widths_of_boundary_iou_can_be_shares_of_the_diagonal(share, size, pixels):
+    """The width is round(share * diagonal), at least 1, as in the authors' code. The diagonal is 50 px here."""
     labels, predictions = scene(np.random.default_rng(4), B=2, N=N, H=size[0], W=size[1])
     relative, fixed = ck.metrics.BoundaryIoU(N, (share, 3)), ck.metrics.BoundaryIoU(N, (pixels, 3))
     for metric in (relative, fixed):
