@@ -84,8 +84,8 @@ def test_the_bytes_of_a_launch_are_those_of_its_tensors():
     seed, counts_and_drawn = 8, 8 * (2 * 4 + 2)
     assert codes == (labels + sum(pixels) + seed, sum(pixels) + counts_and_drawn)
     forward = [moved(launch) for launch in launches if launch.kernel.__name__ == "_class_anchors_fwd"]
-    sums_and_broken = 8 * 2 * 4 * (16 + 1)
-    assert forward == [(n * (16 * 2 + 1), sums_and_broken) for n in pixels]
+    counts, sums_and_broken = 8 * 2 * 4, 8 * 2 * 4 * (16 + 1)
+    assert forward == [(n * (16 * 2 + 1) + counts, sums_and_broken) for n in pixels]
 
 
 def test_every_block_of_the_dense_sweep_has_a_place_to_write(monkeypatch):
