@@ -10,6 +10,7 @@ import ctypes
 import functools
 import math
 import pathlib
+import sys
 from collections.abc import Sequence
 
 import torch
@@ -134,6 +135,12 @@ def is_built() -> bool:
 def _library() -> ctypes.CDLL | str:
     """The opened library, or the reason why it cannot be opened."""
     if not is_built():
+        for folder in sys.path:
+            if pathlib.Path(folder, _PATH.parent.name, _PATH.name).exists():
+                return (
+                    f"Python imported contextrast_kernels from {_PATH.parent.parent}, which hides the one installed in "
+                    f"{folder}: start Python in another folder"
+                )
         return (
             "the native library is not built: install a C++17 compiler and reinstall contextrast_kernels with "
             "CONTEXTRAST_NATIVE=1, which says what is missing"

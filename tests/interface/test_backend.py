@@ -183,7 +183,8 @@ def test_a_missing_native_library_warns_once(without_native):
 
 
 def test_an_import_without_the_native_library_warns_once(tmp_path):
-    """The copy stands for an installation where pip found no compiler."""
+    """The copy stands for an installation where pip found no compiler, and then for a source folder in which Python was
+    started after an installation elsewhere."""
     source = pathlib.Path(ck.__file__).parent
     shutil.copytree(source, tmp_path / source.name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     program = (
@@ -205,6 +206,12 @@ def test_an_import_without_the_native_library_warns_once(tmp_path):
     assert told.count("the native library is not built: install a C++17 compiler") == 1
     assert "a slower one is used for error maps, distances and negatives" in told
     assert "native library" not in run(CONTEXTRAST_BACKEND="reference")
+
+    installed = tmp_path / "installed"
+    (installed / source.name).mkdir(parents=True)
+    (installed / source.name / "_native.so").touch()
+    told = run(PYTHONPATH=str(installed))
+    assert f"from {tmp_path}, which hides the one installed in {installed}: start Python in another folder" in told
 
 
 def test_asking_for_the_reference_silences_the_warning(without_native, monkeypatch, recwarn):
