@@ -188,7 +188,6 @@ def _class_anchors_fwd(
     d0 = part * TILES.COLUMNS
     sums += block.number * N * D
     broken += block.number * N
-    counts += block.number * N
 
     rank0 = 0
     classes = 1
@@ -196,10 +195,11 @@ def _class_anchors_fwd(
         slots, found = block_classes(codes, None, block, 0, N, TILES.ROWS, BINS, CLASSES)
         if found <= CLASSES:
             C: tl.constexpr = 64  # channels of a product: the least with which they are wgmma's rows
+            used = slots >= 0
+            count = tl.load(counts + block.number * N + slots, mask=used, other=1)
+            scale = sum_scale(None, 0, count, True)[None, :]
             totals, finite = _sums_of_copied_rows(block, codes, norms, slots, D, C, LAYOUT)
             if finite:
-                used = slots >= 0
-                scale = sum_scale(None, 0, tl.load(counts + slots, mask=used, other=1), True)[None, :]
                 for i in tl.static_range(D // C):
                     d = i * C + tl.arange(0, C)
                     add_fixed(sums + slots[None, :] * D + d[:, None], totals[i], scale, used[None, :])
@@ -231,7 +231,7 @@ def _class_anchors_fwd(
                     tile = tl.where(finite[None, :], tile, 0.0)
                 more = more + (dot_features(weight, tl.trans(tile), totals[k]),)  # noqa: RUF005
             totals = more
-        count = tl.load(counts + slots, mask=slots >= 0, other=1)
+        count = tl.load(counts + block.number * N + slots, mask=slots >= 0, other=1)
         scale = sum_scale(max_abs, block.number, count, NORMALIZE)[:, None]
         for k in tl.static_range(PRODUCTS):
             d = d0 + k * K + tl.arange(0, K)

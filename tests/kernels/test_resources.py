@@ -33,7 +33,7 @@ MOST_SPILLS_OF_PATHS = 0.05
 """The largest share of loads from and stores to the stack among the instructions of a loop, on the same paths, in
 kernels with a branch for copied rows. They have one for all other blocks as well, and each holds numbers of the other
 on the stack: outside of loops, where it costs nothing. A twentieth is less than what the layouts differ by."""
-COPIES = {"_pixel_anchor_fwd", "_features_bwd"}
+COPIES = {"_class_anchors_fwd", "_pixel_anchor_fwd", "_features_bwd"}
 SWEEPS = {
     "_class_anchors_fwd", "_hard_similarities", "_dense_similarities", "_pixel_anchor_fwd", "_features_bwd",
     "_features_bwd_dense",
