@@ -264,20 +264,6 @@ def blocks_of_a_multiprocessor(registers: int, shared: int, warps: int, arch: in
     return min(65536 // (a_warp * warps), SHARED_MEMORY[arch] * 1024 // (shared + 1024), 64 // warps, 32)
 
 
-def share_of_spills(code: str) -> float:
-    """The largest share of loads from and stores to the stack among the instructions of a loop, inner loops left
-    out."""
-    instructions = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,5})\*/\s+([^;]*);", code)]
-    jumps = [(at, re.search(r"BRA.*(0x[0-9a-f]+)", text)) for at, text in instructions]
-    loops = [(int(jump[1], 16), at) for at, jump in jumps if jump and int(jump[1], 16) < at]
-    of_loop = {loop: [] for loop in loops}
-    for at, text in instructions:
-        around = [(first, last) for first, last in loops if first <= at <= last]
-        if around:
-            of_loop[min(around, key=lambda loop: loop[1] - loop[0])].append(bool(re.search(r"\b(LDL|STL)\b", text)))
-    return max((sum(spills) / len(spills) for spills in of_loop.values() if spills), default=0.0)
-
-
 def resources(launch: _launch.Launch, arch: int) -> dict:
     start = time.perf_counter()
     source, options = source_of(launch)
@@ -299,7 +285,6 @@ def resources(launch: _launch.Launch, arch: int) -> dict:
         "kernel": launch.kernel.fn.__name__,
         "registers": found["REG"],
         "stack": found["STACK"],
-        "spills": round(share_of_spills(code), 4),
         "shared": compiled.metadata.shared,
         "warps": warps,
         "blocks": blocks_of_a_multiprocessor(found["REG"], compiled.metadata.shared, warps, arch),

@@ -21,7 +21,7 @@ from torch import Tensor
 from triton import language as tl
 
 from contextrast_kernels.kernels import _launch
-from contextrast_kernels.kernels._tile_table import copied_tiles, copies_rows_backward, next_power_of_2, tiles_of
+from contextrast_kernels.kernels._tile_table import copied_tiles, copies_rows, next_power_of_2, tiles_of
 from contextrast_kernels.kernels._tiles import (
     FLOAT32_DOT,
     anchor_products,
@@ -100,7 +100,7 @@ def feature_gradients(
         _launch.sweep(_features_bwd_dense, features, arguments, tiles, constants, out=out)
         return out
     tiles = tiles_of("_features_bwd", dtype, D)
-    copied = _launch.Copied(copied_tiles(tiles), {}) if normalize and copies_rows_backward(dtype, D) else None
+    copied = _launch.Copied(copied_tiles(tiles), {}) if normalize and copies_rows(dtype, D) else None
     constants |= {"BINS": next_power_of_2(num_classes), "COPIED": False}
     _launch.sweep(_features_bwd, features, arguments, tiles, constants, out=out, copied=copied)
     return out

@@ -127,14 +127,10 @@ adds up the same s to the last bit: exp(s - Z) is exactly 1 where one negative i
 
 def copies_rows(dtype: torch.dtype, D: int) -> bool:
     """Whether kernels copy rows of these features to shared memory, in layers whose layout allows it. On Hopper alone:
-    for Ampere this spills 400 B, and for Blackwell it was not tried. A plan without a device is for Hopper."""
-    return dtype == torch.bfloat16 and D in (64, 128, 256) and architecture() in (None, 90)
-
-
-def copies_rows_backward(dtype: torch.dtype, D: int) -> bool:
-    """The same for ``_features_bwd``, whose tensor cores read nothing but copied rows. Triton 3.6 compiles no proxy
-    fence there, without which PTX does not promise that they see what was copied; 3.8 does, and 3.7 was not tried."""
-    return copies_rows(dtype, D) and TRITON >= (3, 8)
+    for Ampere this spills 400 B, and for Blackwell it was not tried. A plan without a device is for Hopper. From Triton
+    3.8 on alone: 3.6 spills 328 B, and compiles no proxy fence in ``_features_bwd``, without which PTX does not promise
+    that tensor cores see what was copied. 3.7 was not tried."""
+    return dtype == torch.bfloat16 and D in (64, 128, 256) and architecture() in (None, 90) and TRITON >= (3, 8)
 
 
 def keeps_norms(dtype: torch.dtype, D: int, num_classes: int) -> bool:

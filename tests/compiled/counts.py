@@ -200,7 +200,7 @@ def pixels_of(case: cases.Case) -> int:
 
 
 def smaller(case: cases.Case) -> cases.Case:
-    """One image of the case: of half the height and width if it is large, where the layers keep their alignment."""
+    """One image of the case. A large one has half the height and width; its layers keep their alignment."""
     part = 2 if case.height * case.width >= LARGE else 1
     return replace(case, batch=1, height=case.height // part, width=case.width // part)
 

@@ -111,6 +111,10 @@ def breaks_the_contract(case: Case, found) -> bool:
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
 def test_planted_fault_is_seen(fault):
+    from contextrast_kernels.kernels._tile_table import copies_rows
+
+    if "cp\\.async" in fault.pattern and not copies_rows(torch.bfloat16, fault.case.D):
+        pytest.skip("kernels copy rows from Triton 3.8 on")
     planted = 0
 
     def mutate(kernel: str, ptx: str) -> str:

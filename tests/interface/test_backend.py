@@ -182,9 +182,9 @@ def test_a_missing_native_library_warns_once(without_native):
     assert len(told) == 1
 
 
-def test_an_import_without_the_native_library_warns_once(tmp_path):
-    """The copy stands for an installation where pip found no compiler, and then for a source folder in which Python was
-    started after an installation elsewhere."""
+@pytest.fixture
+def stderr_of_a_call_without_a_library(tmp_path):
+    """A function that calls the library in a copy of the package without its native library, in another process."""
     source = pathlib.Path(ck.__file__).parent
     shutil.copytree(source, tmp_path / source.name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     program = (
@@ -202,15 +202,22 @@ def test_an_import_without_the_native_library_warns_once(tmp_path):
         assert done.returncode == 0, done.stderr
         return done.stderr
 
-    told = run()
+    return run
+
+
+def test_an_import_without_the_native_library_warns_once(stderr_of_a_call_without_a_library):
+    """The copy stands for an installation where pip found no compiler."""
+    told = stderr_of_a_call_without_a_library()
     assert told.count("the native library is not built: install a C++17 compiler") == 1
     assert "a slower one is used for error maps, distances and negatives" in told
-    assert "native library" not in run(CONTEXTRAST_BACKEND="reference")
+    assert "native library" not in stderr_of_a_call_without_a_library(CONTEXTRAST_BACKEND="reference")
 
+
+def test_a_source_folder_that_hides_the_installed_package_is_named(stderr_of_a_call_without_a_library, tmp_path):
     installed = tmp_path / "installed"
-    (installed / source.name).mkdir(parents=True)
-    (installed / source.name / "_native.so").touch()
-    told = run(PYTHONPATH=str(installed))
+    (installed / "contextrast_kernels").mkdir(parents=True)
+    (installed / "contextrast_kernels" / "_native.so").touch()
+    told = stderr_of_a_call_without_a_library(PYTHONPATH=str(installed))
     assert f"from {tmp_path}, which hides the one installed in {installed}: start Python in another folder" in told
 
 
