@@ -7,6 +7,7 @@ distances` times them, and `python -m benchmarks.report` writes the table of doc
 
 import functools
 import importlib.util
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -306,7 +307,8 @@ def difference(found: Any, expected: Any, image: Tensor) -> float:
 
 
 def table(rows: list[Row]) -> str:
-    """A line for each input and question: our time with one and two threads, and the fastest peer's with as many."""
+    """A summary, then a line for each input and question: our time with one and two threads, and the fastest peer's
+    with as many."""
     spoken = {"distance_transform": "mask", "edge_distance": "32 labels"}
     cells: dict[tuple, dict[int | None, list[Row]]] = {}
     for row in rows:
@@ -314,18 +316,37 @@ def table(rows: list[Row]) -> str:
         cells.setdefault((f"{size}, {row.regime}", row.mode), {}).setdefault(row.threads, []).append(row)
     lines = ["| input | sampling | 1 thread | fastest peer | ratio | 2 threads | fastest peer | ratio |"]
     lines.append("|---|---|--:|--:|--:|--:|--:|--:|")
+    fastest: dict[int, list[float]] = {1: [], 2: []}
+    second, scipy, with_indices = [], [], []
     for (name, mode), by_threads in sorted(cells.items()):
-        values = []
+        values, ours = [], {}
         for threads in (1, 2):
             of_threads = by_threads.get(threads, [])
-            mine = next((row for row in of_threads if row.by == OURS), None)
+            mine = ours[threads] = next((row for row in of_threads if row.by == OURS), None)
             others = sorted((row for row in of_threads if row.by != OURS), key=lambda row: row.median_ms)
             values += [_ms(mine)] if mine else ["–"]
             values += [f"{_ms(others[0])}, {others[0].by}"] if others else ["–"]
             values += [f"{others[0].median_ms / mine.median_ms:.1f}"] if mine and others else ["–"]
+            ratios = {row.by: row.median_ms / mine.median_ms for row in others} if mine else {}
+            (with_indices if "indices" in mode else scipy).extend(ratios[by] for by in ratios if by == "SciPy")
+            if ratios and "indices" not in mode:
+                fastest[threads].append(min(ratios.values()))
+        if ours[1] and ours[2] and "³" in name:
+            second.append(ours[1].median_ms / ours[2].median_ms)
         lines.append(f"| {name} | {mode.replace(' x ', ' × ')} | {' | '.join(values)} |")
+    summary = [
+        f"{subject} {min(found):.2g} to {max(found):.2g} times as {comparison} (median {statistics.median(found):.2g})."
+        for subject, comparison, found in (
+            ("With one thread this library is", "fast as the fastest peer", fastest[1]),
+            ("With two threads it is", "fast as the fastest peer", fastest[2]),
+            ("On a volume the second thread makes it", "fast", second),
+            ("SciPy takes", "long", scipy),
+            ("SciPy with indices takes", "long", with_indices),
+        )
+        if found
+    ]
     sources = sorted({f"{row.device}, PyTorch {row.torch}, commit {row.commit}" for row in rows})
-    return "\n".join([*lines, "", f"Measured on {'; '.join(sources)}."])
+    return "\n".join([" ".join(summary), "", *lines, "", f"Measured on {'; '.join(sources)}."])
 
 
 def _ms(row: Row) -> str:

@@ -29,6 +29,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 BLOCK = re.compile(r"(<!-- measured: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 BOTH = "contextrast_loss forward+backward"
 OURS = (distances.OURS, "contextrast", "triton")
+LOSSES = ("contextrast_loss", "relative's loss", "loss of a volume")
 COUNTED, TRIED = "counted.md", "tried.md"
 """``python -m tests.compiled.counts --write`` writes the first one. The second one lists what was tried for the kernels
 and is written by hand."""
@@ -331,6 +332,8 @@ def performance(rows: Sequence[Row], counted: str = "") -> str:
         "### Published code of related losses",
         "The table compares the cost of a step with other losses on the same maps, not which loss is better.",
         everything(relatives, bool),
+        "### Of a volume",
+        everything(rows, gpu("loss of a volume")),
         "### In a training step",
         "A step includes the loss and its projection heads. × is the time divided by that of cross-entropy alone.",
         everything(rows, gpu("training step")),
@@ -352,7 +355,7 @@ def performance(rows: Sequence[Row], counted: str = "") -> str:
         "## On a CPU",
         "[Distance transforms](distance.md#speed) have a page of their own.",
         "### The loss",
-        everything(rows, lambda row: not row.driver and row.what.startswith(("contextrast_loss", "relative's loss"))),
+        everything(rows, lambda row: not row.driver and row.what.startswith(LOSSES)),
     ]
     return "\n\n".join(filter(None, sections)) + "\n"
 

@@ -4,8 +4,8 @@
     python -m benchmarks.run --out FOLDER --parts loss step    some parts
     python -m benchmarks.run --out FOLDER --tiny               every path, on small inputs and untimed
 
-Without a GPU it times only what is used on a CPU: the loss in plain PyTorch and compiled, the relatives, distance
-transforms.
+Without a GPU it times only what is used on a CPU: the loss in plain PyTorch and compiled, the relatives, losses of a
+volume, distance transforms.
 
 Every row is compared with the reference in float64 (integers with ==) before it is timed. A row that differs is
 recorded as failed. Rows are written one by one. --minutes ends a run early. The next run continues there, tries absent
@@ -358,16 +358,53 @@ def run_relative(machine: Machine, case: Case, name: str, folder: pathlib.Path |
     features = [x.detach().requires_grad_() for x in inputs.features]
     batch = (features, inputs.labels, inputs.logits)
     call, note = (peers.ours(name, *batch), "") if ours else peers.official(name, folder, *batch)
-
-    def both():
-        return torch.autograd.grad(call(), features, allow_unused=True)
-
     with peers.quiet():
-        value = call()
-        if not bool(value.isfinite()):
-            raise measure.Differs(f"its loss is {value.item()}")
-        outcome = machine.outcome([both])
+        outcome = gradients_timed(machine, call, features)
     return outcome | {"exact": "another loss", "note": note}
+
+
+def gradients_timed(machine: Machine, call: Callable[[], Tensor], features: Sequence[Tensor]) -> dict:
+    """The columns of a loss with its gradients."""
+    value = call()
+    if not bool(value.isfinite()):
+        raise measure.Differs(f"its loss is {value.item()}")
+    return machine.outcome([lambda: torch.autograd.grad(call(), features, allow_unused=True)])
+
+
+# --------------------------------------------------------------------------------------------------- losses of a volume
+
+
+def volumes_part(machine: Machine, names: Sequence[str]) -> Iterator[Job]:
+    """The loss and the relatives on one volume of 4 organs, by this package: the published code knows only maps."""
+    side = 16 if machine.tiny else 96
+    for name in (LOSS, *peers.RELATIVES):
+        by = "contextrast" if name == LOSS else f"{name}, this package"
+        case = Case(f"{side}^3", 1, side, side, 4, channels=64, strides=(2, 4, 8, 16), dtype=torch.float32)
+        row = replace(machine.row(case, what=f"loss of a volume {BOTH}", by=by), regime="organs", layout="contiguous")
+        yield Job(row, functools.partial(run_volume, machine, case, name))
+
+
+def run_volume(machine: Machine, case: Case, name: str) -> dict:
+    def make():
+        side, generator = case.height, torch.Generator().manual_seed(SEED)
+        labels = distances.organs(side, case.num_classes)[None].long()
+        wrong = labels.roll((1, 2, 1), (1, 2, 3))  # errors lie along the borders
+        logits = 8 * F.one_hot(wrong, case.num_classes).movedim(-1, 1).float()
+        shapes = [(1, case.channels, *(side // stride,) * 3) for stride in case.strides]
+        features = [torch.randn(shape, generator=generator).to(machine.device).requires_grad_() for shape in shapes]
+        return features, labels.to(machine.device), logits.to(machine.device)
+
+    features, labels, logits = machine.keep("volume", case, make)
+    if name != LOSS:
+        return gradients_timed(machine, peers.ours(name, features, labels, logits), features)
+
+    def contrast(x: Sequence[Tensor]) -> Tensor:
+        return ck.contextrast_loss(x, labels, logits, seed=SEED, **case.loss_options)
+
+    with ck.backend("reference"):
+        exact = measure.truth(contrast, features)
+    measure.check(*measure.evaluate(contrast, features), exact)
+    return gradients_timed(machine, lambda: contrast(features), features)
 
 
 # ------------------------------------------------------------------------------------------------------- training step
@@ -457,11 +494,12 @@ PARTS = {
     "distances": distances_part,
     "compiled": compiled_part,
     "peers": peers_part,
+    "volumes": volumes_part,
     "step": step_part,
     "host": host_part,
     "scaling": scaling_part,
 }
-ON_CPU = ("loss", "compiled", "peers", "distances")
+ON_CPU = ("loss", "compiled", "peers", "volumes", "distances")
 """Parts that are timed without a GPU."""
 
 

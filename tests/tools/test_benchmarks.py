@@ -513,9 +513,16 @@ def test_distances_are_listed_beside_the_fastest_peer_with_as_many_threads(tmp_p
         results.Row(by=by, threads=threads, median_ms=time, iqr_ms=0.0, **case.columns, device="A CPU", torch="2.11.0")
         for by, threads, time in ((report.OURS[0], 1, 200.0), ("edt", 1, 500.0), ("SciPy", 1, 3e3), ("edt", 2, 300.0))
     ]
+    rows += [replace(row, regime="noise", median_ms=2 * row.median_ms) for row in rows if row.by != "edt"]
+    rows += [replace(rows[0], threads=2, median_ms=125.0), replace(rows[2], mode="isotropic, indices")]
+    rows += [replace(rows[0], mode="isotropic, indices", median_ms=300.0)]
     assert report.main(report_into(tmp_path, rows)) == 0
-    line = "| 256³ mask, trained-like | isotropic | 200 ms | 500 ms, edt | 2.5 | – | 300 ms, edt | – |"
-    assert line in (tmp_path / "docs" / "distance.md").read_text()
+    page = (tmp_path / "docs" / "distance.md").read_text()
+    assert "| 256³ mask, trained-like | isotropic | 200 ms | 500 ms, edt | 2.5 | 125 ms | 300 ms, edt | 2.4 |" in page
+    assert "one thread this library is 2.5 to 15 times as fast as the fastest peer (median 8.8)." in page
+    assert "two threads it is 2.4 to 2.4 times as fast" in page
+    assert "the second thread makes it 1.6 to 1.6 times as fast" in page
+    assert "SciPy takes 15 to 15 times as long" in page and "SciPy with indices takes 10 to 10 times as long" in page
 
 
 def test_relative_times_are_ratios_to_ours(tmp_path):
