@@ -152,14 +152,24 @@ def passes(tree: pathlib.Path, tests: Sequence[str]) -> bool:
             os.killpg(child, signal.SIGKILL)  # with what the tests started
 
 
-def survives(mutant: Mutant) -> tuple[Mutant, bool]:
+def own_tree() -> pathlib.Path:
+    """A copy of the committed tree for this process."""
     tree = pathlib.Path(os.environ["MUTANTS"], str(os.getpid()))
     if not tree.exists():
         subprocess.run(["git", "clone", "--quiet", str(ROOT), str(tree)], check=True)
         for library in (ROOT / "contextrast_kernels").glob("*.so"):
             shutil.copy(library, tree / "contextrast_kernels")
+    return tree
+
+
+def survives(mutant: Mutant) -> tuple[Mutant, bool]:
+    tree = own_tree()
     with written(mutant, tree):
         return mutant, passes(tree, [*OWN[mutant.module], *COMMON])
+
+
+def passes_unchanged() -> bool:
+    return passes(own_tree(), [name for names in (*OWN.values(), COMMON) for name in names])
 
 
 def main() -> int:
@@ -182,10 +192,13 @@ def main() -> int:
     import numpy  # noqa: F401
     import torch  # noqa: F401
 
-    survivors = 0
     with contextlib.ExitStack() as held:
         os.environ["MUTANTS"] = held.enter_context(tempfile.TemporaryDirectory())
         pool = held.enter_context(multiprocessing.get_context("fork").Pool(options.processes))
+        if not pool.apply(passes_unchanged):
+            print("the tests fail without a mutant")
+            return 1
+        survivors = 0
         for done, (mutant, alive) in enumerate(pool.imap_unordered(survives, chosen), 1):
             survivors += alive
             print(f"{done}/{len(chosen)}", "SURVIVED" if alive else "killed", mutant, flush=True)
