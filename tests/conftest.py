@@ -17,7 +17,7 @@ if not torch.cuda.is_available():
 
 import numpy as np
 import pytest
-from interpreter import speed_up
+from interpreter import set_up
 
 import contextrast_kernels as ck
 
@@ -25,7 +25,7 @@ pytest.register_assert_rewrite("kernel_checks")
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 if os.environ.get("TRITON_INTERPRET") == "1":
-    speed_up()
+    set_up()
 
 
 LONGEST = (

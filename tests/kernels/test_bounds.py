@@ -12,7 +12,7 @@ import signal
 import processes
 import pytest
 import torch
-from interpreter import speed_up
+from interpreter import set_up
 from kernel_checks import DEVICE, NEEDS_TRITON
 
 import contextrast_kernels as ck
@@ -74,7 +74,7 @@ def run(op: str, D: int, dtype: torch.dtype, layout: str) -> None:
 
 def run_all(log) -> None:
     torch.set_num_threads(1)
-    speed_up()
+    set_up()
     for case, layout in zip(CASES, itertools.cycle(["nchw", "channels_last"])):
         log.write_text(f"{case} in {layout}")
         run(*case, layout)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from inputs import leaves, pyramid, scene, volume_scene
-from interpreter import speed_up
+from interpreter import set_up
 from processes import run_ranks
 from torch import distributed as dist
 
@@ -382,7 +382,7 @@ def run_rank(rank, folder, runs, whole):
     os.environ["TRITON_INTERPRET"] = "1"  # these ranks compute on the CPU, also where there is a GPU
     torch.set_num_threads(1)
     if any(backend == "triton" for _, backend in runs):
-        speed_up()
+        set_up()
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=4)
     groups = ranks_of(rank)
     new = [dist.new_group([0, 1]) for _ in range(8)]
