@@ -186,8 +186,6 @@ def _class_anchors_fwd(
     program, part = program_and_part(D, TILES.COLUMNS)
     block = open_block(x, geometry, program, TILES.ROWS, TILES.P, LAYOUT)
     d0 = part * TILES.COLUMNS
-    sums += block.number * N * D
-    broken += block.number * N
 
     rank0 = 0
     classes = 1
@@ -202,7 +200,8 @@ def _class_anchors_fwd(
             if finite:
                 for i in tl.static_range(D // C):
                     d = i * C + tl.arange(0, C)
-                    add_fixed(sums + slots[None, :] * D + d[:, None], totals[i], scale, used[None, :])
+                    here = sums + ((block.number * N + slots) * D)[None, :] + d[:, None]
+                    add_fixed(here, totals[i], scale, used[None, :])
                 classes = 0  # nothing is left to do
             else:
                 tl.debug_barrier()  # the norms that other threads stored are written again
@@ -219,7 +218,7 @@ def _class_anchors_fwd(
             some_broken = tl.min(finite.to(tl.int32), 0) == 0
             if some_broken:
                 mark = tl.full(y.shape, 1, tl.int64)
-                tl.atomic_max(broken + y, mark, mask=block.live & (y < N) & (finite == 0), sem="relaxed")
+                tl.atomic_max(broken + block.number * N + y, mark, mask=block.live & (y < N) & (finite == 0), sem="relaxed")
             norm = inverse_norm(size, NORMALIZE)
             if norms is not None:
                 tl.store(in_map(norms, block, r), tl.where(finite, norm, float("nan")), mask=block.live)
@@ -235,7 +234,7 @@ def _class_anchors_fwd(
         scale = sum_scale(max_abs, block.number, count, NORMALIZE)[:, None]
         for k in tl.static_range(PRODUCTS):
             d = d0 + k * K + tl.arange(0, K)
-            here = sums + slots[:, None] * D + d[None, :]
+            here = sums + ((block.number * N + slots) * D)[:, None] + d[None, :]
             add_fixed(here, totals[k], scale, (slots >= 0)[:, None] & (d < D)[None, :])
         rank0 += CLASSES
 
