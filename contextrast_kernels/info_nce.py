@@ -141,14 +141,14 @@ def _reference(
     # Ignored rows and columns become zero before anything is computed, so that a NaN there has no effect.
     x = torch.where(valid_row.unsqueeze(1), rows.to(dtype), 0.0)
     z = torch.where(valid_column.unsqueeze(1), columns.to(dtype), 0.0)
-    w = x.new_ones(columns.shape[0])
+    w = None
     if column_weights is not None:
         w = column_weights.detach().to(dtype)
         w = torch.where(valid_column, torch.where((w >= 0) & w.isfinite(), w, torch.nan), 0.0)
-    similarity = x @ z.T / temperature
+    similarity = (x / temperature) @ z.T
 
     same = row_labels.unsqueeze(1) == column_labels
-    pair = valid_row.unsqueeze(1) & valid_column & (w != 0)
+    pair = valid_row.unsqueeze(1) & (valid_column if w is None else valid_column & (w != 0))
     if itself:
         pair = pair & ~torch.eye(rows.shape[0], dtype=torch.bool, device=rows.device)
     against = ~same
@@ -158,23 +158,29 @@ def _reference(
     is_positive, is_negative = pair & same, pair & against
     has_positive, has_negative = is_positive.any(1), is_negative.any(1)
 
-    def log_sum(chosen: Tensor) -> Tensor:
-        # logsumexp has no derivative where all terms are -inf, so such rows are replaced before and after it.
-        terms = torch.where(chosen, similarity + w.log(), -torch.inf)
-        return torch.where(chosen.any(1, keepdim=True), terms, 0.0).logsumexp(1, keepdim=True)
+    def log_sum(chosen: Tensor, has_chosen: Tensor) -> Tensor:
+        # logsumexp has no derivative where all terms are -inf: a row without a chosen column gets zeros.
+        other = torch.where(has_chosen, -torch.inf, 0.0).to(dtype).unsqueeze(1)
+        terms = similarity if w is None else similarity + w.log()
+        return torch.where(chosen, terms, other).logsumexp(1, keepdim=True)
+
+    def weighted(terms: Tensor) -> Tensor:
+        return terms if w is None else w * terms
 
     if positives == "pooled":
-        of_row = -F.logsigmoid(log_sum(is_positive) - log_sum(is_negative)).squeeze(1)
-        of_row = torch.where(has_positive & has_negative, of_row, 0.0)
+        ratio = log_sum(is_positive, has_positive) - log_sum(is_negative, has_negative)
+        of_row = torch.where(has_positive & has_negative, -F.logsigmoid(ratio).squeeze(1), 0.0)
     else:
         if positives == "each":
-            term = -F.logsigmoid(similarity - log_sum(is_negative))
-            term = torch.where(is_positive & has_negative.unsqueeze(1), w * term, 0.0)
+            term = -F.logsigmoid(similarity - log_sum(is_negative, has_negative))
+            term = torch.where(is_positive & has_negative.unsqueeze(1), weighted(term), 0.0)
         else:
-            term = torch.where(is_positive, w * (log_sum(is_positive | is_negative) - similarity), 0.0)
-        of_row = term.sum(1) / torch.where(has_positive, (w * is_positive).sum(1), 1.0)
+            term = log_sum(is_positive | is_negative, has_positive | has_negative) - similarity
+            term = torch.where(is_positive, weighted(term), 0.0)
+        of_row = term.sum(1) / torch.where(has_positive, weighted(is_positive).sum(1), 1.0).to(dtype)
     # 0 · x and 0 · z propagate a NaN or inf of a row or column that is in no term.
-    of_row = torch.where(valid_row, of_row + (0.0 * x).sum(1) + (0.0 * z).sum() + (0.0 * w).sum(), 0.0)
+    of_row = of_row + (0.0 * x).sum(1) + (0.0 * z).sum() + (0.0 if w is None else (0.0 * w).sum())
+    of_row = torch.where(valid_row, of_row, 0.0)
     return of_row if reduction == "none" else of_row.sum() / valid_row.sum().clamp(min=1)
 
 
