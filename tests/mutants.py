@@ -25,14 +25,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 ROOT = pathlib.Path(__file__).parents[1]
-COMMON = (
+QUICK = (
     *("loss/test_contextrast.py", "loss/test_contextrast_inputs.py", "interface/test_errors.py"),
-    *("interface/test_backend.py", "loss/test_binary.py", "loss/test_soft_labels.py", "interface/test_eager.py"),
-    *("kernels/test_kernels.py", "kernels/test_kernel_ops.py", "interface/test_compile.py", "interface/test_vmap.py"),
-    *("interface/test_subclasses.py", "interface/test_inference_and_meta.py", "interface/test_number_types.py"),
-    "loss/test_modules.py",
+    *("interface/test_eager.py", "interface/test_number_types.py", "loss/test_binary.py", "loss/test_soft_labels.py"),
+    *("relatives/test_ablation.py", "relatives/test_samplers.py", "kernels/test_option_cases.py"),
 )
-SLOW = ("loss/test_volumes.py", "relatives/test_relatives.py", "loss/test_group.py")
+SLOW = (
+    *("kernels/test_kernels.py", "kernels/test_kernel_ops.py", "interface/test_backend.py", "loss/test_modules.py"),
+    *("interface/test_compile.py", "interface/test_vmap.py", "interface/test_subclasses.py", "loss/test_volumes.py"),
+    *("interface/test_inference_and_meta.py", "relatives/test_relatives.py", "loss/test_group.py"),
+)
 OWN = {
     "anchors": ("loss/test_anchors.py",),
     "pixel_anchor": ("loss/test_pixel_anchor.py",),
@@ -42,7 +44,7 @@ OWN = {
     "hashing": ("loss/test_hashing.py",),
     "maps": ("loss/test_bane.py", "distance/test_interface.py"),
 }
-"""The files of the core, and the tests that most likely kill their mutants. Then come ``COMMON`` and ``SLOW``."""
+"""The files of the core, and the tests that most likely kill their mutants. Then come ``QUICK`` and ``SLOW``."""
 LIMIT = 900.0
 """Seconds until the tests of a mutant count as hanging."""
 SWAPPED = {
@@ -164,10 +166,10 @@ def own_tree() -> pathlib.Path:
     return tree
 
 
-def survives(mutant: Mutant) -> tuple[Mutant, bool]:
+def survives(mutant: Mutant, more: Sequence[Sequence[str]]) -> tuple[Mutant, bool]:
     tree = own_tree()
     with written(mutant, tree):
-        return mutant, all(passes(tree, tests) for tests in (OWN[mutant.module], COMMON, SLOW))
+        return mutant, all(passes(tree, tests) for tests in (OWN[mutant.module], *more))
 
 
 def passes_unchanged(tests: Sequence[str]) -> bool:
@@ -180,6 +182,7 @@ def main() -> int:
     parser.add_argument("--sample", type=int, metavar="COUNT", help="test so many, drawn at random")
     parser.add_argument("--seed", type=int, default=0, help="of the sample")
     parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--quick", action="store_true", help="leave out the slower tests, which may kill more")
     parser.add_argument("--list", action="store_true", help="print the mutants and run nothing")
     options = parser.parse_args()
     chosen = [mutant for module in options.only for mutant in mutants(module)]
@@ -198,13 +201,14 @@ def main() -> int:
         os.environ["MUTANTS"] = held.enter_context(tempfile.TemporaryDirectory())
         fork = multiprocessing.get_context("fork")
         pool = held.enter_context(concurrent.futures.ProcessPoolExecutor(options.processes, fork))
-        groups = dict.fromkeys([*(OWN[module] for module in options.only), COMMON, SLOW])
+        more = (QUICK,) if options.quick else (QUICK, SLOW)
+        groups = dict.fromkeys([*(OWN[module] for module in options.only), *more])
         for tests, is_fine in zip(groups, pool.map(passes_unchanged, groups)):
             if not is_fine:
                 print(f"a test fails without a mutant: {' '.join(tests)}")
                 return 1
         survivors = 0
-        tested = concurrent.futures.as_completed([pool.submit(survives, mutant) for mutant in chosen])
+        tested = concurrent.futures.as_completed([pool.submit(survives, mutant, more) for mutant in chosen])
         for done, (mutant, alive) in enumerate((future.result() for future in tested), 1):
             survivors += alive
             print(f"{done}/{len(chosen)}", "SURVIVED" if alive else "killed", mutant, flush=True)
