@@ -1,5 +1,7 @@
 """The total loss on every kind of input of a training run: types, layouts, degenerate batches, NaN and large values."""
 
+import inspect
+
 import literal
 import pytest
 import torch
@@ -7,6 +9,11 @@ from inputs import leaves, logits_of, pyramid, scene
 from test_contextrast import TIGHT, case, literal_loss, run
 
 import contextrast_kernels as ck
+
+TAKE_IGNORE_INDEX = (
+    *("class_anchors", "pixel_anchor_loss", "contextrast_loss", "error_map", "bane_negatives", "ContextrastLoss"),
+    *("PixelContrastLoss", "MultiScaleContrastLoss", "RegionContrastLoss", "PNELoss"),
+)
 
 pytestmark = pytest.mark.usefixtures("reference")
 
@@ -413,3 +420,9 @@ def test_bane_is_the_sum_of_its_parts(rng):
         total += weight * ck.pixel_anchor_loss(x, labels, fused, negatives=negatives)
     loss = ck.contextrast_loss(features, labels, predictions, num_classes=4, seed=5)
     torch.testing.assert_close(loss, total, rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("name", TAKE_IGNORE_INDEX)
+def test_label_255_is_ignored_by_default(name):
+    default = inspect.signature(getattr(ck, name)).parameters["ignore_index"].default
+    assert default == 255
