@@ -332,7 +332,7 @@ def performance(rows: Sequence[Row], counted: str = "") -> str:
         "### Published code of related losses",
         "The table compares the cost of a step with other losses on the same maps, not which loss is better.",
         everything(relatives, bool),
-        "### Of a volume",
+        "### Losses of a volume",
         everything(rows, gpu("loss of a volume")),
         "### In a training step",
         "A step includes the loss and its projection heads. × is the time divided by that of cross-entropy alone.",

@@ -177,7 +177,8 @@ def _reference(
         else:
             term = log_sum(is_positive | is_negative, has_positive | has_negative) - similarity
             term = torch.where(is_positive, weighted(term), 0.0)
-        of_row = term.sum(1) / torch.where(has_positive, weighted(is_positive).sum(1), 1.0).to(dtype)
+        total = weighted(is_positive).sum(1).to(dtype)
+        of_row = term.sum(1) / torch.where(has_positive, total, 1.0)
     # 0 · x and 0 · z propagate a NaN or inf of a row or column that is in no term.
     of_row = of_row + (0.0 * x).sum(1) + (0.0 * z).sum() + (0.0 if w is None else (0.0 * w).sum())
     of_row = torch.where(valid_row, of_row, 0.0)

@@ -218,7 +218,8 @@ def _class_anchors_fwd(
             some_broken = tl.min(finite.to(tl.int32), 0) == 0
             if some_broken:
                 mark = tl.full(y.shape, 1, tl.int64)
-                tl.atomic_max(broken + block.number * N + y, mark, mask=block.live & (y < N) & (finite == 0), sem="relaxed")
+                lost = block.live & (y < N) & (finite == 0)
+                tl.atomic_max(broken + block.number * N + y, mark, mask=lost, sem="relaxed")
             norm = inverse_norm(size, NORMALIZE)
             if norms is not None:
                 tl.store(in_map(norms, block, r), tl.where(finite, norm, float("nan")), mask=block.live)
