@@ -136,6 +136,7 @@ def passes(tree: pathlib.Path, tests: Sequence[str]) -> bool:
     if child == 0:
         os.setsid()
         os.chdir(tree)
+        os.environ["PYTHONPATH"] = str(tree)  # for the processes that tests start
         sys.path[:] = [str(tree), *(path for path in sys.path if pathlib.Path(path or ".").resolve() != ROOT)]
         with open(os.devnull, "w") as nowhere:
             os.dup2(nowhere.fileno(), 1)
