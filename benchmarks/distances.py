@@ -335,7 +335,7 @@ def table(rows: list[Row]) -> str:
             second.append(ours[1].median_ms / ours[2].median_ms)
         lines.append(f"| {name} | {mode.replace(' x ', ' × ')} | {' | '.join(values)} |")
     summary = [
-        f"{subject} {min(found):.2g} to {max(found):.2g} times as {comparison} (median {statistics.median(found):.2g})."
+        f"{subject} {_span(found)} times as {comparison}."
         for subject, comparison, found in (
             ("With one thread this library is", "fast as the fastest peer", fastest[1]),
             ("With two threads it is", "fast as the fastest peer", fastest[2]),
@@ -347,6 +347,11 @@ def table(rows: list[Row]) -> str:
     ]
     sources = sorted({f"{row.device}, PyTorch {row.torch}, commit {row.commit}" for row in rows})
     return "\n".join([" ".join(summary), "", *lines, "", f"Measured on {'; '.join(sources)}."])
+
+
+def _span(values: list[float]) -> str:
+    low, middle, high = (f"{f(values):.2g}" for f in (min, statistics.median, max))
+    return low if low == high else f"{low} to {high} (median {middle})"
 
 
 def _ms(row: Row) -> str:

@@ -377,7 +377,7 @@ def gradients_timed(machine: Machine, call: Callable[[], Tensor], features: Sequ
 def volumes_part(machine: Machine, names: Sequence[str]) -> Iterator[Job]:
     """The loss and the relatives on one volume of 4 organs, by this package: the published code knows only maps.
 
-    MS/CS is left out. Its published settings draw 10,000 pixels of each layer, and a call takes 40 s on two cores.
+    MS/CS is left out: its published settings draw 10,000 pixels of each layer, whose pairs take a CPU too long.
     """
     side = 16 if machine.tiny else 96
     for name in (LOSS, "ContrastiveSeg", "PNE_Loss", "RegionContrast"):

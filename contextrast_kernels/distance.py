@@ -190,7 +190,7 @@ def _edges(classes: Tensor) -> Tensor:
     for axis in range(1, classes.ndim):
         size = classes.shape[axis]
         place = torch.arange(size, device=classes.device)
-        for step in (-1, 1):  # torch.compile makes no valid C++ of padded comparisons
+        for step in (-1, 1):  # not F.pad, for which Inductor writes invalid C++ on AVX2
             neighbour = classes.index_select(axis, (place + step).clamp(0, size - 1))
             edges = edges | (neighbour != classes)
     return edges

@@ -160,16 +160,16 @@ def _reference(
 
     def log_sum(chosen: Tensor, has_chosen: Tensor) -> Tensor:
         # logsumexp has no derivative where all terms are -inf: a row without a chosen column gets zeros.
-        other = torch.where(has_chosen, -torch.inf, 0.0).to(dtype).unsqueeze(1)
+        fill = torch.where(has_chosen, -torch.inf, 0.0).to(dtype).unsqueeze(1)
         terms = similarity if w is None else similarity + w.log()
-        return torch.where(chosen, terms, other).logsumexp(1, keepdim=True)
+        return torch.where(chosen, terms, fill).logsumexp(1, keepdim=True)
 
     def weighted(terms: Tensor) -> Tensor:
         return terms if w is None else w * terms
 
     if positives == "pooled":
-        ratio = log_sum(is_positive, has_positive) - log_sum(is_negative, has_negative)
-        of_row = torch.where(has_positive & has_negative, -F.logsigmoid(ratio).squeeze(1), 0.0)
+        log_ratio = log_sum(is_positive, has_positive) - log_sum(is_negative, has_negative)
+        of_row = torch.where(has_positive & has_negative, -F.logsigmoid(log_ratio).squeeze(1), 0.0)
     else:
         if positives == "each":
             term = -F.logsigmoid(similarity - log_sum(is_negative, has_negative))

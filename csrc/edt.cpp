@@ -442,8 +442,8 @@ CONTEXTRAST_CLONES void solve_planes(const Volume &volume, const Words &words, c
 
 // ---- The memory of the results
 
-// Asks for huge pages, as NumPy does for arrays of this size. A large result is fresh memory, and to fault in small
-// pages of it would take about a third of a call.
+// Asks the system for huge pages, as NumPy does for arrays of this size. A large result is fresh memory. Faulting it in
+// by small pages would take about a third of a call.
 void use_huge_pages([[maybe_unused]] void *memory, [[maybe_unused]] int64_t bytes) {
 #if defined(MADV_HUGEPAGE)
   constexpr int64_t LARGE = 4 << 20;

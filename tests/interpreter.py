@@ -1,4 +1,5 @@
-"""Make Triton's interpreter faster for the tests, and its products of matrices as regular as a GPU's."""
+"""Changes to Triton's interpreter for the tests. It becomes faster, and an element of a matrix product no longer
+depends on its place in the tile."""
 
 import inspect
 
@@ -6,17 +7,17 @@ import numpy as np
 
 
 def set_up() -> None:
-    """Do both, once for a process. Other calls change nothing."""
+    """Change the interpreter of this process. A second call does nothing."""
     speed_up()
-    regular_products()
+    sum_products_in_float64()
 
 
-def regular_products() -> None:
-    """Sum the products of ``tl.dot`` in float64 and round once, for operands of at most 32 bits.
+def sum_products_in_float64() -> None:
+    """Let ``tl.dot`` sum products of float16 and float32 in float64 and round once.
 
-    A GPU forms every element of a product in the same order. A BLAS has other code for the elements at a tile's edge,
-    so the similarity of a pixel could differ in its last bit from one kernel to the next. Where similarities are 10¹⁰,
-    that bit is far above 1.
+    A GPU sums all elements of a matrix product in the same order. NumPy's BLAS has separate code for the edge of a
+    matrix, so a similarity could differ in its last bit between two kernels. For similarities of 10¹⁰ that bit is far
+    above 1.
     """
     try:
         from triton.runtime import interpreter

@@ -105,6 +105,7 @@ def changed(node: ast.expr) -> ast.expr | None:
 
 
 def mutants(module: str) -> list[Mutant]:
+    """All mutants of a file, in the order of the file's syntax tree."""
     source = (ROOT / "contextrast_kernels" / f"{module}.py").read_bytes()
     begins = [0]
     for line in source.splitlines(keepends=True):
@@ -121,6 +122,7 @@ def mutants(module: str) -> list[Mutant]:
 
 @contextlib.contextmanager
 def written(mutant: Mutant, tree: pathlib.Path) -> Iterator[None]:
+    """The tree has the mutant inside the block."""
     path = tree / "contextrast_kernels" / f"{mutant.module}.py"
     source = path.read_bytes()
     path.write_bytes(source[: mutant.start] + f"({mutant.after})".encode() + source[mutant.end :])
@@ -131,7 +133,7 @@ def written(mutant: Mutant, tree: pathlib.Path) -> Iterator[None]:
 
 
 def passes(tree: pathlib.Path, tests: Sequence[str]) -> bool:
-    """Run tests of a tree in a forked process."""
+    """Whether the tests pass in a tree. They run in a forked process."""
     child = os.fork()
     if child == 0:
         os.setsid()
@@ -141,9 +143,13 @@ def passes(tree: pathlib.Path, tests: Sequence[str]) -> bool:
         with open(os.devnull, "w") as nowhere:
             os.dup2(nowhere.fileno(), 1)
             os.dup2(nowhere.fileno(), 2)
-        import pytest
+        status = 1
+        try:
+            import pytest
 
-        os._exit(pytest.main(["-x", *(f"tests/{name}" for name in tests)]))
+            status = pytest.main(["-x", *(f"tests/{name}" for name in tests)])
+        finally:
+            os._exit(status)
     ends = time.monotonic() + LIMIT
     try:
         while time.monotonic() < ends:
@@ -168,6 +174,7 @@ def own_tree() -> pathlib.Path:
 
 
 def survives(mutant: Mutant, more: Sequence[Sequence[str]]) -> tuple[Mutant, bool]:
+    """Whether a mutant passes the tests of its file and ``more`` groups of tests."""
     tree = own_tree()
     with written(mutant, tree):
         return mutant, all(passes(tree, tests) for tests in (OWN[mutant.module], *more))
@@ -177,13 +184,20 @@ def passes_unchanged(tests: Sequence[str]) -> bool:
     return passes(own_tree(), tests)
 
 
+def count(text: str) -> int:
+    """An option's number of at least 1."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected at least 1, got {text}")
+    return int(text)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.mutants", description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=OWN, default=list(OWN), help="files of the core")
-    parser.add_argument("--sample", type=int, metavar="COUNT", help="test so many, drawn at random")
-    parser.add_argument("--seed", type=int, default=0, help="of the sample")
-    parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--quick", action="store_true", help="leave out the slower tests, which may kill more")
+    parser.add_argument("--sample", type=count, metavar="COUNT", help="test this many, drawn at random")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the sample (default: 0)")
+    parser.add_argument("--processes", type=count, default=2, help="tests that run side by side (default: 2)")
+    parser.add_argument("--quick", action="store_true", help="run only the quicker tests, which kill fewer mutants")
     parser.add_argument("--list", action="store_true", help="print the mutants and run nothing")
     options = parser.parse_args()
     chosen = [mutant for module in options.only for mutant in mutants(module)]

@@ -20,6 +20,12 @@ if ck.available()["triton"] == "ok":
         _tiles.add_fixed(sums + i, tl.load(values + i), scale, i < SIZE)
 
     @triton.jit
+    def _product(a, b, out, SIZE: tl.constexpr):
+        i = tl.arange(0, SIZE)
+        at = i[:, None] * SIZE + i[None, :]
+        tl.store(out + at, tl.dot(tl.load(a + at), tl.load(b + at), input_precision="ieee"))
+
+    @triton.jit
     def _order(values, keys, back, SIZE: tl.constexpr):
         i = tl.arange(0, SIZE)
         x = tl.load(values + i)
@@ -62,3 +68,15 @@ def test_a_maximum_of_floats_as_integers_begins_at_zero(rng, dtype):
     _order[(1,)](bits.view(dtype), keys, back, SIZE=16)  # NaN with a sign
     assert (keys > of_infinity).all()
     assert back.isnan().all()
+
+
+def test_an_element_of_a_product_does_not_depend_on_its_place():
+    """Equal columns give equal columns, and the transposed product gives the same elements."""
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randn(64, 64, generator=generator)
+    b = torch.randn(64, 1, generator=generator).expand(64, 64).contiguous()
+    of_columns, of_rows = torch.empty(64, 64, device=DEVICE), torch.empty(64, 64, device=DEVICE)
+    _product[(1,)](a.to(DEVICE), b.to(DEVICE), of_columns, 64)
+    _product[(1,)](b.T.contiguous().to(DEVICE), a.T.contiguous().to(DEVICE), of_rows, 64)
+    assert torch.equal(of_columns, of_columns[:, :1].expand(64, 64))
+    assert torch.equal(of_rows.T, of_columns)
