@@ -20,7 +20,8 @@ namespace contextrast {
 namespace {
 
 constexpr int STRIP = 64;  // columns of a plane that are searched along y together
-constexpr int TASK_PIXELS = 1 << 14;
+constexpr int TASK_PIXELS = 1 << 14;  // a task has at least about as many
+constexpr int64_t HUGE_PAGE = 2 << 20, TASKS_OF_WORKER = 16;
 
 // ---- 3. Solve
 
@@ -493,10 +494,15 @@ void transform(const Volume &volume, bool edges, Scratch &scratch, int threads) 
   apart_x.fill(Costs<Cost>::side(volume.metric, 2), volume.size[2]);
   const int64_t bands = volume.bands(), plane = volume.plane(), own_bytes = work_bytes<Cost>(volume);
 
-  // A task has about TASK_PIXELS pixels.
-  const int64_t rows = lesser<int64_t>(divide_up(TASK_PIXELS, BAND * volume.size[2]), volume.size[1]);
+  // Two workers that meet a new huge page at once would both clear it, so a task of the last pass writes a whole one
+  // where each worker still has enough tasks.
+  const int threads_used = workers<Cost>(volume, threads, scratch.used());
+  const int64_t task_pixels = greater<int64_t>(
+      TASK_PIXELS, lesser<int64_t>(volume.batch * volume.image() / threads_used / TASKS_OF_WORKER,
+                                   HUGE_PAGE / static_cast<int64_t>(sizeof(float))));
+  const int64_t rows = lesser<int64_t>(divide_up(task_pixels, BAND * volume.size[2]), volume.size[1]);
   const int64_t row_groups = divide_up(volume.size[1], rows), columns = TASK_PIXELS / BAND;
-  const int64_t planes = lesser<int64_t>(divide_up(TASK_PIXELS, plane), volume.size[0]);
+  const int64_t planes = lesser<int64_t>(divide_up(task_pixels, plane), volume.size[0]);
   const int64_t column_groups = divide_up(plane, columns), plane_groups = divide_up(volume.size[0], planes);
 
   const Step mark{volume.batch * bands * row_groups, [&](int64_t task, int) {
@@ -525,7 +531,7 @@ void transform(const Volume &volume, bool edges, Scratch &scratch, int threads) 
                                         static_cast<int>(first),
                                         static_cast<int>(lesser<int64_t>(first + planes, volume.size[0])));
                    }};
-  share(workers<Cost>(volume, threads, scratch.used()), mark, carry, solve);
+  share(threads_used, mark, carry, solve);
 }
 
 template <class Cost>
