@@ -4,7 +4,7 @@
     python -m tests.compiled.counts --write                           the same, into benchmarks/results/counted.md
     python -m tests.compiled.counts --cases camvid --hot 15           one case, and what it executes most
 
-A case runs with one image, of half its height and width if it is large, and is counted a pixel. Cityscapes on Hopper
+A case runs with one image, of half its height and width if it is large, and counts are per pixel. Cityscapes on Hopper
 has tables by kernel, as has a case alone; the others have their bounds.
 """
 
@@ -101,11 +101,12 @@ EXPLAINED = "\n".join(
         "* *issue*: warp instructions / (multiprocessors × 4 schedulers × clock). Each PTX instruction counts as "
         "one machine instruction, although ptxas adds some and removes others.",
         "* *L1*: (wavefronts of shared memory + sectors of global requests / 4) / (multiprocessors × clock). A "
-        'wavefront moves 128 bytes, and each bank conflict needs one more; without conflicts "wavefronts an ideal '
-        'one" is 1. The operands that wgmma reads are included.',
-        "* *L2*: sectors of 32 bytes that pass the L1 cache / 5.5 TB/s. A block has its share of the 256 KiB that "
-        "shared memory leaves, and the cache is empty at first. Stores and atomics always pass. For an A100 they "
-        "are 192 KiB and, estimated with Hopper's share of the peak, 4.4 TB/s.",
+        "wavefront moves 128 bytes, and each bank conflict needs one more. The operands that wgmma reads are included, "
+        'except in "wavefronts / ideal", which is 1 without bank conflicts.',
+        "* *L2*: sectors of 32 bytes that pass the L1 cache / 5.5 TB/s. Shared memory and the L1 cache of a "
+        "multiprocessor have 256 KiB together. A block has its share of what shared memory leaves, and the cache is "
+        "empty at first. Stores and atomics always pass. An A100 has 192 KiB, and its L2 bandwidth is estimated as "
+        "4.4 TB/s, with Hopper's share of the peak.",
         "* *memory*: sectors that pass the L2 cache / 85 % of the memory's rate. The cache holds everything that "
         "one launch touches and nothing of the launch before.",
         "* *tensor*: products / the dense peak rate of their type.",
@@ -275,8 +276,9 @@ def memory_table(found: dict[str, Counts], pixels: int, feature_bytes: int) -> s
                 features("beyond_l2", "st global", "atom global"),
             ]
         )
-    head = ["kernel", "sectors a load", "sectors a store", "shared wavefronts a pixel", "wavefronts an ideal one"]
-    return table([*head, "atomics a pixel", "F asked of L1", "F asked of L2", "F read from memory", "F written"], rows)
+    head = ["kernel", "sectors per load", "sectors per store", "shared wavefronts per pixel", "wavefronts / ideal"]
+    head += ["atomics per pixel", "F requested from L1", "F requested from L2", "F read from memory", "F written"]
+    return table(head, rows)
 
 
 RESOURCES = ("issue", "L1", "L2", "memory", "tensor")
@@ -300,7 +302,7 @@ def section(found: Counted, arch: int, hot: int, in_full: bool) -> str:
     text = [f"### {found.case}, sm_{arch}"]
     if in_full:
         text += [
-            f"Warp instructions a pixel, by kind, of the {pixels_of(found.twin)} pixels that were counted:",
+            f"Warp instructions per pixel, by kind, over the {pixels_of(found.twin)} pixels that were counted:",
             instructions_table(found.kernels, pixels_of(found.twin)),
             "Requests to memory:",
             memory_table(found.kernels, pixels_of(found.twin), found.twin.feature_bytes),

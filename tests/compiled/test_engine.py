@@ -174,6 +174,25 @@ def test_an_unknown_instruction_is_an_error():
             program(body)
 
 
+@pytest.mark.parametrize(("apart", "wavefronts"), [(8, 4), (128, 64)], ids=["neighbours", "one bank"])
+def test_bank_conflicts_of_a_copy_to_shared_memory_are_counted(apart, wavefronts):
+    """16 lanes copy 8 bytes each in one wavefront, or in 16 if they share a bank."""
+    given = np.zeros(64, np.uint64)
+    where = given.ctypes.data, given.ctypes.data + given.nbytes
+    copy = program(
+        f"mov.b32 %r1, memory; mad.lo.u32 %r2, %tid, {apart}, %r1; cp.async.ca.shared.global [%r2], [%x], 8;"
+        "cp.async.commit_group; cp.async.wait_group 0;",
+        shared=64 * apart,
+    )
+    result = copy.run(
+        arch=90, grid=(1, 1, 1), block=(64, 1, 1), parameters=np.array([where[0]] * 2, np.uint64).tobytes(),
+        extents=[Extent(*where, grain=8, name="the input")], count_memory=True,
+    )  # fmt: skip
+    [i] = [i for i, instruction in enumerate(copy.kernel.instructions) if instruction.kind == "ld global to shared"]
+    assert not result.findings
+    assert (result.counts[i]["wavefronts"], result.counts[i]["ideal"]) == (wavefronts, 4)
+
+
 # ------------------------------------------------------------------------------------------------------------ findings
 
 SHARED = "mov.b32 %r1, memory; mad.lo.u32 %r2, %tid, 4, %r1;"  # this thread's word

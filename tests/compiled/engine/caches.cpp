@@ -36,7 +36,6 @@ void count_sectors(const Context& c, const u64* addresses, u64 bytes, Access acc
   sectors = distinct(sectors);
   Count& count = c.machine.counts[c.warp.pc];
   count.sectors += sectors.size();
-  count.ideal += (__builtin_popcount(c.mask) * bytes + 31) / 32;
   auto& seen = access == Access::read ? c.machine.sectors_read : c.machine.sectors_written;
   for (u64 sector : sectors) {
     if (access == Access::read && c.machine.l1.holds(sector)) continue;

@@ -66,7 +66,9 @@ struct Finding {
 };
 
 struct Count {  // of one instruction
-  u64 warps, lanes, sectors, wavefronts, ideal, distinct, beyond_l1, beyond_l2;
+  u64 warps, lanes, sectors;
+  u64 wavefronts, ideal;  // of shared memory: with bank conflicts and without
+  u64 distinct, beyond_l1, beyond_l2;
 };
 
 enum Control { BRANCH = -1, RETURN = -2, BARRIER = -3, TRAP = -4 };
