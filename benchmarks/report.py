@@ -23,7 +23,7 @@ from benchmarks import distances, host, results
 from benchmarks.camvid import page as camvid
 from benchmarks.camvid.rows import FILE, Result
 from benchmarks.results import IDENTITY, NOT_YET, Row, table
-from contextrast_kernels.cases import CASES, ERROR_SHARES, LAYER_SETS, REGIMES, Case
+from contextrast_kernels.cases import CASES, LAYER_SETS, REGIMES, Case
 
 ROOT = pathlib.Path(__file__).parents[1]
 BLOCK = re.compile(r"(<!-- measured: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -141,9 +141,8 @@ def distances_in_short(rows: Sequence[Row]) -> str:
         ours = first(row for row in of_input if row.by in OURS)
         fastest = first(sorted((row for row in of_input if row.by not in OURS), key=lambda row: row.median_ms))
         if ours and fastest:
-            size = "512 × 1024 labels" if ours.what == "edge_distance" else f"{ours.case.replace('^3', '³')} mask"
             theirs = f"{ms(fastest, False)} ({fastest.by})"
-            lines.append((f"{size}, {spoken(ours.regime)}", ms(ours, False), theirs, ratio(fastest, ours)))
+            lines.append((distances.spoken(ours), ms(ours, False), theirs, ratio(fastest, ours)))
     head = ("input", "this library", "fastest peer", "times faster")
     return with_sources(table(head, sorted(lines, reverse=True)), rows)
 
@@ -151,13 +150,6 @@ def distances_in_short(rows: Sequence[Row]) -> str:
 def distances_on_cpu(rows: Sequence[Row]) -> str:
     rows = [row for row in pick(rows) if row.mode.startswith(("isotropic", "2.5")) and not row.driver]
     return distances.table(of_one_device(rows)) if rows else NOT_YET
-
-
-def spoken(regime: str) -> str:
-    """A regime in words that a reader understands without the cases."""
-    words = {"mid": "half trained", "collapsed": "collapsed to one class", "whole-image": "one wrong class everywhere"}
-    share = f" ({ERROR_SHARES[regime]:.0%} errors)".replace("%", " %") if regime in ERROR_SHARES else ""
-    return words.get(regime, regime) + share
 
 
 def described(row: Row) -> str:

@@ -32,7 +32,7 @@ from benchmarks.results import table
 PERCENT = {"miou": "mIoU", "rare": "rare classes", "boundary_3": "boundary, 3 px", "boundary_5": "boundary, 5 px"}
 OTHERS = {"alignment": "alignment", "uniformity": "uniformity"}
 STUDIES = {"pretrained": (*COMPONENTS, *REST), "few-labels": FEW}
-CHOICES = {"ccl": 9, "base-rate-0.1": 9, "full-distance": 15, "semi-hard": 17}
+CHOICES = {"ccl": 10, "base-rate-0.1": 10, "full-distance": 16, "semi-hard": 18}
 """Arms that answer an open question (◇) of docs/method.md differently, and its number."""
 LEAST = 3
 """The fewest seeds from which a conclusion is drawn."""
@@ -213,7 +213,7 @@ def times(rows: Sequence[Result]) -> str:
         [f"`{arm}`", f"{row.step_ms:.0f}", f"{row.step_ms / base.step_ms:.2f}" if base else "–", row.device]
         for arm, row in timed.items()
     ]
-    return table(["arm", "ms a step", "× baseline", "device"], lines)
+    return table(["arm", "ms per step", "× baseline", "device"], lines)
 
 
 def evidence(rows: Sequence[Result]) -> str:
@@ -311,7 +311,7 @@ def finished(rows: Sequence[Result]) -> int:
 
 def page(rows: Sequence[Result], drawn: Iterable[str]) -> str:
     """docs/camvid.md: ``page.md`` with its fields filled."""
-    small, full = PRETRAINED, PROTOCOLS["full"]
+    small, long, full = PRETRAINED, PROTOCOLS["long"], PROTOCOLS["full"]
     commits = [row.commit for row in sorted(rows, key=lambda row: row.protocol == "timing")]
     complete = all(len(scored(rows, "alpha", arm)) == len(SWEEP_SEEDS) for arm in SWEEP)
     pictures = {
@@ -344,7 +344,9 @@ def page(rows: Sequence[Result], drawn: Iterable[str]) -> str:
         full_batch=full.batch,
         full_iterations=full.iterations,
         full_rate=f"{full.learning_rate:g}",
-        long_iterations=PROTOCOLS["long"].iterations,
+        long_size=f"{long.size[0]} × {long.size[1]}",
+        long_batch=long.batch,
+        long_iterations=long.iterations,
         done=finished(rows),
         planned=len(list(plan())),
         commit=commits[0] if commits else "COMMIT",
