@@ -161,8 +161,10 @@ for rows, scratch_bytes in ((40, size), (39, size), (40, size - 16)):
 
 
 def test_fuzzed_calls_are_clean_under_sanitizers(compiler, sanitized_library):
-    """The examples are always the same, so that a failure can be repeated. The slow test below draws new ones."""
-    tests = ["tests/csrc/test_native.py", "tests/distance", "-k", "fuzzed or empty_input or extreme or longest"]
+    """The examples are always the same, so that a failure can be repeated. The slow test below draws new ones and runs
+    all tests of the library."""
+    chosen = "fuzzed_calls or fuzzed_volumes or empty_input or extreme or longest"
+    tests = ["tests/csrc/test_native.py", "tests/distance", "-k", chosen]
     done = run_sanitized(compiler, sanitized_library, RUN_TESTS, *tests, "--hypothesis-seed=0")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[:3000]  # a finding begins with its line of code
 

@@ -176,6 +176,26 @@ def test_double_backward_raises_a_clear_error(rng, op):
         gradient.sum().backward()
 
 
+class Undefined(torch.autograd.Function):
+    """The identity, with a backward pass that returns no gradient."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return None
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_an_undefined_gradient_gives_no_gradient(rng, op):
+    xs = [x.requires_grad_() for x in pyramid(rng, 1, 8, [(2, 4), (2, 2)])]
+    with ck.backend("triton"):
+        Undefined.apply(every_op(rng)[op](*xs)).sum().backward()
+    assert all(x.grad is None for x in xs)
+
+
 def test_backward_runs_what_forward_ran(rng):
     x = feature_map(rng, 1, 8, 3, 4).requires_grad_()
     labels, _ = labels_and_predictions(rng, 1, 3, 6, 7)

@@ -71,13 +71,7 @@ CASES = {
     "a NaN on one rank": Case(images=(1, 1), broken=True),
     "a NaN on one rank, in a class that has no negative": Case(broken=True, quiet=True, options={"temperature": 0.5}),
 }
-QUICK = (
-    "four uneven ranks, one with an empty batch",
-    "some base pixels, features as they are",
-    "float16",
-    "volumes",
-    "a NaN on one rank",
-)
+QUICK = ("four uneven ranks, one with an empty batch", "some base pixels, features as they are", "float16")
 """The cases that every run tests on the fused kernels. The others are slow tests, because the interpreter is slow."""
 RUNS = [
     pytest.param(name, backend, marks=[pytest.mark.slow] * (backend == "triton" and name not in QUICK))
