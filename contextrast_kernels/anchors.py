@@ -119,13 +119,15 @@ def fuse_anchors(
     if top_anchors.shape != anchors.shape:
         raise ValueError(
             f"top_anchors: expected shape {tuple(anchors.shape)}, that of anchors, got {checks.describe(top_anchors)}. "
-            "All layers share N and D."
+            "Use the same N and D in all layers."
         )
     for name, value in (("counts", counts), ("top_counts", top_counts)):
         if value.is_floating_point():
-            raise TypeError(f"{name}: expected integers, as class_anchors returns them, got {checks.describe(value)}")
+            raise TypeError(f"{name}: expected integers, as class_anchors returns them, got {checks.describe(value)}.")
         if tuple(value.shape) != (anchors.shape[0],):
-            raise ValueError(f"{name}: expected shape ({anchors.shape[0]},), got {checks.describe(value)}")
+            raise ValueError(
+                f"{name}: expected shape ({anchors.shape[0]},), one for each anchor, got {checks.describe(value)}."
+            )
     checks.real("weight", weight, low=0.0, high=1.0)
     mixed = (1 - weight) * anchors + weight * top_anchors
     fused = torch.where((top_counts > 0).unsqueeze(1), mixed, anchors)
@@ -135,9 +137,9 @@ def fuse_anchors(
 def _check_anchors(name: str, value: Tensor) -> None:
     checks.tensor(name, value, "floating-point anchors (N, D)")
     if not value.is_floating_point():
-        raise TypeError(f"{name}: expected floating-point anchors (N, D), got {checks.describe(value)}")
+        raise TypeError(f"{name}: expected floating-point anchors (N, D), got {checks.describe(value)}.")
     if value.ndim != 2:
-        raise ValueError(f"{name}: expected anchors (N, D), got {checks.describe(value)}")
+        raise ValueError(f"{name}: expected anchors (N, D), got {checks.describe(value)}.")
 
 
 @torch.library.custom_op("contextrast::class_anchors", mutates_args=())

@@ -67,7 +67,7 @@ def backend(name: str) -> Iterator[None]:
     CONTEXTRAST_BACKEND decides; it is read at each call.
     """
     if name not in CHOICES:
-        raise ValueError(f"backend: expected one of {', '.join(map(repr, CHOICES))}, got {name!r}")
+        raise ValueError(f"backend: expected one of {', '.join(map(repr, CHOICES))}, got {name!r}.")
     if torch.compiler.is_compiling():
         previous, _traced.forced = _traced.forced, name
         try:
@@ -198,7 +198,7 @@ def choose(tensor: Tensor, offered: tuple[str, ...], unfit: str = "") -> str:
         status = unfit or _transform(name) or _status(name, device_type)
         if status != "ok":
             raise RuntimeError(
-                f"backend {name!r} cannot run on {device_type} tensors: {status}. "
+                f"backend: expected one that can run this on {device_type} tensors, got {name!r}: {status}. "
                 "Use backend('auto') or backend('reference')."
             )
         return name

@@ -164,7 +164,7 @@ def layer_negatives(
     sampling: tuple[float, ...] | None = None,
 ) -> tuple[list[Tensor], Tensor]:
     """Each layer's chosen negatives, int32 (B, *size) with -1 for none, and number of errors, int64 (layers,)."""
-    if _one_native_call(labels, sampling):
+    if _one_native_call(labels, sizes, num_classes, sampling):
         return native.bane_negatives(
             *_native_arguments(
                 predictions, labels, sizes, num_classes, ratio, negatives, distance_at, ignore_index, seed
@@ -211,7 +211,7 @@ def negative_codes(
     """``layer_negatives`` for the fused loss: all layers concatenated, with one or two bytes per pixel
     (``native.code_dtype``). The largest number means none."""
     selection = (predictions, labels, sizes, num_classes, ratio, negatives, distance_at, ignore_index, seed)
-    if _one_native_call(labels, sampling):
+    if _one_native_call(labels, sizes, num_classes, sampling):
         arguments = _native_arguments(*selection)
         tensors = [x for x in arguments if isinstance(x, Tensor)]
         return (native.chosen_codes if is_eager(tensors) else native.bane_codes)(*arguments)
@@ -221,9 +221,10 @@ def negative_codes(
     return torch.where(chosen >= 0, chosen, torch.iinfo(dtype).max).to(dtype), errors
 
 
-def _one_native_call(labels: Tensor, sampling: tuple[float, ...] | None) -> bool:
+def _one_native_call(labels: Tensor, sizes: Sequence, num_classes: int, sampling: tuple[float, ...] | None) -> bool:
     """Whether the library can take all layers in one call: for maps with square pixels. Volumes need several calls."""
-    return labels.ndim == 3 and sampling is None and choose(labels, ("native",)) == "native"
+    fits = len(sizes) <= native.MOST_LAYERS and num_classes <= native.MOST_CLASSES
+    return fits and labels.ndim == 3 and sampling is None and choose(labels, ("native",)) == "native"
 
 
 def _native_arguments(predictions, labels, sizes, num_classes, ratio, negatives, distance_at, ignore_index, seed):
@@ -270,7 +271,10 @@ def _distances(errors: Tensor, sampling: tuple[float, ...] | None) -> Tensor:
 def _selected(classes: Tensor, distance_sq: Tensor, ratio: float, num_classes: int, seed: int | Tensor) -> Tensor:
     """``select_nearest`` of checked arguments: maps or volumes of one shape."""
     distance_sq = _in_order(distance_sq)
-    if choose(classes, ("native",)) != "native":
+    unfit = ""
+    if num_classes > native.MOST_CLASSES:
+        unfit = f"its selection takes at most {native.MOST_CLASSES} classes, got {num_classes}"
+    if choose(classes, ("native",), unfit) != "native":
         return _select_nearest(classes.long(), distance_sq.long(), ratio, num_classes, seed)
     shape = classes.shape
     if classes.ndim == 4:  # a selection depends on a pixel's index only, so the rows of all planes can form a map

@@ -84,7 +84,7 @@ def is_floating(dtype: torch.dtype) -> bool:
 
 def tensor(name: str, value, expected: str) -> None:
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: expected {expected}, got {type(value).__name__}")
+        raise TypeError(f"{name}: expected {expected}, got {type(value).__name__}. Pass a torch.Tensor.")
 
 
 def signed(value: Tensor) -> Tensor:
@@ -134,9 +134,11 @@ def feature_map(name: str, value) -> None:
     expected = "a floating-point feature map (B, D, h, w), or (B, D, z, h, w) of a volume"
     tensor(name, value, expected)
     if value.dtype not in _FLOATS:
-        raise TypeError(f"{name}: expected {expected}, got {describe(value)}")
+        hint = "" if value.is_complex() else " Call .float()."
+        raise TypeError(f"{name}: expected {expected}, got {describe(value)}.{hint}")
     if value.ndim not in (4, 5):
-        raise ValueError(f"{name}: expected {expected}, got {describe(value)}")
+        hint = f" For one image pass {name}[None]." if value.ndim == 3 else ""
+        raise ValueError(f"{name}: expected {expected}, got {describe(value)}.{hint}")
     if value.shape[1] == 0:
         raise ValueError(
             f"{name}: expected at least one channel, got {describe(value)}. Drop this layer from the list."
@@ -159,18 +161,18 @@ def class_map(name: str, value, *, shape: tuple | None = None, dims: int = 2) ->
         expected, channel = "an integer map (B, Z, H, W) of a volume", "(B, 1, Z, H, W)"
     tensor(name, value, expected)
     if value.dtype not in _INTEGERS:
-        hint = ". Take the argmax, or call .long()." if value.is_floating_point() else ". Call .long()."
-        raise TypeError(f"{name}: expected {expected}, got {describe(value)}{hint}")
+        hint = "Take the argmax, or call .long()." if value.is_floating_point() else "Call .long()."
+        raise TypeError(f"{name}: expected {expected}, got {describe(value)}. {hint}")
     if value.ndim == dims + 2 and value.shape[1] == 1:
         value = value[:, 0]
     if value.ndim != dims + 1:
-        hint = ". Add the batch axis, value[None]." if value.ndim == dims else ""
+        hint = f"Add the batch axis, {name}[None]." if value.ndim == dims else "Pass class numbers, one for each pixel."
         if dims == 3 and value.ndim == 3:
-            hint = ". This is a map, but the features, logits or size are those of a volume."
-        raise ValueError(f"{name}: expected {expected} or {channel}, got {describe(value)}{hint}")
+            hint = "Pass a volume, because the features, logits or size are those of a volume."
+        raise ValueError(f"{name}: expected {expected} or {channel}, got {describe(value)}. {hint}")
     sides(name, value, dims)
     if shape is not None and tuple(value.shape) != tuple(shape):
-        raise ValueError(f"{name}: expected shape {tuple(shape)}, got {describe(value)}")
+        raise ValueError(f"{name}: expected shape {tuple(shape)}, got {describe(value)}.")
     return signed(value)
 
 
@@ -179,18 +181,18 @@ def distances(name: str, value, shape: tuple) -> Tensor:
     expected = f"integers or floats of shape {tuple(shape)}"
     tensor(name, value, expected)
     if value.dtype not in _INTEGERS + _FLOATS:
-        raise TypeError(f"{name}: expected {expected}, got {describe(value)}")
+        raise TypeError(f"{name}: expected {expected}, got {describe(value)}.")
     if value.ndim == len(shape) + 1 and value.shape[1] == 1:
         value = value[:, 0]
     if tuple(value.shape) != tuple(shape):
-        raise ValueError(f"{name}: expected {expected}, got {describe(value)}")
+        raise ValueError(f"{name}: expected {expected}, got {describe(value)}.")
     return value
 
 
 def chosen(name: str, value, shape: tuple) -> Tensor:
     """Check the map that a sampler returned."""
     if not isinstance(value, Tensor) or value.dtype != torch.bool or value.shape != shape:
-        raise ValueError(f"{name}: expected it to return a bool map of shape {tuple(shape)}, got {describe(value)}")
+        raise ValueError(f"{name}: expected it to return a bool map of shape {tuple(shape)}, got {describe(value)}.")
     return value
 
 
@@ -202,13 +204,19 @@ def predictions(name: str, value, num_classes: int | None, dims: int = 2) -> Ten
     axes = "H', W'" if dims == 2 else "Z', H', W'"
     expected = f"a class map (B, {axes}) of integers or logits (B, N, {axes}) of floats"
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: expected {expected}, got {type(value).__name__}. Pass a tensor, as output['out'].")
+        raise TypeError(
+            f"{name}: expected {expected}, got {type(value).__name__}. Pass a tensor, such as output['out']."
+        )
     if value.dtype in _INTEGERS:
         return class_map(name, value, dims=dims)
     if value.dtype not in _FLOATS:
-        raise TypeError(f"{name}: expected {expected}, got {describe(value)}")
+        hint = "Call .long() on a class map, .float() on logits."
+        raise TypeError(f"{name}: expected {expected}, got {describe(value)}. {hint}")
     if value.ndim != dims + 2:
-        raise ValueError(f"{name}: expected {expected}, got {describe(value)}")
+        hint = (
+            " Call .long() on a class map; add the batch axis to logits of one image." if value.ndim == dims + 1 else ""
+        )
+        raise ValueError(f"{name}: expected {expected}, got {describe(value)}.{hint}")
     sides(name, value, dims)
     if value.shape[1] == 1 and num_classes == 2:
         return pad(value, (*(0, 0) * dims, 1, 0))  # sigmoid(z) is the softmax of (0, z)
@@ -234,11 +242,11 @@ def soft_labels(name: str, value, shape: tuple) -> Tensor:
     expected = f"floating-point class probabilities of shape {tuple(shape)}"
     tensor(name, value, expected)
     if value.dtype not in _FLOATS:
-        raise TypeError(f"{name}: expected {expected}, got {describe(value)}. Class numbers are the labels.")
+        raise TypeError(f"{name}: expected {expected}, got {describe(value)}. Pass class numbers as labels.")
     if value.ndim == len(shape) and value.shape[1] == 1 and shape[1] == 2:
         value = torch.cat([1 - value, value], 1)
     if value.shape != shape:
-        raise ValueError(f"{name}: expected {expected}, one for each class and label, got {describe(value)}")
+        raise ValueError(f"{name}: expected {expected}, one for each class and label, got {describe(value)}.")
     return value
 
 
@@ -258,15 +266,15 @@ def together(first_name: str, first: Tensor, name: str, value: Tensor, *, batch:
 def samples_from(name: str, value: Tensor, *size: int) -> None:
     """Check that a map has pixels, unless the size that it is sampled to has none."""
     if math.prod(size) > 0 and math.prod(value.shape[value.ndim - len(size) :]) == 0:
-        raise ValueError(f"{name}: expected a map with at least one pixel, got {describe(value)}")
+        raise ValueError(f"{name}: expected a map with at least one pixel, got {describe(value)}.")
 
 
 def integer(name: str, value: Any, *, low: int | None = None, high: int | None = None) -> None:
     if isinstance(value, bool) or not isinstance(value, _WHOLE):
-        raise TypeError(f"{name}: expected an integer, got {describe(value)}")
+        raise TypeError(f"{name}: expected an integer, got {describe(value)}.")
     if (low is not None and value < low) or (high is not None and value > high):
         limits = f"at least {low}" if high is None else f"between {low} and {high}"
-        raise ValueError(f"{name}: expected an integer {limits}, got {value}")
+        raise ValueError(f"{name}: expected an integer {limits}, got {value}.")
 
 
 def num_classes(value) -> None:
@@ -290,7 +298,7 @@ def ignore_index(value) -> None:
 def size(name: str, value, dims: int = 2) -> None:
     if not isinstance(value, tuple | list) or len(value) != dims:
         expected = "a pair (height, width)" if dims == 2 else "three sides (depth, height, width) of a volume"
-        raise TypeError(f"{name}: expected {expected}, got {describe(value)}")
+        raise TypeError(f"{name}: expected {expected}, got {describe(value)}.")
     for side in value:
         integer(name, side, low=1, high=MAX_SIDE)
 
@@ -298,35 +306,35 @@ def size(name: str, value, dims: int = 2) -> None:
 def real(name: str, value: Any, *, low: float, high: float = math.inf, open_low: bool = False) -> None:
     """Check that a number is finite and in [low, high], or in (low, high] with ``open_low``."""
     if isinstance(value, bool) or not isinstance(value, _REAL):
-        raise TypeError(f"{name}: expected a number, got {describe(value)}")
+        raise TypeError(f"{name}: expected a number, got {describe(value)}.")
     above = value > low if open_low else value >= low
     if not (above and value <= high and value < math.inf):
         bound = f"above {low:g}" if open_low else f"of at least {low:g}"
         bound += "" if high == math.inf else f" and at most {high:g}"
-        raise ValueError(f"{name}: expected a finite number {bound}, got {value}")
+        raise ValueError(f"{name}: expected a finite number {bound}, got {value}.")
 
 
 def weights(name: str, value) -> None:
     if not isinstance(value, Sequence) or isinstance(value, str) or len(value) == 0:
-        raise TypeError(f"{name}: expected a list of numbers, one for each layer, got {describe(value)}")
+        raise TypeError(f"{name}: expected a list of numbers, one for each layer, got {describe(value)}.")
     for weight in value:
         real(name, weight, low=0.0)
 
 
 def flag(name: str, value) -> None:
     if not isinstance(value, bool):
-        raise TypeError(f"{name}: expected True or False, got {describe(value)}")
+        raise TypeError(f"{name}: expected True or False, got {describe(value)}.")
 
 
 def choice(name: str, value, options: tuple[str, ...]) -> None:
     if value not in options:
-        raise ValueError(f"{name}: expected one of {', '.join(map(repr, options))}, got {value!r}")
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, options))}, got {value!r}.")
 
 
 def seed(value, device: torch.device | None) -> None:
     if isinstance(value, Tensor):
         if value.dtype != torch.int64 or value.numel() != 1:
-            raise TypeError(f"seed: expected an int or an int64 tensor of one element, got {describe(value)}")
+            raise TypeError(f"seed: expected an int or an int64 tensor of one element, got {describe(value)}.")
         if value.device != device:
             raise ValueError(
                 f"seed: expected a tensor on {device}, where the maps are, got {describe(value)}. Move it there."

@@ -88,7 +88,7 @@ def info_nce(
         if columns.shape[1] != rows.shape[1] or columns.dtype != rows.dtype:
             raise ValueError(
                 f"columns: expected (C, {rows.shape[1]}) of {checks.name_of(rows.dtype)}, as the rows are, "
-                f"got {checks.describe(columns)}"
+                f"got {checks.describe(columns)}. Use one embedding size and dtype for both."
             )
     checks.real("temperature", temperature, low=0.0, open_low=True)
     checks.ignore_index(ignore_index)
@@ -189,14 +189,14 @@ def check_rows(name: str, rows: Tensor, labels_name: str, labels: Tensor) -> Ten
     """Check a matrix (R, D) and an integer label for each of its rows; return the labels in a signed type."""
     checks.tensor(name, rows, "a floating-point matrix (R, D)")
     if not checks.is_floating(rows.dtype):
-        raise TypeError(f"{name}: expected a floating-point matrix, got {checks.describe(rows)}")
+        raise TypeError(f"{name}: expected a floating-point matrix, got {checks.describe(rows)}.")
     if rows.ndim != 2:
-        raise ValueError(f"{name}: expected a matrix (R, D), got {checks.describe(rows)}")
+        raise ValueError(f"{name}: expected a matrix (R, D), got {checks.describe(rows)}.")
     return _check_integers(labels_name, labels, name, rows)
 
 
 def _check_integers(name: str, value: Tensor, rows_name: str, rows: Tensor) -> Tensor:
-    _check_vector(name, value, "integer labels", checks.is_integer, rows_name, rows, ". Call .long().")
+    _check_vector(name, value, "integer labels", checks.is_integer, rows_name, rows, " Call .long().")
     return checks.signed(value)
 
 
@@ -204,10 +204,10 @@ def _check_vector(name: str, value: Tensor, kind: str, fits, rows_name: str, row
     """Check a vector with one number for each row of a matrix."""
     checks.tensor(name, value, f"{kind}, one for each of {rows_name}")
     if not fits(value.dtype):
-        raise TypeError(f"{name}: expected {kind}, got {checks.describe(value)}{remedy}")
+        raise TypeError(f"{name}: expected {kind}, got {checks.describe(value)}.{remedy}")
     if value.ndim != 1 or value.shape[0] != rows.shape[0]:
         raise ValueError(
-            f"{name}: expected shape ({rows.shape[0]},), one for each of {rows_name}, got {checks.describe(value)}"
+            f"{name}: expected shape ({rows.shape[0]},), one for each of {rows_name}, got {checks.describe(value)}."
         )
     checks.together(rows_name, rows, name, value, batch=False)
 

@@ -135,9 +135,11 @@ class ContextrastLoss(nn.Module):
             classes = classes.long()
             wrong = ((classes < 0) | (classes >= num_classes)) & (classes != ignore_index)
             if wrong.any():
+                share = f"{int(wrong.sum())} of {classes.numel()} pixels are out of range"
                 raise ValueError(
                     f"{name}: expected values in 0..{num_classes - 1} or ignore_index {ignore_index}, "
-                    f"got {classes[wrong][0].item()} ({int(wrong.sum())} of {classes.numel()} pixels are out of range)"
+                    f"got {classes[wrong][0].item()} ({share}). "
+                    "Map other values to ignore_index, or raise num_classes."
                 )
         for i, x in enumerate(features):
             valid = maps.targets(labels, x.shape[2:], num_classes, ignore_index) >= 0
@@ -198,19 +200,19 @@ class ContextrastCriterion(nn.Module):
             if isinstance(class_weights, str) or not isinstance(class_weights, Sequence | Tensor):
                 raise TypeError(
                     f"class_weights: expected a list or tensor of {num_classes} numbers, "
-                    f"got {checks.describe(class_weights)}"
+                    f"got {checks.describe(class_weights)}."
                 )
             try:
                 class_weights = torch.as_tensor(checks.plain(class_weights), dtype=torch.float32).clone()
             except (TypeError, ValueError, RuntimeError) as error:
                 raise TypeError(
                     f"class_weights: expected {num_classes} finite numbers, one for each class, "
-                    f"got {checks.describe(class_weights)}"
+                    f"got {checks.describe(class_weights)}."
                 ) from error
             if class_weights.shape != (num_classes,) or not (class_weights.isfinite() & (class_weights >= 0)).all():
                 raise ValueError(
                     f"class_weights: expected {num_classes} finite numbers of at least 0, one for each class, "
-                    f"got {checks.describe(class_weights)}"
+                    f"got {checks.describe(class_weights)}."
                 )
             class_weights = lasting(class_weights)
         self.register_buffer("class_weights", class_weights)

@@ -39,6 +39,9 @@ _TYPE_CODES = {dtype: code for code, dtype in enumerate(_TYPES)} | {torch.bool: 
 BANE_ENQUEUES = ("memset", "find_errors", "mark", "solve", "place", "choose")
 """The launches of one CUDA call of bane_negatives or bane_codes, with "bane" at "layer"."""
 
+MOST_CLASSES, MOST_LAYERS = 2**20, 16
+"""The most classes of a selection, and the most layers of one call of bane_negatives or bane_codes."""
+
 _NEGATIVES = ("bane", "semi-hard")
 _DISTANCE_AT = ("layer", "full")
 
@@ -190,7 +193,10 @@ def status(device_type: str) -> str:
 def _function(name: str, device: torch.device):
     library = _library()
     if isinstance(library, str) or not hasattr(library, f"contextrast_{name}_{device.type}"):
-        raise RuntimeError(f"the native library cannot serve {device.type} tensors: {status(device.type)}")
+        raise RuntimeError(
+            f"backend: expected a native library for {device.type} tensors, got none: {status(device.type)}. "
+            "Use backend('reference')."
+        )
     return getattr(library, f"contextrast_{name}_{device.type}")
 
 
@@ -214,7 +220,8 @@ def _call(name: str, device: torch.device, arguments: tuple, scratch: tuple = ()
     with on_device:
         code = _function(name, device)(*arguments, *where, text)
     if code:
-        raise (ValueError if code == 1 else RuntimeError)(f"{name}: {text.value.decode(errors='replace')}")
+        message = text.value.decode(errors="replace")
+        raise ValueError(message) if code == 1 else RuntimeError(f"{name}: {message}.")
 
 
 def _device(**tensors: Tensor) -> torch.device:

@@ -20,7 +20,7 @@ def name_of(group) -> str | None:
     if not distributed.is_available() or not isinstance(group, distributed.ProcessGroup):
         raise TypeError(
             "group: expected a torch.distributed process group with this rank in it, such as "
-            f"torch.distributed.group.WORLD, or None for this process alone, got {checks.describe(group)}"
+            f"torch.distributed.group.WORLD, or None for this process alone, got {checks.describe(group)}."
         )
     name = group.group_name
     size(name)  # raises if torch.distributed does not know the group

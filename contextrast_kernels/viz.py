@@ -106,7 +106,7 @@ def negatives(
     labels = checks.class_map("labels", labels.detach().cpu()[None])
     predictions = checks.predictions("predictions", predictions.detach().cpu()[None], num_classes)
     if not isinstance(sizes, Sequence) or len(sizes) == 0:
-        raise TypeError(f"sizes: expected a list with the (h, w) of each layer, got {checks.describe(sizes)}")
+        raise TypeError(f"sizes: expected a list with the (h, w) of each layer, got {checks.describe(sizes)}.")
     for size in sizes:
         checks.size("sizes", size)
     names = _names(class_names, num_classes)
@@ -251,11 +251,13 @@ def embeddings(image: Tensor, features: Sequence[Tensor]) -> Figure:
 
     image = _shown(image)
     if not isinstance(features, Sequence) or len(features) == 0:
-        raise TypeError(f"features: expected a list of feature maps, one a layer, got {checks.describe(features)}")
+        raise TypeError(
+            f"features: expected a list of feature maps, one for each layer, got {checks.describe(features)}."
+        )
     for i, x in enumerate(features):
         checks.tensor(f"features[{i}]", x, "a feature map (D, h, w) of one image")
         if x.ndim != 3 or x.numel() == 0:
-            raise ValueError(f"features[{i}]: expected the map (D, h, w) of one image, got {checks.describe(x)}")
+            raise ValueError(f"features[{i}]: expected the map (D, h, w) of one image, got {checks.describe(x)}.")
     H, W = image.shape[:2]
     pictures = [("image", image)]
     for x in features:
@@ -354,7 +356,7 @@ def similarity_curve(results: dict[str, Tensor]) -> Figure:
     expected = {"distance", "true_class", "predicted_class", "pixels"}
     if not isinstance(results, dict) or not expected <= results.keys():
         got = sorted(results) if isinstance(results, dict) else checks.describe(results)
-        raise ValueError(f"results: expected the result of metrics.AnchorSimilarity.compute(), got {got}")
+        raise ValueError(f"results: expected the result of metrics.AnchorSimilarity.compute(), got {got}.")
     layers = len(results["pixels"])
     if layers == 0:
         raise ValueError("results: expected results of at least one batch, got none. Call update() first.")
@@ -393,16 +395,16 @@ def _shown(image: Tensor) -> Tensor:
     checks.tensor("image", image, "an image (3, H, W)")
     image = image.detach().cpu()
     if image.ndim != 3 or image.shape[0] != 3 or image.numel() == 0:
-        raise ValueError(f"image: expected (3, H, W), got {checks.describe(image)}")
+        raise ValueError(f"image: expected (3, H, W), got {checks.describe(image)}.")
     if image.dtype != torch.uint8 and not image.is_floating_point():
-        raise TypeError(f"image: expected floats in 0..1 or uint8, got {checks.describe(image)}")
+        raise TypeError(f"image: expected floats in 0..1 or uint8, got {checks.describe(image)}.")
     return (image.float() / 255 if image.dtype == torch.uint8 else image.float().clamp(0, 1)).permute(1, 2, 0)
 
 
 def _names(class_names: Sequence[str] | None, num_classes: int) -> list[str]:
     names = [str(n) for n in range(num_classes)] if class_names is None else list(map(str, class_names))
     if len(names) != num_classes:
-        raise ValueError(f"class_names: expected {num_classes} names (num_classes), got {len(names)}")
+        raise ValueError(f"class_names: expected {num_classes} names (num_classes), got {len(names)}.")
     return names
 
 

@@ -7,7 +7,7 @@
 // outputs, which are contiguous and wholly written. A `_scratch_cpu` function must be given the same number of threads.
 // Inputs may have any strides and are never copied; no value in them can cause an access out of bounds.
 //
-// A function returns CONTEXTRAST_OK, or another code and one sentence in `error`, CONTEXTRAST_ERROR_SIZE bytes of the
+// A function returns CONTEXTRAST_OK, or another code and a message in `error`, CONTEXTRAST_ERROR_SIZE bytes of the
 // caller's.
 //
 // Letters: B images, N classes, H W a map's size, h w a layer's size, z y x the axes of a volume.

@@ -1,4 +1,4 @@
-// What the host code of every function shares: refusals, dispatch on an integer type, threads, scratch.
+// What the host code of every function shares: checks of arguments, dispatch on an integer type, threads, scratch.
 #ifndef CONTEXTRAST_HOST_H
 #define CONTEXTRAST_HOST_H
 
@@ -27,7 +27,7 @@
 
 namespace contextrast {
 
-// ---- Refusals
+// ---- Checks of arguments
 
 template <class... Values>
 int refuse(char *error, const char *format, Values... values) {
@@ -42,14 +42,14 @@ inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int check_sides(const char *name, int64_t height, int64_t width, char *error) {
   if (height >= 0 && width >= 0 && height <= CONTEXTRAST_MAX_SIDE && width <= CONTEXTRAST_MAX_SIDE)
     return CONTEXTRAST_OK;
-  return refuse(error, "%s has sides of %lld x %lld pixels, but at most %d are supported: tile or downsample it", name,
-                static_cast<long long>(height), static_cast<long long>(width), CONTEXTRAST_MAX_SIDE);
+  return refuse(error, "%s: expected sides of at most %d pixels, got %lld x %lld. Crop or downsample it.", name,
+                CONTEXTRAST_MAX_SIDE, static_cast<long long>(height), static_cast<long long>(width));
 }
 
 inline int check_integers(const char *name, const ContextrastMap &map, char *error) {
   if (is_integer(map.type) && map.channels == 0) return CONTEXTRAST_OK;
-  return refuse(error, "%s must be a map of uint8, int8, int16, int32 or int64, got type %d with %lld channels", name,
-                static_cast<int>(map.type), static_cast<long long>(map.channels));
+  return refuse(error, "%s: expected a map of uint8, int8, int16, int32 or int64, got type %d with %lld channels.",
+                name, static_cast<int>(map.type), static_cast<long long>(map.channels));
 }
 
 inline int check_integer_map(const char *name, const ContextrastMap &map, char *error) {
@@ -63,20 +63,19 @@ inline bool is_integer_or_unsigned(int32_t type) { return is_integer(type) || ty
 inline int check_volume(const char *name, const ContextrastVolume &volume, bool edges, char *error) {
   if (volume.type < CONTEXTRAST_UINT8 || volume.type > CONTEXTRAST_UINT64 ||
       (edges && !is_integer_or_unsigned(volume.type)))
-    return refuse(error, "%s must be of %s, got type %d", name, edges ? "an integer type" : "a type in contextrast.h",
-                  static_cast<int>(volume.type));
+    return refuse(error, "%s: expected %s, got type %d.", name,
+                  edges ? "an integer type" : "a type in contextrast.h", static_cast<int>(volume.type));
   int64_t voxels = 1;
   for (const int64_t size : volume.size) {
     if (size < 0 || size > CONTEXTRAST_MAX_SIDE)
-      return refuse(error,
-                    "%s has sides of %lld x %lld x %lld pixels, but at most %d are supported: tile or downsample it",
-                    name, static_cast<long long>(volume.size[0]), static_cast<long long>(volume.size[1]),
-                    static_cast<long long>(volume.size[2]), CONTEXTRAST_MAX_SIDE);
+      return refuse(error, "%s: expected sides of at most %d pixels, got %lld x %lld x %lld. Crop or downsample it.",
+                    name, CONTEXTRAST_MAX_SIDE, static_cast<long long>(volume.size[0]),
+                    static_cast<long long>(volume.size[1]), static_cast<long long>(volume.size[2]));
     voxels *= size;
   }
   if (voxels > CONTEXTRAST_MAX_VOXELS)
-    return refuse(error, "%s has %lld voxels an image, but at most %lld are supported: tile or downsample it", name,
-                  static_cast<long long>(voxels), static_cast<long long>(CONTEXTRAST_MAX_VOXELS));
+    return refuse(error, "%s: expected at most %lld voxels an image, got %lld. Crop or downsample it.", name,
+                  static_cast<long long>(CONTEXTRAST_MAX_VOXELS), static_cast<long long>(voxels));
   return CONTEXTRAST_OK;
 }
 
@@ -86,10 +85,10 @@ constexpr double SMALLEST_SIDE = 1e-100, LARGEST_SIDE = 1e100;
 
 inline int check_wanted(const ContextrastDistance &wanted, bool edges, char *error) {
   if (edges && (wanted.nearest[0] || wanted.nearest[1] || wanted.nearest[2]))
-    return refuse(error, "nearest must be null where distances are those to an edge");
+    return refuse(error, "nearest: expected null, because distances are those to an edge.");
   for (int axis = 0; wanted.sampled && axis < 3; ++axis)
     if (!(wanted.sampling[axis] >= SMALLEST_SIDE && wanted.sampling[axis] <= LARGEST_SIDE))
-      return refuse(error, "sampling must be from %g to %g, got %g", SMALLEST_SIDE, LARGEST_SIDE,
+      return refuse(error, "sampling: expected %g to %g, got %g.", SMALLEST_SIDE, LARGEST_SIDE,
                     wanted.sampling[axis]);
   return CONTEXTRAST_OK;
 }
@@ -136,15 +135,15 @@ inline int check_pair(const ContextrastMap &predictions, const ContextrastMap &l
   } else {
     if (predictions.channels < 0 || predictions.type < CONTEXTRAST_FLOAT16 || predictions.type > CONTEXTRAST_FLOAT64)
       return refuse(error,
-                    "predictions with channels must be logits of float16, bfloat16, float32 or float64, got type %d",
+                    "predictions: expected logits of float16, bfloat16, float32 or float64, got type %d with channels.",
                     static_cast<int>(predictions.type));
     if (const int code = check_sides("predictions", predictions.height, predictions.width, error)) return code;
   }
   if (predictions.batch != labels.batch)
-    return refuse(error, "predictions hold %lld images and labels %lld, but they must agree",
-                  static_cast<long long>(predictions.batch), static_cast<long long>(labels.batch));
+    return refuse(error, "predictions: expected batch size %lld, that of labels, got %lld.",
+                  static_cast<long long>(labels.batch), static_cast<long long>(predictions.batch));
   if (labels.batch > 0 && labels.height * labels.width > 0 && predictions.height * predictions.width == 0)
-    return refuse(error, "predictions have no pixels, but labels have %lld x %lld",
+    return refuse(error, "predictions: expected at least one pixel, as labels have %lld x %lld, got none.",
                   static_cast<long long>(labels.height), static_cast<long long>(labels.width));
   return CONTEXTRAST_OK;
 }
@@ -153,13 +152,13 @@ inline int check_pair(const ContextrastMap &predictions, const ContextrastMap &l
 inline int check_pixels(const char *name, int64_t height, int64_t width, char *error) {
   constexpr int64_t most = CONTEXTRAST_MAX_SELECTION;
   if (height >= 0 && width >= 0 && height <= most && width <= most && height * width <= most) return CONTEXTRAST_OK;
-  return refuse(error, "%s has %lld x %lld pixels, but at most %lld are supported: tile or downsample it", name,
-                static_cast<long long>(height), static_cast<long long>(width), static_cast<long long>(most));
+  return refuse(error, "%s: expected at most %lld pixels an image, got %lld x %lld. Crop or downsample it.", name,
+                static_cast<long long>(most), static_cast<long long>(height), static_cast<long long>(width));
 }
 
 inline int check_num_classes(int64_t num_classes, char *error) {
   if (num_classes >= 0 && num_classes <= CONTEXTRAST_MAX_CLASSES) return CONTEXTRAST_OK;
-  return refuse(error, "num_classes must be from 0 to %d, got %lld", CONTEXTRAST_MAX_CLASSES,
+  return refuse(error, "num_classes: expected 0 to %d, got %lld.", CONTEXTRAST_MAX_CLASSES,
                 static_cast<long long>(num_classes));
 }
 
@@ -171,7 +170,7 @@ inline int check_selection(const ContextrastMap &classes, const ContextrastMap &
   if (const int code = check_pixels("classes", classes.height, classes.width, error)) return code;
   if (distance_sq.type != CONTEXTRAST_INT32 || distance_sq.channels != 0 || distance_sq.batch != classes.batch ||
       distance_sq.height != classes.height || distance_sq.width != classes.width)
-    return refuse(error, "distance_sq must be an int32 map of the size of classes, (%lld, %lld, %lld)",
+    return refuse(error, "distance_sq: expected an int32 map of the size of classes, (%lld, %lld, %lld).",
                   static_cast<long long>(classes.batch), static_cast<long long>(classes.height),
                   static_cast<long long>(classes.width));
   return CONTEXTRAST_OK;
@@ -182,18 +181,18 @@ inline int check_layers(const ContextrastMap &labels, int64_t num_classes, const
                         int num_layers, int type, char *error) {
   if (const int code = check_num_classes(num_classes, error)) return code;
   if (num_layers < 0 || num_layers > CONTEXTRAST_MAX_LAYERS)
-    return refuse(error, "at most %d layers are supported, got %d", CONTEXTRAST_MAX_LAYERS, num_layers);
+    return refuse(error, "layers: expected at most %d, got %d.", CONTEXTRAST_MAX_LAYERS, num_layers);
   if (type != CONTEXTRAST_INT32) {
     if (type != CONTEXTRAST_UINT8 && type != CONTEXTRAST_INT16)
-      return refuse(error, "negatives must be of uint8, int16 or int32, got type %d", type);
+      return refuse(error, "negatives: expected uint8, int16 or int32, got type %d.", type);
     if (num_classes > none_of(type))
-      return refuse(error, "negatives of type %d hold 0 to %d classes, got %lld", type, none_of(type),
+      return refuse(error, "num_classes: expected 0 to %d for negatives of type %d, got %lld.", none_of(type), type,
                     static_cast<long long>(num_classes));
   }
   for (int i = 0; i < num_layers; ++i) {
-    if (const int code = check_sides("a layer", layers[i].height, layers[i].width, error)) return code;
+    if (const int code = check_sides("layers", layers[i].height, layers[i].width, error)) return code;
     if (labels.batch > 0 && layers[i].height * layers[i].width > 0 && labels.height * labels.width == 0)
-      return refuse(error, "labels have no pixels, but layer %d has %lld x %lld", i,
+      return refuse(error, "labels: expected at least one pixel, as layer %d has %lld x %lld, got none.", i,
                     static_cast<long long>(layers[i].height), static_cast<long long>(layers[i].width));
   }
   return CONTEXTRAST_OK;

@@ -70,7 +70,7 @@ def attach(
         or len(layers) == 0
         or not all(isinstance(name, str) for name in layers)
     ):
-        raise TypeError(f'layers: expected "auto" or a list of module names, got {checks.describe(layers)}')
+        raise TypeError(f'layers: expected "auto" or a list of module names, got {checks.describe(layers)}.')
     own = example_input is None
     calls, graph, reason = watch(model, default_example(model) if own else example_input, own)
     chosen, doubt = find_stages(calls, graph, reason) if layers == "auto" else (look_up(layers, calls), "")
@@ -95,7 +95,7 @@ def _show(text: str) -> None:
 
 def _check_model(model) -> None:
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, got {checks.describe(model)}")
+        raise TypeError(f"model: expected a torch.nn.Module, got {checks.describe(model)}.")
     kind = type(model).__name__
     # FSDP is recognised by the name of the module's class or of one of its bases, because importing it takes a second.
     sharded = any(c.__name__ in _FSDP for module in model.modules() for c in type(module).__mro__)

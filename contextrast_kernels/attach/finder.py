@@ -102,7 +102,7 @@ def look_up(names: Sequence[str], calls: list[Call]) -> list[Layer]:
             close = difflib.get_close_matches(name, known, n=_MAX_NAMES, cutoff=0.0)
             raise ValueError(
                 f"layers: expected names of modules that gave a feature map in the example's forward, got {name!r}. "
-                f"Known, closest first: {_listed(close, len(known))}."
+                f"Choose from these, closest first: {_listed(close, len(known))}."
             )
         chosen += known[name]
     return list(dict.fromkeys(chosen))

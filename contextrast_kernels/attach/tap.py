@@ -245,7 +245,10 @@ def split_heads(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], di
         >>> model.load_state_dict(state)
     """
     if not isinstance(state_dict, Mapping):
-        raise TypeError(f"state_dict: expected a mapping of names to tensors, got {checks.describe(state_dict)}")
+        raise TypeError(
+            f"state_dict: expected a mapping of names to tensors, got {checks.describe(state_dict)}. "
+            "Pass model.state_dict() or a loaded checkpoint."
+        )
     for name, value in state_dict.items():
         if isinstance(value, Mapping) and any(f".{NAME}." in f".{inner}" for inner in value):
             raise ValueError(

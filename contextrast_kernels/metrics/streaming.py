@@ -32,7 +32,7 @@ class Metric(ABC):
         if not (group is None or group == "auto" or (dist.is_available() and isinstance(group, dist.ProcessGroup))):
             raise TypeError(
                 "group: expected 'auto' (all ranks), None (this rank alone) or a torch.distributed process group, "
-                f"got {checks.describe(group)}"
+                f"got {checks.describe(group)}."
             )
         self.num_classes = num_classes
         self.ignore_index = ignore_index
@@ -56,7 +56,8 @@ class Metric(ABC):
         if type(other) is not type(self) or other._options() != self._options():
             raise ValueError(
                 f"other: expected {type(self).__name__} with the options {self._options()}, got "
-                f"{type(other).__name__} with {other._options() if isinstance(other, Metric) else 'none'}"
+                f"{type(other).__name__} with {other._options() if isinstance(other, Metric) else 'none'}. "
+                "Make both with the same arguments."
             )
         if other._state:
             self._add(other._state)
@@ -68,11 +69,14 @@ class Metric(ABC):
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Replace the counts by saved ones."""
         if not isinstance(state, dict):
-            raise TypeError(f"state: expected the result of state_dict(), got {checks.describe(state)}")
+            raise TypeError(f"state: expected the result of state_dict(), got {checks.describe(state)}.")
         wanted = {name: dtype for name, (_, dtype) in self._layout.items()}
         got = {name: getattr(value, "dtype", type(value)) for name, value in state.items()}
         if got not in ({}, wanted):
-            raise ValueError(f"state: expected {wanted}, as state_dict() of {type(self).__name__} gives, got {got}")
+            raise ValueError(
+                f"state: expected {wanted}, as state_dict() of {type(self).__name__} gives, got {got}. "
+                "Load what the same metric saved."
+            )
         for name, value in state.items():
             shape, _ = self._layout[name]
             if len(shape) != value.ndim or any(n not in (None, m) for n, m in zip(shape, value.shape)):

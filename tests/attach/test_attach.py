@@ -116,9 +116,9 @@ def test_heads_run_in_the_precision_of_the_layers():
 
 
 def test_unknown_layers_list_the_known_ones_closest_first():
-    with pytest.raises(ValueError, match=r"^layers: .* got 'stages.7'\. Known, closest first: 'stages.\d'"):
+    with pytest.raises(ValueError, match=r"^layers: .* got 'stages.7'\. Choose from these, closest first: 'stages.\d'"):
         attached(layers=["stages.0", "stages.7"])
-    with pytest.raises(ValueError, match=r"got 'stages'\. Known, closest first"):
+    with pytest.raises(ValueError, match=r"got 'stages'\. Choose from these, closest first"):
         attached(layers=["stages"])  # a ModuleList is never called
     with pytest.raises(ValueError, match=r"'stem'"):
         attached(layers=["STEM"])

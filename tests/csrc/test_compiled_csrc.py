@@ -301,7 +301,7 @@ def test_errors_are_those_of_the_cpu(gpu):
 
 def test_too_many_layers_are_refused(gpu):
     labels = torch.zeros(1, 4, 4, dtype=torch.int64)
-    with pytest.raises(ValueError, match="at most 16 layers are supported, got 17"), gpu.on([labels]):
+    with pytest.raises(ValueError, match="layers: expected at most 16, got 17"), gpu.on([labels]):
         native.bane_negatives(labels, labels, 3, [1, 1] * 17, 0.5, "bane", "layer", 255, cases.seed())
 
 

@@ -19,6 +19,8 @@ from native_cases import call, scipy_edge_distance_sq
 
 import contextrast_kernels as ck
 from contextrast_kernels import native
+from contextrast_kernels.backend import _warn_once
+from contextrast_kernels.bane import layer_negatives
 
 ROOT = pathlib.Path(__file__).parents[2]
 NO_EDGE = 2**31 - 1
@@ -513,32 +515,63 @@ def test_invalid_arguments_raise_clear_errors():
     classes = torch.zeros(1, 2, 3, dtype=torch.int64)
     wide = torch.zeros(1, 1, 1, dtype=torch.int64).expand(1, 1, 16385)
     with pytest.raises(
-        ValueError, match=r"edge_distance: classes has sides of 1 x 1 x 16385 pixels, but at most 16384"
+        ValueError,
+        match=r"^classes: expected sides of at most 16384 pixels, got 1 x 1 x 16385\. Crop or downsample it\.$",
     ):
         native.edge_distance(wide, True)
     with pytest.raises(ValueError, match="16384"):
         native.distance_transform(wide.transpose(1, 2), True)
     with pytest.raises(ValueError, match="16384"):
         native.bane_negatives(classes, classes, 4, [1, 16385], 0.5, "bane", "layer", 255, seed(0))
-    with pytest.raises(ValueError, match="at most 16 layers are supported, got 17"):
+    with pytest.raises(ValueError, match=r"^layers: expected at most 16, got 17\.$"):
         native.bane_negatives(classes, classes, 4, [1, 1] * 17, 0.5, "bane", "layer", 255, seed(0))
-    with pytest.raises(ValueError, match="predictions hold 2 images and labels 1"):
+    with pytest.raises(ValueError, match="predictions: expected batch size 1, that of labels, got 2"):
         native.error_map(classes.expand(2, -1, -1), classes, 4, 255)
-    with pytest.raises(ValueError, match="predictions have no pixels"):
+    with pytest.raises(ValueError, match="predictions: expected at least one pixel"):
         native.error_map(classes[:, :0], classes, 4, 255)
-    with pytest.raises(ValueError, match="labels have no pixels, but layer 0 has 4 x 4"):
+    with pytest.raises(ValueError, match="labels: expected at least one pixel, as layer 0 has 4 x 4"):
         native.bane_negatives(classes[:, :0], classes[:, :0], 4, [4, 4], 0.5, "bane", "layer", 255, seed(0))
-    with pytest.raises(ValueError, match="classes must be of an integer type"):
+    with pytest.raises(ValueError, match="classes: expected an integer type"):
         native.edge_distance(classes.float(), True)
     for num_classes in (-1, 2**20 + 1, 2**62):
-        with pytest.raises(ValueError, match=f"num_classes must be from 0 to 1048576, got {num_classes}"):
+        with pytest.raises(ValueError, match=f"num_classes: expected 0 to 1048576, got {num_classes}"):
             native.select_nearest(classes, classes.int(), 0.5, num_classes, seed(0))
-        with pytest.raises(ValueError, match=f"num_classes must be from 0 to 1048576, got {num_classes}"):
+        with pytest.raises(ValueError, match=f"num_classes: expected 0 to 1048576, got {num_classes}"):
             native.bane_negatives(classes, classes, num_classes, [2, 3], 0.5, "bane", "layer", 255, seed(0))
-    with pytest.raises(ValueError, match="distance_sq must be an int32 map"):
+    with pytest.raises(ValueError, match="distance_sq: expected an int32 map"):
         native.select_nearest(classes, classes, 0.5, 4, seed(0))
-    with pytest.raises(ValueError, match="distance_sq must be an int32 map"):
+    with pytest.raises(ValueError, match="distance_sq: expected an int32 map"):
         native.select_nearest(classes, classes[:, :1].int(), 0.5, 4, seed(0))
+
+
+@pytest.mark.parametrize("distance_at", ["layer", "full"])
+def test_more_layers_than_one_call_takes_are_chosen_layer_by_layer(rng, distance_at):
+    labels, predictions = scene(rng, B=2, N=5, H=20, W=24)
+    sizes = [(20 - i, 24 - i) for i in range(native.MOST_LAYERS + 1)]
+    results = []
+    for backend in ("native", "reference"):
+        with ck.backend(backend):
+            results.append(layer_negatives(predictions, labels, sizes, 5, 0.3, "bane", distance_at, 255, seed(4)))
+    (layers, counts), (expected, expected_counts) = results
+    assert all(torch.equal(layer, other) for layer, other in zip(layers, expected, strict=True))
+    assert torch.equal(counts, expected_counts)
+
+
+def test_more_classes_than_the_library_takes_run_on_the_reference(rng, monkeypatch):
+    monkeypatch.delenv("CONTEXTRAST_BACKEND", raising=False)
+    labels, predictions = scene(rng, B=2, N=5, H=20, W=24)
+    calls = [
+        lambda N: ck.bane_negatives(predictions, labels, num_classes=N),
+        lambda N: ck.select_nearest(labels, labels, 0.3, num_classes=N),
+    ]
+    _warn_once.cache_clear()
+    for choose in calls:
+        expected = choose(native.MOST_CLASSES)
+        with pytest.warns(RuntimeWarning, match="at most 1048576 classes, got 1048577"):
+            assert torch.equal(choose(native.MOST_CLASSES + 1), expected)
+        _warn_once.cache_clear()
+        with ck.backend("native"), pytest.raises(RuntimeError, match=r"^backend: .*got 'native': .* got 1048577\. Use"):
+            choose(native.MOST_CLASSES + 1)
 
 
 # --------------------------------------------------------------------------------------------------------------- as ops

@@ -89,4 +89,5 @@ def assert_one_sentence(call, exception, argument, quoted):
     sentence = str(caught.value)
     assert "\n" not in sentence
     assert "expected" in sentence
+    assert sentence.endswith(".")
     assert len(sentence) < 300

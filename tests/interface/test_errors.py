@@ -217,7 +217,13 @@ TABLE = [
     ),
     ("bane: seed a float", lambda: bane(seed=0.0), TypeError, "seed", "0.0"),
     # volumes
-    ("labels of a map, volume", lambda: anchors(features=VOLUME), ValueError, "labels", r"\(2, 16, 16\).*a map"),
+    (
+        "labels of a map, volume",
+        lambda: anchors(features=VOLUME),
+        ValueError,
+        "labels",
+        r"\(2, 16, 16\).*Pass a volume",
+    ),
     ("labels of a volume, map", lambda: anchors(labels=DEEP_LABELS), ValueError, "labels", r"\(2, 4, 16, 16\)"),
     ("features of rank 6", lambda: anchors(features=VOLUME[None]), ValueError, "features", r"\(1, 2, 3, 4, 8, 8\)"),
     (
@@ -234,13 +240,13 @@ TABLE = [
         "features",
         "voxels",
     ),
-    ("pixel loss: a map", lambda: pixel(features=VOLUME), ValueError, "labels", r"\(2, 16, 16\).*a map"),
+    ("pixel loss: a map", lambda: pixel(features=VOLUME), ValueError, "labels", r"\(2, 16, 16\).*Pass a volume"),
     (
         "total: labels of a map",
         lambda: loss(features=[VOLUME], layer_weights=(1,)),
         ValueError,
         "labels",
-        r"\(2, 16, 16\).*a map",
+        r"\(2, 16, 16\).*Pass a volume",
     ),
     (
         "total: logits of a map",
