@@ -79,13 +79,13 @@ def contextrast_loss(
             pixels of all ranks (docs/distributed.md). None: the loss of this process alone.
 
     Returns:
-        A scalar, float32, or float64 for float64 features. If nothing can be contrasted it is 0 with a live graph and
-        zero gradients. NaN or inf at a valid pixel gives NaN. With a group every rank gets the same loss, and the mean
-        of the ranks' gradients, as DDP forms it, is the gradient of one process.
+        A scalar, float32, or float64 for float64 features. If nothing can be contrasted it is 0, still attached to
+        the autograd graph, with zero gradients. NaN or inf at a valid pixel gives NaN. With a group every rank gets the
+        same loss, and the mean of the ranks' gradients, as DDP forms it, is the gradient of one process.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, rank, size, range or device; the error names it.
-            Every rank raises if ranks differ in options or in the kind of features.
+            Every rank raises if ranks differ in options, layers, channels or dtype.
         RuntimeError: the requested backend cannot run, or torch.distributed does not know the group.
     """
     options = Options(
@@ -282,18 +282,18 @@ def _drawn_pixels(targets: Sequence[Tensor], options: Options, seed: Tensor) -> 
 
 
 def _agree(group: str, features: Sequence[Tensor], options: Options, backend: str) -> None:
-    """Check that all ranks have the same options and kind of features; their reductions depend on them."""
+    """Check that all ranks have the same options, layers, channels and dtype; their reductions depend on them."""
     first = features[0]
     shapes = f"{int(first.shape[1])} channels in {len(features)} layers of {checks.name_of(first.dtype)}"
     flags = f"normalize={options.normalize}; normalize_anchors={options.normalize_anchors}"
-    kind = f"num_classes={options.num_classes}; {shapes}; {flags}; detach_anchors={options.detach_anchors}"
-    kind += f"; backend {backend!r}"
+    signature = f"num_classes={options.num_classes}; {shapes}; {flags}; detach_anchors={options.detach_anchors}"
+    signature += f"; backend {backend!r}"
     numbers = ("ignore_index", "layer_weights", "temperature", "fusion_weight", "base_rate")
     selection = ("negatives", "ratio", "distance_at", "sampling")
-    kind += f"; base_sampler={'None' if options.base_sampler is None else 'given'}"
-    facts = "; ".join([kind, *(f"{name}={getattr(options, name)!r}" for name in numbers + selection)])
-    # The temperature may follow a schedule, so the kind holds only whether it takes one more reduction.
-    ranks.agree(group, f"{kind}; {ranks.close_enough(1 / options.temperature)}", facts)
+    signature += f"; base_sampler={'None' if options.base_sampler is None else 'given'}"
+    settings = "; ".join([signature, *(f"{name}={getattr(options, name)!r}" for name in numbers + selection)])
+    # The temperature may follow a schedule, so the signature holds only whether it takes one more reduction.
+    ranks.agree(group, f"{signature}; {ranks.close_enough(1 / options.temperature)}", settings)
 
 
 def _reference_loss(

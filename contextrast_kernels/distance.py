@@ -2,9 +2,9 @@
 
     d(p) = min_{q ∈ S} sqrt(((s_z Δz)² + (s_y Δy)²) + (s_x Δx)²)
 
-S are the zeros of a mask (``distance_transform``), or the edge pixels of p's class (``edge_distance``, Eq. 7), which
-have a neighbour inside the image that is not in the class. The nearest edge pixel of *any* class is always one of p's
-own class: on every monotone path from p to another region, the last pixel inside the class is an edge pixel of that
+S are the zeros of a mask (``distance_transform``), or the edge pixels of p's class (``edge_distance``, Eq. 7). An edge
+pixel has a neighbour inside the image that is not in its class. The nearest edge pixel of *any* class is always one of
+p's own class: on every monotone path from p to another region, the last pixel inside the class is an edge pixel of that
 class and nearer. So one binary transform serves all classes.
 
 Without sampling, squared distances are integers. With it they are float64, and every operation above is rounded.
@@ -85,7 +85,7 @@ def distance_transform(
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, rank, size or range; the error names it.
-        RuntimeError: the forced backend cannot run.
+        RuntimeError: the requested backend cannot run.
     """
     checks.tensor("mask", mask, "a mask (..., H, W)")
     checks.integer("spatial_dims", spatial_dims, low=1, high=3)
@@ -136,7 +136,7 @@ def edge_distance(
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, rank, size or range; the error names it.
-        RuntimeError: the forced backend cannot run.
+        RuntimeError: the requested backend cannot run.
     """
     expected = "integers (B, H, W) or (B, Z, H, W)"
     checks.tensor("classes", classes, expected)

@@ -68,8 +68,9 @@ def info_nce(
     Returns:
         A scalar, or (R,) without reduction, with 0 for ignored rows; float32, or float64 for float64 rows. A row
         without a positive adds 0 and stays in the mean. So does a row without a negative, except with "supcon".
-        Without a valid row the loss is 0 with a live graph. NaN or inf in a valid row makes l_i of this row NaN. NaN or
-        inf in a valid column, or a weight of one that is negative, infinite or NaN, makes all valid rows NaN.
+        Without a valid row the loss is 0, still attached to the autograd graph. NaN or inf in a valid row makes l_i of
+        this row NaN. NaN or inf in a valid column, or a weight of one that is negative, infinite or NaN, makes all
+        valid rows NaN.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, rank, size, range or device; the error names it.

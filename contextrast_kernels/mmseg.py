@@ -1,4 +1,4 @@
-"""Contextrast for MMSegmentation 1.x: a decode head that adds the contrast of the backbone's stages to its own loss.
+"""Contextrast for MMSegmentation 1.x: a decode head that adds the contrastive loss of the backbone's stages.
 
     custom_imports = dict(imports=["contextrast_kernels.mmseg"])
     model = dict(

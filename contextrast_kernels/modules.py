@@ -159,14 +159,14 @@ class ContextrastCriterion(nn.Module):
 
     Args:
         num_classes: N.
-        weight: α, the share of the contrast.
+        weight: α, the factor of the contrastive loss L_PA.
         class_weights: N factors of the classes in the cross-entropy, a list or tensor; None: all 1.
         label_smoothing: label smoothing of the cross-entropy, in [0, 1].
         **contrast: options of ``ContextrastLoss``: ignore_index, layer_weights, ratio, ...
 
     The cross-entropy is the mean over the valid pixels, weighted by class as in ``torch.nn.CrossEntropyLoss``. Without
-    a valid pixel it is 0 with a live graph. It is computed in float32, or in float64 for float64 logits. Labels outside
-    0..N-1 are ignored.
+    a valid pixel it is 0, still attached to the autograd graph. It is computed in float32, or in float64 for float64
+    logits. Labels outside 0..N-1 are ignored.
 
     After a forward ``last`` holds detached tensors: the scalars "cross_entropy" and "contrast" (L_PA, unweighted), and
     the entries of ``ContextrastLoss.last`` for each layer.
@@ -228,10 +228,10 @@ class ContextrastCriterion(nn.Module):
             features, labels: as in ``contextrast_loss``.
             logits: the network's logits (B, N, H', W'), or (B, N, Z', H', W') of a volume. At a different size than
                 the labels they are resized bilinearly, or trilinearly for a volume (align_corners=False), both for the
-                cross-entropy and for the predictions of the contrast.
+                cross-entropy and for the predictions of the contrastive loss.
             soft_labels: class probabilities (B, N, H, W), or (B, N, Z, H, W) of a volume, at the labels' size, such
                 as those of mixup or of a teacher. They replace the labels in the cross-entropy, which is then the
-                plain mean over the pixels with a valid label. The contrast uses the labels.
+                plain mean over the pixels with a valid label. The contrastive loss uses the labels.
 
         Returns:
             A scalar, float32, or float64 for float64 features and logits.

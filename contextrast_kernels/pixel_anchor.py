@@ -56,8 +56,8 @@ def pixel_anchor_loss(
         normalize: embeddings are x / ‖x‖₂ over D.
 
     Returns:
-        A scalar, float32, or float64 for float64 features. Without a valid pixel it is 0, with a live graph. NaN or
-        inf at a valid pixel gives NaN.
+        A scalar, float32, or float64 for float64 features. Without a valid pixel it is 0, still attached to the
+        autograd graph. NaN or inf at a valid pixel gives NaN.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, rank, size, range or device; the error names it.

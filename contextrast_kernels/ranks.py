@@ -49,40 +49,41 @@ class _Agreed:
     """The comparisons that the ranks of a group have made."""
 
     exchanges: int = 0
-    kinds: set[str] = field(default_factory=set)
+    signatures: set[str] = field(default_factory=set)
 
 
 _agreed: WeakKeyDictionary[object, _Agreed] = WeakKeyDictionary()
 """One entry per process group. It disappears with the group, because a later group may have the same name."""
 
 
-def agree(name: str, kind: str, facts: str | None = None) -> None:
+def agree(name: str, signature: str, settings: str | None = None) -> None:
     """Check that all ranks pass the same settings; otherwise every rank raises the same error.
 
-    Ranks compare through the group's store, on the host and once for each group and kind. No tensor is sent, no device
-    waits, and later steps do nothing. A mismatch is therefore found before ranks wait in different reductions.
+    Ranks compare through the group's store, on the host, the first time that a group uses a signature. No tensor is
+    sent, no device waits, and later steps do nothing. A mismatch is therefore found before ranks wait in different
+    reductions.
 
     Args:
         name: the group's name.
-        kind: everything that the number and the shapes of the reductions depend on.
-        facts: the settings, separated by "; ". None: the kind itself.
+        signature: the settings that the number and the shapes of the reductions depend on, separated by "; ".
+        settings: all settings to compare, in the same form. None: those of the signature.
     """
-    facts = kind if facts is None else facts
+    settings = signature if settings is None else settings
     group = _resolved(name)
     known = _agreed.setdefault(group, _Agreed())
-    if kind in known.kinds:
+    if signature in known.signatures:
         return
     store, ranks = group.get_group_store(), range(group.size())
     key = f"contextrast_kernels/{known.exchanges}"
     keys = [f"{key}/{rank}" for rank in ranks]
-    store.set(keys[group.rank()], facts)
+    store.set(keys[group.rank()], settings)
     try:
         store.wait(keys)
     except RuntimeError as error:
         store.delete_key(keys[group.rank()])  # ranks that come later then wait here too, not in a reduction
         raise RuntimeError(
-            f"group: expected all {len(ranks)} ranks to call the loss with {facts}, as rank {group.rank()} did, but "
-            "some did not. Call it on all ranks, with the same options, backend and kind of features."
+            f"group: expected all {len(ranks)} ranks to call the loss with {settings}, as rank {group.rank()} did, "
+            "but some did not. Call it on all ranks, with the same options, backend, layers, channels and dtype."
         ) from error
     known.exchanges += 1
     first, *others = (store.get(each).decode() for each in keys)
@@ -95,9 +96,9 @@ def agree(name: str, kind: str, facts: str | None = None) -> None:
             expected, got = map(", ".join, zip(*pairs))
             raise ValueError(
                 f"group: expected the same on all ranks, got {expected} on rank 0 and {got} on rank {rank}. "
-                "Use the same options, backend and kind of features on all ranks."
+                "Use the same options, backend, layers, channels and dtype on all ranks."
             )
-    known.kinds.add(kind)
+    known.signatures.add(signature)
 
 
 # Ranks compare once, while torch.compile traces; a compiled step does not repeat it.

@@ -28,10 +28,11 @@ _NARROW = 0.75
 """A coarser map belongs to a head if its channels are below this share of a finer stage's, as in a pooled pyramid."""
 
 
-_EXCHANGE = "likely, not certain: these are parallel branches that exchange their maps, and not one chain of stages"
-_BYPASSED = "likely, not certain: another path of the model bypasses {}"
-_TWO = "likely, not certain: {} ends a second encoder of the same depth, which is left out"
-_SAME = "likely, not certain: {} follows {} at the same resolution, and may belong to the head"
+_PROBABLY = "These layers are probably the encoder's stages, but "
+_EXCHANGE = f"{_PROBABLY}they are parallel branches that exchange their maps, and not one chain of stages."
+_BYPASSED = f"{_PROBABLY}another path of the model bypasses {{}}."
+_TWO = f"{_PROBABLY}{{}} ends a second encoder of the same depth, which is left out."
+_SAME = f"{_PROBABLY}{{}} follows {{}} at the same resolution, and may belong to the head."
 
 
 class NotFound(Exception):
@@ -213,7 +214,7 @@ class _Finder:
             n = todo.pop()
             if n < call.start:
                 return True
-            if n not in found and not (graph.mass[n] or graph.shapes[n] or graph.rise[n] or n in graph.joins):
+            if n not in found and not (graph.parameters[n] or graph.shapes[n] or graph.rise[n] or n in graph.joins):
                 found.add(n)
                 todo += graph.sources[n]
         return False
@@ -229,7 +230,7 @@ class _Finder:
         """For each node, the parameters on the way from the images that has the most."""
         weight = [0] * len(self.graph)
         for n in range(1, len(self.graph)):
-            weight[n] = max(weight[s] for s in self.graph.sources[n]) + self.graph.mass[n]
+            weight[n] = max(weight[s] for s in self.graph.sources[n]) + self.graph.parameters[n]
         return weight
 
     def _dominators(self) -> tuple[list[int], list[int]]:
@@ -254,11 +255,11 @@ class _Finder:
             n = todo.pop()
             if n not in free and n != IMAGE:
                 free.add(n)
-                todo += () if graph.mass[n] else graph.sources[n]
+                todo += () if graph.parameters[n] else graph.sources[n]
         found: set[int] = set()
         for n in sorted(free):
             bare = graph.kernel[n] > 0 and n not in self.shaped
-            follows = not graph.mass[n] and not graph.shapes[n] and found.issuperset(graph.sources[n])
+            follows = not graph.parameters[n] and not graph.shapes[n] and found.issuperset(graph.sources[n])
             if bare or follows:
                 found.add(n)
         return found
@@ -355,7 +356,7 @@ class _Finder:
                     layer,
                     node,
                     kernels,
-                    any(self.graph.mass[n] for n in between),
+                    any(self.graph.parameters[n] for n in between),
                     bool(kernels) and not any(self.graph.shapes[n] for n in between) and node not in self.shaped,
                     any(self.graph.pools[n] for n in between),
                     node in certain,
@@ -399,7 +400,7 @@ class _Finder:
                 between = self.graph.ancestors([n], stop=frozenset([before[0]]))
                 after = self.graph.ancestors([node], stop=frozenset([n]))
                 kernels = [self.graph.kernel[k] for k in between if self.graph.kernel[k]]
-                pools_only = not any(self.graph.mass[k] for k in after) and max(kernels, default=0) > 1
+                pools_only = not any(self.graph.parameters[k] for k in after) and max(kernels, default=0) > 1
                 if len(kernels) > 1 or pools_only:
                     return True
         return False

@@ -141,7 +141,7 @@ class FeatureTap(nn.Module):
         widths = [max(map(len, column)) for column in zip(*rows)]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
         if self.doubt:
-            lines.append(f"{self.doubt}. To choose others: ck.attach(model, layers=[...]).")
+            lines.append(f"{self.doubt} To choose others, call ck.attach(model, layers=[...]).")
         if len(self.layers) != len(_WEIGHTS):
             weights = (*_WEIGHTS, *(_WEIGHTS[-1],) * len(rows))[: len(self.layers)]
             lines.append(f"{len(self.layers)} layers: give the loss as many layer_weights, such as {weights}")

@@ -88,7 +88,7 @@ class Graph:
 
     sources: list[tuple[int, ...]] = field(default_factory=lambda: [()])
     """The nodes whose results the operation reads."""
-    mass: list[int] = field(default_factory=lambda: [0])
+    parameters: list[int] = field(default_factory=lambda: [0])
     """The number of parameters that it reads."""
     kernel: list[int] = field(default_factory=lambda: [0])
     """The longest side of a convolution's kernel, 1 for other products with parameters, 0 for everything else."""
@@ -128,9 +128,9 @@ class _Recorder(TorchDispatchMode):
         # A weak reference keeps the storage's address in use but not its data, so no later storage gets this address.
         self._refs: dict[int, StorageWeakRef] = {}
         self._node: dict[int, int] = {}
-        self._mass: dict[int, int] = {}
+        self._parameters: dict[int, int] = {}
         for p in model.parameters():
-            self._mass[self._key(p)] = p.numel()
+            self._parameters[self._key(p)] = p.numel()
         for x in images:
             self._node[self._key(x)] = IMAGE
 
@@ -166,17 +166,17 @@ class _Recorder(TorchDispatchMode):
         if not keys:
             return output
         sources = tuple(sorted({self._node[key] for key in read if key in self._node}))
-        mass = sum(self._mass.get(key, 0) for key in read if key not in self._node)
+        parameters = sum(self._parameters.get(key, 0) for key in read if key not in self._node)
         if sources:
             for key in keys:
                 self._node[key] = len(self.graph)
-            self._add(func, args, kwargs, sources, mass, written)
+            self._add(func, args, kwargs, sources, parameters, written)
         else:  # a tensor computed from parameters alone, such as a standardised weight, counts as these parameters
             for key in keys:
-                self._mass[key] = mass
+                self._parameters[key] = parameters
         return output
 
-    def _add(self, func, args, kwargs, sources, mass, written) -> None:
+    def _add(self, func, args, kwargs, sources, parameters, written) -> None:
         graph, name = self.graph, func._schema.name.partition("::")[2].rstrip("_")
         operands = [x for _, x in tensors(args)]
         convolution = "convolution" in name and len(operands) > 1
@@ -191,8 +191,8 @@ class _Recorder(TorchDispatchMode):
         if name == "cat":
             graph.joins.add(len(graph))
         graph.sources.append(sources)
-        graph.mass.append(mass)
-        graph.kernel.append(kernel if mass else 0)
+        graph.parameters.append(parameters)
+        graph.kernel.append(kernel if parameters else 0)
         graph.shapes.append(any(part in name for part in _SHAPERS))
         graph.pools.append("adaptive" in name and bool(written) and math.prod(written[0].shape[2:]) > 1)
         graph.rise.append(rise)

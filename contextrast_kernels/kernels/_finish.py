@@ -1,4 +1,5 @@
-"""The loss and dL/dâ from the sums over all pixels, class by class: what follows the last seam of the forward pass.
+"""The loss and dL/dâ from the sums over all pixels, class by class: the last step of the forward pass, after the last
+reduction over ranks.
 
     L = 1/|C| Σ_n 1/c_n Σ_{p∈P^n} softplus(Z_n - s_np)
     dL/dâ^n = 1/(|C| τ) ( -A⁺_n / c_n + G_n A⁻_n )

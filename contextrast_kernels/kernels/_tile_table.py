@@ -149,8 +149,8 @@ def architecture() -> int | str | None:
 
 @functools.cache
 def copied_tiles(tiles: Tiles) -> Tiles:
-    """The same for blocks whose rows are copied. P is the smallest number of rows that wgmma takes, so that pixels as
-    well as channels can be its rows."""
+    """The same for blocks whose rows are copied. P is 64, the M of wgmma, so that pixels as well as channels can be the
+    M dimension."""
     return tiles._replace(ROWS=8, P=64, num_warps=4)
 
 

@@ -1,11 +1,12 @@
-"""The whole loss of all layers: three phases, with a seam after each where many ranks can reduce.
+"""The whole loss of all layers, in three phases. After each phase the ranks of a group can reduce.
 
     anchors   codes, class_sums   | counts, broken, max_abs, Σ v | anchor_tables
     Z         log_sums            | Z                          |
     loss      moments             | A⁺, A⁻, terms              | finish
 
-What ranks reduce is in ``_sums``, all of it integers but Z and max_abs: they add up to the same bits however many ranks
-there are and in whatever order. The backward pass needs no more of the other ranks than that.
+The ranks reduce the sums of ``_sums``, Z and the numbers of errors. All are integers except Z, max_abs and, with a
+group, Σ v, which is reduced in float64 because the fixed-point scales of the ranks differ. Integers add up to the same
+bits however many ranks there are and in whatever order. The backward pass reduces nothing more.
 
 The features are read once in each phase (hard negatives alone in the second) and once more in the backward pass,
 which writes dx. ``python -m contextrast_kernels bench --plan`` lists what each launch moves.
@@ -90,7 +91,7 @@ def forward(
         Z = ranks.log_sum_exp(Z, group, 1 / temperature if normalize else None)  # ‖â‖ ≤ 1 and ‖v‖ ≤ 1
 
     scales = Scales(lengths, sums.max_abs, temperature)
-    # 16 bits of a gradient ask for no more of its sums.
+    # If the gradient is rounded to 16 bits, its sums need no higher precision.
     chained = features[0].element_size() == 2 and normalize
     moments(features, code, sums, table, Z, similarity, scales, chained, norms)
     if group is not None:

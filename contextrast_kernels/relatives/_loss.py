@@ -70,7 +70,10 @@ class SampledLoss(RelativeLoss):
 
 
 class Rows:
-    """Choose rows of a layer with a sampler, and read them; the number of rows is static."""
+    """Choose rows of a layer with a sampler, and read them.
+
+    The number of rows is static. Eager code on a CPU, without ranks, drops unused rows instead (``may_read_values``).
+    """
 
     def __init__(self, sampler: str | Callable, default: Sampler):
         if not callable(sampler):

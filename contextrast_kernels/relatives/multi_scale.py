@@ -3,7 +3,7 @@ scale against those of the coarsest.
 
     L = Σ_s w_s NCE(X_s, X_s) + w_low NCE(X_1, X_S) + w_mid NCE(X_1, X_{S-1})
 
-NCE is the contrast of ``info_nce.py``, without self pairs within a scale. X_s are the sampled embeddings of scale s,
+NCE is the loss of ``info_nce.py``, without self pairs within a scale. X_s are the sampled embeddings of scale s,
 from high to low resolution. The last term needs three scales, and the term before it two.
 """
 
@@ -20,14 +20,14 @@ from contextrast_kernels.relatives.samplers import STREAM_ROWS, Sampler
 
 
 class MultiScaleContrastLoss(SampledLoss):
-    """The multi-scale and cross-scale contrast of MS/CS. Add 0.1 of it to the cross-entropy.
+    """The multi-scale and cross-scale contrastive loss of MS/CS. Add 0.1 of it to the cross-entropy.
 
     For the same pixels the value is that of the official code (RViMLab/MS_CS_ContrSeg). The differences:
 
     * Labels are sampled with exact integers at any size; the code interpolates floats to W // scale.
     * We use all N classes; the code drops the last class of a data set without an ignored label.
     * ``max_views=1`` is a limit of one; in the code it means no limit.
-    * No class with ``min_pixels``: the code raises; here the loss is 0 with a live graph.
+    * No class with ``min_pixels``: the code raises; here the loss is 0, still attached to the autograd graph.
     * A row without a positive: within a scale it is NaN in the code and 0 here; across scales it is 0 in both and
       counts in the mean.
     * Neither has a separate temperature across scales, although the code's configuration names one.

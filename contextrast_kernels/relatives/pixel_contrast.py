@@ -49,7 +49,8 @@ class PixelContrastLoss(SampledLoss):
       and loses the entries of all ranks but the first. ``MemoryBank`` does none of these. The paper's region memory has
       one place for each training image; ours, as the code's, is a queue.
     * No class with more than ``max_views`` pixels, or more pairs (image, class) than ``max_samples``: the code raises.
-      Here the loss is 0 with a live graph in the first case, and each pair has one pixel in the second.
+      Here the loss is 0, still attached to the autograd graph, in the first case, and each pair has one pixel in the
+      second.
     * A row without a positive: NaN in the code. Here it is 0 and counts in the mean.
 
     Args:

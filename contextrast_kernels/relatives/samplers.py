@@ -6,8 +6,8 @@ map of the chosen pixels. ``PixelContrastLoss`` and ``MultiScaleContrastLoss`` t
 its base pixels.
 
 The pixels of a pair (image, class) are drawn in the order of a hash of (seed, stream, pixel), so a draw is uniform and
-without replacement. The hash depends on the pixel's place inside its image (``hashing.py``), not on batch, rank or
-device.
+without replacement. The hash depends on the pixel's place inside its image (``hashing.py``), so the order does not
+depend on batch, rank or device. How many pixels of a pair are drawn depends on the whole batch.
 """
 
 from dataclasses import dataclass
@@ -196,7 +196,7 @@ def take_rows(features: Tensor, index: Tensor, filled: Tensor, normalize: bool) 
 def sampled_rows(
     features: Tensor, targets: Tensor, chosen: Tensor, most: int, normalize: bool
 ) -> tuple[Tensor, Tensor]:
-    """The chosen pixels' embeddings (most, D) and labels (most,); unused rows have label -1."""
+    """The chosen pixels' embeddings (R, D) and labels (R,), with R of ``indices_of``; unused rows have label -1."""
     index, filled = indices_of(chosen & (targets >= 0), most)
     labels = torch.where(filled, targets.flatten()[index], -1) if most else index
     return take_rows(features, index, filled, normalize), labels

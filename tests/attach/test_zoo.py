@@ -32,9 +32,11 @@ def test_encoder_stages_are_found_or_refused(name):
     _, tap = attached(model, example_input=example)
     assert {layer.name: (layer.channels, layer.stride) for layer in tap.layers} == expected
     if name in DOUBTS:
-        assert re.search(rf"^likely, not certain: .*{DOUBTS[name]}.*\. To choose others: ck\.attach", tap.table(), re.M)
+        assert re.search(
+            rf"^These layers are probably .*{DOUBTS[name]}.*\. To choose others, call ck\.attach", tap.table(), re.M
+        )
     else:
-        assert tap.doubt == "" and "likely" not in tap.table()
+        assert tap.doubt == "" and "probably" not in tap.table()
     model(torch.randn(2, 3, 128, 128))
     sum(x.square().sum() for x in tap.features()).backward()
     assert any(p.grad is not None and p.grad.any() for n, p in model.named_parameters() if "contextrast" not in n)
