@@ -24,7 +24,7 @@ CONTEXTRAST_HD constexpr int32_t none_of(int32_t type) {
   return type == CONTEXTRAST_UINT8 ? UINT8_MAX : type == CONTEXTRAST_INT16 ? INT16_MAX : NO_CLASS;
 }
 
-// Values come in as int64, so that ignore_index -100 never meets a uint8 156.
+// Values are compared as int64, so that ignore_index = -100 is not equal to the uint8 156.
 CONTEXTRAST_HD int32_t prediction_of(int64_t value, uint64_t limit, int64_t ignore_index) {
   const bool is_class = static_cast<uint64_t>(value) < limit && value <= INT32_MAX && value != ignore_index;
   return is_class ? static_cast<int32_t>(value) : NO_CLASS;

@@ -5,7 +5,8 @@
     base  1 where it is a negative of every class but its own
 
 Labels keep their own resolution and dtype in memory and are sampled here once, with exact integers, instead of in
-each sweep: at stride 4 every int64 label sits in a memory sector of its own. Counts come along.
+each sweep: at stride 4 every int64 label that is read lies in a different memory sector. The kernel also counts the
+pixels of each class.
 """
 
 import math
@@ -143,7 +144,7 @@ def _label_codes(
     BINS: tl.constexpr,
     PIXELS: tl.constexpr,
 ):
-    """One program, PIXELS pixels of one layer: writes their codes, and counts the pixels of each class and the
+    """Each program takes PIXELS pixels of one layer, writes their codes, and counts the pixels of each class and the
     negatives.
 
     The kernel moves one sampled label a pixel (its memory sector in the high layers), and 1 or 2 bytes a pixel for each
@@ -162,15 +163,15 @@ def _label_codes(
     r = inside // w
     c = inside - r * w
 
-    # 1. The label at row ⌊r H / h⌋, column ⌊c W / w⌋, and in a volume plane ⌊d Z / z⌋, compared as int64: -100 never
-    # meets a uint8 156.
+    # 1. The label at row ⌊r H / h⌋, column ⌊c W / w⌋, and in a volume plane ⌊d Z / z⌋. Labels are compared as int64, so
+    # that ignore_index=-100 is not equal to the uint8 156.
     Z = decode_int(label_sizes[0])
     H = decode_int(label_sizes[1])
     W = decode_int(label_sizes[2])
     source = b * decode_int(label_strides[0])
     if depths is not None:
         z = of_layer(depths, layer)
-        h = h // z  # was the rows of all planes
+        h = h // z  # h was the number of rows of all planes
         d = r // h
         r = r - d * h
         source += (d * Z // z).to(tl.int64) * decode_int(label_strides[1])

@@ -156,7 +156,7 @@ def _finish(
     NORMALIZE_ANCHORS: tl.constexpr,
     GIVEN: tl.constexpr,
 ):
-    """One program, one class: writes dL/dâ of all layers, or with fusion what follows from it back through
+    """Each program takes one class and writes dL/dâ of all layers, or with fusion what follows from it back through
     normalisation and fusion: dL/da, divided by the count. The first program also adds up the loss."""
     n = tl.program_id(0)
     d = tl.arange(0, BLOCK)

@@ -126,7 +126,8 @@ def _features_bwd(
     OUT_LAYOUT: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """One program, one block: writes dx where a pixel is a negative of one class at most.
+    """Each program takes one block (ROWS rows of P pixels of one image) and writes dx where a pixel is a negative of
+    one class at most.
 
     The norm and s_y are computed again, s_e is read, one number a pixel. Rows of â and T are gathered; they stay in
     cache. The kernel moves the features once, dx once, and 6 bytes a pixel.
@@ -366,9 +367,9 @@ def _features_bwd_dense(
     OUT_LAYOUT: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """One program, one block: writes dx where a pixel may be a negative of every class but its own. Then
-    u = Σ_n C_n â_n + T_y, and the weights C (CLASSES, P) are formed and used a few classes at a time: N x pixels are
-    nowhere stored.
+    """Each program takes one block (ROWS rows of P pixels of one image) and writes dx where a pixel may be a negative
+    of every class but its own. Then u = Σ_n C_n â_n + T_y, and the weights C (CLASSES, P) are computed and used a few
+    classes at a time, so that N x pixels are not stored anywhere.
 
     The kernel moves the features once and dx once. A row is read for its norms, and from cache for every CLASSES
     classes and to be written.

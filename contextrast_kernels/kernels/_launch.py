@@ -27,7 +27,8 @@ UNFUSED = {"enable_fp_fusion": False}
 is rounded in one of two lanes only, and their sums differ in the last bit."""
 
 COMPILED_WITH = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
-"""Defaults of all kernels. Triton 3.10 changes that of enable_fp_fusion; numbers should not move with it."""
+"""Defaults of all kernels. Triton 3.10 changes the default of enable_fp_fusion. It is set here, so that results do not
+change with the Triton version."""
 
 CACHED = 256
 """Different sets of feature maps whose memory layouts are remembered."""
@@ -101,8 +102,8 @@ def launch(kernel, grid: tuple[int, ...], arguments: dict, constants: dict) -> N
     if not isinstance(kernel, JITFunction) or torch.version.hip:
         kernel[grid](**arguments, **constants)
         return
-    # Triton finds the compiled kernel by a key that it builds in each call from every argument: most of the
-    # host's time. This key is shorter and says as much.
+    # Triton finds the compiled kernel by a key that it builds in each call from every argument, which takes most of the
+    # host's time. This key is shorter and distinguishes the same cases.
     unspecialized, in_order = _signature(kernel)
     key = (*_what_compiling_depends_on(arguments, unspecialized), *constants.items())
     found = kernel.device_caches[driver.active.get_current_device()][0]
@@ -171,8 +172,8 @@ def ceil_div(a: int, b: int) -> int:
 
 def encode_ints(numbers: Sequence[int]) -> tuple[int, ...]:
     """Encode integers for a tuple argument. Triton recompiles a kernel when one of them becomes 1 or a multiple of
-    16. The odd numbers above one that this makes of them never do, so a kernel once compiled serves every size.
-    ``_tiles.decode_int`` decodes them in a kernel."""
+    16. The encoded numbers are odd and above one, so they are never 1 or a multiple of 16, and the kernel is compiled
+    once for all sizes. ``_tiles.decode_int`` decodes them in a kernel."""
     return tuple(2 * n + 3 for n in numbers)
 
 
@@ -196,7 +197,7 @@ def triton_type(dtype: torch.dtype):
 
 
 # ------------------------------------------------------------------------------------------------------------ layouts
-# Everything here follows from where tensors lie, which hardly changes from step to step: it is worked out once.
+# Everything here depends only on the memory layout of the tensors, so it is cached.
 
 
 class Memory(NamedTuple):

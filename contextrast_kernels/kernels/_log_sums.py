@@ -133,7 +133,8 @@ def _hard_similarities(
     LAYOUT: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """One program, one block: writes s_ep of its hard negatives (0 elsewhere), and raises the largest s of every class.
+    """Each program takes one block (ROWS rows of P pixels of one image), writes s_ep of its hard negatives (0
+    elsewhere), and raises the largest s of every class.
     norms: 1/‖x‖ of every pixel, or None to compute it.
 
     In channels_last the kernel reads the negatives' own vectors; in NCHW, where single pixels cannot be read for less
@@ -172,8 +173,8 @@ def _hard_similarities(
 
 @triton.jit(do_not_specialize=["B", "N", "scale_exponent"])
 def _exponentials(e, similarity, largest, total, geometry, B, N, scale_exponent, PIXELS: tl.constexpr):
-    """One program, PIXELS pixels of one layer: adds Σ exp(s_ep - largest_n) [e_p = n] to total[n] in fixed point. Every
-    term is at most 1, and one of them is 1."""
+    """Each program takes PIXELS pixels of one layer and adds Σ exp(s_ep - largest_n) [e_p = n] to total[n] in fixed
+    point. Every term is at most 1, and one of them is 1."""
     program = tl.program_id(0)
     layer = layer_of(program, geometry.block)
     number = of_layer(geometry.number, layer)
@@ -190,7 +191,7 @@ def _exponentials(e, similarity, largest, total, geometry, B, N, scale_exponent,
 
 @triton.jit(do_not_specialize=["scale_exponent", "N"])
 def _hard_log_sums(largest, total, Z, scale_exponent, N, BINS: tl.constexpr):
-    """One program, one layer: writes Z = largest + log Σ exp(s - largest) of all classes."""
+    """Each program takes one layer and writes Z = largest + log Σ exp(s - largest) of all classes."""
     n = tl.arange(0, BINS)
     here = tl.program_id(0) * N + n
     top = from_order(tl.load(largest + here, mask=n < N, other=0), Z.dtype.element_ty)
@@ -221,8 +222,9 @@ def _dense_similarities(
     LAYOUT: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """One program, one block: writes the log-sum-exp of its negatives of every class, as a largest value and a sum
-    relative to it (online, CLASSES classes at a time). All programs write (2, blocks, N) numbers, never N x pixels.
+    """Each program takes one block (ROWS rows of P pixels of one image) and writes the log-sum-exp of its negatives of
+    every class, as a largest value and a sum relative to it (online, CLASSES classes at a time). All programs write
+    (2, blocks, N) numbers, never N x pixels.
 
     The kernel moves the features once. A row of the block is read for its norms, and from cache in each of ROUNDS
     rounds.
@@ -262,7 +264,7 @@ def _dense_similarities(
 
 @triton.jit(do_not_specialize=["partials", "N"])
 def _dense_log_sums(partial, first, count, partials, Z, N, RUN: tl.constexpr):
-    """One program, one class of one layer: writes Z from what its blocks found, added in a fixed order."""
+    """Each program takes one class of one layer and writes Z from the sums of its blocks, added in a fixed order."""
     layer = tl.program_id(0)
     n = tl.program_id(1)
     start = tl.cast(of_layer(first, layer), tl.int64)

@@ -1,5 +1,5 @@
-"""Pieces that the kernels of ``info_nce`` share: tiles of vectors, their products, and who is whose positive and
-negative.
+"""Pieces that the kernels of ``info_nce`` share: tiles of vectors, their products, and which columns are positives and
+negatives of a row.
 
 A tile has N vectors and K channels. The vectors of ``x`` are held by a program, those of ``z`` stream past them.
 """
@@ -66,7 +66,7 @@ def vector_tiles(matrix, first, wanted, D: tl.constexpr, N: tl.constexpr, TILES:
 @triton.jit
 def _minus_dot(x, z, acc):
     """Return acc - x zᵀ for tiles x and z of vectors, as exact as the accumulator. A product that is added becomes
-    part of the tensor cores' sum, which is cut toward zero; one that is subtracted is a sum of its own
+    part of the tensor cores' sum, which is truncated; one that is subtracted is a sum of its own
     (``_tiles.dot_features``)."""
     if x.dtype == tl.float64:
         return dot_float64(-x, tl.trans(z), acc)

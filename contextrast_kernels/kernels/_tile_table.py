@@ -1,9 +1,10 @@
 """Tile sizes of all kernels, in one table.
 
-Chosen by what the compiler says, not yet by time: a GPU replaces a row's reason with the measurement that chose it.
-A reason gives, over both layouts at D 256 unless said, registers a thread, stack in bytes a thread (where registers
-are spilled to) and shared memory on sm_90, and the blocks that a multiprocessor holds of them, calculated.
-``python tests/aot.py`` prints these. sm_80, 90 and 100 compile so much alike that no architecture has rows of its own.
+The sizes are chosen from the compiler's output. Once they are measured on a GPU, the measurement replaces the reason.
+A reason gives the registers of a thread, its stack in bytes (to which registers are spilled) and the shared memory of a
+thread block on sm_90, over both layouts and at D 256 unless another D is named. "2 blocks" is the calculated number of
+thread blocks that fit on a multiprocessor. ``python tests/aot.py`` prints these. sm_80, 90 and 100 compile so much
+alike that no architecture has rows of its own.
 """
 
 import functools
@@ -58,63 +59,71 @@ class Row(NamedTuple):
 
 TABLE = {
     "_class_anchors_fwd": (
-        # bfloat16 172-251 registers, no stack, 12 KiB; float16 255, 8-24 B of stack, 24 KiB: 2 blocks. D 480 and 512
-        # spill 32 B. A row of 64 two-byte pixels is one cache line.
+        # bfloat16 needs 172-251 registers, no stack and 12 KiB, float16 255 registers, 8-24 B of stack and 24 KiB, so 2
+        # blocks fit. D 480 and 512 spill 32 B. A row of 64 two-byte pixels is one cache line.
         Row((2,), 512, Tiles(P=64, COLUMNS=512)),
-        # D 720: 224-236 registers, no stack, 8 KiB: 2 blocks; P 64 spills 48 B.
+        # D 720 needs 224-236 registers, no stack and 8 KiB, so 2 blocks fit. P 64 would spill 48 B.
         Row((2,), 1024, Tiles(P=32, COLUMNS=512)),
-        # 178-230 registers, no stack, 20 KiB: 2 blocks.
+        # This tile needs 178-230 registers, no stack and 20 KiB, so 2 blocks fit.
         Row((4,), 1024, Tiles(P=32, COLUMNS=512)),
-        # 186 registers, no stack, 6 KiB: 2 blocks; P 32 spills 48 B.
+        # This tile needs 186 registers, no stack and 6 KiB, so 2 blocks fit. P 32 would spill 48 B.
         Row((8,), 1024, Tiles(P=16, K=32, COLUMNS=256)),
     ),
     "_largest_features": (Row((2, 4, 8), 1024, Tiles(P=64)),),
     "_hard_similarities": (
-        # 80-168 registers, no stack, 4 KiB: 3 to 6 blocks.
+        # This tile needs 80-168 registers, no stack and 4 KiB, so 3 to 6 blocks fit.
         Row((2, 4), 1024, Tiles(P=64)),
         Row((8,), 1024, Tiles(P=32)),
     ),
     "_dense_similarities": (
-        # 32 classes a round take, for N 150 and a row of the block, 7.0 thousand instructions a warp where 16 classes
-        # in an outer loop took 17 thousand; 232-241 registers, no stack, 6 KiB: 2 blocks. 64 classes would take 4.9
-        # thousand, but on Hopper by other instructions than the sweeps that follow: see ``DENSE``.
+        # At N 150 a warp executes 7.0 thousand instructions for a row of the block with 32 classes a round. 16 classes
+        # in an outer loop would need 17 thousand. 64 classes would need 4.9 thousand, but Hopper would multiply them by
+        # other instructions than in the sweeps that follow (see ``DENSE``). This tile needs 232-241 registers, no stack
+        # and 6 KiB, so 2 blocks fit.
         Row((2, 4), 1024, Tiles(P=32, K=32, CLASSES=32)),
         Row((8,), 1024, Tiles(P=16, K=32, CLASSES=32)),
     ),
     "_pixel_anchor_fwd": (
-        # bfloat16: 242-255 registers, 0-8 B of stack, 4 KiB: 2 blocks; float16 8-24 B. 32 classes at a time take
-        # 30 % more instructions, since the weights are formed for every class. float32 spills 150-490 B with K 64,
-        # 88-376 B with K 32. What spills less costs more: 128 columns 48 B, but form the products twice, a third more
-        # instructions; rows of 16 pixels 16-56 B, and 54 % more instructions a pixel. 8 warps spill 120-224 B.
+        # bfloat16 needs 242-255 registers, 0-8 B of stack (float16 8-24 B) and 4 KiB, so 2 blocks fit. 32 classes at a
+        # time would take 30 % more instructions, since the weights are formed for every class. float32 spills 88-376 B;
+        # K 64 would spill 150-490 B and 8 warps 120-224 B. Tiles that spill less cost more: 128 columns would spill
+        # 48 B, but form the products twice, with a third more instructions; rows of 16 pixels would spill 16-56 B, with
+        # 54 % more instructions a pixel.
         Row((2, 4), 1024, Tiles(P=32, K=32, COLUMNS=256)),
-        # 255 registers, 0-8 B of stack, 8 KiB: 2 blocks; P 32 with all columns spilled 1.9 KB.
+        # This tile needs 255 registers, 0-8 B of stack and 8 KiB, so 2 blocks fit. P 32 with all columns would spill
+        # 1.9 KB.
         Row((8,), 1024, Tiles(P=16, K=32, COLUMNS=128)),
     ),
     "_features_bwd": (
-        # 103-253 registers, no stack, 4 KiB: 2 to 4 blocks.
+        # This tile needs 103-253 registers, no stack and 4 KiB, so 2 to 4 blocks fit.
         Row((2,), 1024, Tiles(P=64)),
         Row((4,), 1024, Tiles(P=32)),
-        # 56-128 registers, no stack, 2 KiB: 4 to 9 blocks; P 32 spills 56 B.
+        # This tile needs 56-128 registers, no stack and 2 KiB, so 4 to 9 blocks fit. P 32 would spill 56 B.
         Row((8,), 1024, Tiles(P=16)),
     ),
     "_features_bwd_dense": (
-        # The row's gradient, P x D, lies in registers. 234-249 registers, no stack, 8 KiB: 2 blocks. 32 classes at a
-        # time spill 232 B, with 8 warps 88 B, where they take 70 % more instructions.
+        # The row's gradient, P x D, is held in registers. This tile needs 234-249 registers, no stack and 8 KiB, so 2
+        # blocks fit. 32 classes at a time would spill 232 B. With 8 warps they would spill 88 B and take 70 % more
+        # instructions.
         Row((2, 4), 256, Tiles(P=32, K=32, COLUMNS=64, ROWS=4)),
         Row((2, 4), 512, Tiles(P=16, K=32, COLUMNS=64, ROWS=4)),
-        # D 720: two-byte 240-255 registers and 0-16 B of stack, float32 120-160 B; 4 warps spill 288 B.
+        # D 720 needs 240-255 registers and 0-16 B of stack for two-byte features, 120-160 B for float32. 4 warps would
+        # spill 288 B.
         Row((2, 4), 1024, Tiles(P=16, K=32, COLUMNS=64, ROWS=4, num_warps=8)),
-        # 226-236 registers, no stack, 16 KiB: 1 block of 8 warps; 4 warps spill 104 B, P 32 spilled 3.2 KB.
+        # This tile needs 226-236 registers, no stack and 16 KiB, so 1 block of 8 warps fits. 4 warps would spill 104 B,
+        # P 32 3.2 KB.
         Row((8,), 1024, Tiles(P=16, K=32, COLUMNS=64, ROWS=4, num_warps=8)),
     ),
 }
 
 RDNA = {
-    # Vector registers spilled on gfx1100 and gfx1201 (bfloat16, D 256): none, where P 64 spills 30 on gfx1100.
+    # The numbers are vector registers spilled on gfx1100 and gfx1201 (bfloat16, D 256). This tile spills none; P 64
+    # would spill 30 on gfx1100.
     "_class_anchors_fwd": {"P": 32},
-    # 17 and none; with 128 columns 91 and 49, with 32 pixels as well 220 and 126, and with the row above 550 and 431.
+    # This tile spills 17 and none. 128 columns would spill 91 and 49, 32 pixels as well 220 and 126, and the tile of
+    # the table 550 and 431.
     "_pixel_anchor_fwd": {"P": 16, "COLUMNS": 64},
-    # None, where P 64 spills 79 and 77.
+    # This tile spills none. P 64 would spill 79 and 77.
     "_features_bwd": {"P": 32},
 }
 """What AMD's RDNA GPUs (gfx11 and gfx12) take in place of a row's tiles, for features of two bytes. A wavefront has 32

@@ -1,9 +1,10 @@
 """Pieces that the sweeps share, named after what they compute.
 
-A block is a few rows of P pixels of one image. A sweep takes one row of it at a time, a tile x (channels, P), in
-chunks of channels. It reads the row once for what needs the whole vector (its norm, its products with anchors), and
-again, then from cache, for what is done with it. B is the number of images, N of classes, D of channels, P of pixels in
-a row of a block; a layer has h rows of w pixels. Offsets and strides are counted in elements.
+A block is a few rows of P pixels of one image, which one program handles; it is not a thread block of CUDA. A sweep
+takes one row of it at a time, a tile x (channels, P), in chunks of channels. It reads the row once for what needs the
+whole vector (its norm, its products with anchors), and again, then from cache, for what is done with it. B is the
+number of images, N of classes, D of channels, P of pixels in a row of a block; a layer has h rows of w pixels. Offsets
+and strides are counted in elements.
 """
 
 from typing import Any, NamedTuple
@@ -296,15 +297,14 @@ def inverse_norm(size, NORMALIZE: tl.constexpr):
 
 @triton.jit
 def dot_features(a, x, acc, PIECES: tl.constexpr = 3, CHAINED: tl.constexpr = False):
-    """Return acc + a · x to float32's precision. a (M, K) has the accumulator's type, x (K, ·) is features as they
-    came: raw x meets the tensor cores, so nothing is done to its elements, and what weights them is in the small
-    operand.
+    """Return acc + a · x to float32's precision. a (M, K) has the accumulator's type. x (K, ·) holds features, which
+    are operands of the tensor-core product as they are; all weights are in the smaller operand a.
 
     bfloat16: a in PIECES pieces; three hold all of its bits, two hold 16 or more. float16: two TF32 pieces, since a
     may leave float16's range and x is exact in TF32; the first has 8 bits, so that few of its sums need more than a
     float32 has. float32: three TF32 products. float64: as it is. On AMD float16 and float32 are multiplied in float32.
 
-    Tensor cores cut a sum toward zero after every few products, which shrinks a long sum. A sum here starts at zero
+    Tensor cores truncate the accumulator after every few products, which shrinks a long sum. A sum here starts at zero
     with the smallest pieces and is added to acc in float32, rounded to nearest. CHAINED saves that addition where only
     16 bits of the sum are kept.
     """
@@ -335,8 +335,8 @@ def dot_features(a, x, acc, PIECES: tl.constexpr = 3, CHAINED: tl.constexpr = Fa
 @triton.jit
 def dot_float32(a, x, acc):
     """Return acc + a · x of float32, for a (M, K) and x (K, ·), from six products of bfloat16 pieces: as many
-    operations as three TF32 products. The largest products have 16 bits, of whose sum tensor cores hardly cut any, and
-    are summed alone; TF32's have 22, and their cut sums shrink s by 1e-7."""
+    operations as three TF32 products. The largest products have 16 bits and are summed alone, so that tensor cores
+    truncate hardly any bits of their sum. TF32's products have 22 bits, and their truncated sums shrink s by 1e-7."""
     a1, a2 = two_pieces(a)
     x1, x2 = two_pieces(x)
     a3 = (a - a1.to(tl.float32) - a2.to(tl.float32)).to(tl.bfloat16)
@@ -367,8 +367,8 @@ def summed_size(row, D: tl.constexpr, CHUNK: tl.constexpr, NORMALIZE: tl.constex
 @triton.jit
 def anchor_products(row, table, classes, D: tl.constexpr, K: tl.constexpr, ACC: tl.constexpr):
     """Return ⟨x, â⟩ of a row of pixels, which comes from cache, and some classes, (classes, P). s is ⟨x, â⟩ r / τ.
-    Ampere's tensor cores cut sums after every 8 products, so that a third piece is needed to stay exact; Hopper's cut
-    after 16."""
+    Ampere's tensor cores truncate the accumulator after every 8 products, so that a third piece is needed to stay
+    exact; Hopper's truncate after 16."""
     PIECES: tl.constexpr = 2 if cuda_capability_geq(9) else 3
     products = tl.zeros((classes.shape[0], row.live.shape[0]), ACC)
     for k in range(0, D, K):
@@ -383,8 +383,8 @@ def anchor_products(row, table, classes, D: tl.constexpr, K: tl.constexpr, ACC: 
 
 @triton.jit
 def rounded(product):
-    """Return a product, rounded to its type before it meets another number. The compiler would fuse s - Z with the
-    product in s, and exp(s - Z) would not be 1 where one s is all of Z: by the rounding of s, which grows with it."""
+    """Return a product, rounded to its type. Without it the compiler would use a fused multiply-add for s - Z. Then
+    exp(s - Z) would differ from 1, by the rounding error of s, where one negative dominates Z."""
     if product.dtype == tl.float32 and compiled_for_cuda():
         product = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [product], tl.float32, is_pure=True, pack=1)
     return product
@@ -540,8 +540,8 @@ def row_pieces(table, classes, D: tl.constexpr, C: tl.constexpr):
 
 @triton.jit
 def piece_products(tile, pieces, products):
-    """Return products (P, 16) + ⟨x, â⟩ over the channels of a tile (C, P). Tensor cores cut a sum toward zero after
-    every few products, so a long one would shrink: the sums over each half of the channels are added in float32."""
+    """Return products (P, 16) + ⟨x, â⟩ over the channels of a tile (C, P). Tensor cores truncate the accumulator after
+    every few products, so a long sum would shrink: the sums over each half of the channels are added in float32."""
     parts = tl.dot(tl.trans(tile), tl.trans(pieces))
     return products + tl.sum(tl.reshape(parts, (parts.shape[0], 4, 16)), 1)
 

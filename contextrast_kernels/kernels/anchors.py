@@ -2,7 +2,7 @@
 
     a^n = Σ_p r_p x_p [y_p = n] / c_n,    r_p = 1/‖x_p‖,    c_n = Σ_p [y_p = n]
 
-Sums of different programs meet in int64 fixed point: they add up to the same bits in any order, without a second
+Programs add their sums to int64 accumulators in fixed point, which gives the same bits in any order, without a second
 stage.
 """
 
@@ -172,10 +172,11 @@ def _class_anchors_fwd(
     LAYOUT: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """One program, one block: adds Σ_p r_p x_p [y_p = n] to sums[n], for COLUMNS of the channels.
+    """Each program takes one block (ROWS rows of P pixels of one image) and adds Σ_p r_p x_p [y_p = n] to sums[n],
+    for COLUMNS of the channels.
 
     A row of the block is read from memory for its norms and again, from cache, for the product W · xᵀ with
-    W = r_p [y_p = class of slot], which runs on the tensor cores and touches no element of x by hand. The kernel moves
+    W = r_p [y_p = class of slot], which runs on the tensor cores without elementwise operations on x. The kernel moves
     the features once, and 8 D bytes into the sums for each class of a block.
     COPIED: rows can be copied. ``_sums_of_copied_rows`` then does the work, unless the block has many classes or a
     vector that is not finite.
@@ -247,8 +248,8 @@ def _sums_of_copied_rows(block, codes, norms, slots, D: tl.constexpr, C: tl.cons
 
     A row of 64 pixels comes to shared memory once. x (C, P) · Wᵀ (P, 64) gives its sums, where W holds r in the row of
     a pixel's class. Three pieces of bfloat16, one below the other, hold all bits of float32; the first of them comes in
-    two halves, each with zeros for the other half's pixels. Tensor cores cut a sum toward zero after every few
-    products, so a long one would shrink: sums over 32 pixels are added in float32.
+    two halves, each with zeros for the other half's pixels. Tensor cores truncate the accumulator after every few
+    products, so a long sum would shrink: sums over 32 pixels are added in float32.
     """
     P: tl.constexpr = block.c.shape[0]
     in_second = (tl.arange(0, P) >= P // 2)[None, :]
@@ -284,8 +285,8 @@ def _sums_of_copied_rows(block, codes, norms, slots, D: tl.constexpr, C: tl.cons
 
 @triton.jit(do_not_specialize=["N"])
 def _largest_features(x, geometry, codes, max_abs, N, D: tl.constexpr, TILES: tl.constexpr, LAYOUT: tl.constexpr):
-    """One program, one block: raises max_abs to the largest |x| of the finite channels of valid pixels. Unnormalised
-    features alone need this read."""
+    """Each program takes one block (ROWS rows of P pixels of one image) and raises max_abs to the largest |x| of the
+    finite channels of valid pixels. Unnormalised features alone need this read."""
     P: tl.constexpr = TILES.P
     CHUNK: tl.constexpr = TILES.CHUNK
     block = open_block(x, geometry, tl.program_id(0), TILES.ROWS, P, LAYOUT)
@@ -310,7 +311,7 @@ def _total(sums, max_abs, count, layer, n, d, N, D: tl.constexpr, NORMALIZE: tl.
 
 @triton.jit(do_not_specialize=["N"])
 def _float64_sums(sums, max_abs, counts, vectors, N, D: tl.constexpr, BLOCK: tl.constexpr, NORMALIZE: tl.constexpr):
-    """One program, one class of one layer: writes its Σ v in float64."""
+    """Each program takes one class of one layer and writes its Σ v in float64."""
     layer = tl.program_id(0) // N
     n = tl.program_id(0) % N
     d = tl.arange(0, BLOCK)
@@ -345,8 +346,8 @@ def _anchor_tables(
     NORMALIZE: tl.constexpr,
     NORMALIZE_ANCHORS: tl.constexpr,
 ):
-    """One program, one class: writes â_i = (1 - w_h) a_i + w_h a_I where the class is in both layers, else a_i, and 0
-    where layer i lacks it."""
+    """Each program takes one class and writes â_i = (1 - w_h) a_i + w_h a_I where the class is in both layers, else
+    a_i, and 0 where layer i lacks it."""
     n = tl.program_id(0)
     d = tl.arange(0, BLOCK)
     w_h = float64_from_bits(fusion_weight)

@@ -2,8 +2,8 @@
 
     s_ij = x_i · z_j / τ      Z_i = log Σ_{j∈N_i} w_j e^{s_ij}      Y_i: the same over P_i      A_i: over both
 
-A program holds HELD vectors and streams the others past them, STREAM at a time: a tile of s is formed, used and
-forgotten. Where the held vectors are too few for a GPU, the streamed ones are split over programs, whose results are
+A program holds HELD vectors and streams the others past them, STREAM at a time: a tile of s is computed and used but
+not stored. Where the held vectors are too few for a GPU, the streamed ones are split over programs, whose results are
 added in a fixed order.
 
 Forward, "each": one sweep for Z, a second for the terms of the positives, which need Z. "supcon" and "pooled": one.
@@ -19,9 +19,9 @@ Kept for the backward pass, for each row: Z (or A), Y, what pushes (G, or 1) and
 recomputes s and with it W = ∂L/∂s: dL/dx = W z / τ and dL/dz = Wᵀ x / τ in one sweep each, and of rows against
 themselves (W + Wᵀ) x / τ in one sweep for both.
 
-Floor, by arithmetic: 2 R C D operations for every product, of which "each" takes 6 with both gradients, the other
-forms 5, rows against themselves two fewer; and one read of the columns for every sweep, which is what
-bounds few rows against many columns.
+Lower bound: each product takes 2 R C D operations. "each" needs 6 products with both gradients, the other forms 5, and
+rows against themselves two fewer. Every sweep reads the columns once, which is the bound for few rows against many
+columns.
 """
 
 from typing import NamedTuple
@@ -111,7 +111,7 @@ class Form(NamedTuple):
 
 
 class Pairs(NamedTuple):
-    """The arguments of every sweep: who is whose positive and negative."""
+    """The arguments of every sweep: which columns are positives and negatives of a row."""
 
     rows: Rows
     columns: Columns
@@ -288,8 +288,9 @@ def _info_nce_log_sums(
     NUMBERS: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """One program, HELD rows and one split of the columns: writes for each row the largest s and Σ w e^(s - largest) of
-    the negatives ("supcon": of all pairs), and of the positives the same ("pooled"), or Σ w and Σ w s ("supcon").
+    """Each program takes HELD rows and one split of the columns and writes for each row the largest s and
+    Σ w e^(s - largest) of the negatives ("supcon": of all pairs), and of the positives the same ("pooled"), or Σ w and
+    Σ w s ("supcon").
 
     The kernel reads the rows once, and the columns once for every block of rows, from the second on out of the cache. A
     NaN or inf anywhere makes the first sum NaN, and no later step hides it.
@@ -310,7 +311,8 @@ def _info_nce_log_sums(
     for first in range(start, _stop(valid, start, span, C), STREAM):
         j = first + tl.arange(0, STREAM)
         label, name, candidate, weight, valid_column = column_codes(columns, j, C, ignore_index, FORM, ACC)
-        # Ignored columns alone are passed over; but for the first tile, so that a broken row shows without a column.
+        # A tile of ignored columns only is skipped, except the first, so that a NaN in a row is seen even without valid
+        # columns.
         if (tl.max(valid_column.to(tl.int32), 0) > 0) | (first == start):
             streamed = vector_tiles(z, first, valid_column, D, STREAM, TILES, Z_LAYOUT)
             s = similarities(
@@ -365,9 +367,9 @@ def _info_nce_terms(
     NUMBERS: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """One program, HELD rows and one split of the columns: writes for each row of "each" Σ w, Σ w softplus(Z - s) and Σ
-    w sigmoid(Z - s) over the positives. Tiles without a positive pair are passed over; in columns sorted by class these
-    are nearly all."""
+    """Each program takes HELD rows and one split of the columns and writes for each row of "each" Σ w,
+    Σ w softplus(Z - s) and Σ w sigmoid(Z - s) over the positives. Tiles without a positive pair are skipped; in columns
+    sorted by class these are nearly all."""
     HELD: tl.constexpr = TILES.HELD
     STREAM: tl.constexpr = TILES.STREAM
     held_first = tl.program_id(0) * HELD
@@ -420,7 +422,8 @@ def _info_nce_rows(
     FORM: tl.constexpr,
     NUMBERS: tl.constexpr,
 ):
-    """One program, HELD rows: writes l of each row, and what its backward pass needs, from the sums of all splits."""
+    """Each program takes HELD rows and writes l of each row, and what its backward pass needs, from the sums of all
+    splits."""
     i = tl.program_id(0) * HELD + tl.arange(0, HELD)
     _, _, valid = row_codes(rows, i, R, ignore_index, FORM)
     log_sum = _log_sum(log_sums, 0, splits, i, R, HELD, NUMBERS)
@@ -467,7 +470,7 @@ def _kept(kept, number, i, R):
 
 @triton.jit(do_not_specialize=["ignore_index", "R"])
 def _info_nce_mean(losses, rows, loss, count, ignore_index, R, RUN: tl.constexpr, FORM: tl.constexpr):
-    """One program: writes the mean over the valid rows and their number (at least 1), summed in order."""
+    """The one program writes the mean over the valid rows and their number (at least 1), summed in order."""
     total = tl.zeros((RUN,), tl.float64)
     number = tl.zeros((RUN,), tl.float64)
     for first in range(0, R, RUN):
@@ -538,7 +541,8 @@ def _info_nce_bwd(
     TOWARD: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """One program, HELD vectors and one split of the streamed ones: writes dL/dx of CHANNELS channels of the held ones.
+    """Each program takes HELD vectors and one split of the streamed ones and writes dL/dx of CHANNELS channels of the
+    held ones.
     The n held vectors are the rows (TOWARD "rows"), the columns, or both at once, as then the m streamed ones are.
 
     s is computed again. The kernel reads the held vectors once, the streamed ones once for every block of held ones,
@@ -619,7 +623,7 @@ def _info_nce_bwd(
 def _add_splits(
     partial, out, n, splits, D: tl.constexpr, ELEMENTS: tl.constexpr, SPLITS: tl.constexpr, OUT_LAYOUT: tl.constexpr
 ):
-    """One program, ELEMENTS elements: writes Σ partial over the splits, always added in the same order."""
+    """Each program takes ELEMENTS elements and writes Σ partial over the splits, always added in the same order."""
     e = tl.program_id(0).to(tl.int64) * ELEMENTS + tl.arange(0, ELEMENTS)
     size = tl.cast(n, tl.int64) * D
     total = tl.zeros((ELEMENTS,), partial.dtype.element_ty)

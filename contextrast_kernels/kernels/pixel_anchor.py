@@ -172,7 +172,7 @@ def moments(
 
 @triton.jit
 def _given_table(anchors, strides, counts, table, lengths, D: tl.constexpr, BLOCK: tl.constexpr):
-    """One program, one class: copies a row of any strides and dtype into the table, and writes its length."""
+    """Each program takes one class, copies its row of any strides and dtype into the table, and writes its length."""
     n = tl.program_id(0)
     d = tl.arange(0, BLOCK)
     anchor = tl.load(
@@ -207,8 +207,8 @@ def _pixel_anchor_fwd(
     LAYOUT: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """One program, one block: adds A⁺, A⁻ (COLUMNS of the channels), Σ softplus(Z - s) and Σ σ of the classes found
-    there, CLASSES at a time; with ``codes.base`` of all classes.
+    """Each program takes one block (ROWS rows of P pixels of one image) and adds A⁺, A⁻ (COLUMNS of the channels),
+    Σ softplus(Z - s) and Σ σ of the classes found there, CLASSES at a time; with ``codes.base`` of all classes.
 
     A row of the block is read from memory for its norms, and from cache for two products on the tensor cores: the rows
     of the label classes with x give s, the weights σ and exp(s - Z) with xᵀ give A⁺ and A⁻. x meets them as it came;
