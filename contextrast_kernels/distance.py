@@ -108,10 +108,10 @@ def distance_transform(
         result = op(batched, squared, sampling)
         distance, indices = result if return_indices else (result, None)
     else:
-        seeds = (batched.to(_UNSIGNED[mask.dtype]) if mask.dtype in _UNSIGNED else batched) == 0
-        distance_sq, nearest = _transform(seeds, sampling, return_indices)
+        sites = (batched.to(_UNSIGNED[mask.dtype]) if mask.dtype in _UNSIGNED else batched) == 0
+        distance_sq, nearest = _transform(sites, sampling, return_indices)
         distance = _in_pixels(distance_sq, squared, sampling)
-        indices = _coordinates(nearest, seeds.shape[1:]) if nearest is not None else None
+        indices = _coordinates(nearest, sites.shape[1:]) if nearest is not None else None
     distance = distance.reshape(mask.shape)
     return (distance, indices.reshape(spatial_dims, *mask.shape)) if indices is not None else distance
 
@@ -200,25 +200,25 @@ _UNREACHED = 2**30
 """Above every squared distance in integers, and far from overflow."""
 
 
-def _transform(seeds: Tensor, sampling: tuple[float, ...] | None, with_nearest: bool) -> tuple[Tensor, Tensor | None]:
-    """The squared distance of every pixel to the nearest seed of its image, and that seed's index in the image.
+def _transform(sites: Tensor, sampling: tuple[float, ...] | None, with_nearest: bool) -> tuple[Tensor, Tensor | None]:
+    """The squared distance of every pixel to the nearest site of its image, and that site's index in the image.
 
-    seeds is bool (B, ...). Distances are int64 with NO_EDGE, or float64 with inf, in an image without seeds; places
+    sites is bool (B, ...). Distances are int64 with NO_EDGE, or float64 with inf, in an image without sites; places
     are int64 and -1 there. Separable: one axis after the other, from the first.
     """
-    shape, axes = seeds.shape, seeds.ndim - 1
+    shape, axes = sites.shape, sites.ndim - 1
     none = _UNREACHED if sampling is None else torch.inf
     places = None
     if with_nearest:
-        places = torch.arange(math.prod(shape[1:]), device=seeds.device).reshape(1, *shape[1:]).expand(shape)
-    if seeds.numel() == 0:
-        return seeds.to(torch.int64 if sampling is None else torch.float64), places
+        places = torch.arange(math.prod(shape[1:]), device=sites.device).reshape(1, *shape[1:]).expand(shape)
+    if sites.numel() == 0:
+        return sites.to(torch.int64 if sampling is None else torch.float64), places
 
-    # Along the first axis: the nearest seed above or below, above if both are equally near.
+    # Along the first axis: the nearest site above or below, above if both are equally near.
     length = shape[1]
-    row = torch.arange(length, device=seeds.device).reshape(-1, *[1] * (axes - 1))
-    above = torch.where(seeds, row, -_UNREACHED).cummax(1).values
-    below = torch.where(seeds, row, _UNREACHED).flip(1).cummin(1).values.flip(1)
+    row = torch.arange(length, device=sites.device).reshape(-1, *[1] * (axes - 1))
+    above = torch.where(sites, row, -_UNREACHED).cummax(1).values
+    below = torch.where(sites, row, _UNREACHED).flip(1).cummin(1).values.flip(1)
     nearest = torch.where(row - above <= below - row, above, below)
     steps = (row - nearest).abs()
     costs = torch.where(steps < length, _apart(steps, sampling, 0), none)

@@ -1,11 +1,12 @@
 // edge_distance and distance_transform on the CPU, for lines, maps and volumes.
-//   1. mark: one bit per pixel for the seeds, and for edge_distance one for the pixels whose distance is wanted. A word
+//   1. mark: one bit per pixel for the sites, and for edge_distance one for the pixels whose distance is wanted. A word
 //      has 32 pixels of a column, which is a line along the first axis that is longer than 1.
-//   2. carry: the nearest seeds above and below each word.
+//   2. carry: the nearest sites above and below each word.
 //   3. solve: plane after plane across the columns, first along y (in volumes), then along x. A window settles most
 //      blocks, which have 64 bytes of costs of neighbours along x. The others are searched line by line.
-// A pixel is far if it is wanted and no seed. Only far pixels are searched for, and blocks without one are skipped.
-// Along any axis a run of far pixels ends at seeds or at the border of the image, so that no pixel beyond them matters.
+// A pixel is pending if its distance is wanted and it is no site. Only pending pixels are searched for, and blocks
+// without one are skipped. Along any axis a run of pending pixels ends at sites or at the border of the image, so that
+// no pixel beyond them matters.
 #include <string.h>
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -27,21 +28,21 @@ constexpr int64_t HUGE_PAGE = 2 << 20, TASKS_OF_WORKER = 16;
 
 // The bits of one row of a plane.
 struct Row {
-  const uint32_t *seeds, *carries, *wanted, *far;  // carries, wanted: null if there are none, or all are
+  const uint32_t *sites, *carries, *wanted, *pending;  // carries, wanted: null if there are none, or all are
   int bit;
 
   // Row `row` of all rows of words.
   CONTEXTRAST_HD Row(const Words &words, int64_t row, int width, int bit)
-      : seeds(words.seeds + row * width),
+      : sites(words.sites + row * width),
         carries(words.carries ? words.carries + row * width : nullptr),
         wanted(words.wanted ? words.wanted + row * width : nullptr),
-        far(words.far + row * Words::groups(width)),
+        pending(words.pending + row * Words::groups(width)),
         bit(bit) {}
 
-  // Whether one of the pixels x..x+count-1 is far, or of those beyond up to a multiple of eight; x is one.
-  CONTEXTRAST_HD bool any_far(int x, int count) const {
+  // Whether one of the pixels x..x+count-1 is pending, or of those beyond up to a multiple of eight; x is one.
+  CONTEXTRAST_HD bool any_pending(int x, int count) const {
     uint32_t found = 0;
-    for (int i = 0; i < count; i += 8) found |= far[(x + i) / 8];
+    for (int i = 0; i < count; i += 8) found |= pending[(x + i) / 8];
     return found >> bit & 1;
   }
 
@@ -51,16 +52,16 @@ struct Row {
   }
 };
 
-// Eight pixels of a row: the steps to the nearest seed of their columns, and whether it is below (only of use if there
+// Eight pixels of a row: the steps to the nearest site of their columns, and whether it is below (only of use if there
 // is one). Leading and trailing zeros come from the exponents of floats.
 struct Columns {
   Ints steps, is_below;
 
   CONTEXTRAST_HD Columns(const Row &row, int x) {
-    const Words8 seeds = load<Words8>(row.seeds + x);
-    const Words8 carries = row.carries ? load<Words8>(row.carries + x) : Words8{} + pack_carry(NO_SEED, NO_SEED);
-    const Ints upward = reinterpret_cast<Ints>(seeds << (31 - row.bit));
-    const Ints downward = reinterpret_cast<Ints>(seeds >> row.bit);
+    const Words8 sites = load<Words8>(row.sites + x);
+    const Words8 carries = row.carries ? load<Words8>(row.carries + x) : Words8{} + pack_carry(NO_SITE, NO_SITE);
+    const Ints upward = reinterpret_cast<Ints>(sites << (31 - row.bit));
+    const Ints downward = reinterpret_cast<Ints>(sites >> row.bit);
     // Without the bit behind the first, rounding to float cannot carry.
     const Ints first = upward & ~(upward >> 1);
     Ints up = 31 + 127 - (reinterpret_cast<Ints>(__builtin_convertvector(first, Floats)) >> 23);
@@ -103,7 +104,7 @@ template <bool KEYS, class Cost>
 CONTEXTRAST_HD void read_columns(const Row &row, int x, Cost side, int32_t number, int32_t plane, Cost *costs,
                                  int32_t *keys, Cost *best, int32_t *best_keys) {
   const Ints is_wanted = row.wanted_from(x), key = Vectors<int32_t>::ramp() + (number + x);
-  if (!row.any_far(x, 8)) {  // those that are wanted are seeds
+  if (!row.any_pending(x, 8)) {  // those that are wanted are sites
     put_costs(Ints{}, Ints{} - 1, is_wanted, side, costs, best);
     if constexpr (KEYS) {
       store(key, keys);
@@ -112,7 +113,7 @@ CONTEXTRAST_HD void read_columns(const Row &row, int x, Cost side, int32_t numbe
     return;
   }
   const Columns columns(row, x);
-  const Ints has_cost = columns.steps < int32_t(NO_SEED);
+  const Ints has_cost = columns.steps < int32_t(NO_SITE);
   put_costs(columns.steps, has_cost, is_wanted, side, costs, best);
   if constexpr (KEYS) {
     const Ints offset = (columns.is_below ? columns.steps : -columns.steps) * plane;
@@ -130,7 +131,7 @@ CONTEXTRAST_HD void read_row(const Row &row, int x, int count, Cost side, int32_
                        best + i, KEYS ? best_keys + i : nullptr);
 }
 
-// Clears the pixels from `end` on that a block starting before it reaches: they are no seeds and not wanted.
+// Clears the pixels from `end` on that a block starting before it reaches: they are no sites and not wanted.
 template <bool KEYS, class Cost>
 CONTEXTRAST_HD void end_line(const Line<Cost> &line, int64_t end) {
   for (int64_t i = end; i < end + LANES<int32_t>; ++i) {
@@ -193,15 +194,15 @@ CONTEXTRAST_HD void search_columns(const Volume &volume, const Apart<Cost> &apar
         turn<K>(from.keys + y * pitch, pitch, [&](int i, K column) { store(column, to.keys + i * size + y); });
     }
     for (int block = 0; block < blocks; ++block) {
-      Places is_far{}, is_open{};
+      Places is_pending{}, is_open{};
       for (int y = block * lanes; y < lesser(height, (block + 1) * lanes); ++y) {
-        if (work.states[y] == WITHOUT_FAR) continue;
+        if (work.states[y] == WITHOUT_PENDING) continue;
         const V best = load<V>(from.best + y * pitch);
-        is_far |= best > zero;
+        is_pending |= best > zero;
         if (work.states[y] == OPEN) is_open |= best >= settled;
       }
       for (int i = 0; i < half; ++i)
-        work.block_states[(part + i) * blocks + block] = is_open[i] ? OPEN : is_far[i] ? SETTLED : WITHOUT_FAR;
+        work.block_states[(part + i) * blocks + block] = is_open[i] ? OPEN : is_pending[i] ? SETTLED : WITHOUT_PENDING;
     }
   }
   for (int i = 0; i < lanes; ++i) {
@@ -251,11 +252,11 @@ CONTEXTRAST_HD void solve_strip(const Volume &volume, const Words &words, int64_
     bool is_open = false, any_open = false;
     for (int y = 0; y < height; ++y) {
       const int64_t at = y * pitch + lane;
-      const bool any_far = Row(words, rows + y, width, z % BAND).any_far(x + lane, LANES<Cost>);
-      is_open = any_far && !window<KEYS>(strips.costs + at, KEYS ? strips.keys + at : nullptr, pitch, apart.zero,
+      const bool any_pending = Row(words, rows + y, width, z % BAND).any_pending(x + lane, LANES<Cost>);
+      is_open = any_pending && !window<KEYS>(strips.costs + at, KEYS ? strips.keys + at : nullptr, pitch, apart.zero,
                               is_open ? WINDOW_BESIDE_OPEN : WINDOW, strips.best + at,
                               KEYS ? strips.best_keys + at : nullptr);
-      work.states[y] = is_open ? OPEN : any_far ? SETTLED : WITHOUT_FAR;
+      work.states[y] = is_open ? OPEN : any_pending ? SETTLED : WITHOUT_PENDING;
       any_open |= is_open;
     }
     if (any_open) search_columns<KEYS>(volume, apart, work, lane);
@@ -283,7 +284,7 @@ CONTEXTRAST_HD void write_nearest(const Volume &volume, const Cost *best, const 
   const double per_plane = 1.0 / plane, per_row = 1.0 / width;
   int32_t *const *nearest = volume.wanted.nearest;
   for (int x = 0; x < count; ++x) {
-    const bool is_known = has_seed(best[x]);  // without a seed the key may be any number
+    const bool is_known = has_site(best[x]);  // without a site the key may be any number
     const int32_t key = is_known ? keys[x] : 0, none = is_known ? 0 : -1;
     const int32_t z = quotient(key, plane, per_plane), in_plane = key - z * plane;
     const int32_t y = quotient(in_plane, width, per_row);
@@ -302,12 +303,12 @@ CONTEXTRAST_HD void write_distances(const Metric &metric, const int32_t *best, i
     const float length = static_cast<float>(unit_length);
     for (int x = 0; x < count; ++x) {
       const float root = sqrtf(static_cast<float>(greater(best[x], 0))) * length;
-      distance[x] = best[x] < 0 ? -1.0f : has_seed(best[x]) ? root : INFINITY;
+      distance[x] = best[x] < 0 ? -1.0f : has_site(best[x]) ? root : INFINITY;
     }
   } else {
     for (int x = 0; x < count; ++x)
       distance[x] = best[x] < 0          ? -1.0f
-                    : has_seed(best[x]) ? static_cast<float>(sqrt(static_cast<double>(best[x])) * unit_length)
+                    : has_site(best[x]) ? static_cast<float>(sqrt(static_cast<double>(best[x])) * unit_length)
                                          : INFINITY;
   }
 }
@@ -327,28 +328,28 @@ CONTEXTRAST_HD void write_costs(const Volume &volume, const Cost *best, int64_t 
   } else {
     int32_t *const distance = static_cast<int32_t *>(volume.wanted.distance) + at;
     for (int x = 0; x < count; ++x)
-      distance[x] = has_seed(best[x]) ? static_cast<int32_t>(best[x]) : CONTEXTRAST_NO_EDGE;
+      distance[x] = has_site(best[x]) ? static_cast<int32_t>(best[x]) : CONTEXTRAST_NO_EDGE;
   }
 }
 
-// The results where no pixel is far: every wanted pixel is a seed.
+// The results where no pixel is pending: every wanted pixel is a site.
 template <class T>
-CONTEXTRAST_HD void write_seeds(const uint32_t *wanted, int bit, int count, T *distance) {
+CONTEXTRAST_HD void write_sites(const uint32_t *wanted, int bit, int count, T *distance) {
   for (int x = 0; x < count; ++x)
     distance[x] = !wanted || wanted[x] >> bit & 1 ? T(0) : T(CONTEXTRAST_OUTSIDE);
 }
 
 template <bool KEYS>
-CONTEXTRAST_HD void write_seeds(const Volume &volume, const Row &row, int z, int y, int x, int64_t at, int count) {
+CONTEXTRAST_HD void write_sites(const Volume &volume, const Row &row, int z, int y, int x, int64_t at, int count) {
   const ContextrastDistance &to = volume.wanted;
   const uint32_t *const wanted = row.wanted ? row.wanted + x : nullptr;
   if (!to.squared)
-    write_seeds(wanted, row.bit, count, static_cast<float *>(to.distance) + at);
+    write_sites(wanted, row.bit, count, static_cast<float *>(to.distance) + at);
   else if (to.sampled)
-    write_seeds(wanted, row.bit, count, static_cast<double *>(to.distance) + at);
+    write_sites(wanted, row.bit, count, static_cast<double *>(to.distance) + at);
   else
-    write_seeds(wanted, row.bit, count, static_cast<int32_t *>(to.distance) + at);
-  if constexpr (KEYS)  // every seed is its own nearest one
+    write_sites(wanted, row.bit, count, static_cast<int32_t *>(to.distance) + at);
+  if constexpr (KEYS)  // every site is its own nearest one
     for (int i = 0; i < count; ++i) {
       if (to.nearest[0]) to.nearest[0][at + i] = z;
       if (to.nearest[1]) to.nearest[1][at + i] = y;
@@ -367,7 +368,7 @@ CONTEXTRAST_HD Cost least_of(const Cost *from, const Cost *end) {
 template <class Cost>
 constexpr int BESIDE = (LONG_WINDOW + LANES<Cost> - 1) / LANES<Cost>;
 
-// Solves row y of plane z, whose first output element is `at`: runs of blocks with far pixels, and runs without.
+// Solves row y of plane z, whose first output element is `at`: runs of blocks with pending pixels, and runs without.
 template <bool KEYS, class Cost>
 CONTEXTRAST_HD void solve_row(const Volume &volume, const Row &row, const Apart<Cost> &apart, const Work<Cost> &work,
                               int z, int y, int64_t at) {
@@ -393,17 +394,17 @@ CONTEXTRAST_HD void solve_row(const Volume &volume, const Row &row, const Apart<
   };
   for (int from = 0, end, known = 0; from < blocks; from = end) {  // blocks before `known` have been read
     const int x = from * lanes;
-    const bool any_far = row.any_far(x, lanes);
-    for (end = from + 1; end < blocks && row.any_far(end * lanes, lanes) == any_far;) ++end;
+    const bool any_pending = row.any_pending(x, lanes);
+    for (end = from + 1; end < blocks && row.any_pending(end * lanes, lanes) == any_pending;) ++end;
     const int count = lesser(end * lanes, width) - x;
-    if (!any_far) {
-      write_seeds<KEYS>(volume, row, z, y, x, at + x, count);
+    if (!any_pending) {
+      write_sites<KEYS>(volume, row, z, y, x, at + x, count);
       continue;
     }
     const int last = lesser(end + BESIDE<Cost>, blocks);
     read(greater(known, from - BESIDE<Cost>) * lanes, last * lanes);
     known = last;
-    if (!has_seed(least_of(line.costs + greater(x - 1, 0), line.costs + x + count + 1))) {
+    if (!has_site(least_of(line.costs + greater(x - 1, 0), line.costs + x + count + 1))) {
       write_costs(volume, line.best + x, at + x, count);
       if constexpr (KEYS) write_nearest(volume, line.best + x, line.best_keys + x, at + x, count);
       continue;
@@ -513,14 +514,14 @@ void transform(const Volume &volume, bool edges, Scratch &scratch, int threads) 
                       for (int64_t y = first; y < lesser<int64_t>(first + rows, volume.size[1]); ++y) {
                         const int64_t row = band * volume.size[1] + y, word = row * volume.size[2];
                         mark_words(volume, meaning, image, static_cast<int>(band % bands * BAND), static_cast<int>(y),
-                                   words.seeds + word, edges ? words.wanted + word : nullptr,
-                                   words.far + row * Words::groups(volume.size[2]));
+                                   words.sites + word, edges ? words.wanted + word : nullptr,
+                                   words.pending + row * Words::groups(volume.size[2]));
                       }
                     });
                   }};
   const Step carry{words.carries ? volume.batch * column_groups : 0, [&](int64_t task, int) {
                      const int64_t word = task / column_groups * bands * plane, first = task % column_groups * columns;
-                     carry_columns(words.seeds + word, words.carries + word, bands, plane, first,
+                     carry_columns(words.sites + word, words.carries + word, bands, plane, first,
                                    lesser(first + columns, plane));
                    }};
   const Step solve{volume.batch * plane_groups, [&](int64_t task, int worker) {
@@ -565,7 +566,7 @@ int transform(const char *name, const ContextrastVolume &given, bool edges, cons
 
 extern "C" {
 
-// The scratch of a call that will be refused is none.
+// A call with invalid arguments needs no scratch, so its size is 0.
 int64_t contextrast_distance_scratch_cpu(const ContextrastVolume *volume, const ContextrastDistance *wanted, int edges,
                                          int threads) {
   char error[CONTEXTRAST_ERROR_SIZE];

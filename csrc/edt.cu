@@ -1,8 +1,8 @@
 // edge_distance and distance_transform on CUDA: two kernels, whatever the number of layers.
-//   1. mark    a warp reads 32 x 32 pixels and writes their seeds as words, 3/8 of a byte a pixel. The last warp to
-//              finish in a strip of 32 columns carries the nearest seeds up and down it.
+//   1. mark    a warp reads 32 x 32 pixels and writes their sites as words, 3/8 of a byte a pixel. The last warp to
+//              finish in a strip of 32 columns carries the nearest sites up and down it.
 //   2. solve   a warp computes one row: parabolas from the words, then the window for each tile of 32 pixels, then, for
-//              the tiles that it leaves open, the anchors by bisection and one sweep a tile between two of them.
+//              the tiles that it leaves open, the pivots by bisection and one sweep a tile between two of them.
 // Memory: the map is read once and the distances are written once; the words stay in the caches, where each is read by
 // the 32 rows that it covers.
 #include <type_traits>
@@ -15,10 +15,10 @@ namespace contextrast {
 namespace {
 
 constexpr int BAND = 32;               // rows of a word
-constexpr int TILE = WARP;             // pixels that a warp solves at once, and the distance between anchors
+constexpr int TILE = WARP;             // pixels that a warp solves at once, and the distance between pivots
 constexpr int AHEAD = 8;               // independent loads that a thread keeps in flight
 constexpr int WINDOW = 8;              // steps before a tile is left to the bisection: about what its sweep costs
-constexpr int WINDOW_IN_HARD_ROW = 2;  // and where the row pays for anchors anyway
+constexpr int WINDOW_IN_HARD_ROW = 2;  // and where the row pays for pivots anyway
 
 struct PlanesWork {
   Planes planes;
@@ -33,15 +33,15 @@ __host__ __device__ inline int tiles_of(int width) { return (width + TILE - 1) /
 // ---- 1. Mark
 
 // Scans one column of words in both directions at once, because each step of either waits for memory.
-__device__ void carry(const uint32_t *seeds, Carry *carries, int bands, int64_t width) {
-  uint32_t above = NO_SEED, below = NO_SEED;
+__device__ void carry(const uint32_t *sites, Carry *carries, int bands, int64_t width) {
+  uint32_t above = NO_SITE, below = NO_SITE;
   for (int start = 0; start < bands; start += AHEAD) {
     uint32_t downward[AHEAD], upward[AHEAD];
 #pragma unroll
     for (int i = 0; i < AHEAD; ++i) {
       const int band = lesser(start + i, bands - 1);
-      downward[i] = __ldcg(seeds + band * width);  // from the L2 cache: other multiprocessors wrote them
-      upward[i] = __ldcg(seeds + (bands - 1 - band) * width);
+      downward[i] = __ldcg(sites + band * width);  // from the L2 cache: other multiprocessors wrote them
+      upward[i] = __ldcg(sites + (bands - 1 - band) * width);
     }
 #pragma unroll
     for (int i = 0; i < AHEAD; ++i)
@@ -78,7 +78,7 @@ __global__ void __launch_bounds__(BLOCK) mark(const __grid_constant__ PlanesWork
   const bool outer = lane == 0 || lane == WARP - 1;  // with a neighbour that no lane holds
   const T *const own = column(x), *const beside = column(lane == 0 ? x - 1 : x + 1);
 
-  uint32_t seeds = 0, wanted = 0;
+  uint32_t sites = 0, wanted = 0;
   Value up = read(own, top - 1), here = read(own, top);
 #pragma unroll 1
   for (int start = 0; start < BAND; start += AHEAD) {
@@ -95,8 +95,8 @@ __global__ void __launch_bounds__(BLOCK) mark(const __grid_constant__ PlanesWork
       if (lane == WARP - 1) right = outside[i];
       const bool is_code_of_none = sizeof(T) < sizeof(int64_t) && here == plane.none;
       const bool is_wanted = zeros || (here >= Value(0) && !is_code_of_none);
-      const bool seed = zeros ? here == Value(0) : is_wanted && is_edge(here, up, below[i], left, right);
-      seeds |= static_cast<uint32_t>(seed) << (start + i);
+      const bool site = zeros ? here == Value(0) : is_wanted && is_edge(here, up, below[i], left, right);
+      sites |= static_cast<uint32_t>(site) << (start + i);
       wanted |= static_cast<uint32_t>(is_wanted) << (start + i);
       up = here;
       here = below[i];
@@ -104,17 +104,17 @@ __global__ void __launch_bounds__(BLOCK) mark(const __grid_constant__ PlanesWork
   }
   if (height - top < BAND) {
     const uint32_t rows = (1u << (height - top)) - 1;
-    seeds &= rows;
+    sites &= rows;
     wanted &= rows;
   }
 
   const int64_t first_word = image * bands * width + x;  // of the column
   if (x < width) {
-    plane.seeds[first_word + static_cast<int64_t>(band) * width] = seeds;
+    plane.sites[first_word + static_cast<int64_t>(band) * width] = sites;
     plane.wanted[first_word + static_cast<int64_t>(band) * width] = wanted;
   }
   if (is_last_warp(plane.tickets + image * strips + strip, static_cast<uint32_t>(bands)) && x < width)
-    carry(plane.seeds + first_word, plane.carries + first_word, bands, width);
+    carry(plane.sites + first_word, plane.carries + first_word, bands, width);
 }
 
 // ---- 2. Solve
@@ -134,10 +134,10 @@ __device__ int best_column(const int32_t *parabolas, int x, int first, int last,
   return __reduce_min_sync(ALL_LANES, own.cost == least ? own.column : INT32_MAX);
 }
 
-// The warp solves the anchors from..to, of which the rest of the row tells nothing.
+// The warp solves the pivots from..to, of which the rest of the row tells nothing.
 __device__ void bisect(const int32_t *parabolas, int last, int from, int to, int lane, int32_t *columns) {
   const auto solve = [&](int j, int first_column, int last_column) {
-    const int best = best_column(parabolas, anchor_column(0, last, TILE, j), first_column, last_column, lane);
+    const int best = best_column(parabolas, pivot_column(0, last, TILE, j), first_column, last_column, lane);
     if (lane == 0) columns[j] = best;
     __syncwarp();
   };
@@ -161,20 +161,20 @@ __global__ void __launch_bounds__(BLOCK, 4) solve(const __grid_constant__ Planes
   const int row = static_cast<int>(line % height), bit = row % BAND;
 
   int32_t *const parabolas = dynamic_shared<int32_t>() + warp * work.row_words;
-  int32_t *const columns = parabolas + width;                                  // of the anchors
+  int32_t *const columns = parabolas + width;                                  // of the pivots
   uint32_t *const wanted = reinterpret_cast<uint32_t *>(columns + tiles + 1);  // a bit a pixel, a word a tile
   const int64_t words = (image * bands_of(height) + row / BAND) * width;
   Distance *const distance = static_cast<Distance *>(plane.distance) + line * width;
 
 #pragma unroll 1
   for (int start = 0; start < tiles; start += AHEAD) {
-    uint32_t seeds[AHEAD], wishes[AHEAD];
+    uint32_t sites[AHEAD], wanted_words[AHEAD];
     Carry carries[AHEAD];
 #pragma unroll
     for (int i = 0; i < AHEAD; ++i) {
       const int64_t word = words + lesser((start + i) * TILE + lane, width - 1);
-      seeds[i] = plane.seeds[word];
-      wishes[i] = plane.wanted[word];
+      sites[i] = plane.sites[word];
+      wanted_words[i] = plane.wanted[word];
       carries[i] = plane.carries[word];
     }
 #pragma unroll
@@ -182,9 +182,9 @@ __global__ void __launch_bounds__(BLOCK, 4) solve(const __grid_constant__ Planes
       if (start + i >= tiles) break;
       const int x = (start + i) * TILE + lane;
       const uint32_t carry = pack_carry(carries[i].above, carries[i].below);
-      if (x < width) parabolas[x] = parabola(column_distance(seeds[i], bit, carry), x);
-      const uint32_t row_wishes = __ballot_sync(ALL_LANES, x < width && (wishes[i] >> bit & 1));
-      if (lane == 0) wanted[start + i] = row_wishes;
+      if (x < width) parabolas[x] = parabola(column_distance(sites[i], bit, carry), x);
+      const uint32_t wanted_in_row = __ballot_sync(ALL_LANES, x < width && (wanted_words[i] >> bit & 1));
+      if (lane == 0) wanted[start + i] = wanted_in_row;
     }
   }
   __syncwarp();
@@ -314,7 +314,7 @@ void Plane::take_tickets(Scratch &scratch, int64_t batch) { tickets = scratch.ta
 
 void Plane::take_words(Scratch &scratch, int64_t batch) {
   const int64_t count = batch * bands_of(height) * width;
-  seeds = scratch.take<uint32_t>(count);
+  sites = scratch.take<uint32_t>(count);
   wanted = scratch.take<uint32_t>(count);
   carries = scratch.take<Carry>(count);
 }
@@ -338,7 +338,7 @@ cudaError_t enqueue_distances(const Planes &planes, int32_t type, bool zeros, bo
 
 extern "C" {
 
-// The scratch of a call that will be refused is none.
+// A call with invalid arguments needs no scratch, so its size is 0.
 int64_t contextrast_distance_scratch_cuda(const ContextrastVolume *volume, const ContextrastDistance *wanted,
                                           int edges) {
   char error[CONTEXTRAST_ERROR_SIZE];

@@ -20,7 +20,7 @@ struct Plane {
   int32_t none;       // of the map's values, outside of every class, as all negative ones are
   void *distance;     // (B, height, width)
   uint32_t *tickets;  // (B, strips of 32 columns): zero before
-  uint32_t *seeds;    // (B, bands of 32 rows, width): a word has the bits of the 32 rows of a band in one column
+  uint32_t *sites;    // (B, bands of 32 rows, width): a word has the bits of the 32 rows of a band in one column
   uint32_t *wanted;   // likewise: the pixels whose distance is asked for
   Carry *carries;     // likewise
 

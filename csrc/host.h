@@ -93,7 +93,7 @@ inline int check_wanted(const ContextrastDistance &wanted, bool edges, char *err
   return CONTEXTRAST_OK;
 }
 
-constexpr int MARGIN = 32;  // pixels without a seed around each line of the CPU's code
+constexpr int MARGIN = 32;  // pixels without a site around each line of the CPU's code
 
 // The arguments have been checked.
 inline Metric metric_of(const ContextrastVolume &volume, const ContextrastDistance &wanted) {

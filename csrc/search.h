@@ -1,5 +1,5 @@
 // The search along one line or several abreast on the CPU: a window settles a block of neighbouring pixels or leaves it
-// open. Open blocks are solved by bisection between anchors (lines.h, step 3).
+// open. Open blocks are solved by bisection between pivots (lines.h, step 3).
 #ifndef CONTEXTRAST_SEARCH_H
 #define CONTEXTRAST_SEARCH_H
 
@@ -13,7 +13,7 @@ namespace {
 
 constexpr int WINDOW = 8, WINDOW_BESIDE_OPEN = 2;  // steps before a block is left to the search,
 constexpr int LONG_WINDOW = 16;                    // unless no more than so many are known to be enough
-constexpr int NARROW = 16;                         // pixels between which no anchor is worth its search
+constexpr int NARROW = 16;                         // pixels between which no pivot is worth its search
 constexpr int BLOCKS = CONTEXTRAST_MAX_SIDE / 8;   // the most blocks of a line
 static_assert(MARGIN >= LONG_WINDOW + 16, "what a block of 64 bytes reads beside its line");
 
@@ -33,7 +33,7 @@ struct Apart {
   }
 };
 
-// A line of a plane, or several abreast: costs and keys of the axes before, with MARGIN pixels without a seed on either
+// A line of a plane, or several abreast: costs and keys of the axes before, with MARGIN pixels without a site on either
 // side; and results. `best` starts as the costs, and below 0 where no distance is wanted, which stays.
 template <class Cost>
 struct Line {
@@ -110,8 +110,8 @@ CONTEXTRAST_HD Places place_of_least(V low, Places place) {
     return place_of_least<STEP / 2>(least(low, other), place);
 }
 
-// The first pixel of first..last that is best for pixel x. If x lies beyond the line, a seed may cost more than `none`.
-// Then the best pixel may be one without a seed, and it still bounds the best pixels of the line. Pixels beyond `last`
+// The first pixel of first..last that is best for pixel x. If x lies beyond the line, a site may cost more than `none`.
+// Then the best pixel may be one without a site, and it still bounds the best pixels of the line. Pixels beyond `last`
 // are looked at too, and none of them is better for a pixel of the line.
 template <class Cost>
 CONTEXTRAST_HD int first_best(const Cost *costs, const Cost *apart, int x, int first, int last) {
@@ -151,23 +151,23 @@ CONTEXTRAST_HD void sweep(const Cost *costs, const int32_t *keys, const Cost *ap
 }
 
 // What is left of a block after its window.
-enum State : uint8_t { WITHOUT_FAR, SETTLED, OPEN };
+enum State : uint8_t { WITHOUT_PENDING, SETTLED, OPEN };
 
-// Solves the open blocks of one run of blocks with far pixels, from..end-1. The pixels beside the run are the farthest
-// that matter to it. Anchors, which are the first pixels of blocks, are solved by bisection, then each block between
-// its own anchor's best and the next one's.
+// Solves the open blocks of one run of blocks with pending pixels, from..end-1. The pixels beside the run are the
+// farthest that matter to it. Pivots, which are the first pixels of blocks, are solved by bisection, then each block
+// between its own pivot's best and the next one's.
 template <bool KEYS, class Cost>
 CONTEXTRAST_HD void search_run(const Line<Cost> &line, const Cost *apart, int size, bool bisects,
                                const uint8_t *states, int from, int end) {
   constexpr int lanes = LANES<Cost>;
-  int lows[BLOCKS + 1], highs[BLOCKS + 1];  // bounds of each anchor's best
+  int lows[BLOCKS + 1], highs[BLOCKS + 1];  // bounds of each pivot's best
   int to = end - 1, first = greater(from * lanes - 1, 0), last = lesser(end * lanes, size - 1);
   while (from <= to && states[from] != OPEN) ++from;
   if (from > to) return;
   while (states[to] != OPEN) --to;
-  while (first <= last && !has_seed(line.costs[first])) ++first;
+  while (first <= last && !has_site(line.costs[first])) ++first;
   if (first > last) return;
-  while (!has_seed(line.costs[last])) --last;
+  while (!has_site(line.costs[last])) --last;
 
   const int count = to - from + 1;
   if (bisects) {
@@ -196,8 +196,8 @@ CONTEXTRAST_HD void search_line(const Line<Cost> &line, const Cost *apart, int s
   const int blocks = (size - 1) / LANES<Cost> + 1;
   for (int end = 0; end < blocks;) {
     int from = end;
-    while (from < blocks && states[from] == WITHOUT_FAR) ++from;
-    for (end = from; end < blocks && states[end] != WITHOUT_FAR;) ++end;
+    while (from < blocks && states[from] == WITHOUT_PENDING) ++from;
+    for (end = from; end < blocks && states[end] != WITHOUT_PENDING;) ++end;
     if (from < end) search_run<KEYS>(line, apart, size, bisects, states, from, end);
   }
 }

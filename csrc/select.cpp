@@ -137,7 +137,7 @@ extern "C" {
 
 using namespace contextrast;
 
-// The scratch of a call that will be refused is none.
+// A call with invalid arguments needs no scratch, so its size is 0.
 int64_t contextrast_select_nearest_scratch_cpu(int64_t batch, int64_t height, int64_t width, int64_t num_classes,
                                                int threads) {
   char error[CONTEXTRAST_ERROR_SIZE];

@@ -489,7 +489,7 @@ int contextrast_error_map_cuda(const ContextrastMap *predictions, const Contextr
   return answer(status, error);
 }
 
-// The scratch of a call that will be refused is none.
+// A call with invalid arguments needs no scratch, so its size is 0.
 int64_t contextrast_select_nearest_scratch_cuda(int64_t batch, int64_t height, int64_t width, int64_t num_classes) {
   char error[CONTEXTRAST_ERROR_SIZE];
   if (check_pixels("classes", height, width, error) || check_num_classes(num_classes, error)) return 0;

@@ -129,7 +129,7 @@ struct Best {
     costs = least(costs, other);
   }
 
-  // Whether a pixel at the cost `next` away could still improve the block: a seed there, or with keys one as near that
+  // Whether a pixel at the cost `next` away could still improve the block: a site there, or with keys one as near that
   // comes first.
   CONTEXTRAST_HD bool is_open(Cost next) const {
     const auto worst = most(costs.a, costs.b);

@@ -1,9 +1,9 @@
 // The distance functions on CUDA where edt.cu's kernels for maps of square pixels do not serve: lines and volumes,
 // sampling, indices, any type.
 //   1. mark    a thread reads 32 pixels of a column and writes their words.
-//   2. carry   a thread carries the nearest seeds along a column.
+//   2. carry   a thread carries the nearest sites along a column.
 //   3. solve   a warp computes one line: its costs go to shared memory, a window settles what is near, and the tiles of
-//              32 pixels that it leaves open are searched between anchors. First along y (volumes), then along x.
+//              32 pixels that it leaves open are searched between pivots. First along y (volumes), then along x.
 #include <type_traits>
 
 #include "edt.cuh"
@@ -17,16 +17,16 @@ constexpr int WINDOW = 8, WINDOW_BESIDE_OPEN = 2;  // steps before a tile is lef
 constexpr int MOST_WARPS = 4;                      // of a block that solves lines
 
 struct VolumeWork : Volume {
-  uint32_t *seeds, *carries, *wishes;  // (B, bands, y, x); carries null for one band, wishes null: all pixels
+  uint32_t *sites, *carries, *wanted_bits;  // (B, bands, y, x); carries null for one band, wanted_bits null: all pixels
   void *costs;                         // (B, z, y, x) after the search along y; null for maps
   int32_t *keys;                       // likewise, if indices are asked for
 
   VolumeWork(const ContextrastVolume &volume, const ContextrastDistance &asked, Scratch &scratch, bool edges)
       : Volume(volume, asked) {
     const int64_t words = batch * bands() * plane(), pixels = size[1] > 1 ? batch * image() : 0;
-    seeds = scratch.take<uint32_t>(words);
+    sites = scratch.take<uint32_t>(words);
     carries = bands() > 1 ? scratch.take<uint32_t>(words) : nullptr;
-    wishes = edges ? scratch.take<uint32_t>(words) : nullptr;
+    wanted_bits = edges ? scratch.take<uint32_t>(words) : nullptr;
     costs = nullptr;
     if (pixels && metric.integral) costs = scratch.take<int32_t>(pixels);
     if (pixels && !metric.integral) costs = scratch.take<double>(pixels);
@@ -48,11 +48,11 @@ __global__ void __launch_bounds__(BLOCK)
   const int x = static_cast<int>(in_plane % volume.size[2]), rows = lesser(BAND, volume.size[0] - top);
   const Bits *from = static_cast<const Bits *>(volume.data) + image * volume.stride_batch + top * volume.stride[0] +
                      y * volume.stride[1] + x * volume.stride[2];
-  uint32_t seeds = 0, wishes = 0;
-  if (!volume.wishes) {
+  uint32_t sites = 0, wanted = 0;
+  if (!volume.wanted_bits) {
 #pragma unroll 8
     for (int row = 0; row < rows; ++row, from += volume.stride[0])
-      seeds |= static_cast<uint32_t>((__ldg(from) & counted) == 0) << row;
+      sites |= static_cast<uint32_t>((__ldg(from) & counted) == 0) << row;
   } else {
     // Beyond the border lies the border's own pixel.
     const int64_t above = y > 0 ? -volume.stride[1] : 0, below = y + 1 < volume.size[1] ? volume.stride[1] : 0;
@@ -64,14 +64,14 @@ __global__ void __launch_bounds__(BLOCK)
       const bool differs = (here != up) | (here != down) | (here != __ldg(from + above)) |
                            (here != __ldg(from + below)) | (here != __ldg(from + left)) | (here != __ldg(from + right));
       const bool is_wanted = (here & negative) == 0;
-      seeds |= static_cast<uint32_t>(is_wanted && differs) << row;
-      wishes |= static_cast<uint32_t>(is_wanted) << row;
+      sites |= static_cast<uint32_t>(is_wanted && differs) << row;
+      wanted |= static_cast<uint32_t>(is_wanted) << row;
       up = here;
       here = down;
     }
-    volume.wishes[word] = wishes;
+    volume.wanted_bits[word] = wanted;
   }
-  volume.seeds[word] = seeds;
+  volume.sites[word] = sites;
 }
 
 // ---- 2. Carry
@@ -81,15 +81,15 @@ __global__ void __launch_bounds__(BLOCK) carry_volume(const __grid_constant__ Vo
   if (column >= volume.batch * plane) return;
   const int bands = static_cast<int>(volume.bands());
   const int64_t first = column / plane * bands * plane + column % plane;
-  uint32_t above = NO_SEED;
+  uint32_t above = NO_SITE;
   for (int band = 0; band < bands; ++band) {
     volume.carries[first + band * plane] = pack_carry(above, 0);
-    above = pass_down(volume.seeds[first + band * plane], above);
+    above = pass_down(volume.sites[first + band * plane], above);
   }
-  uint32_t below = NO_SEED;
+  uint32_t below = NO_SITE;
   for (int band = bands - 1; band >= 0; --band) {
     volume.carries[first + band * plane] |= pack_carry(0, below);
-    below = pass_up(volume.seeds[first + band * plane], below);
+    below = pass_up(volume.sites[first + band * plane], below);
   }
 }
 
@@ -105,8 +105,8 @@ struct Line {
 template <class Cost>
 __device__ Found<Cost> of_column(const VolumeWork &volume, const Line &line, int u) {
   const int64_t word = line.word + static_cast<int64_t>(u) * line.step;
-  const uint32_t carry = volume.carries ? volume.carries[word] : pack_carry(NO_SEED, NO_SEED);
-  const int32_t offset = column_offset(volume.seeds[word], line.bit, carry);
+  const uint32_t carry = volume.carries ? volume.carries[word] : pack_carry(NO_SITE, NO_SITE);
+  const int32_t offset = column_offset(volume.sites[word], line.bit, carry);
   if (offset == NO_OFFSET) return {Costs<Cost>::none, INT32_MAX};
   const int64_t key = (line.z + offset) * volume.plane() + static_cast<int64_t>(line.y) * volume.size[2] + line.x +
                       static_cast<int64_t>(u) * line.step;
@@ -125,7 +125,7 @@ __device__ Found<Cost> best_of_warp(Found<Cost> own) {
 }
 
 // The warp finds each pixel's least cost over a line. key_of(u): of pixel u; is_wanted(x): whether pixel x is asked
-// for; write(x, found). costs are in shared memory, and so are the best places of the anchors.
+// for; write(x, found). costs are in shared memory, and so are the best places of the pivots.
 template <bool KEYS, class Cost, class KeyOf, class IsWanted, class Write>
 __device__ void solve_line(const Cost *costs, int32_t *places, int size, Cost side, bool bisects, int lane,
                            const KeyOf &key_of, const IsWanted &is_wanted, const Write &write) {
@@ -166,18 +166,18 @@ __device__ void solve_line(const Cost *costs, int32_t *places, int size, Cost si
   if (!any_open) return;
 
   if (bisects) {
-    const auto anchor = [&](int j, int first, int last) {
+    const auto pivot = [&](int j, int first, int last) {
       const Found<Cost> best =
           best_of_warp(search(costs, static_cast<const int32_t *>(nullptr), side, j * TILE, first, last, lane, WARP));
       if (lane == 0) places[j] = lesser(best.key, last);
       __syncwarp();
     };
-    anchor(0, 0, size - 1);
-    // The last tile has no pixel behind it that could be an anchor: its last one would leave out equals after its best.
+    pivot(0, 0, size - 1);
+    // The last tile has no pixel behind it that could be a pivot: its last one would leave out equals after its best.
     if (lane == 0) places[tiles] = size - 1;
     __syncwarp();
     for (int step = first_step(tiles); step; step /= 2)
-      for (int j = step; j < tiles; j += 2 * step) anchor(j, places[j - step], places[lesser(j + step, tiles)]);
+      for (int j = step; j < tiles; j += 2 * step) pivot(j, places[j - step], places[lesser(j + step, tiles)]);
   }
   for (int tile = 0; tile < tiles; ++tile) {
     if (!(__shfl_sync(ALL_LANES, open_tiles, tile % WARP) >> tile / WARP & 1)) continue;
@@ -191,11 +191,11 @@ __device__ void solve_line(const Cost *costs, int32_t *places, int size, Cost si
   }
 }
 
-// Shared memory of a warp: costs, then anchors.
+// Shared memory of a warp: costs, then pivots.
 template <class Cost>
 __host__ __device__ inline int line_bytes(int size) {
-  const int anchors = (size + TILE - 1) / TILE + 1;
-  return (size * static_cast<int>(sizeof(Cost)) + anchors * static_cast<int>(sizeof(int32_t)) + 15) / 16 * 16;
+  const int pivots = (size + TILE - 1) / TILE + 1;
+  return (size * static_cast<int>(sizeof(Cost)) + pivots * static_cast<int>(sizeof(int32_t)) + 15) / 16 * 16;
 }
 
 template <class Cost, bool KEYS>
@@ -219,7 +219,7 @@ __global__ void __launch_bounds__(MOST_WARPS *WARP) solve_along_y(const __grid_c
   __syncwarp();
   Cost *const result = static_cast<Cost *>(volume.costs) + line.pixel;
   const auto is_wanted = [&](int y) {
-    return !volume.wishes || (volume.wishes[line.word + static_cast<int64_t>(y) * width] >> line.bit & 1);
+    return !volume.wanted_bits || (volume.wanted_bits[line.word + static_cast<int64_t>(y) * width] >> line.bit & 1);
   };
   solve_line<KEYS>(
       costs, reinterpret_cast<int32_t *>(costs + size), size, Costs<Cost>::side(volume.metric, 1),
@@ -240,13 +240,13 @@ __device__ void write_result(const VolumeWork &volume, int64_t at, bool asked, C
         asked ? in_pixels_squared(cost, volume.metric) : static_cast<double>(CONTEXTRAST_OUTSIDE);
   else
     static_cast<int32_t *>(volume.wanted.distance)[at] = !asked           ? CONTEXTRAST_OUTSIDE
-                                                         : has_seed(cost) ? static_cast<int32_t>(cost)
+                                                         : has_site(cost) ? static_cast<int32_t>(cost)
                                                                           : CONTEXTRAST_NO_EDGE;
 }
 
 template <class Cost>
 __device__ void write_nearest(const VolumeWork &volume, int64_t at, const Found<Cost> &found) {
-  const bool none = !has_seed(found.cost);
+  const bool none = !has_site(found.cost);
   const int64_t plane = volume.plane();
   const int32_t z = static_cast<int32_t>(found.key / plane), in_plane = static_cast<int32_t>(found.key % plane);
   const int32_t places[3] = {z, in_plane / volume.size[2], in_plane % volume.size[2]};
@@ -280,7 +280,7 @@ __global__ void __launch_bounds__(MOST_WARPS *WARP) solve_along_x(const __grid_c
       costs, reinterpret_cast<int32_t *>(costs + size), size, Costs<Cost>::side(volume.metric, 2),
       volume.metric.search[2] != 0, lane,
       [&](int u) { return first ? of_column<Cost>(volume, line, u).key : volume.keys[line.pixel + u]; },
-      [&](int x) { return !volume.wishes || (volume.wishes[line.word + x] >> line.bit & 1); },
+      [&](int x) { return !volume.wanted_bits || (volume.wanted_bits[line.word + x] >> line.bit & 1); },
       [&](int x, bool asked, const Found<Cost> &found) {
         write_result(volume, line.pixel + x, asked, found.cost);
         if (KEYS) write_nearest(volume, line.pixel + x, found);

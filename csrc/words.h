@@ -1,4 +1,4 @@
-// Steps 1 and 2 of a distance function on the CPU: seeds and wanted pixels as bits, and the nearest seeds of columns.
+// Steps 1 and 2 of a distance function on the CPU: sites and wanted pixels as bits, and the nearest sites of columns.
 #ifndef CONTEXTRAST_WORDS_H
 #define CONTEXTRAST_WORDS_H
 
@@ -13,17 +13,17 @@ namespace {
 
 constexpr int MARKED = 4;  // rows of a band that are marked together
 
-// (B, bands, y, x) each. Where there is one band, no carries. `far` is (B, bands, y, groups of eight along x): a bit is
-// set where one of the eight pixels is far.
+// (B, bands, y, x) each. Where there is one band, no carries. `pending` is (B, bands, y, groups of eight along x): a
+// bit is set where one of the eight pixels is pending.
 struct Words {
-  uint32_t *seeds, *carries = nullptr, *wanted = nullptr, *far;
+  uint32_t *sites, *carries = nullptr, *wanted = nullptr, *pending;
 
   Words(Scratch &scratch, const Volume &volume, bool edges) {
     const int64_t count = volume.batch * volume.bands() * volume.plane() + 8;  // rows are read by eight words
-    seeds = scratch.take<uint32_t>(count);
+    sites = scratch.take<uint32_t>(count);
     if (volume.bands() > 1) carries = scratch.take<uint32_t>(count);
     if (edges) wanted = scratch.take<uint32_t>(count);
-    far = scratch.take<uint32_t>(volume.batch * volume.bands() * volume.size[1] * groups(volume.size[2]));
+    pending = scratch.take<uint32_t>(volume.batch * volume.bands() * volume.size[1] * groups(volume.size[2]));
   }
 
   static int groups(int width) { return (width + 15) / 16 * 2; }  // an even number: the largest block has two
@@ -69,8 +69,8 @@ void with_width(int width, const Body &body) {
 // One row, whose pixels lie `step` elements apart. Bits that `counts` leaves out make no pixel nonzero.
 template <class T>
 CONTEXTRAST_HD void mark_zeros(const T *__restrict here, int64_t step, int width, T counts, int bit,
-                               uint32_t *__restrict seeds) {
-  for (int64_t x = 0; x < width; ++x) seeds[x] |= static_cast<uint32_t>((here[x * step] & counts) == 0) << bit;
+                               uint32_t *__restrict sites) {
+  for (int64_t x = 0; x < width; ++x) sites[x] |= static_cast<uint32_t>((here[x * step] & counts) == 0) << bit;
 }
 
 // How far the neighbours of a pixel lie in memory, 0 beyond a border of the image. For several rows of a band at once,
@@ -82,94 +82,94 @@ struct Neighbours {
 // One pixel of each of ROWS rows, `across` elements apart. Rows of maps are not BESIDE others.
 template <int ROWS, bool BESIDE, class T>
 CONTEXTRAST_HD void mark_edge(const T *here, int64_t across, const Neighbours &to, int64_t left, int64_t right,
-                              bool has_sign, int bit, uint32_t &seeds, uint32_t &wanted) {
-  uint32_t own_seeds = 0, own_wanted = 0;
+                              bool has_sign, int bit, uint32_t &sites, uint32_t &wanted) {
+  uint32_t own_sites = 0, own_wanted = 0;
   for (int row = 0; row < ROWS; ++row, here += across) {
     const T own = *here, up = here[row == 0 ? to.up : -across], down = here[row == ROWS - 1 ? to.down : across];
     const bool is_wanted = !has_sign | (own >= T(0));
     auto differing = (own ^ up) | (own ^ down) | (own ^ here[left]) | (own ^ here[right]);
     if constexpr (BESIDE) differing |= (own ^ here[to.above]) | (own ^ here[to.below]);
-    own_seeds |= static_cast<uint32_t>(is_wanted & (differing != 0)) << row;
+    own_sites |= static_cast<uint32_t>(is_wanted & (differing != 0)) << row;
     own_wanted |= static_cast<uint32_t>(is_wanted) << row;
   }
-  seeds |= own_seeds << bit;
+  sites |= own_sites << bit;
   wanted |= own_wanted << bit;
 }
 
 template <int ROWS, bool BESIDE, class T>
 CONTEXTRAST_HD void mark_edges(const T *__restrict here, int64_t across, int64_t step, const Neighbours &to, int width,
-                               bool has_sign, int bit, uint32_t *__restrict seeds, uint32_t *__restrict wanted) {
+                               bool has_sign, int bit, uint32_t *__restrict sites, uint32_t *__restrict wanted) {
   const int64_t last = width - 1;
   for (int64_t x = 1; x < last; ++x)
-    mark_edge<ROWS, BESIDE>(here + x * step, across, to, -step, step, has_sign, bit, seeds[x], wanted[x]);
+    mark_edge<ROWS, BESIDE>(here + x * step, across, to, -step, step, has_sign, bit, sites[x], wanted[x]);
   for (const int64_t x : {int64_t(0), last})
     mark_edge<ROWS, BESIDE>(here + x * step, across, to, x > 0 ? -step : 0, x < last ? step : 0, has_sign, bit,
-                            seeds[x], wanted[x]);
+                            sites[x], wanted[x]);
 }
 
 // Rows z..z+ROWS-1 of a band.
 template <int ROWS, class T>
 CONTEXTRAST_HD void mark_edges(const Volume &volume, bool has_sign, const T *here, int z, int y, int bit,
-                               uint32_t *seeds, uint32_t *wanted) {
+                               uint32_t *sites, uint32_t *wanted) {
   const int width = volume.size[2];
   const int64_t across = volume.stride[0], along = volume.stride[1], step = volume.stride[2];
   const Neighbours to{z > 0 ? -across : 0, z + ROWS < volume.size[0] ? across : 0, y > 0 ? -along : 0,
                       y + 1 < volume.size[1] ? along : 0};
   if (step != 1)
-    mark_edges<ROWS, true>(here, across, step, to, width, has_sign, bit, seeds, wanted);
+    mark_edges<ROWS, true>(here, across, step, to, width, has_sign, bit, sites, wanted);
   else if (volume.size[1] > 1)
-    mark_edges<ROWS, true>(here, across, 1, to, width, has_sign, bit, seeds, wanted);
+    mark_edges<ROWS, true>(here, across, 1, to, width, has_sign, bit, sites, wanted);
   else
-    mark_edges<ROWS, false>(here, across, 1, to, width, has_sign, bit, seeds, wanted);
+    mark_edges<ROWS, false>(here, across, 1, to, width, has_sign, bit, sites, wanted);
 }
 
 // The words of row y of one band, which starts at plane `top`.
 template <class T>
 CONTEXTRAST_CLONES void mark_words(const Volume &volume, const Meaning &meaning, const T *image, int top, int y,
-                                   uint32_t *seeds, uint32_t *wanted, uint32_t *far) {
+                                   uint32_t *sites, uint32_t *wanted, uint32_t *pending) {
   const int width = volume.size[2];
   const int64_t across = volume.stride[0], along = volume.stride[1], step = volume.stride[2];
   const T counts = meaning.ignores_sign ? std::numeric_limits<T>::max() : T(-1);
-  memset(seeds, 0, static_cast<size_t>(width) * sizeof *seeds);
+  memset(sites, 0, static_cast<size_t>(width) * sizeof *sites);
   if (wanted) memset(wanted, 0, static_cast<size_t>(width) * sizeof *wanted);
   const int end = lesser(top + BAND, volume.size[0]);
   for (int z = top; z < end;) {
     const T *here = image + z * across + y * along;
     const int bit = z - top;
     if (wanted && z + MARKED <= end) {
-      mark_edges<MARKED>(volume, meaning.has_sign, here, z, y, bit, seeds, wanted);
+      mark_edges<MARKED>(volume, meaning.has_sign, here, z, y, bit, sites, wanted);
       z += MARKED;
       continue;
     }
     if (wanted)
-      mark_edges<1>(volume, meaning.has_sign, here, z, y, bit, seeds, wanted);
+      mark_edges<1>(volume, meaning.has_sign, here, z, y, bit, sites, wanted);
     else if (step == 1)
-      mark_zeros(here, 1, width, counts, bit, seeds);
+      mark_zeros(here, 1, width, counts, bit, sites);
     else
-      mark_zeros(here, step, width, counts, bit, seeds);
+      mark_zeros(here, step, width, counts, bit, sites);
     ++z;
   }
   for (int group = 0; group < Words::groups(width); ++group) {
     uint32_t found = 0;
     for (int x = 8 * group; x < lesser(8 * group + 8, width); ++x)
-      found |= (wanted ? wanted[x] : ~uint32_t(0)) & ~seeds[x];
-    far[group] = found;
+      found |= (wanted ? wanted[x] : ~uint32_t(0)) & ~sites[x];
+    pending[group] = found;
   }
 }
 
 // ---- 2. Carry: columns first..last-1 of one image
 
-CONTEXTRAST_CLONES void carry_columns(const uint32_t *seeds, uint32_t *carries, int64_t bands, int64_t plane,
+CONTEXTRAST_CLONES void carry_columns(const uint32_t *sites, uint32_t *carries, int64_t bands, int64_t plane,
                                       int64_t first, int64_t last) {
-  for (int64_t x = first; x < last; ++x) carries[x] = pack_carry(NO_SEED, 0);
+  for (int64_t x = first; x < last; ++x) carries[x] = pack_carry(NO_SITE, 0);
   for (int64_t band = 1; band < bands; ++band) {
-    const uint32_t *word = seeds + (band - 1) * plane, *from = carries + (band - 1) * plane;
+    const uint32_t *word = sites + (band - 1) * plane, *from = carries + (band - 1) * plane;
     uint32_t *to = carries + band * plane;
     for (int64_t x = first; x < last; ++x) to[x] = pack_carry(pass_down(word[x], carry_above(from[x])), 0);
   }
-  for (int64_t x = first; x < last; ++x) carries[(bands - 1) * plane + x] |= pack_carry(0, NO_SEED);
+  for (int64_t x = first; x < last; ++x) carries[(bands - 1) * plane + x] |= pack_carry(0, NO_SITE);
   for (int64_t band = bands - 2; band >= 0; --band) {
-    const uint32_t *word = seeds + (band + 1) * plane, *from = carries + (band + 1) * plane;
+    const uint32_t *word = sites + (band + 1) * plane, *from = carries + (band + 1) * plane;
     uint32_t *to = carries + band * plane;
     for (int64_t x = first; x < last; ++x) to[x] |= pack_carry(0, pass_up(word[x], carry_below(from[x])));
   }

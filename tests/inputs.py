@@ -72,7 +72,7 @@ def families(rng, H, W):
         "hole in a corner": hole(0, 0),
         "hole in the last corner": hole(H - 1, W - 1),
         "hole on the border": hole(0, W // 2),
-        "two far seeds": np.where(((r == 0) & (c == 0)) | ((r == H - 1) & (c == W - 1)), -1, 0),
+        "two far sites": np.where(((r == 0) & (c == 0)) | ((r == H - 1) & (c == W - 1)), -1, 0),
         "single pixel": put((r == H // 2) & (c == W // 3)),
         "single corner pixel": put((r == H - 1) & (c == 0)),
         "single row": put(r == H // 2),

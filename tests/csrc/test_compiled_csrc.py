@@ -125,7 +125,7 @@ def test_all_kernels_equal_the_cpu(devices, rng, what, arch):
 
 
 def far_holes(width):
-    """Few seeds that are far apart, so that whole rows are left to the anchors."""
+    """Few sites that are far apart, so that whole rows are left to the pivots."""
     classes = torch.zeros(1, 35, width, dtype=torch.int64)
     classes[0, 3, 5] = classes[0, 33, width // 2] = -1
     classes[0, 34, width - 1] = 1
@@ -157,7 +157,7 @@ def test_the_longest_lines_of_volumes_equal_the_cpu(gpu, sampling):
 
 
 def test_work_per_line_is_linear_in_its_length(gpu):
-    """The worst lines have seeds only at their ends, which no window reaches."""
+    """The worst lines have sites only at their ends, which no window reaches."""
 
     def of_a_pixel(op, sampling, width):
         mask = torch.ones(1, 1, width, dtype=torch.int32)
@@ -211,7 +211,7 @@ def test_any_call_equals_the_cpu(gpu, data):
 
 
 def test_every_small_map_equals_the_cpu(gpu):
-    """All maps of three values form one batch, which has every neighbourhood and every pair of seeds."""
+    """All maps of three values form one batch, which has every neighbourhood and every pair of sites."""
     for H, W in ((1, 4), (4, 1), (2, 2)):
         digits = np.arange(3 ** (H * W))[:, None] // 3 ** np.arange(H * W) % 3
         classes = torch.from_numpy(digits.reshape(-1, H, W) - 1)

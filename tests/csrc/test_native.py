@@ -108,7 +108,7 @@ def test_every_pair_of_borders_equals_scipy(rng, height, width):
 def test_long_lines_equal_scipy(rng, size):
     named = families(rng, *size)
     check_against_scipy(
-        [named[name] for name in ("hole in a corner", "two far seeds", "parabola", "disc", "density 0.1 %")]
+        [named[name] for name in ("hole in a corner", "two far sites", "parabola", "disc", "density 0.1 %")]
     )
 
 
@@ -124,7 +124,7 @@ def test_every_family_at_real_sizes_equals_scipy(rng, size):
 
 
 def test_largest_sides_have_exact_distances():
-    """At 16384 a squared distance takes 29 bits. With one seed in a corner distances are known in closed form."""
+    """At 16384 a squared distance takes 29 bits. With one site in a corner distances are known in closed form."""
     side = 16384
     for shape in ((3, side), (side, 3)):
         r, c = np.mgrid[: shape[0], : shape[1]]
