@@ -27,14 +27,14 @@ def costs(shape, sampling):
     return total
 
 
-def brute_force(seeds, sampling):
-    """Squared distances of bool (B, ...) to the nearest seed, and the number of the first such seed (-1 if none)."""
-    between = costs(seeds.shape[1:], sampling)
-    flat = seeds.reshape(len(seeds), -1)
+def brute_force(sites, sampling):
+    """Squared distances of bool (B, ...) to the nearest site, and the number of the first such site (-1 if none)."""
+    between = costs(sites.shape[1:], sampling)
+    flat = sites.reshape(len(sites), -1)
     far = np.where(flat[:, None, :], between, NO_EDGE if sampling is None else np.inf)
     squared, number = far.min(-1), far.argmin(-1)
     number = np.where(flat.any(1)[:, None], number, -1)
-    return squared.reshape(seeds.shape), number.reshape(seeds.shape)
+    return squared.reshape(sites.shape), number.reshape(sites.shape)
 
 
 def coordinates(number, shape):
