@@ -204,7 +204,7 @@ def official(
     ignore_index: int = 255,
 ) -> tuple[Callable[[], Tensor], str]:
     """The call of a relative's published loss on one batch, and a note on what it computes. The call returns a scalar
-    with a live graph. It samples with torch's CPU generator, so seed that generator to repeat a call.
+    attached to the autograd graph. It samples with torch's CPU generator, so seed that generator to repeat a call.
 
     Args:
         name: one of RELATIVES.
