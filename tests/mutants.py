@@ -35,6 +35,8 @@ SLOW = (
     *("interface/test_compile.py", "interface/test_vmap.py", "interface/test_subclasses.py", "loss/test_volumes.py"),
     *("interface/test_inference_and_meta.py", "relatives/test_relatives.py", "loss/test_group.py"),
 )
+COMPILED = ("compiled/test_ops.py",)
+"""The compiled kernels under opcheck, without the interpreter."""
 OWN = {
     "anchors": ("loss/test_anchors.py",),
     "pixel_anchor": ("loss/test_pixel_anchor.py",),
@@ -44,7 +46,7 @@ OWN = {
     "hashing": ("loss/test_hashing.py",),
     "maps": ("loss/test_bane.py", "distance/test_interface.py"),
 }
-"""The files of the core, and the tests that most likely kill their mutants. Then come ``QUICK`` and ``SLOW``."""
+"""The files of the core, and the tests that most likely kill their mutants. The groups above run after them."""
 LIMIT = 900.0
 """Seconds until the tests of a mutant count as hanging."""
 SWAPPED = {
@@ -139,6 +141,7 @@ def passes(tree: pathlib.Path, tests: Sequence[str]) -> bool:
         os.setsid()
         os.chdir(tree)
         os.environ["PYTHONPATH"] = str(tree)  # for the processes that tests start
+        os.environ["TRITON_INTERPRET"] = "0" if tests == COMPILED else "1"
         sys.path[:] = [str(tree), *(path for path in sys.path if pathlib.Path(path or ".").resolve() != ROOT)]
         with open(os.devnull, "w") as nowhere:
             os.dup2(nowhere.fileno(), 1)
@@ -206,7 +209,7 @@ def main() -> int:
     if options.list:
         print(*chosen, sep="\n")
         return 0
-    os.environ |= {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     sys.dont_write_bytecode = True  # else a mutant of the same size could be taken for the file before it
     import hypothesis  # noqa: F401
     import numpy  # noqa: F401
@@ -216,7 +219,7 @@ def main() -> int:
         os.environ["MUTANTS"] = held.enter_context(tempfile.TemporaryDirectory())
         fork = multiprocessing.get_context("fork")
         pool = held.enter_context(concurrent.futures.ProcessPoolExecutor(options.processes, fork))
-        more = (QUICK,) if options.quick else (QUICK, SLOW)
+        more = (QUICK,) if options.quick else (QUICK, COMPILED, SLOW)
         groups = dict.fromkeys([*(OWN[module] for module in options.only), *more])
         for tests, is_fine in zip(groups, pool.map(passes_unchanged, groups)):
             if not is_fine:
