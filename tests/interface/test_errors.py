@@ -482,6 +482,8 @@ OPTIONS = [
     ({"base_rate": 1.1}, ValueError, "base_rate", "1.1"),
     ({"base_rate": -1}, ValueError, "base_rate", "-1"),
     ({"base_rate": math.nan}, ValueError, "base_rate", "nan"),
+    ({"base_sampler": ck.Sampler("uniform", 20, 5), "base_rate": 0.5}, ValueError, "base_sampler", "base_rate=0.5"),
+    ({"base_sampler": "uniform"}, ValueError, "base_sampler", "uniform"),
     ({"distance_at": "both"}, ValueError, "distance_at", "both"),
     ({"normalize": "yes"}, TypeError, "normalize", "yes"),
     ({"normalize_anchors": 1}, TypeError, "normalize_anchors", "1"),
