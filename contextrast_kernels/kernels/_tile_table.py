@@ -106,10 +106,12 @@ TABLE = {
         # blocks fit. 32 classes at a time would spill 232 B. With 8 warps they would spill 88 B and take 70 % more
         # instructions.
         Row((2, 4), 256, Tiles(P=32, K=32, COLUMNS=64, ROWS=4)),
-        Row((2, 4), 512, Tiles(P=16, K=32, COLUMNS=64, ROWS=4)),
-        # D 720 needs 240-255 registers and 0-16 B of stack for two-byte features, 120-160 B for float32. 4 warps would
-        # spill 288 B.
-        Row((2, 4), 1024, Tiles(P=16, K=32, COLUMNS=64, ROWS=4, num_warps=8)),
+        # D 720 of two bytes needs 255 registers and 40-210 B of stack, D 1024 200-340 B. With 8 warps D 720 would spill
+        # 0-16 B, but take half as many instructions again for a pixel, and a thread would load two bytes at a time.
+        Row((2,), 1024, Tiles(P=16, K=32, COLUMNS=64, ROWS=4)),
+        Row((4,), 512, Tiles(P=16, K=32, COLUMNS=64, ROWS=4)),
+        # D 720 needs 240-255 registers and 120-160 B of stack.
+        Row((4,), 1024, Tiles(P=16, K=32, COLUMNS=64, ROWS=4, num_warps=8)),
         # This tile needs 226-236 registers, no stack and 16 KiB, so 1 block of 8 warps fits. 4 warps would spill 104 B,
         # P 32 3.2 KB.
         Row((8,), 1024, Tiles(P=16, K=32, COLUMNS=64, ROWS=4, num_warps=8)),
