@@ -1,5 +1,5 @@
-"""The file of the native library: why it cannot be opened, what it exports, and its tests under AddressSanitizer and
-UndefinedBehaviorSanitizer."""
+"""The file of the native library: why it cannot be opened, what it exports, what it cannot take, and its tests under
+AddressSanitizer and UndefinedBehaviorSanitizer."""
 
 import os
 import pathlib
@@ -9,9 +9,12 @@ import sys
 
 import pytest
 import torch
+from inputs import scene
 
 import contextrast_kernels as ck
 from contextrast_kernels import native
+from contextrast_kernels.backend import _warn_once
+from contextrast_kernels.bane import layer_negatives
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -75,6 +78,41 @@ def test_cpu_call_does_not_initialise_cuda(monkeypatch):
     classes = torch.tensor([[[0, 0, 0, 1]]])
     with ck.backend("native"):
         assert ck.edge_distance(classes, squared=True).tolist() == [[[4, 1, 0, 0]]]
+
+
+# --------------------------------------------------------------------------------------------- more than it can take
+
+
+@pytest.mark.parametrize("distance_at", ["layer", "full"])
+def test_more_layers_than_one_call_takes_are_chosen_layer_by_layer(rng, distance_at):
+    labels, predictions = scene(rng, B=2, N=5, H=20, W=24)
+    sizes = [(20 - i, 24 - i) for i in range(native.MOST_LAYERS + 1)]
+    results = []
+    for backend in ("native", "reference"):
+        with ck.backend(backend):
+            results.append(
+                layer_negatives(predictions, labels, sizes, 5, 0.3, "bane", distance_at, 255, torch.tensor(4))
+            )
+    (layers, counts), (expected, expected_counts) = results
+    assert all(torch.equal(layer, other) for layer, other in zip(layers, expected, strict=True))
+    assert torch.equal(counts, expected_counts)
+
+
+def test_more_classes_than_the_library_takes_run_on_the_reference(rng, monkeypatch):
+    monkeypatch.delenv("CONTEXTRAST_BACKEND", raising=False)
+    labels, predictions = scene(rng, B=2, N=5, H=20, W=24)
+    calls = [
+        lambda N: ck.bane_negatives(predictions, labels, num_classes=N),
+        lambda N: ck.select_nearest(labels, labels, 0.3, num_classes=N),
+    ]
+    _warn_once.cache_clear()
+    for choose in calls:
+        expected = choose(native.MOST_CLASSES)
+        with pytest.warns(RuntimeWarning, match="at most 1048576 classes, got 1048577"):
+            assert torch.equal(choose(native.MOST_CLASSES + 1), expected)
+        _warn_once.cache_clear()
+        with ck.backend("native"), pytest.raises(RuntimeError, match=r"^backend: .*got 'native': .* got 1048577\. Use"):
+            choose(native.MOST_CLASSES + 1)
 
 
 # ----------------------------------------------------------------------------------------------------------- sanitizers
