@@ -21,8 +21,9 @@ namespace contextrast {
 namespace {
 
 constexpr int STRIP = 64;  // columns of a plane that are searched along y together
-constexpr int TASK_PIXELS = 1 << 14;  // a task has at least about as many
-constexpr int64_t HUGE_PAGE = 2 << 20, TASKS_OF_WORKER = 16;
+constexpr int TASK_PIXELS = 1 << 14;     // about the fewest pixels of a task
+constexpr int64_t TASKS_OF_WORKER = 16;  // tasks are not made so large that a worker would have fewer
+constexpr int64_t HUGE_PAGE = 2 << 20;   // bytes
 
 // ---- 3. Solve
 

@@ -224,7 +224,8 @@ def evidence(rows: Sequence[Result]) -> str:
         for protocol, names in STUDIES.items():
             found = difference(rows, protocol, arm, "miou", against="bane")
             n = len(found.differences)
-            told = f"{found.mean:+.2f} {interval(found.student)}, n = {n}" if n else "not measured yet"
+            bounds = f" {interval(found.student)}" if n > 1 else ""
+            told = f"{found.mean:+.2f}{bounds}, n = {n}" if n else "not measured yet"
             cells.append(told if arm in names else "not planned")
         lines.append([str(choice), f"`{arm}`: {ARMS[arm].text}", *cells])
     return table(["◇", "other reading (ours: `bane`)", "all labels", "a quarter of the labels"], lines)

@@ -79,14 +79,12 @@ def assert_lean(rows: list[dict]) -> None:
         # Blackwell's own instructions do not name the type.
         if expected and not any(expected in kind or kind.startswith("UTC") for kind in row["kinds"]):
             wrong.append(f"{name_of(row)}: no {expected} product, but {row['kinds']}")
-        # A tile of 8 channels and 16 pixels of float64 has 8 bytes for each thread.
-        has_wide = (row["dtype"], row["D"], kernel) != ("float64", 8, "_features_bwd")
         if kernel in SWEEPS and row["aligned"]:
-            if has_wide and row["wide_loads"] == 0:
+            if row["wide_loads"] == 0:
                 wrong.append(f"{name_of(row)}: no load of 16 bytes")
             if row["two_byte_loads"] and row["N"] < 256:  # whose codes have two bytes
                 wrong.append(f"{name_of(row)}: {row['two_byte_loads']} loads of two bytes")
-            if kernel.startswith("_features_bwd") and has_wide and row["wide_stores"] == 0:
+            if kernel.startswith("_features_bwd") and row["wide_stores"] == 0:
                 wrong.append(f"{name_of(row)}: no store of 16 bytes")
     assert not wrong, "\n".join(wrong)
 
