@@ -20,7 +20,7 @@ from triton import language as tl
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from contextrast_kernels.kernels._tile_table import NARROW, Tiles, next_power_of_2
+from contextrast_kernels.kernels._tile_table import Tiles, next_power_of_2
 
 UNFUSED = {"enable_fp_fusion": False}
 """For kernels whose threads all store one number that they reduced. Fused into the first step of a reduction, a product
@@ -369,7 +369,7 @@ def launches_of(
         wide = any(layout.wide for layout in group.layouts)
         copies = copied is not None and readable and all(layout.aligned for layout in group.layouts) and not wide
         group_tiles = (
-            copied if copies else tiles._replace(P=segment(shapes, tiles.P if readable else min(tiles.P, NARROW)))
+            copied if copies else tiles._replace(P=segment(shapes, tiles.P if readable else min(tiles.P, tiles.NARROW)))
         )
         blocks = tuple(B * ceil_div(h, group_tiles.ROWS) * ceil_div(w, group_tiles.P) for B, h, w in sizes)
         first = list(itertools.accumulate(blocks, initial=0))[:-1]

@@ -18,9 +18,6 @@ PIXELS = 1024
 """Pixels of a program that reads label codes alone: 8 a thread."""
 RUN = 256
 """Partial sums that a program adds up at a time: 2 a thread."""
-NARROW = 32
-"""The most pixels of a row where rows cannot be read 16 bytes at a time, as with camvid's of 60, 30 and 15: with 64
-``_class_anchors_fwd`` spills 592 B and ``_features_bwd`` 112 B on sm_90 (bfloat16, D 256), with 32 neither any."""
 PROGRAMS = 264
 """Where the held vectors of ``info_nce`` fill fewer, the streamed ones are split: two programs for each multiprocessor
 of an H100. A constant, so that no sum depends on the device."""
@@ -47,6 +44,9 @@ class Tiles(NamedTuple):
     round, and its sums go out once for 8 rows."""
     CHUNK: int = 16
     """Channels taken at a time where nothing but arithmetic asks for them: 16 bytes a thread and load."""
+    NARROW: int = 32
+    """The most pixels of a row where rows cannot be read 16 bytes at a time, as with camvid's of 60, 30 and 15: with 64
+    ``_class_anchors_fwd`` spills 592 B and ``_features_bwd`` 112 B on sm_90 (bfloat16, D 256), with 32 neither any."""
 
 
 class Row(NamedTuple):
@@ -104,8 +104,9 @@ TABLE = {
     "_features_bwd_dense": (
         # The row's gradient, P x D, is held in registers. This tile needs 234-249 registers, no stack and 8 KiB, so 2
         # blocks fit. 32 classes at a time would spill 232 B. With 8 warps they would spill 88 B and take 70 % more
-        # instructions.
-        Row((2, 4), 256, Tiles(P=32, K=32, COLUMNS=64, ROWS=4)),
+        # instructions. Rows that cannot be read 16 bytes at a time need 255 registers and 8-170 B of stack; P 32 would
+        # spill 1.4 KB there.
+        Row((2, 4), 256, Tiles(P=32, K=32, COLUMNS=64, ROWS=4, NARROW=16)),
         # D 720 of two bytes needs 255 registers and 40-210 B of stack, D 1024 200-340 B. With 8 warps D 720 would spill
         # 0-16 B, but take half as many instructions again for a pixel, and a thread would load two bytes at a time.
         Row((2,), 1024, Tiles(P=16, K=32, COLUMNS=64, ROWS=4)),
@@ -183,7 +184,10 @@ def _tiles_of(kernel: str, dtype: torch.dtype, D: int, rdna: bool) -> Tiles:
     K = min(row.K, max(16, next_power_of_2(D)))
     chunks = -(-D // K)
     parts = -(-chunks * K // row.COLUMNS) if row.COLUMNS else 1
-    return row._replace(K=K, COLUMNS=-(-chunks // parts) * K, CHUNK=min(row.CHUNK, next_power_of_2(D)))
+    tiles = row._replace(K=K, COLUMNS=-(-chunks // parts) * K, CHUNK=min(row.CHUNK, next_power_of_2(D)))
+    if kernel == "_features_bwd" and D < row.CHUNK:  # so few bytes that fewer threads load 16 each
+        tiles = tiles._replace(num_warps=max(1, min(row.num_warps, row.P * tiles.CHUNK * dtype.itemsize // 512)))
+    return tiles
 
 
 class InfoNceTiles(NamedTuple):
