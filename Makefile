@@ -6,7 +6,7 @@ RUN := $(VENV)/bin/python
 INSTALL := -m pip install --quiet --no-compile
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*)
 
-.PHONY: demo test test-all test-floor bench gpu lint format docs wheel clean
+.PHONY: demo test test-long test-all test-floor bench gpu lint format docs wheel clean
 
 # make demo                                    texture mosaics
 # make demo DATA=camvid ROOT=<folder>          real street scenes in SegNet's CamVid layout
@@ -22,6 +22,10 @@ test: $(VENV)/.all
 	trap "kill $$compiled" INT TERM; \
 	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder --ignore tests/compiled --durations 10 $(ARGS); \
 	failed=$$?; wait $$compiled; failed=$$((failed + $$?)); cat build/compiled.log; exit $$failed
+
+# The tests that CI runs besides: native code under sanitizers, and kernels compiled for GPUs.
+test-long: $(VENV)/.all
+	$(RUN) -m pytest -n 2 --dist loadfile -m "long and not slow" --durations 10 $(ARGS)
 
 test-all: $(VENV)/.all
 	$(RUN) -m pytest -m "slow or not slow" --ignore tests/compiled $(ARGS)

@@ -174,6 +174,7 @@ def run_sanitized(compiler, library, program, *arguments):
 RUN_TESTS = "import sys, pytest; sys.exit(pytest.main(['-s', '-p', 'no:cacheprovider', *sys.argv[1:]]))"
 
 
+@pytest.mark.long
 def test_sanitizers_see_an_overrun(compiler, sanitized_library):
     """They detect an output that is one row too short, and a scratch that is 16 bytes too short."""
     calls = """
@@ -198,6 +199,7 @@ for rows, scratch_bytes in ((40, size), (39, size), (40, size - 16)):
     assert done.stderr.count("ERROR: AddressSanitizer") == 2
 
 
+@pytest.mark.long
 def test_fuzzed_calls_are_clean_under_sanitizers(compiler, sanitized_library):
     """The examples are always the same, so that a failure can be repeated. The slow test below draws new ones and runs
     all tests of the library."""

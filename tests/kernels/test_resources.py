@@ -134,7 +134,7 @@ def test_the_tile_table_serves_every_dtype_and_number_of_channels():
 @pytest.mark.parametrize(
     "path",
     [
-        "--sizes cityscapes --layout nchw --arch 90",
+        pytest.param("--sizes cityscapes --layout nchw --arch 90", marks=pytest.mark.long),
         pytest.param("--sizes ade20k --classes 150 --layout channels_last --arch 80", marks=pytest.mark.slow),
     ],
 )
@@ -144,6 +144,7 @@ def test_paper_paths_compile_within_limits(path):
     assert_hardly_spilled(rows)
 
 
+@pytest.mark.long
 def test_dense_negatives_in_float32_compile_within_limits():
     rows = compiled(
         "--op", "contextrast_loss", "--negatives", "all", "--layout", "nchw", "--arch", "100", "--dtype", "float32"
