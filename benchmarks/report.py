@@ -9,6 +9,7 @@ it was drawn from, so it can be checked without drawing it again.
 """
 
 import argparse
+import functools
 import hashlib
 import inspect
 import pathlib
@@ -240,13 +241,13 @@ def everything(rows: Sequence[Row], chosen: Callable[[Row], bool]) -> str:
 # ---------------------------------------------------------------------------------------------------------------- plots
 
 
-def digest(draw: Callable, rows: Sequence[Row]) -> str:
-    """A hash of all that a picture depends on: the rows and the code that draws them."""
-    text = inspect.getsource(draw) + "\n".join(map(str, map(astuple, rows)))
+def digest(draw: functools.partial, rows: Sequence[Row]) -> str:
+    """A hash of all that a picture depends on: the rows, the code that draws them and its options."""
+    text = f"{inspect.getsource(draw.func)}{draw.keywords}\n" + "\n".join(map(str, map(astuple, rows)))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def render(path: pathlib.Path, draw: Callable, rows: Sequence[Row]) -> None:
+def render(path: pathlib.Path, draw: functools.partial, rows: Sequence[Row]) -> None:
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,11 +1,12 @@
 """docs/camvid.md, its pictures, and the study's block of docs/method.md, from ``results/camvid.csv`` alone."""
 
+import functools
 import json
 import math
 import pathlib
 import re
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -123,6 +124,11 @@ def watched(rows: Sequence[Result]) -> list[Result]:
     return list((scored(rows, "pretrained", "bane") or scored(rows, "alpha", "alpha-0.1")).values())
 
 
+def timed(rows: Iterable[Result]) -> list[Result]:
+    """The times of a step, in the order of the arms."""
+    return sorted((row for row in rows if row.protocol == "timing"), key=lambda row: list(ARMS).index(row.arm))
+
+
 # --------------------------------------------------------------------------------------------------------------- tables
 
 
@@ -207,11 +213,9 @@ def sweep(rows: Sequence[Result]) -> str:
 
 
 def times(rows: Sequence[Result]) -> str:
-    timed = {row.arm: row for row in rows if row.protocol == "timing"}
-    base = timed.get("baseline")
+    base = next((row.step_ms for row in timed(rows) if row.arm == "baseline"), math.nan)
     lines = [
-        [f"`{arm}`", f"{row.step_ms:.0f}", f"{row.step_ms / base.step_ms:.2f}" if base else "–", row.device]
-        for arm, row in timed.items()
+        [f"`{row.arm}`", f"{row.step_ms:.0f}", number(row.step_ms / base, ".2f"), row.device] for row in timed(rows)
     ]
     return table(["arm", "ms per step", "× baseline", "device"], lines)
 
@@ -234,12 +238,11 @@ def evidence(rows: Sequence[Result]) -> str:
 # ---------------------------------------------------------------------------------------------------------------- plots
 
 
-def plot_differences(axes_of, rows: Sequence[Result]):
-    """A dot for each seed, the mean with its 95 % interval by Student's t."""
-    pairs = [(p, arm) for p, names in STUDIES.items() for arm in names if difference(rows, p, arm, "miou").differences]
-    pairs = [pair for pair in pairs if pair[1] != "baseline"]
-    panels = axes_of(3, (12, 1.4 + 0.3 * len(pairs)))
-    for axes, score in zip(panels, ("miou", "boundary_3", "rare")):
+def plot_differences(axes_of, rows: Sequence[Result], protocols: Sequence[str], scores: Sequence[str]):
+    """A panel for each score: a dot for each seed, the mean with its 95 % interval by Student's t."""
+    pairs = [(p, arm) for p in protocols for arm in STUDIES[p][1:] if difference(rows, p, arm, "miou").differences]
+    panels = axes_of(len(scores), (4 + 3 * len(scores), 1.2 + 0.3 * len(pairs)))
+    for axes, score in zip(panels, scores):
         for place, pair in enumerate(pairs):
             found = difference(rows, *pair, score)
             axes.plot(found.differences, [place] * len(found.differences), "o", color="C0", markersize=3, alpha=0.6)
@@ -247,9 +250,11 @@ def plot_differences(axes_of, rows: Sequence[Result]):
             if found.student[0] == found.student[0]:
                 axes.plot(found.student, [place] * 2, color="C3", linewidth=1)
         axes.axvline(0, color="black", linewidth=0.8)
-        axes.set_yticks(range(len(pairs)), [f"{arm}, {p}" for p, arm in pairs] if axes is panels[0] else [])
-        axes.invert_yaxis()
-        axes.set_xlabel(f"{PERCENT[score]}: points above the baseline")
+        names = [arm if len(protocols) == 1 else f"{arm}, {p}" for p, arm in pairs]
+        axes.set_yticks(range(len(pairs)), names if axes is panels[0] else [])
+        axes.set_ylim(len(pairs) - 0.5, -0.5)
+        axes.locator_params(axis="x", nbins=5)
+        axes.set_xlabel(f"{PERCENT[score]}, points − baseline" if score in PERCENT else f"{score} − baseline")
         axes.grid(axis="x", alpha=0.3)
 
 
@@ -279,13 +284,48 @@ def plot_layers(axes_of, rows: Sequence[Result]):
     panels[0].figure.tight_layout()
 
 
-def plots(rows: Sequence[Result]) -> dict[str, tuple[Callable, list[Result]]]:
+def plot_sweep(axes_of, rows: Sequence[Result]):
+    """A dot for each seed and α, and their mean."""
+    [axes] = axes_of(1, (5, 2.6))
+    weights, scores = [row.weight for row in rows], [100 * row.miou for row in rows]
+    axes.plot(weights, scores, "o", markersize=4, alpha=0.6)
+    means = {w: statistics.fmean(s for weight, s in zip(weights, scores) if weight == w) for w in sorted(set(weights))}
+    axes.plot(means.keys(), means.values(), "D-", color="C3", markersize=5, linewidth=1)
+    axes.set_xscale("log")
+    axes.set_xticks(list(means), [f"{weight:g}" for weight in means])
+    axes.minorticks_off()
+    axes.set_xlabel("α")
+    axes.set_ylabel("mIoU, %")
+    axes.grid(alpha=0.3)
+
+
+def plot_times(axes_of, rows: Sequence[Result]):
+    [axes] = axes_of(1, (7, 1 + 0.3 * len(rows)))
+    axes.barh([row.arm for row in rows], [row.step_ms for row in rows])
+    axes.invert_yaxis()
+    axes.set_xlabel("ms per step")
+    axes.grid(axis="x", alpha=0.3)
+
+
+def plots(rows: Sequence[Result]) -> dict[str, tuple[functools.partial, list[Result]]]:
     """For each picture the function that draws it, and its rows. A picture without rows is left out."""
     found = {}
-    if any(difference(rows, p, arm, "miou").differences for p, names in STUDIES.items() for arm in names[1:]):
-        found["differences"] = (plot_differences, [row for row in rows if row.protocol in STUDIES])
-    if watched(rows):
-        found["layers"] = (plot_layers, watched(rows))
+    measures = ("boundary_3", "rare", *OTHERS)
+    for name, protocols, scores in (
+        ("all-labels", ("pretrained",), ("miou",)),
+        ("few-labels", ("few-labels",), ("miou",)),
+        ("measures", tuple(STUDIES), measures),
+    ):
+        if any(difference(rows, p, arm, "miou").differences for p in protocols for arm in STUDIES[p][1:]):
+            draw = functools.partial(plot_differences, protocols=protocols, scores=scores)
+            found[name] = (draw, [row for row in rows if row.protocol in protocols])
+    for name, draw, drawn in (
+        ("layers", plot_layers, watched(rows)),
+        ("sweep", plot_sweep, [row for arm in SWEEP for row in scored(rows, "alpha", arm).values()]),
+        ("times", plot_times, timed(rows)),
+    ):
+        if drawn:
+            found[name] = (functools.partial(draw), drawn)
     return found
 
 
@@ -316,11 +356,22 @@ def page(rows: Sequence[Result], drawn: Iterable[str]) -> str:
     commits = [row.commit for row in sorted(rows, key=lambda row: row.protocol == "timing")]
     complete = all(len(scored(rows, "alpha", arm)) == len(SWEEP_SEEDS) for arm in SWEEP)
     pictures = {
-        "differences": "Difference of each arm from the baseline, seed by seed",
+        "all-labels": "mIoU of each arm minus the baseline's, seed by seed, with all labels",
+        "few-labels": "mIoU of each arm minus the baseline's, seed by seed, with a quarter of the labels",
+        "measures": "The other measures of each arm minus the baseline's, seed by seed",
         "layers": "Errors at distance 0, negatives, and the two gradients over the training, by layer",
+        "sweep": "mIoU of two seeds for each α",
+        "times": "Time of a step of each arm",
     }
-    fields = {f"picture_{name}": f"![{text}](camvid/{name}.png)" for name, text in pictures.items() if name in drawn}
-    fields = {f"picture_{name}": "" for name in pictures} | fields
+    fields = {
+        f"picture_{name.replace('-', '_')}": f"![{text}](camvid/{name}.png)"
+        for name, text in pictures.items()
+        if name in drawn
+    }
+    fields = {
+        f"picture_{name.replace('-', '_')}": f"![{text}](camvid/{name}.png)" if name in drawn else ""
+        for name, text in pictures.items()
+    }
     text = TEMPLATE.read_text().format(
         headline=headline(rows),
         where=where(rows),

@@ -103,6 +103,17 @@ def test_page_holds_the_numbers_of_its_rows():
     assert f"| {bane.mean:+.2f} | [{bane.student[0]:+.2f}, {bane.student[1]:+.2f}] |" in text
 
 
+def test_each_question_has_one_table_and_one_picture():
+    rows = study(0.02, 3) + [made_up("alpha", arm, s) for arm in arms.SWEEP for s in arms.SWEEP_SEEDS]
+    rows += [replace(made_up("timing", arm, 0), miou=None, step_ms=800.0) for arm in ("bane", "baseline")]
+    text = page.page(rows, page.plots(rows))
+    questions = [section for section in text.split("\n## ") if "?" in section.splitlines()[0]][1:]
+    assert len(questions) == 6
+    for section in questions:
+        assert section.count("\n| --- |") == 1, section
+        assert section.count("\n![") == 1, section
+
+
 def test_diverged_trainings_are_counted():
     rows = [*study(0.0, 2), replace(made_up("pretrained", "bane", 2), status="diverged: so")]
     assert "| `bane` | " + arms.ARMS["bane"].text + " | 2, 1 diverged |" in page.page(rows, ())
@@ -137,7 +148,7 @@ def test_report_writes_the_page_and_finds_it_stale(docs, capsys, seeds):
     call = ["--root", str(docs), "--results", str(docs / "results")]
     results.write(docs / "results" / FILE, study(0.01, seeds), Result)
     assert report.main(call) == 0 and report.main([*call, "--check"]) == 0
-    assert (docs / "docs/camvid/differences.png").exists() == (docs / "docs/camvid/layers.png").exists() == (seeds > 0)
+    assert (docs / "docs/camvid/all-labels.png").exists() == (docs / "docs/camvid/layers.png").exists() == (seeds > 0)
     results.write(docs / "results" / FILE, study(0.02, 4), Result)
     capsys.readouterr()
     assert report.main([*call, "--check"]) == 1 and "camvid.md does not match" in capsys.readouterr().out
