@@ -33,10 +33,13 @@ from benchmarks.results import table
 PERCENT = {"miou": "mIoU", "rare": "rare classes", "boundary_3": "boundary, 3 px", "boundary_5": "boundary, 5 px"}
 OTHERS = {"alignment": "alignment", "uniformity": "uniformity"}
 STUDIES = {"pretrained": (*COMPONENTS, *REST), "few-labels": FEW}
+LABELS = {"pretrained": "With all labels", "few-labels": "With a quarter of the labels"}
+"""What a protocol of ``STUDIES`` trains on."""
 CHOICES = {"ccl": 10, "base-rate-0.1": 10, "full-distance": 16, "semi-hard": 18}
 """Arms that answer an open question (◇) of docs/method.md differently, and its number."""
 LEAST = 3
 """The fewest seeds from which a conclusion is drawn."""
+NO_EFFECT = "no effect was seen"
 STRIDES = ("stride 4", "stride 8", "stride 16", "stride 32")
 LAYERS = {
     "errors": ("errors, %", 100, ".1f"),
@@ -77,29 +80,46 @@ def headline(rows: Sequence[Result]) -> str:
     full, few = (len(difference(rows, protocol, "bane", "miou").differences) for protocol in STUDIES)
     if max(full, few) < LEAST:
         return f"Not known yet: {full} of {len(SEEDS)} planned seeds are trained, {few} with a quarter of the labels"
-    return (
-        f"With all labels: {verdict(rows, 'pretrained')}. With a quarter of the labels: {verdict(rows, 'few-labels')}"
-    )
+    return ". ".join(f"{labels}: {verdict(rows, protocol)}" for protocol, labels in LABELS.items())
 
 
 def verdict(rows: Sequence[Result], protocol: str) -> str:
-    found, planned = difference(rows, protocol, "bane", "miou"), len(SEEDS)
-    n = len(found.differences)
-    if n < LEAST:
-        return f"not known yet, {n} of {planned} planned seeds are trained"
-    seeds = f"{n} of {planned} planned seeds"
-    size = f"{found.mean:+.2f} points of mIoU {interval(found.student)}, {seeds}"
+    found = difference(rows, protocol, "bane", "miou")
+    if len(found.differences) < LEAST:
+        return "not known yet"
     if not corrected(rows, protocol)["bane"] < 0.05:
-        return f"no effect was seen ({size}; {found.detectable:.1f} points or more would have been seen)"
-    return f"yes ({size})" if found.mean > 0 else f"it does harm ({size})"
+        return NO_EFFECT
+    return "yes" if found.mean > 0 else "it does harm"
+
+
+def findings(rows: Sequence[Result]) -> str:
+    """The numbers behind the verdicts, a sentence for each protocol. Without any verdict the headline has them."""
+    if headline(rows).startswith("Not known"):
+        return ""
+    sentences = []
+    for protocol, labels in LABELS.items():
+        found = difference(rows, protocol, "bane", "miou")
+        seeds = f"{len(found.differences)} of {len(SEEDS)} planned seeds"
+        if len(found.differences) < LEAST:
+            sentences.append(f"{labels} {seeds} are trained.")
+            continue
+        size = f"{number(found.mean, '+.2f')} points of mIoU (95 % interval {interval(found.student)})"
+        power = f"; an uncorrected test detects a true difference of {found.detectable:.1f} points with 80 % power"
+        power = power if verdict(rows, protocol) == NO_EFFECT else ""
+        sentences.append(f"{labels} the mean difference from cross-entropy alone is {size} over {seeds}{power}.")
+    return " ".join(sentences)
 
 
 def interval(pair: tuple[float, float], form: str = "+.2f") -> str:
-    return f"[{pair[0]:{form}}, {pair[1]:{form}}]" if not math.isnan(pair[0]) else "–"
+    return "–" if math.isnan(pair[0]) else f"[{number(pair[0], form)}, {number(pair[1], form)}]"
 
 
 def number(value: float, form: str) -> str:
-    return "–" if math.isnan(value) else f"{value:{form}}"
+    """A number that is rounded to 0 has no sign."""
+    if math.isnan(value):
+        return "–"
+    text = f"{value:{form}}"
+    return text if text.strip("+-0.") else text.lstrip("+-")
 
 
 def spread(values: Sequence[float], form: str = ".2f") -> str:
@@ -166,7 +186,9 @@ def everything(rows: Sequence[Result]) -> str:
                 found = difference(rows, protocol, arm, score)
                 mean = f"{unit * statistics.fmean(getattr(row, score) for row in of_arm):{form}}"
                 beside = "" if math.isnan(found.p) else f" {interval(found.student, '+' + form)}"
-                change = "" if arm == "baseline" or not found.differences else f" ({found.mean:+{form}}{beside})"
+                change = (
+                    "" if arm == "baseline" or not found.differences else f" ({number(found.mean, '+' + form)}{beside})"
+                )
                 cells.append(mean + change)
             lines.append(cells)
     return table(["protocol", "arm", *list(PERCENT.values())[1:], *OTHERS.values()], lines)
@@ -199,7 +221,7 @@ def seen(rows: Sequence[Result]) -> str:
         f"are at distance 0 ({edge[0][0]} and {edge[0][1]} in the first fifth). BANE breaks ties by a hash, so where "
         f"nearly all are at distance 0, its choice is almost the same as the semi-hard one. Over all "
         f"parameters of the encoder the gradient of the weighted loss has {100 * ratio:.1f} % of the norm of the "
-        f"cross-entropy's gradient, and the cosine of the two is {cosine:+.3f}."
+        f"cross-entropy's gradient, and the cosine of the two is {number(cosine, '+.3f')}."
     )
 
 
@@ -229,7 +251,7 @@ def evidence(rows: Sequence[Result]) -> str:
             found = difference(rows, protocol, arm, "miou", against="bane")
             n = len(found.differences)
             bounds = f" {interval(found.student)}" if n > 1 else ""
-            told = f"{found.mean:+.2f}{bounds}, n = {n}" if n else "not measured yet"
+            told = f"{number(found.mean, '+.2f')}{bounds}, n = {n}" if n else "not measured yet"
             cells.append(told if arm in names else "not planned")
         lines.append([str(choice), f"`{arm}`: {ARMS[arm].text}", *cells])
     return table(["◇", "other reading (ours: `bane`)", "all labels", "a quarter of the labels"], lines)
@@ -374,6 +396,7 @@ def page(rows: Sequence[Result], drawn: Iterable[str]) -> str:
     }
     text = TEMPLATE.read_text().format(
         headline=headline(rows),
+        findings=findings(rows),
         where=where(rows),
         compared_pretrained=compared(rows, "pretrained"),
         compared_few=compared(rows, "few-labels"),

@@ -41,27 +41,51 @@ def study(effect, seeds, protocols=("pretrained", "few-labels"), scatter=0.01):
     return rows
 
 
+def beginning(rows):
+    """The heading, and the paragraph below it."""
+    heading, empty, paragraph = page.page(rows, page.plots(rows)).splitlines()[:3]
+    assert not empty
+    return heading, paragraph
+
+
 def first_line(rows):
-    return page.page(rows, page.plots(rows)).splitlines()[0]
+    return beginning(rows)[0]
 
 
 def test_first_line_without_enough_seeds_says_so():
     none = "Not known yet: {} of 8 planned seeds are trained, {} with a quarter of the labels."
     assert first_line([]) == f"# Does the loss help on CamVid? {none.format(0, 0)}"
     assert none.format(2, 2) in first_line(study(0.3, 2))
-    some = first_line(study(0.3, 3, protocols=["pretrained"]))
-    assert "With a quarter of the labels: not known yet, 0 of 8 planned seeds are trained." in some
+    heading, paragraph = beginning(study(0.3, 3, protocols=["pretrained"]))
+    assert heading.endswith("With a quarter of the labels: not known yet.")
+    assert paragraph.endswith(" With a quarter of the labels 0 of 8 planned seeds are trained.")
     unpaired = [made_up("pretrained", "baseline", seed) for seed in range(4)]
     assert none.format(0, 0) in first_line(unpaired + [made_up("pretrained", "bane", seed) for seed in range(4, 8)])
 
 
 def test_first_line_says_what_the_data_show():
-    assert "With all labels: yes (+2" in first_line(study(0.025, 8))
-    assert "With all labels: it does harm (-2" in first_line(study(-0.025, 8))
-    assert "no effect was seen (" in first_line(study(0.0, 8))
-    assert "8 of 8 planned seeds;" in first_line(study(0.0, 8))
-    some = first_line(study(0.025, 5, scatter=0.003))
-    assert "With all labels: yes (" in some and "5 of 8 planned seeds" in some
+    for effect, shown, sign in ((0.025, "yes", "+2"), (-0.025, "it does harm", "-2")):
+        heading, paragraph = beginning(study(effect, 8))
+        assert f"With all labels: {shown}." in heading and "power" not in paragraph
+        assert paragraph.startswith(f"With all labels the mean difference from cross-entropy alone is {sign}")
+    rows = study(0.0, 8)
+    heading, paragraph = beginning(rows)
+    assert heading.endswith("? With all labels: no effect was seen. With a quarter of the labels: no effect was seen.")
+    bane = page.difference(rows, "pretrained", "bane", "miou")
+    assert paragraph.startswith(
+        f"With all labels the mean difference from cross-entropy alone is {bane.mean:+.2f} points of mIoU (95 % "
+        f"interval [{bane.student[0]:+.2f}, {bane.student[1]:+.2f}]) over 8 of 8 planned seeds; an uncorrected test "
+        f"detects a true difference of {bane.detectable:.1f} points with 80 % power. With a quarter of the labels"
+    )
+    heading, paragraph = beginning(study(0.025, 5, scatter=0.003))
+    assert "With all labels: yes." in heading and "over 5 of 8 planned seeds." in paragraph
+
+
+def test_a_number_that_is_rounded_to_zero_has_no_sign():
+    assert [page.number(x, "+.2f") for x in (-0.004, 0.0, 0.004, -0.006, 10.0)] == [
+        *("0.00", "0.00", "0.00", "-0.01", "+10.00")
+    ]
+    assert page.interval((-0.004, 0.006)) == "[0.00, +0.01]" and page.number(float("nan"), "+.2f") == "–"
 
 
 def test_first_line_is_corrected_over_the_arms():
@@ -94,7 +118,7 @@ def test_page_holds_the_numbers_of_its_rows():
     text = page.page(rows, page.plots(rows))
     assert "The sweep is complete: α = 0.3." in text and "| 0.3 | 2 | 55.00 ± 0.00 |" in text
     assert "| `bane` | 1000 | 1.25 | a CPU |" in text
-    assert "| stride 4 | 10.0 | 25 | 600 | 11.0 | 1.50 | 0.100 | +0.000 |" in text
+    assert "| stride 4 | 10.0 | 25 | 600 | 11.0 | 1.50 | 0.100 | 0.000 |" in text
     assert "25 % of the error pixels at stride 4 and 95 % at stride 32" in text and "12.0 % of the norm" in text
     assert f"| status | {3 * 10 + 3 * 3 + 6} of {len(list(arms.plan()))} trainings finished | not run |" in text
     assert "git worktree add ../camvid-study 0123456" in text and "500 CPU seconds" in text
