@@ -483,6 +483,8 @@ def test_a_report_of_every_kind_of_row(tmp_path):
     assert f"{fused.plan_mb / fused.median_ms / 43:.3g} %" in line
     assert line.endswith(f"| {fused.median_ms / (4 * 348160 * 256 * 2 / 4300e6):.3g} |")
     assert "failed: RuntimeError: too slow" in page
+    assert page.count(report.COLUMNS.format(ours="`triton`, `contextrast` or `contextrast native`")) == 1
+    assert "relative's loss" not in page and "torch.compile, eager" not in page and "_Loss" not in page
     assert "Not measured" not in readme
     assert "driver 580.1, torch 2.11.0, Triton 3.6.0, commit 0123456" in readme
 
@@ -525,19 +527,34 @@ def test_distances_are_listed_beside_the_fastest_peer_with_as_many_threads(tmp_p
     assert "Without indices SciPy takes 15 times as long. With indices SciPy takes 10 times as long." in page
 
 
+def test_edt_has_one_name_for_several_labels_in_maps_and_volumes():
+    volume, image = (
+        next(c for c in run.distances.cases() if (c.what, c.is_volume) == kind)
+        for kind in (("edge_distance", True), ("edge_distance", False))
+    )
+    rows = [
+        results.Row(by=by, threads=1, median_ms=time, iqr_ms=0.0, **case.columns)
+        for case, peer in ((volume, "edt"), (image, "edt multi-label"))
+        for by, time in ((run.distances.OURS, 200.0), (peer, 500.0))
+    ]
+    lines = run.distances.table(rows).splitlines()
+    assert sum("| 200 ms | 500 ms, edt multi-label | 2.5 |" in line for line in lines) == 2
+
+
 def test_relative_times_are_ratios_to_ours(tmp_path):
     rows = made_up_rows()
     where = report_into(tmp_path, rows)
     assert report.main(where) == 0
     page = (tmp_path / "docs" / "performance.md").read_text()
-    relatives = columns_of(page, f"relative's loss {run.BOTH}", "PNE_Loss")
+    whose = [f"PNE ({code})" for code in ("official code", "this package")]
+    relatives = [cells for by in whose for cells in columns_of(page, f"related loss {run.BOTH}", by)]
     assert len(relatives) == 2 * len(cases.CASES) and {cells[4] for cells in relatives} == {"7"}
     results.write(
         results.path_of(rows[0].device, tmp_path / "results"), [row for row in rows if row.what.startswith("relative")]
     )
     assert report.main(where) == 0
     page = (tmp_path / "docs" / "performance.md").read_text()
-    assert {cells[4] for cells in columns_of(page, f"relative's loss {run.BOTH}", "PNE_Loss")} == {"–"}
+    assert [{cells[4] for cells in columns_of(page, f"related loss {run.BOTH}", by)} for by in whose] == [{"–"}] * 2
 
 
 def test_host_times_are_ratios_to_the_plain_op(tmp_path):
