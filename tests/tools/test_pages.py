@@ -43,7 +43,7 @@ def given() -> dict:
         "ck": ck,
         "model": Network(),
         "loader": [(torch.rand(2, 3, 64, 96), labels)] * 2,
-        "embeddings": [torch.randn(2, D, 64 // s, 96 // s, requires_grad=True) for s in (4, 8, 16, 32)],
+        "features": [torch.randn(2, D, 64 // s, 96 // s, requires_grad=True) for s in (4, 8, 16, 32)],
         "labels": labels,
         "logits": torch.randn(2, N, 16, 24),
     }
@@ -85,7 +85,7 @@ def test_the_loop_over_the_relatives():
     table, ablation = blocks("docs/relatives.md")
     code, call = table.rsplit("\n", 2)[:2]
     names = given() | {"labels": torch.randint(0, N, (1, 32, 32)), "logits": torch.randn(1, N, 8, 8)}
-    names["embeddings"] = [torch.randn(1, 256, 32 // s, 32 // s, requires_grad=True) for s in (4, 8, 16, 32)]
+    names["features"] = [torch.randn(1, 256, 32 // s, 32 // s, requires_grad=True) for s in (4, 8, 16, 32)]
     exec(code, names)
     assert len(names["criteria"]) == 6
     for name in names["criteria"]:
@@ -113,9 +113,9 @@ def test_the_recipes_run(number):
     exec(RECIPES[number], names := given())
     if "loss" in names:
         assert names["loss"].isfinite() and names["loss"] > 0
-        if names["embeddings"][0].grad is None:
+        if names["features"][0].grad is None:
             names["loss"].backward()
-        assert names["embeddings"][0].grad.any()
+        assert names["features"][0].grad.any()
     if "plain" in names:
         assert names["plain"].keys() == names["model"].state_dict().keys() < names["checkpoint"].keys()
     scores = names.get("scores", [])
