@@ -67,7 +67,10 @@ def backend(name: str) -> Iterator[None]:
     CONTEXTRAST_BACKEND decides; it is read at each call.
     """
     if name not in CHOICES:
-        raise ValueError(f"backend: expected one of {', '.join(map(repr, CHOICES))}, got {name!r}.")
+        raise ValueError(
+            f"backend: expected one of {', '.join(map(repr, CHOICES))}, got {name!r}. "
+            "Use backend('auto') for the fastest that can run."
+        )
     if torch.compiler.is_compiling():
         previous, _traced.forced = _traced.forced, name
         try:

@@ -143,8 +143,8 @@ def edge_distance(
     if classes.dtype not in _INTEGERS:
         raise TypeError(f"classes: expected {expected}, got {checks.describe(classes)}. Call .long().")
     if classes.ndim not in (3, 4):
-        hint = " Add the batch axis, classes[None]." if classes.ndim == 2 else ""
-        raise ValueError(f"classes: expected {expected}, got {checks.describe(classes)}.{hint}")
+        hint = "Add the batch axis, classes[None]." if classes.ndim == 2 else "Reshape it."
+        raise ValueError(f"classes: expected {expected}, got {checks.describe(classes)}. {hint}")
     of_volume = isinstance(sampling, tuple | list) and len(sampling) == 3
     if classes.ndim == 4 and classes.shape[1] == 1 and not of_volume:
         classes = classes[:, 0]
@@ -166,11 +166,15 @@ def check_sampling(value, spatial_dims: int) -> tuple[float, ...] | None:
     if isinstance(value, numbers.Real):
         value = (value,) * spatial_dims
     elif isinstance(value, str) or not hasattr(value, "__iter__"):
-        raise TypeError(f"sampling: expected a number or one for each spatial axis, got {checks.describe(value)}.")
+        raise TypeError(
+            f"sampling: expected a number or one for each spatial axis, got {checks.describe(value)}. "
+            "Pass a number or a tuple of numbers."
+        )
     value = tuple(value)
     if len(value) != spatial_dims:
         raise ValueError(
-            f"sampling: expected a number or {spatial_dims} numbers, one for each spatial axis, got {len(value)}."
+            f"sampling: expected a number or {spatial_dims} numbers, one for each spatial axis, got {len(value)}. "
+            "Pass the side of a pixel along each axis."
         )
     # A NumPy scalar of 32 bits cannot be compared with the limits.
     value = tuple(

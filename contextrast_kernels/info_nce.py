@@ -101,7 +101,8 @@ def info_nce(
     if column_negatives is not None:
         column_negatives = _check_integers("column_negatives", column_negatives, *against)
     if column_weights is not None:
-        _check_vector("column_weights", column_weights, "floating-point weights", checks.is_floating, *against)
+        kind = "floating-point weights"
+        _check_vector("column_weights", column_weights, kind, checks.is_floating, *against, "Call .float().")
         column_weights = column_weights.detach()
     if row_negatives is not None or column_negatives is not None:
         row_negatives = row_labels if row_negatives is None else row_negatives
@@ -190,25 +191,28 @@ def check_rows(name: str, rows: Tensor, labels_name: str, labels: Tensor) -> Ten
     """Check a matrix (R, D) and an integer label for each of its rows; return the labels in a signed type."""
     checks.tensor(name, rows, "a floating-point matrix (R, D)")
     if not checks.is_floating(rows.dtype):
-        raise TypeError(f"{name}: expected a floating-point matrix, got {checks.describe(rows)}.")
+        raise TypeError(f"{name}: expected a floating-point matrix, got {checks.describe(rows)}. Call .float().")
     if rows.ndim != 2:
-        raise ValueError(f"{name}: expected a matrix (R, D), got {checks.describe(rows)}.")
+        raise ValueError(
+            f"{name}: expected a matrix (R, D), got {checks.describe(rows)}. Reshape it to one embedding per row."
+        )
     return _check_integers(labels_name, labels, name, rows)
 
 
 def _check_integers(name: str, value: Tensor, rows_name: str, rows: Tensor) -> Tensor:
-    _check_vector(name, value, "integer labels", checks.is_integer, rows_name, rows, " Call .long().")
+    _check_vector(name, value, "integer labels", checks.is_integer, rows_name, rows, "Call .long().")
     return checks.signed(value)
 
 
-def _check_vector(name: str, value: Tensor, kind: str, fits, rows_name: str, rows: Tensor, remedy: str = "") -> None:
+def _check_vector(name: str, value: Tensor, kind: str, fits, rows_name: str, rows: Tensor, remedy: str) -> None:
     """Check a vector with one number for each row of a matrix."""
     checks.tensor(name, value, f"{kind}, one for each of {rows_name}")
     if not fits(value.dtype):
-        raise TypeError(f"{name}: expected {kind}, got {checks.describe(value)}.{remedy}")
+        raise TypeError(f"{name}: expected {kind}, got {checks.describe(value)}. {remedy}")
     if value.ndim != 1 or value.shape[0] != rows.shape[0]:
         raise ValueError(
-            f"{name}: expected shape ({rows.shape[0]},), one for each of {rows_name}, got {checks.describe(value)}."
+            f"{name}: expected shape ({rows.shape[0]},), one for each of {rows_name}, got {checks.describe(value)}. "
+            "Pass a vector of this length."
         )
     checks.together(rows_name, rows, name, value, batch=False)
 

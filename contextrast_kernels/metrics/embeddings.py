@@ -66,7 +66,10 @@ class AlignmentUniformity(Metric):
     ):
         super().__init__(num_classes, ignore_index, group)
         if not isinstance(nearest, Sequence) or isinstance(nearest, str):
-            raise TypeError(f"nearest: expected a list of integers, such as (3, 5), got {checks.describe(nearest)}.")
+            raise TypeError(
+                f"nearest: expected a list of integers, such as (3, 5), got {checks.describe(nearest)}. "
+                "Put a single number into a list."
+            )
         for k in nearest:
             checks.integer("nearest", k, low=1)
         checks.integer("samples", samples, low=2)

@@ -32,7 +32,7 @@ class Metric(ABC):
         if not (group is None or group == "auto" or (dist.is_available() and isinstance(group, dist.ProcessGroup))):
             raise TypeError(
                 "group: expected 'auto' (all ranks), None (this rank alone) or a torch.distributed process group, "
-                f"got {checks.describe(group)}."
+                f"got {checks.describe(group)}. Leave it out for all ranks."
             )
         self.num_classes = num_classes
         self.ignore_index = ignore_index
@@ -69,7 +69,10 @@ class Metric(ABC):
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Replace the counts by saved ones."""
         if not isinstance(state, dict):
-            raise TypeError(f"state: expected the result of state_dict(), got {checks.describe(state)}.")
+            raise TypeError(
+                f"state: expected the result of state_dict(), got {checks.describe(state)}. "
+                "Pass the dict that it returned."
+            )
         wanted = {name: dtype for name, (_, dtype) in self._layout.items()}
         got = {name: getattr(value, "dtype", type(value)) for name, value in state.items()}
         if got not in ({}, wanted):

@@ -167,7 +167,9 @@ class MemoryBank(nn.Module):
 def check_bank(bank, num_classes: int) -> None:
     """Check the bank that is passed to a loss."""
     if not isinstance(bank, MemoryBank):
-        raise TypeError(f"bank: expected a MemoryBank, got {checks.describe(bank)}.")
+        raise TypeError(
+            f"bank: expected a MemoryBank, got {checks.describe(bank)}. Pass ck.MemoryBank(num_classes, dim)."
+        )
     if bank.num_classes != num_classes:
         raise ValueError(
             f"bank: expected a MemoryBank of {num_classes} classes (num_classes), got one of {bank.num_classes}. "

@@ -74,7 +74,7 @@ class MultiScaleContrastLoss(SampledLoss):
         if len(cross_weights) != 2:
             raise ValueError(
                 f"cross_weights: expected two weights, of the coarsest and of the second coarsest scale, "
-                f"got {len(cross_weights)}."
+                f"got {len(cross_weights)}. Pass two; a weight of zero leaves its term out."
             )
         checks.flag("detach_deepest", detach_deepest)
         self.layer_weights, self.cross_weights = tuple(layer_weights), tuple(cross_weights)
