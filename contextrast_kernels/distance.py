@@ -126,13 +126,14 @@ def edge_distance(
 
     Args:
         classes: (B, H, W), (B, 1, H, W) or (B, Z, H, W) integers, negative = no class, as ``error_map`` returns
-            them.
+            them. (B, 1, H, W) is a map, or a volume of depth one if ``sampling`` has three numbers.
         sampling: the size of a pixel along each spatial axis, or one number for all. None: 1, in exact integers.
         squared: return squared distances.
 
     Returns:
-        float32 (B, H, W) or (B, Z, H, W), or squared in int32 (float64 with sampling). Edge pixels have 0, pixels
-        without a class -1. A class that fills its whole image has no edge: inf, or the largest int32.
+        float32 (B, H, W) of maps, also of (B, 1, H, W), or (B, Z, H, W) of volumes; or squared in int32 (float64 with
+        sampling). Edge pixels have 0, pixels without a class -1. A class that fills its whole image has no edge: inf,
+        or the largest int32.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, rank, size or range; the error names it.

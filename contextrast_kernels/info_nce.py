@@ -1,19 +1,5 @@
-"""Supervised InfoNCE of rows against columns, with several positives per row.
-
-ContrastiveSeg, MS/CS, RegionContrast, PNE and Contextrast are special cases of it.
-
-    s_ij = x_i · z_j / τ,   P_i and N_i: the positives and negatives of row i,   w_j: the weight of column j
-    Z_i  = log Σ_{j∈N_i} w_j exp(s_ij)                          -inf if row i has no negative
-
-    each     l_i = 1/w(P_i) Σ_{j∈P_i} w_j softplus(Z_i - s_ij)
-    supcon   l_i = 1/w(P_i) Σ_{j∈P_i} w_j (A_i - s_ij)           A_i = log Σ_{j∈P_i∪N_i} w_j exp(s_ij)
-    pooled   l_i = softplus(Z_i - Y_i)                           Y_i = log Σ_{j∈P_i} w_j exp(s_ij)
-
-    L = mean of l_i over the rows with a valid label; l_i = 0 for a row without a positive
-
-softplus(Z - s) = -log e^s / (e^s + Σ_neg e^{s'}). With "each", the denominator of a positive holds that positive and
-all negatives. With "supcon" (Khosla et al., 2020) it holds the other positives too. "pooled" (PNE) divides the sum
-over all positives by the sum over all positives and negatives. w(P_i) is the sum of the positives' weights.
+"""Supervised InfoNCE of rows against columns. The losses of ContrastiveSeg, MS/CS, RegionContrast, PNE and Contextrast
+are special cases of it.
 """
 
 import torch
@@ -44,7 +30,22 @@ def info_nce(
     column_weights: Tensor | None = None,
     reduction: str = "mean",
 ) -> Tensor:
-    """Supervised InfoNCE of rows against columns (Eq. 2), differentiable in both.
+    """Supervised InfoNCE of rows against columns, with several positives per row, differentiable in rows and columns.
+
+        s_ij = x_i · z_j / τ,   P_i and N_i: the positives and negatives of row i,   w_j: the weight of column j
+        Z_i  = log Σ_{j∈N_i} w_j exp(s_ij)                          -inf if row i has no negative
+
+        each     l_i = 1/w(P_i) Σ_{j∈P_i} w_j softplus(Z_i - s_ij)
+        supcon   l_i = 1/w(P_i) Σ_{j∈P_i} w_j (A_i - s_ij)           A_i = log Σ_{j∈P_i∪N_i} w_j exp(s_ij)
+        pooled   l_i = softplus(Z_i - Y_i)                           Y_i = log Σ_{j∈P_i} w_j exp(s_ij)
+
+        L = mean of l_i over the rows with a valid label; l_i = 0 for a row without a positive
+
+    w(P_i) is the sum of the positives' weights, and softplus(Z - s) = -log e^s / (e^s + Σ_neg e^{s'}). "each" is the
+    form of ContrastiveSeg (Wang et al., ICCV 2021) and of Contextrast (Sung et al., CVPR 2024): the denominator of a
+    positive holds that positive and all negatives. With "supcon" (Khosla et al., NeurIPS 2020) it holds the other
+    positives too. "pooled", of PNE (Wang et al., Neurocomputing 2023), divides the sum over all positives by the sum
+    over all positives and negatives.
 
     A column is a positive of the rows with its label. By default it is a negative of the rows with a different label.
     If ``row_negatives`` or ``column_negatives`` is given, column j is a negative of row i only if
@@ -58,9 +59,9 @@ def info_nce(
         temperature: τ.
         ignore_index: rows with this label are left out; columns with it are neither positive nor negative. In
             ``row_negatives`` and ``column_negatives`` it matches nothing.
-        positives: the form of the loss, "each", "supcon" or "pooled". The module's docstring has the equations.
-        row_negatives, column_negatives: (R,) and (C,) integers. Contextrast's strict BANE is ``column_negatives`` = the
-            class that each pixel is a hard negative of.
+        positives: the form of the loss, not a set of positives: "each", "supcon" or "pooled", as above.
+        row_negatives, column_negatives: (R,) and (C,) integers. In Contextrast the rows are anchors, the columns are
+            pixels, and ``column_negatives`` is the class that each pixel is a hard negative of.
         column_weights: (C,) floating point of at least 0, the number of times that column j counts. They get no
             gradient. None: 1 for all.
         reduction: "mean", or "none" for the vector of l_i.

@@ -49,10 +49,11 @@ def pixel_anchor_loss(
             or (B, 1, Z, H, W). Pixels with a label outside 0..N-1 or equal to ``ignore_index`` are
             ignored, even if they are in ``negatives`` or ``base``.
         anchors: (N, D), as ``class_anchors`` or ``fuse_anchors`` returns them; differentiable.
-        negatives: (B, h, w) or (B, z, h, w) integers: the class each pixel is a negative of, or any value outside
-            0..N-1 for none.
+        negatives: a class map, not the name of a rule: (B, h, w) or (B, z, h, w) integers, the class each pixel is a
+            negative of, or any value outside 0..N-1 for none.
         base: (B, h, w) or (B, z, h, w) bool.
         temperature: τ.
+        ignore_index: the label of ignored pixels.
         normalize: embeddings are x / ‖x‖₂ over D.
 
     Returns:

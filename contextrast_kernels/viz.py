@@ -171,7 +171,7 @@ def negatives(
     present = sorted({*present, *predicted.unique().tolist()})
     patches = [Patch(facecolor=tuple(colours[n].tolist()), label=names[n]) for n in present if 0 <= n < num_classes]
     patches += [
-        Patch(facecolor=VOID_COLOUR, label="void"),
+        Patch(facecolor=VOID_COLOUR, label="ignored"),
         Patch(facecolor=CORRECT_COLOUR, edgecolor="0.7", label="correct"),
     ]
     if without_edge:

@@ -16,9 +16,10 @@ from contextrast_kernels import checks, maps
 class Metric(ABC):
     """Counts over batches, and the results that follow from them.
 
-    The counts are kept on the device of the maps and are integers wherever possible, so that neither the order of the
-    batches nor the number of ranks changes a result. Only ``compute()`` synchronises or communicates, and only the
-    first batch may copy options to the device.
+    The counts are kept on the device of the maps. Integer counts depend neither on the order of the batches nor on the
+    number of ranks. BoundaryF1 and AlignmentUniformity also hold float64 sums, whose rounding depends on both. The
+    pixels that AlignmentUniformity draws depend on both, too. Only ``compute()`` synchronises or communicates, and only
+    the first batch may copy options to the device.
 
     A metric is not an ``nn.Module``, because DistributedDataParallel would overwrite its counts with those of rank 0.
     """

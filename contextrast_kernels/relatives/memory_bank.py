@@ -13,6 +13,8 @@ from contextrast_kernels.state import lasting
 class MemoryBank(nn.Module):
     """A first-in-first-out queue of pixel embeddings and one of region centres for every class.
 
+    A region centre is the mean embedding of the pixels of one class in one image, scaled to unit length.
+
     Unused places are not columns of any loss, so an empty bank gives a loss of 0, not a contrast with random vectors.
     Writing does not synchronise. Embeddings that are not finite are skipped, because one overflow would otherwise stay
     for thousands of steps.
