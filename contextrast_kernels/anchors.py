@@ -123,10 +123,14 @@ def fuse_anchors(
         )
     for name, value in (("counts", counts), ("top_counts", top_counts)):
         if value.is_floating_point():
-            raise TypeError(f"{name}: expected integers, as class_anchors returns them, got {checks.describe(value)}.")
+            raise TypeError(
+                f"{name}: expected integers, as class_anchors returns them, got {checks.describe(value)}. "
+                "Pass its second output."
+            )
         if tuple(value.shape) != (anchors.shape[0],):
             raise ValueError(
-                f"{name}: expected shape ({anchors.shape[0]},), one for each anchor, got {checks.describe(value)}."
+                f"{name}: expected shape ({anchors.shape[0]},), one for each anchor, got {checks.describe(value)}. "
+                "Pass the counts that class_anchors returned with these anchors."
             )
     checks.real("weight", weight, low=0.0, high=1.0)
     mixed = (1 - weight) * anchors + weight * top_anchors
@@ -137,9 +141,14 @@ def fuse_anchors(
 def _check_anchors(name: str, value: Tensor) -> None:
     checks.tensor(name, value, "floating-point anchors (N, D)")
     if not value.is_floating_point():
-        raise TypeError(f"{name}: expected floating-point anchors (N, D), got {checks.describe(value)}.")
+        raise TypeError(
+            f"{name}: expected floating-point anchors (N, D), got {checks.describe(value)}. "
+            "Pass those that class_anchors returns."
+        )
     if value.ndim != 2:
-        raise ValueError(f"{name}: expected anchors (N, D), got {checks.describe(value)}.")
+        raise ValueError(
+            f"{name}: expected anchors (N, D), got {checks.describe(value)}. Pass those that class_anchors returns."
+        )
 
 
 @torch.library.custom_op("contextrast::class_anchors", mutates_args=())

@@ -59,15 +59,23 @@ and tasks of asyncio that share a thread share it in compiled code."""
 
 @contextlib.contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Run everything inside the ``with`` block on one backend.
+    """Force one backend for the ops that have it, inside the ``with`` block.
 
-    ``name`` is "auto", "reference", "triton" or "native". A forced backend holds for the ops it has and raises
-    RuntimeError if it cannot run on the given tensors. Ops that it does not have choose as "auto" does. The choice
-    holds for the current thread or asyncio task only. Outside any block the environment variable
-    CONTEXTRAST_BACKEND decides; it is read at each call.
+    Ops that do not have it choose as "auto" does: the fastest that can run. The choice holds for the current thread or
+    asyncio task only. Outside any block the environment variable CONTEXTRAST_BACKEND decides; it is read at each call.
+
+    Args:
+        name: "auto", "reference", "triton" or "native".
+
+    Raises:
+        ValueError: ``name`` is not one of these.
+        RuntimeError: from an op inside the block, if the backend has the op but cannot run on the given tensors.
     """
     if name not in CHOICES:
-        raise ValueError(f"backend: expected one of {', '.join(map(repr, CHOICES))}, got {name!r}.")
+        raise ValueError(
+            f"backend: expected one of {', '.join(map(repr, CHOICES))}, got {name!r}. "
+            "Use backend('auto') for the fastest that can run."
+        )
     if torch.compiler.is_compiling():
         previous, _traced.forced = _traced.forced, name
         try:

@@ -107,8 +107,8 @@ def bane_negatives(
         num_classes: N, at least 2. None takes the number of channels of the logits; a class map needs a number.
         size: (h, w) of the layer, or (z, h, w); None is the labels' size.
         ratio: the share of the error pixels of each image and class that is chosen, between 0 and 1.
-        negatives: "bane" takes the pixels nearest to the edge of their error region, "semi-hard" the same number at
-            random, "none" none.
+        negatives: the name of a rule: "bane" takes the pixels nearest to the edge of their error region, "semi-hard"
+            the same number at random, "none" none.
         distance_at: "layer" samples predictions and labels to the layer and measures there (the paper); "full"
             measures at the labels' size and samples errors and distances to the layer, so that one transform serves
             all layers.

@@ -70,15 +70,19 @@ def main(arguments: list[str]) -> int:
         return 2
     options = parser.parse_args(arguments)
     if not 0 <= options.base_rate <= 1:
-        parser.error(f"--base-rate: expected 0 to 1, got {options.base_rate}")
+        parser.error(f"--base-rate: expected 0 to 1, got {options.base_rate}. Give a share of the pixels.")
     if not 0 < options.seconds <= 600:
-        parser.error(f"--seconds: expected above 0 and at most 600, got {options.seconds}")
+        parser.error(f"--seconds: expected above 0 and at most 600, got {options.seconds}. The default is 1.")
     case = _case(options, parser)
     if options.plan:
         if case.channels > MOST_CHANNELS:
-            parser.error(f"--channels: expected 1 to {MOST_CHANNELS}, which the kernels take, got {case.channels}")
+            parser.error(
+                f"--channels: expected 1 to {MOST_CHANNELS}, which the kernels take, got {case.channels}. Give fewer."
+            )
         if case.num_classes > MOST_CLASSES:
-            parser.error(f"--classes: expected 2 to {MOST_CLASSES}, which the kernels take, got {case.num_classes}")
+            parser.error(
+                f"--classes: expected 2 to {MOST_CLASSES}, which the kernels take, got {case.num_classes}. Give fewer."
+            )
         try:
             from contextrast_kernels import plan
         except ImportError as error:
@@ -102,20 +106,25 @@ def _case(options: argparse.Namespace, parser: argparse.ArgumentParser) -> Case:
             parser.error("--classes: expected --shape with it. A --case has its own number of classes.")
         case = CASES[options.case or "cityscapes"]
         if options.case is None and not options.plan:
-            parser.error("expected --shape B,H,W with --classes N, or --case")
+            parser.error("expected --shape B,H,W with --classes N, or --case, got none of them. Give one of the two.")
     else:
         try:
             batch, height, width = (int(side) for side in options.shape.split(","))
         except ValueError:
-            parser.error(f"--shape: expected B,H,W, three integers such as 8,512,1024, got {options.shape!r}")
+            parser.error(f"--shape: expected B,H,W, got {options.shape!r}. Give three integers, such as 8,512,1024.")
         if options.classes is None:
-            parser.error("--classes: expected the number of classes, such as --classes 19")
+            parser.error(
+                "--classes: expected the number of classes with --shape, got none. Give it, such as --classes 19."
+            )
         if not (batch >= 1 and 8 <= height <= 16384 and 8 <= width <= 16384):
-            parser.error(f"--shape: expected at least one image, with sides of 8 to 16384 pixels, got {options.shape}")
+            parser.error(
+                f"--shape: expected at least one image, with sides of 8 to 16384 pixels, got {options.shape}. "
+                "Give other sizes."
+            )
         case = replace(CASES["cityscapes"], name="shape", batch=batch, height=height, width=width)
     dtype = options.dtype or ("bfloat16" if torch.cuda.is_available() or options.plan else "float32")
     if options.channels < 1:
-        parser.error(f"--channels: expected at least 1, got {options.channels}")
+        parser.error(f"--channels: expected at least 1, got {options.channels}. Give more.")
     try:
         return replace(
             case,

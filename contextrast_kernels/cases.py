@@ -41,7 +41,10 @@ def error_share(regime: str) -> float | None:
             return share
     elif regime in REGIMES:
         return None
-    raise ValueError(f"regime: expected one of {', '.join(REGIMES)}, or '30 % errors' with up to 60, got {regime!r}.")
+    raise ValueError(
+        f"regime: expected one of {', '.join(REGIMES)}, or '30 % errors' with up to 60, got {regime!r}. "
+        "Choose one of these."
+    )
 
 
 class Inputs(NamedTuple):
@@ -73,10 +76,11 @@ class Case:
     def __post_init__(self):
         if self.num_classes < 2:
             raise ValueError(
-                f"num_classes: expected at least 2, so that a prediction can be wrong, got {self.num_classes}."
+                f"num_classes: expected at least 2, so that a prediction can be wrong, got {self.num_classes}. "
+                "Pass a larger one."
             )
         if self.layout not in LAYOUTS:
-            raise ValueError(f"layout: expected one of {', '.join(LAYOUTS)}, got {self.layout!r}.")
+            raise ValueError(f"layout: expected one of {', '.join(LAYOUTS)}, got {self.layout!r}. Choose one of these.")
         error_share(self.regime)
 
     def __str__(self):

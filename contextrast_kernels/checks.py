@@ -134,11 +134,11 @@ def feature_map(name: str, value) -> None:
     expected = "a floating-point feature map (B, D, h, w), or (B, D, z, h, w) of a volume"
     tensor(name, value, expected)
     if value.dtype not in _FLOATS:
-        hint = "" if value.is_complex() else " Call .float()."
-        raise TypeError(f"{name}: expected {expected}, got {describe(value)}.{hint}")
+        hint = "Take .real or .abs()." if value.is_complex() else "Call .float()."
+        raise TypeError(f"{name}: expected {expected}, got {describe(value)}. {hint}")
     if value.ndim not in (4, 5):
-        hint = f" For one image pass {name}[None]." if value.ndim == 3 else ""
-        raise ValueError(f"{name}: expected {expected}, got {describe(value)}.{hint}")
+        hint = f"For one image pass {name}[None]." if value.ndim == 3 else "Reshape it."
+        raise ValueError(f"{name}: expected {expected}, got {describe(value)}. {hint}")
     if value.shape[1] == 0:
         raise ValueError(
             f"{name}: expected at least one channel, got {describe(value)}. Drop this layer from the list."
@@ -172,27 +172,33 @@ def class_map(name: str, value, *, shape: tuple | None = None, dims: int = 2) ->
         raise ValueError(f"{name}: expected {expected} or {channel}, got {describe(value)}. {hint}")
     sides(name, value, dims)
     if shape is not None and tuple(value.shape) != tuple(shape):
-        raise ValueError(f"{name}: expected shape {tuple(shape)}, got {describe(value)}.")
+        raise ValueError(
+            f"{name}: expected shape {tuple(shape)}, got {describe(value)}. Pass a map of the same images at this size."
+        )
     return signed(value)
 
 
 def distances(name: str, value, shape: tuple) -> Tensor:
     """Check a map with one number per pixel; return it without a channel axis of one."""
     expected = f"integers or floats of shape {tuple(shape)}"
+    hint = "Pass distances, such as those of edge_distance(classes, squared=True)."
     tensor(name, value, expected)
     if value.dtype not in _INTEGERS + _FLOATS:
-        raise TypeError(f"{name}: expected {expected}, got {describe(value)}.")
+        raise TypeError(f"{name}: expected {expected}, got {describe(value)}. {hint}")
     if value.ndim == len(shape) + 1 and value.shape[1] == 1:
         value = value[:, 0]
     if tuple(value.shape) != tuple(shape):
-        raise ValueError(f"{name}: expected {expected}, got {describe(value)}.")
+        raise ValueError(f"{name}: expected {expected}, got {describe(value)}. {hint}")
     return value
 
 
 def chosen(name: str, value, shape: tuple) -> Tensor:
     """Check the map that a sampler returned."""
     if not isinstance(value, Tensor) or value.dtype != torch.bool or value.shape != shape:
-        raise ValueError(f"{name}: expected it to return a bool map of shape {tuple(shape)}, got {describe(value)}.")
+        raise ValueError(
+            f"{name}: expected it to return a bool map of shape {tuple(shape)}, got {describe(value)}. "
+            "Return True at the sampled pixels and False at the others."
+        )
     return value
 
 
@@ -213,10 +219,10 @@ def predictions(name: str, value, num_classes: int | None, dims: int = 2) -> Ten
         hint = "Call .long() on a class map, .float() on logits."
         raise TypeError(f"{name}: expected {expected}, got {describe(value)}. {hint}")
     if value.ndim != dims + 2:
-        hint = (
-            " Call .long() on a class map; add the batch axis to logits of one image." if value.ndim == dims + 1 else ""
-        )
-        raise ValueError(f"{name}: expected {expected}, got {describe(value)}.{hint}")
+        hint = f"Pass logits with a batch axis, a channel axis and {dims} spatial axes."
+        if value.ndim == dims + 1:
+            hint = "Call .long() on a class map; add the batch axis to logits of one image."
+        raise ValueError(f"{name}: expected {expected}, got {describe(value)}. {hint}")
     sides(name, value, dims)
     if value.shape[1] == 1 and num_classes == 2:
         return pad(value, (*(0, 0) * dims, 1, 0))  # sigmoid(z) is the softmax of (0, z)
@@ -246,7 +252,10 @@ def soft_labels(name: str, value, shape: tuple) -> Tensor:
     if value.ndim == len(shape) and value.shape[1] == 1 and shape[1] == 2:
         value = torch.cat([1 - value, value], 1)
     if value.shape != shape:
-        raise ValueError(f"{name}: expected {expected}, one for each class and label, got {describe(value)}.")
+        raise ValueError(
+            f"{name}: expected {expected}, one for each class and label, got {describe(value)}. "
+            "Pass them at the size of the labels, with a channel for each class."
+        )
     return value
 
 
@@ -266,15 +275,16 @@ def together(first_name: str, first: Tensor, name: str, value: Tensor, *, batch:
 def samples_from(name: str, value: Tensor, *size: int) -> None:
     """Check that a map has pixels, unless the size that it is sampled to has none."""
     if math.prod(size) > 0 and math.prod(value.shape[value.ndim - len(size) :]) == 0:
-        raise ValueError(f"{name}: expected a map with at least one pixel, got {describe(value)}.")
+        raise ValueError(f"{name}: expected a map with at least one pixel, got {describe(value)}. Pass a larger crop.")
 
 
 def integer(name: str, value: Any, *, low: int | None = None, high: int | None = None) -> None:
     if isinstance(value, bool) or not isinstance(value, _WHOLE):
-        raise TypeError(f"{name}: expected an integer, got {describe(value)}.")
+        raise TypeError(f"{name}: expected an integer, got {describe(value)}. Pass an int.")
     if (low is not None and value < low) or (high is not None and value > high):
         limits = f"at least {low}" if high is None else f"between {low} and {high}"
-        raise ValueError(f"{name}: expected an integer {limits}, got {value}.")
+        fix = "Pass a larger one." if low is not None and value < low else "Pass a smaller one."
+        raise ValueError(f"{name}: expected an integer {limits}, got {value}. {fix}")
 
 
 def num_classes(value) -> None:
@@ -298,7 +308,9 @@ def ignore_index(value) -> None:
 def size(name: str, value, dims: int = 2) -> None:
     if not isinstance(value, tuple | list) or len(value) != dims:
         expected = "a pair (height, width)" if dims == 2 else "three sides (depth, height, width) of a volume"
-        raise TypeError(f"{name}: expected {expected}, got {describe(value)}.")
+        raise TypeError(
+            f"{name}: expected {expected}, got {describe(value)}. Pass a tuple, such as features.shape[2:]."
+        )
     for side in value:
         integer(name, side, low=1, high=MAX_SIDE)
 
@@ -306,35 +318,44 @@ def size(name: str, value, dims: int = 2) -> None:
 def real(name: str, value: Any, *, low: float, high: float = math.inf, open_low: bool = False) -> None:
     """Check that a number is finite and in [low, high], or in (low, high] with ``open_low``."""
     if isinstance(value, bool) or not isinstance(value, _REAL):
-        raise TypeError(f"{name}: expected a number, got {describe(value)}.")
+        raise TypeError(f"{name}: expected a number, got {describe(value)}. Pass a float or an int.")
     above = value > low if open_low else value >= low
     if not (above and value <= high and value < math.inf):
         bound = f"above {low:g}" if open_low else f"of at least {low:g}"
         bound += "" if high == math.inf else f" and at most {high:g}"
-        raise ValueError(f"{name}: expected a finite number {bound}, got {value}.")
+        fix = "Pass a fraction, not a percentage." if value > high == 1 else "Pass a number in this range."
+        raise ValueError(f"{name}: expected a finite number {bound}, got {value}. {fix}")
 
 
 def weights(name: str, value) -> None:
     if not isinstance(value, Sequence) or isinstance(value, str) or len(value) == 0:
-        raise TypeError(f"{name}: expected a list of numbers, one for each layer, got {describe(value)}.")
+        raise TypeError(
+            f"{name}: expected a list of numbers, one for each layer, got {describe(value)}. "
+            "Pass one, such as (1.0, 0.7) for two layers."
+        )
     for weight in value:
         real(name, weight, low=0.0)
 
 
 def flag(name: str, value) -> None:
     if not isinstance(value, bool):
-        raise TypeError(f"{name}: expected True or False, got {describe(value)}.")
+        raise TypeError(f"{name}: expected True or False, got {describe(value)}. Pass a bool.")
 
 
 def choice(name: str, value, options: tuple[str, ...]) -> None:
     if value not in options:
-        raise ValueError(f"{name}: expected one of {', '.join(map(repr, options))}, got {value!r}.")
+        raise ValueError(
+            f"{name}: expected one of {', '.join(map(repr, options))}, got {value!r}. Choose one of these."
+        )
 
 
 def seed(value, device: torch.device | None) -> None:
     if isinstance(value, Tensor):
         if value.dtype != torch.int64 or value.numel() != 1:
-            raise TypeError(f"seed: expected an int or an int64 tensor of one element, got {describe(value)}.")
+            raise TypeError(
+                f"seed: expected an int or an int64 tensor of one element, got {describe(value)}. "
+                "Pass one element, and call .long() on it."
+            )
         if value.device != device:
             raise ValueError(
                 f"seed: expected a tensor on {device}, where the maps are, got {describe(value)}. Move it there."

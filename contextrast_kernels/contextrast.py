@@ -65,7 +65,9 @@ def contextrast_loss(
         layer_weights: λ_i, one for each layer.
         temperature: τ.
         fusion_weight: w_h, the share of the last layer in the anchors of the lower ones.
-        negatives, ratio, distance_at, sampling: the hard negatives, as in ``bane_negatives``.
+        negatives: the name of the rule that chooses the hard negatives, "bane", "semi-hard" or "none", as in
+            ``bane_negatives``.
+        ratio, distance_at, sampling: as in ``bane_negatives``.
         base_rate: the share of the valid pixels that are negatives of every class but their own, in addition to the
             hard negatives; 0: none, 1: all.
         base_sampler: a callable that chooses these pixels in each layer instead of base_rate, such as

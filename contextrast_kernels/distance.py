@@ -126,13 +126,14 @@ def edge_distance(
 
     Args:
         classes: (B, H, W), (B, 1, H, W) or (B, Z, H, W) integers, negative = no class, as ``error_map`` returns
-            them.
+            them. (B, 1, H, W) is a map, or a volume of depth one if ``sampling`` has three numbers.
         sampling: the size of a pixel along each spatial axis, or one number for all. None: 1, in exact integers.
         squared: return squared distances.
 
     Returns:
-        float32 (B, H, W) or (B, Z, H, W), or squared in int32 (float64 with sampling). Edge pixels have 0, pixels
-        without a class -1. A class that fills its whole image has no edge: inf, or the largest int32.
+        float32 (B, H, W) of maps, also of (B, 1, H, W), or (B, Z, H, W) of volumes; or squared in int32 (float64 with
+        sampling). Edge pixels have 0, pixels without a class -1. A class that fills its whole image has no edge: inf,
+        or the largest int32.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, rank, size or range; the error names it.
@@ -143,8 +144,8 @@ def edge_distance(
     if classes.dtype not in _INTEGERS:
         raise TypeError(f"classes: expected {expected}, got {checks.describe(classes)}. Call .long().")
     if classes.ndim not in (3, 4):
-        hint = " Add the batch axis, classes[None]." if classes.ndim == 2 else ""
-        raise ValueError(f"classes: expected {expected}, got {checks.describe(classes)}.{hint}")
+        hint = "Add the batch axis, classes[None]." if classes.ndim == 2 else "Reshape it."
+        raise ValueError(f"classes: expected {expected}, got {checks.describe(classes)}. {hint}")
     of_volume = isinstance(sampling, tuple | list) and len(sampling) == 3
     if classes.ndim == 4 and classes.shape[1] == 1 and not of_volume:
         classes = classes[:, 0]
@@ -166,11 +167,15 @@ def check_sampling(value, spatial_dims: int) -> tuple[float, ...] | None:
     if isinstance(value, numbers.Real):
         value = (value,) * spatial_dims
     elif isinstance(value, str) or not hasattr(value, "__iter__"):
-        raise TypeError(f"sampling: expected a number or one for each spatial axis, got {checks.describe(value)}.")
+        raise TypeError(
+            f"sampling: expected a number or one for each spatial axis, got {checks.describe(value)}. "
+            "Pass a number or a tuple of numbers."
+        )
     value = tuple(value)
     if len(value) != spatial_dims:
         raise ValueError(
-            f"sampling: expected a number or {spatial_dims} numbers, one for each spatial axis, got {len(value)}."
+            f"sampling: expected a number or {spatial_dims} numbers, one for each spatial axis, got {len(value)}. "
+            "Pass the side of a pixel along each axis."
         )
     # A NumPy scalar of 32 bits cannot be compared with the limits.
     value = tuple(

@@ -1,19 +1,5 @@
-"""Supervised InfoNCE of rows against columns, with several positives per row.
-
-ContrastiveSeg, MS/CS, RegionContrast, PNE and Contextrast are special cases of it.
-
-    s_ij = x_i · z_j / τ,   P_i and N_i: the positives and negatives of row i,   w_j: the weight of column j
-    Z_i  = log Σ_{j∈N_i} w_j exp(s_ij)                          -inf if row i has no negative
-
-    each     l_i = 1/w(P_i) Σ_{j∈P_i} w_j softplus(Z_i - s_ij)
-    supcon   l_i = 1/w(P_i) Σ_{j∈P_i} w_j (A_i - s_ij)           A_i = log Σ_{j∈P_i∪N_i} w_j exp(s_ij)
-    pooled   l_i = softplus(Z_i - Y_i)                           Y_i = log Σ_{j∈P_i} w_j exp(s_ij)
-
-    L = mean of l_i over the rows with a valid label; l_i = 0 for a row without a positive
-
-softplus(Z - s) = -log e^s / (e^s + Σ_neg e^{s'}). With "each", the denominator of a positive holds that positive and
-all negatives. With "supcon" (Khosla et al., 2020) it holds the other positives too. "pooled" (PNE) divides the sum
-over all positives by the sum over all positives and negatives. w(P_i) is the sum of the positives' weights.
+"""Supervised InfoNCE of rows against columns. The losses of ContrastiveSeg, MS/CS, RegionContrast, PNE and Contextrast
+are special cases of it.
 """
 
 import torch
@@ -44,7 +30,22 @@ def info_nce(
     column_weights: Tensor | None = None,
     reduction: str = "mean",
 ) -> Tensor:
-    """Supervised InfoNCE of rows against columns (Eq. 2), differentiable in both.
+    """Supervised InfoNCE of rows against columns, with several positives per row, differentiable in rows and columns.
+
+        s_ij = x_i · z_j / τ,   P_i and N_i: the positives and negatives of row i,   w_j: the weight of column j
+        Z_i  = log Σ_{j∈N_i} w_j exp(s_ij)                          -inf if row i has no negative
+
+        each     l_i = 1/w(P_i) Σ_{j∈P_i} w_j softplus(Z_i - s_ij)
+        supcon   l_i = 1/w(P_i) Σ_{j∈P_i} w_j (A_i - s_ij)           A_i = log Σ_{j∈P_i∪N_i} w_j exp(s_ij)
+        pooled   l_i = softplus(Z_i - Y_i)                           Y_i = log Σ_{j∈P_i} w_j exp(s_ij)
+
+        L = mean of l_i over the rows with a valid label; l_i = 0 for a row without a positive
+
+    w(P_i) is the sum of the positives' weights, and softplus(Z - s) = -log e^s / (e^s + Σ_neg e^{s'}). "each" is the
+    form of ContrastiveSeg (Wang et al., ICCV 2021) and of Contextrast (Sung et al., CVPR 2024): the denominator of a
+    positive holds that positive and all negatives. With "supcon" (Khosla et al., NeurIPS 2020) it holds the other
+    positives too. "pooled", of PNE (Wang et al., Neurocomputing 2023), divides the sum over all positives by the sum
+    over all positives and negatives.
 
     A column is a positive of the rows with its label. By default it is a negative of the rows with a different label.
     If ``row_negatives`` or ``column_negatives`` is given, column j is a negative of row i only if
@@ -58,9 +59,9 @@ def info_nce(
         temperature: τ.
         ignore_index: rows with this label are left out; columns with it are neither positive nor negative. In
             ``row_negatives`` and ``column_negatives`` it matches nothing.
-        positives: the form of the loss, "each", "supcon" or "pooled". The module's docstring has the equations.
-        row_negatives, column_negatives: (R,) and (C,) integers. Contextrast's strict BANE is ``column_negatives`` = the
-            class that each pixel is a hard negative of.
+        positives: the form of the loss, not a set of positives: "each", "supcon" or "pooled", as above.
+        row_negatives, column_negatives: (R,) and (C,) integers. In Contextrast the rows are anchors, the columns are
+            pixels, and ``column_negatives`` is the class that each pixel is a hard negative of.
         column_weights: (C,) floating point of at least 0, the number of times that column j counts. They get no
             gradient. None: 1 for all.
         reduction: "mean", or "none" for the vector of l_i.
@@ -101,7 +102,8 @@ def info_nce(
     if column_negatives is not None:
         column_negatives = _check_integers("column_negatives", column_negatives, *against)
     if column_weights is not None:
-        _check_vector("column_weights", column_weights, "floating-point weights", checks.is_floating, *against)
+        kind = "floating-point weights"
+        _check_vector("column_weights", column_weights, kind, checks.is_floating, *against, "Call .float().")
         column_weights = column_weights.detach()
     if row_negatives is not None or column_negatives is not None:
         row_negatives = row_labels if row_negatives is None else row_negatives
@@ -190,25 +192,28 @@ def check_rows(name: str, rows: Tensor, labels_name: str, labels: Tensor) -> Ten
     """Check a matrix (R, D) and an integer label for each of its rows; return the labels in a signed type."""
     checks.tensor(name, rows, "a floating-point matrix (R, D)")
     if not checks.is_floating(rows.dtype):
-        raise TypeError(f"{name}: expected a floating-point matrix, got {checks.describe(rows)}.")
+        raise TypeError(f"{name}: expected a floating-point matrix, got {checks.describe(rows)}. Call .float().")
     if rows.ndim != 2:
-        raise ValueError(f"{name}: expected a matrix (R, D), got {checks.describe(rows)}.")
+        raise ValueError(
+            f"{name}: expected a matrix (R, D), got {checks.describe(rows)}. Reshape it to one embedding per row."
+        )
     return _check_integers(labels_name, labels, name, rows)
 
 
 def _check_integers(name: str, value: Tensor, rows_name: str, rows: Tensor) -> Tensor:
-    _check_vector(name, value, "integer labels", checks.is_integer, rows_name, rows, " Call .long().")
+    _check_vector(name, value, "integer labels", checks.is_integer, rows_name, rows, "Call .long().")
     return checks.signed(value)
 
 
-def _check_vector(name: str, value: Tensor, kind: str, fits, rows_name: str, rows: Tensor, remedy: str = "") -> None:
+def _check_vector(name: str, value: Tensor, kind: str, fits, rows_name: str, rows: Tensor, remedy: str) -> None:
     """Check a vector with one number for each row of a matrix."""
     checks.tensor(name, value, f"{kind}, one for each of {rows_name}")
     if not fits(value.dtype):
-        raise TypeError(f"{name}: expected {kind}, got {checks.describe(value)}.{remedy}")
+        raise TypeError(f"{name}: expected {kind}, got {checks.describe(value)}. {remedy}")
     if value.ndim != 1 or value.shape[0] != rows.shape[0]:
         raise ValueError(
-            f"{name}: expected shape ({rows.shape[0]},), one for each of {rows_name}, got {checks.describe(value)}."
+            f"{name}: expected shape ({rows.shape[0]},), one for each of {rows_name}, got {checks.describe(value)}. "
+            "Pass a vector of this length."
         )
     checks.together(rows_name, rows, name, value, batch=False)
 

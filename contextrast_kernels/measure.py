@@ -1,8 +1,8 @@
 """Measurements for ``bench`` and the benchmarks: agreement with the reference, then time, memory, launches, and how
 often the host waits.
 
-On CUDA calls are timed with events and cycle through copies of their inputs that together exceed the L2 cache. On a CPU
-they are timed with the clock.
+On CUDA calls are timed with events, on a CPU with the clock. The benchmarks time calls on several copies of the inputs,
+which together exceed the L2 cache (``copies``); ``bench`` times calls on one.
 """
 
 import gc
@@ -91,7 +91,7 @@ class Timing(NamedTuple):
 
 
 def copies(nbytes: int, device: torch.device) -> int:
-    """The number of copies of inputs with ``nbytes`` bytes that together exceed three times the L2 cache."""
+    """The number of copies of inputs with ``nbytes`` bytes that together exceed three times the L2 cache, up to 16."""
     if device.type != "cuda":
         return 1
     cache = torch.cuda.get_device_properties(device).L2_cache_size
@@ -99,7 +99,7 @@ def copies(nbytes: int, device: torch.device) -> int:
 
 
 def time_calls(calls: Sequence[Callable[[], Any]], device: torch.device, seconds: float = 1.0) -> Timing:
-    """Median and interquartile range of calls that do the same work on different copies of their inputs."""
+    """Median and interquartile range of the time of a call. The calls take turns and do the same work."""
     warm_up = 2 * len(calls)
     for i in range(warm_up):
         calls[i % len(calls)]()

@@ -52,7 +52,10 @@ def ContextrastHead(  # a type's name in a config
             be used.
     """
     if not isinstance(head, dict) or "type" not in head:
-        raise TypeError(f"head: expected the config of a decode head, dict(type=...), got {checks.describe(head)}.")
+        raise TypeError(
+            f"head: expected the config of a decode head, dict(type=...), got {checks.describe(head)}. "
+            "Pass the config that decode_head had before."
+        )
     settings = dict(head)
     kind = settings.pop("type")
     base = MODELS.get(kind) if isinstance(kind, str) else kind
@@ -78,7 +81,8 @@ class _WithContrast:
         checks.real("weight", weight, low=0.0)
         if len(in_index) != len(in_channels):
             raise ValueError(
-                f"in_index: expected {len(in_channels)} indices, one for each of in_channels, got {list(in_index)}."
+                f"in_index: expected {len(in_channels)} indices, one for each of in_channels, got {list(in_index)}. "
+                "Set both for the same stages."
             )
         self.contrast_index = list(in_index)
         self.contrast_weight = weight

@@ -200,19 +200,19 @@ class ContextrastCriterion(nn.Module):
             if isinstance(class_weights, str) or not isinstance(class_weights, Sequence | Tensor):
                 raise TypeError(
                     f"class_weights: expected a list or tensor of {num_classes} numbers, "
-                    f"got {checks.describe(class_weights)}."
+                    f"got {checks.describe(class_weights)}. Pass a list."
                 )
             try:
                 class_weights = torch.as_tensor(checks.plain(class_weights), dtype=torch.float32).clone()
             except (TypeError, ValueError, RuntimeError) as error:
                 raise TypeError(
                     f"class_weights: expected {num_classes} finite numbers, one for each class, "
-                    f"got {checks.describe(class_weights)}."
+                    f"got {checks.describe(class_weights)}. Pass floats."
                 ) from error
             if class_weights.shape != (num_classes,) or not (class_weights.isfinite() & (class_weights >= 0)).all():
                 raise ValueError(
                     f"class_weights: expected {num_classes} finite numbers of at least 0, one for each class, "
-                    f"got {checks.describe(class_weights)}."
+                    f"got {checks.describe(class_weights)}. Set those of classes without effect to zero."
                 )
             class_weights = lasting(class_weights)
         self.register_buffer("class_weights", class_weights)

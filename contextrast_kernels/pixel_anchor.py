@@ -49,10 +49,11 @@ def pixel_anchor_loss(
             or (B, 1, Z, H, W). Pixels with a label outside 0..N-1 or equal to ``ignore_index`` are
             ignored, even if they are in ``negatives`` or ``base``.
         anchors: (N, D), as ``class_anchors`` or ``fuse_anchors`` returns them; differentiable.
-        negatives: (B, h, w) or (B, z, h, w) integers: the class each pixel is a negative of, or any value outside
-            0..N-1 for none.
+        negatives: a class map, not the name of a rule: (B, h, w) or (B, z, h, w) integers, the class each pixel is a
+            negative of, or any value outside 0..N-1 for none.
         base: (B, h, w) or (B, z, h, w) bool.
         temperature: τ.
+        ignore_index: the label of ignored pixels.
         normalize: embeddings are x / ‖x‖₂ over D.
 
     Returns:
@@ -74,11 +75,14 @@ def pixel_anchor_loss(
     checks.samples_from("labels", labels, *size)
     checks.tensor("anchors", anchors, "floating-point anchors (N, D)")
     if not anchors.is_floating_point():
-        raise TypeError(f"anchors: expected floating-point anchors (N, D), got {checks.describe(anchors)}.")
+        raise TypeError(
+            f"anchors: expected floating-point anchors (N, D), got {checks.describe(anchors)}. "
+            "Pass those that class_anchors returns."
+        )
     if anchors.ndim != 2 or anchors.shape[0] == 0 or anchors.shape[1] != channels:
         raise ValueError(
             f"anchors: expected shape (N, {channels}) with the channels of features and N of at least 1, "
-            f"got {checks.describe(anchors)}."
+            f"got {checks.describe(anchors)}. Pass those that class_anchors returns for these features."
         )
     checks.together("features", features, "anchors", anchors, batch=False)
     layer = (batch, *size)
@@ -88,9 +92,12 @@ def pixel_anchor_loss(
     if base is not None:
         checks.tensor("base", base, "a bool map (B, h, w)")
         if base.dtype != torch.bool:
-            raise TypeError(f"base: expected a bool map (B, h, w), got {checks.describe(base)}.")
+            raise TypeError(f"base: expected a bool map (B, h, w), got {checks.describe(base)}. Pass base != 0.")
         if tuple(base.shape) != layer:
-            raise ValueError(f"base: expected shape {layer}, that of the features, got {checks.describe(base)}.")
+            raise ValueError(
+                f"base: expected shape {layer}, that of the features, got {checks.describe(base)}. "
+                "Resample it to this size."
+            )
         checks.together("features", features, "base", base)
     if choose_kernels([features], anchors.shape[0]) == "triton":
         return _pixel_anchor_loss(

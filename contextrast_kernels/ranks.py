@@ -19,8 +19,8 @@ def name_of(group) -> str | None:
         return None
     if not distributed.is_available() or not isinstance(group, distributed.ProcessGroup):
         raise TypeError(
-            "group: expected a torch.distributed process group with this rank in it, such as "
-            f"torch.distributed.group.WORLD, or None for this process alone, got {checks.describe(group)}."
+            "group: expected a torch.distributed process group with this rank in it, or None for this process alone, "
+            f"got {checks.describe(group)}. Pass torch.distributed.group.WORLD for all ranks."
         )
     name = group.group_name
     size(name)  # raises if torch.distributed does not know the group

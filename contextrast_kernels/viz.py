@@ -106,7 +106,10 @@ def negatives(
     labels = checks.class_map("labels", labels.detach().cpu()[None])
     predictions = checks.predictions("predictions", predictions.detach().cpu()[None], num_classes)
     if not isinstance(sizes, Sequence) or len(sizes) == 0:
-        raise TypeError(f"sizes: expected a list with the (h, w) of each layer, got {checks.describe(sizes)}.")
+        raise TypeError(
+            f"sizes: expected a list with the (h, w) of each layer, got {checks.describe(sizes)}. "
+            "Pass [x.shape[2:] for x in features]."
+        )
     for size in sizes:
         checks.size("sizes", size)
     names = _names(class_names, num_classes)
@@ -168,7 +171,7 @@ def negatives(
     present = sorted({*present, *predicted.unique().tolist()})
     patches = [Patch(facecolor=tuple(colours[n].tolist()), label=names[n]) for n in present if 0 <= n < num_classes]
     patches += [
-        Patch(facecolor=VOID_COLOUR, label="void"),
+        Patch(facecolor=VOID_COLOUR, label="ignored"),
         Patch(facecolor=CORRECT_COLOUR, edgecolor="0.7", label="correct"),
     ]
     if without_edge:
@@ -252,12 +255,16 @@ def embeddings(image: Tensor, features: Sequence[Tensor]) -> Figure:
     image = _shown(image)
     if not isinstance(features, Sequence) or len(features) == 0:
         raise TypeError(
-            f"features: expected a list of feature maps, one for each layer, got {checks.describe(features)}."
+            f"features: expected a list of feature maps, one for each layer, got {checks.describe(features)}. "
+            "Put a single map into a list."
         )
     for i, x in enumerate(features):
         checks.tensor(f"features[{i}]", x, "a feature map (D, h, w) of one image")
         if x.ndim != 3 or x.numel() == 0:
-            raise ValueError(f"features[{i}]: expected the map (D, h, w) of one image, got {checks.describe(x)}.")
+            raise ValueError(
+                f"features[{i}]: expected the map (D, h, w) of one image, got {checks.describe(x)}. "
+                "Pass one image of a batch, x[b]."
+            )
     H, W = image.shape[:2]
     pictures = [("image", image)]
     for x in features:
@@ -356,7 +363,10 @@ def similarity_curve(results: dict[str, Tensor]) -> Figure:
     expected = {"distance", "true_class", "predicted_class", "pixels"}
     if not isinstance(results, dict) or not expected <= results.keys():
         got = sorted(results) if isinstance(results, dict) else checks.describe(results)
-        raise ValueError(f"results: expected the result of metrics.AnchorSimilarity.compute(), got {got}.")
+        raise ValueError(
+            f"results: expected the result of metrics.AnchorSimilarity.compute(), got {got}. "
+            "Pass the dict that it returned."
+        )
     layers = len(results["pixels"])
     if layers == 0:
         raise ValueError("results: expected results of at least one batch, got none. Call update() first.")
@@ -395,16 +405,23 @@ def _shown(image: Tensor) -> Tensor:
     checks.tensor("image", image, "an image (3, H, W)")
     image = image.detach().cpu()
     if image.ndim != 3 or image.shape[0] != 3 or image.numel() == 0:
-        raise ValueError(f"image: expected (3, H, W), got {checks.describe(image)}.")
+        raise ValueError(
+            f"image: expected (3, H, W), got {checks.describe(image)}. "
+            "Pass one image of a batch, and repeat a grey one with .expand(3, -1, -1)."
+        )
     if image.dtype != torch.uint8 and not image.is_floating_point():
-        raise TypeError(f"image: expected floats in 0..1 or uint8, got {checks.describe(image)}.")
+        raise TypeError(
+            f"image: expected floats in 0..1 or uint8, got {checks.describe(image)}. Call .byte() on values in 0..255."
+        )
     return (image.float() / 255 if image.dtype == torch.uint8 else image.float().clamp(0, 1)).permute(1, 2, 0)
 
 
 def _names(class_names: Sequence[str] | None, num_classes: int) -> list[str]:
     names = [str(n) for n in range(num_classes)] if class_names is None else list(map(str, class_names))
     if len(names) != num_classes:
-        raise ValueError(f"class_names: expected {num_classes} names (num_classes), got {len(names)}.")
+        raise ValueError(
+            f"class_names: expected {num_classes} names (num_classes), got {len(names)}. Pass one name for each class."
+        )
     return names
 
 

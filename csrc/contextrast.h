@@ -1,14 +1,15 @@
 // contextrast: exact edge distances and hard-negative selection for label maps. Plain C interface of the native
 // library.
 //
-// Every function comes twice: `_cpu` takes a number of threads, `_cuda` a device index and a stream on which it only
-// enqueues work. None allocates device memory, keeps state between calls or waits for the device: the caller passes
-// scratch of at least the size that the matching `_scratch_` function returns (any content, aligned to 16 bytes), and
-// outputs, which are contiguous and wholly written. A `_scratch_cpu` function must be given the same number of threads.
-// Inputs may have any strides and are never copied; no value in them can cause an access out of bounds.
+// Every function but contextrast_interface and contextrast_cuda_status comes twice: `_cpu` takes a number of threads,
+// `_cuda` a device index and a stream on which it only enqueues work. None allocates device memory, keeps state between
+// calls or waits for the device: the caller passes scratch of at least the size that the matching `_scratch_` function
+// returns (any content, aligned to 16 bytes), and outputs, which are contiguous and, unless a comment says otherwise,
+// wholly written. A `_scratch_cpu` function must be given the same number of threads. Inputs may have any strides and
+// are never copied; no value in them can cause an access out of bounds.
 //
-// A function returns CONTEXTRAST_OK, or another code and a message in `error`, CONTEXTRAST_ERROR_SIZE bytes of the
-// caller's.
+// A function with an argument `error` returns CONTEXTRAST_OK, or another code and a message in `error`,
+// CONTEXTRAST_ERROR_SIZE bytes of the caller's. A `_scratch_` function returns a number of bytes.
 //
 // Letters: B images, N classes, H W a map's size, h w a layer's size, z y x the axes of a volume.
 #ifndef CONTEXTRAST_H

@@ -93,7 +93,7 @@ class OnDevice {
   cudaError_t status_;
 };
 
-// What CUDA answered, as a function of contextrast.h answers.
+// Converts a CUDA status to a return code and a message.
 inline int answer(cudaError_t status, char *error) {
   if (status == cudaSuccess) return CONTEXTRAST_OK;
   cudaGetLastError();  // clears it: it is reported here, and the next call must not find it again

@@ -40,7 +40,7 @@ struct Row {
         pending(words.pending + row * Words::groups(width)),
         bit(bit) {}
 
-  // Whether one of the pixels x..x+count-1 is pending, or of those beyond up to a multiple of eight; x is one.
+  // Whether one of the pixels x..x+count-1 is pending; x is a multiple of eight, and count is rounded up to one.
   CONTEXTRAST_HD bool any_pending(int x, int count) const {
     uint32_t found = 0;
     for (int i = 0; i < count; i += 8) found |= pending[(x + i) / 8];
@@ -300,7 +300,7 @@ constexpr int32_t EXACT_IN_FLOAT = 1 << 24;
 CONTEXTRAST_HD void write_distances(const Metric &metric, const int32_t *best, int count, float *distance) {
   const double unit_length = sqrt(metric.unit);  // exact: an even power of two
   if (metric.largest < EXACT_IN_FLOAT && unit_length > 1e-15 && unit_length < 1e15) {
-    // A float's square root in float is what the double's becomes when it is rounded.
+    // For these integers the root in float equals the root in double, rounded to float.
     const float length = static_cast<float>(unit_length);
     for (int x = 0; x < count; ++x) {
       const float root = sqrtf(static_cast<float>(greater(best[x], 0))) * length;

@@ -1,4 +1,5 @@
-// edge_distance and distance_transform on CUDA: two kernels, whatever the number of layers.
+// edge_distance and distance_transform of maps with square pixels on CUDA: two kernels, whatever the number of layers.
+// volume.cu has volumes, sampling, indices, floating types and unsigned integers of more than 8 bits.
 //   1. mark    a warp reads 32 x 32 pixels and writes their sites as words, 3/8 of a byte a pixel. The last warp to
 //              finish in a strip of 32 columns carries the nearest sites up and down it.
 //   2. solve   a warp computes one row: parabolas from the words, then the window for each tile of 32 pixels, then, for
@@ -18,7 +19,7 @@ constexpr int BAND = 32;               // rows of a word
 constexpr int TILE = WARP;             // pixels that a warp solves at once, and the distance between pivots
 constexpr int AHEAD = 8;               // independent loads that a thread keeps in flight
 constexpr int WINDOW = 8;              // steps before a tile is left to the bisection: about what its sweep costs
-constexpr int WINDOW_IN_HARD_ROW = 2;  // and where the row pays for pivots anyway
+constexpr int WINDOW_IN_HARD_ROW = 2;  // the same in a row that already has an open tile
 
 struct PlanesWork {
   Planes planes;
@@ -134,7 +135,7 @@ __device__ int best_column(const int32_t *parabolas, int x, int first, int last,
   return __reduce_min_sync(ALL_LANES, own.cost == least ? own.column : INT32_MAX);
 }
 
-// The warp solves the pivots from..to, of which the rest of the row tells nothing.
+// The warp solves the pivots from..to. The rest of the row gives no bounds for them.
 __device__ void bisect(const int32_t *parabolas, int last, int from, int to, int lane, int32_t *columns) {
   const auto solve = [&](int j, int first_column, int last_column) {
     const int best = best_column(parabolas, pivot_column(0, last, TILE, j), first_column, last_column, lane);

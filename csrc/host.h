@@ -48,7 +48,9 @@ inline int check_sides(const char *name, int64_t height, int64_t width, char *er
 
 inline int check_integers(const char *name, const ContextrastMap &map, char *error) {
   if (is_integer(map.type) && map.channels == 0) return CONTEXTRAST_OK;
-  return refuse(error, "%s: expected a map of uint8, int8, int16, int32 or int64, got type %d with %lld channels.",
+  return refuse(error,
+                "%s: expected a map of uint8, int8, int16, int32 or int64, got type %d with %lld channels. "
+                "Convert it to a class map.",
                 name, static_cast<int>(map.type), static_cast<long long>(map.channels));
 }
 
@@ -63,7 +65,7 @@ inline bool is_integer_or_unsigned(int32_t type) { return is_integer(type) || ty
 inline int check_volume(const char *name, const ContextrastVolume &volume, bool edges, char *error) {
   if (volume.type < CONTEXTRAST_UINT8 || volume.type > CONTEXTRAST_UINT64 ||
       (edges && !is_integer_or_unsigned(volume.type)))
-    return refuse(error, "%s: expected %s, got type %d.", name,
+    return refuse(error, "%s: expected %s, got type %d. Convert it to one.", name,
                   edges ? "an integer type" : "a type in contextrast.h", static_cast<int>(volume.type));
   int64_t voxels = 1;
   for (const int64_t size : volume.size) {
@@ -85,11 +87,11 @@ constexpr double SMALLEST_SIDE = 1e-100, LARGEST_SIDE = 1e100;
 
 inline int check_wanted(const ContextrastDistance &wanted, bool edges, char *error) {
   if (edges && (wanted.nearest[0] || wanted.nearest[1] || wanted.nearest[2]))
-    return refuse(error, "nearest: expected null, because distances are those to an edge.");
+    return refuse(error, "nearest: expected null for distances to an edge, got a pointer. Set all three to null.");
   for (int axis = 0; wanted.sampled && axis < 3; ++axis)
     if (!(wanted.sampling[axis] >= SMALLEST_SIDE && wanted.sampling[axis] <= LARGEST_SIDE))
-      return refuse(error, "sampling: expected %g to %g, got %g.", SMALLEST_SIDE, LARGEST_SIDE,
-                    wanted.sampling[axis]);
+      return refuse(error, "sampling: expected %g to %g, got %g. Use another unit of length.", SMALLEST_SIDE,
+                    LARGEST_SIDE, wanted.sampling[axis]);
   return CONTEXTRAST_OK;
 }
 
@@ -118,7 +120,8 @@ inline Metric metric_of(const ContextrastVolume &volume, const ContextrastDistan
     fits &= side == 0 || side * (steps + 1 + MARGIN) * side * (steps + 1 + MARGIN) < NO_COST;
     metric.weight[axis] = side < 1 << 15 ? static_cast<int32_t>(side * side) : 0;
     largest += metric.side[axis] * steps * metric.side[axis] * steps;
-    // A last place of a cost up to `largest` is at most `largest` * 2^-52; twice that, and a little.
+    // A last place of a cost up to `largest` is at most `largest` * 2^-52. The side's square must be at least four
+    // times that.
     metric.search[axis] = metric.side[axis] * metric.side[axis] >= ldexp(largest, -50);
   }
   metric.unit = ldexp(1.0, 2 * exponent);
@@ -135,15 +138,18 @@ inline int check_pair(const ContextrastMap &predictions, const ContextrastMap &l
   } else {
     if (predictions.channels < 0 || predictions.type < CONTEXTRAST_FLOAT16 || predictions.type > CONTEXTRAST_FLOAT64)
       return refuse(error,
-                    "predictions: expected logits of float16, bfloat16, float32 or float64, got type %d with channels.",
+                    "predictions: expected logits of float16, bfloat16, float32 or float64, got type %d with channels. "
+                    "Convert them to float32.",
                     static_cast<int>(predictions.type));
     if (const int code = check_sides("predictions", predictions.height, predictions.width, error)) return code;
   }
   if (predictions.batch != labels.batch)
-    return refuse(error, "predictions: expected batch size %lld, that of labels, got %lld.",
+    return refuse(error,
+                  "predictions: expected batch size %lld, that of labels, got %lld. Pass maps of the same images.",
                   static_cast<long long>(labels.batch), static_cast<long long>(predictions.batch));
   if (labels.batch > 0 && labels.height * labels.width > 0 && predictions.height * predictions.width == 0)
-    return refuse(error, "predictions: expected at least one pixel, as labels have %lld x %lld, got none.",
+    return refuse(error,
+                  "predictions: expected at least one pixel, as labels have %lld x %lld, got none. Pass a larger crop.",
                   static_cast<long long>(labels.height), static_cast<long long>(labels.width));
   return CONTEXTRAST_OK;
 }
@@ -158,8 +164,8 @@ inline int check_pixels(const char *name, int64_t height, int64_t width, char *e
 
 inline int check_num_classes(int64_t num_classes, char *error) {
   if (num_classes >= 0 && num_classes <= CONTEXTRAST_MAX_CLASSES) return CONTEXTRAST_OK;
-  return refuse(error, "num_classes: expected 0 to %d, got %lld.", CONTEXTRAST_MAX_CLASSES,
-                static_cast<long long>(num_classes));
+  return refuse(error, "num_classes: expected 0 to %d, got %lld. Pass a number in this range.",
+                CONTEXTRAST_MAX_CLASSES, static_cast<long long>(num_classes));
 }
 
 // classes and distance_sq of one selection
@@ -170,9 +176,13 @@ inline int check_selection(const ContextrastMap &classes, const ContextrastMap &
   if (const int code = check_pixels("classes", classes.height, classes.width, error)) return code;
   if (distance_sq.type != CONTEXTRAST_INT32 || distance_sq.channels != 0 || distance_sq.batch != classes.batch ||
       distance_sq.height != classes.height || distance_sq.width != classes.width)
-    return refuse(error, "distance_sq: expected an int32 map of the size of classes, (%lld, %lld, %lld).",
+    return refuse(error,
+                  "distance_sq: expected an int32 map of the size of classes, (%lld, %lld, %lld), got type %d and "
+                  "(%lld, %lld, %lld). Pass the squared distances of these classes.",
                   static_cast<long long>(classes.batch), static_cast<long long>(classes.height),
-                  static_cast<long long>(classes.width));
+                  static_cast<long long>(classes.width), static_cast<int>(distance_sq.type),
+                  static_cast<long long>(distance_sq.batch), static_cast<long long>(distance_sq.height),
+                  static_cast<long long>(distance_sq.width));
   return CONTEXTRAST_OK;
 }
 
@@ -181,19 +191,21 @@ inline int check_layers(const ContextrastMap &labels, int64_t num_classes, const
                         int num_layers, int type, char *error) {
   if (const int code = check_num_classes(num_classes, error)) return code;
   if (num_layers < 0 || num_layers > CONTEXTRAST_MAX_LAYERS)
-    return refuse(error, "layers: expected at most %d, got %d.", CONTEXTRAST_MAX_LAYERS, num_layers);
+    return refuse(error, "layers: expected at most %d, got %d. Make several calls.", CONTEXTRAST_MAX_LAYERS,
+                  num_layers);
   if (type != CONTEXTRAST_INT32) {
     if (type != CONTEXTRAST_UINT8 && type != CONTEXTRAST_INT16)
-      return refuse(error, "negatives: expected uint8, int16 or int32, got type %d.", type);
+      return refuse(error, "negatives: expected uint8, int16 or int32, got type %d. Use int32.", type);
     if (num_classes > none_of(type))
-      return refuse(error, "num_classes: expected 0 to %d for negatives of type %d, got %lld.", none_of(type), type,
-                    static_cast<long long>(num_classes));
+      return refuse(error, "num_classes: expected 0 to %d for negatives of type %d, got %lld. Use int32 negatives.",
+                    none_of(type), type, static_cast<long long>(num_classes));
   }
   for (int i = 0; i < num_layers; ++i) {
     if (const int code = check_sides("layers", layers[i].height, layers[i].width, error)) return code;
     if (labels.batch > 0 && layers[i].height * layers[i].width > 0 && labels.height * labels.width == 0)
-      return refuse(error, "labels: expected at least one pixel, as layer %d has %lld x %lld, got none.", i,
-                    static_cast<long long>(layers[i].height), static_cast<long long>(layers[i].width));
+      return refuse(error,
+                    "labels: expected at least one pixel, as layer %d has %lld x %lld, got none. Pass a larger crop.",
+                    i, static_cast<long long>(layers[i].height), static_cast<long long>(layers[i].width));
   }
   return CONTEXTRAST_OK;
 }

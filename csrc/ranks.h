@@ -1,5 +1,5 @@
-// Who is selected: the hash, the order of the pixels of one class in one image, their number, and the bins of a
-// histogram over that order.
+// Which pixels are selected: the hash, the order of the pixels of one class in one image, their number, and the bins of
+// a histogram over that order.
 #ifndef CONTEXTRAST_RANKS_H
 #define CONTEXTRAST_RANKS_H
 

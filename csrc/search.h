@@ -11,10 +11,12 @@
 namespace contextrast {
 namespace {
 
-constexpr int WINDOW = 8, WINDOW_BESIDE_OPEN = 2;  // steps before a block is left to the search,
-constexpr int LONG_WINDOW = 16;                    // unless no more than so many are known to be enough
-constexpr int NARROW = 16;                         // pixels between which no pivot is worth its search
-constexpr int BLOCKS = CONTEXTRAST_MAX_SIDE / 8;   // the most blocks of a line
+// The steps of a window; WINDOW_BESIDE_OPEN if the block before is open. If LONG_WINDOW steps are certain to settle the
+// block, the window goes on to them.
+constexpr int WINDOW = 8, WINDOW_BESIDE_OPEN = 2;
+constexpr int LONG_WINDOW = 16;
+constexpr int NARROW = 16;                        // pixels between which no pivot is worth its search
+constexpr int BLOCKS = CONTEXTRAST_MAX_SIDE / 8;  // the most blocks of a line
 static_assert(MARGIN >= LONG_WINDOW + 16, "what a block of 64 bytes reads beside its line");
 
 // apart(steps) along one axis for -steps..steps, steps being the axis and a block more.
@@ -34,7 +36,7 @@ struct Apart {
 };
 
 // A line of a plane, or several abreast: costs and keys of the axes before, with MARGIN pixels without a site on either
-// side; and results. `best` starts as the costs, and below 0 where no distance is wanted, which stays.
+// side; and results. `best` starts as the costs. It is negative where no distance is wanted, and stays so.
 template <class Cost>
 struct Line {
   Cost *costs, *best;

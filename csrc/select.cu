@@ -281,8 +281,8 @@ __global__ void __launch_bounds__(CHOOSERS, 3)
       if (layer.selected && is_selected) layer.selected[at] = 1;
       if (!layer.selected && !is_selected) layer.set_class(at, NO_CLASS);
     });
-    // No barrier is needed between segments. Shared memory that one writes before its first barrier was last read by
-    // the one before it before that one's last barrier.
+    // No barrier is needed between segments. What a segment writes to shared memory before its first barrier is not
+    // read after the last barrier of the segment before it.
   }
 }
 

@@ -129,8 +129,8 @@ struct Best {
     costs = least(costs, other);
   }
 
-  // Whether a pixel at the cost `next` away could still improve the block: a site there, or with keys one as near that
-  // comes first.
+  // Whether a site at the cost `next` away could still improve the block. With KEYS a candidate of equal cost and
+  // smaller key improves it too.
   CONTEXTRAST_HD bool is_open(Cost next) const {
     const auto worst = most(costs.a, costs.b);
     if constexpr (KEYS)

@@ -1,5 +1,5 @@
-// The distance functions on CUDA where edt.cu's kernels for maps of square pixels do not serve: lines and volumes,
-// sampling, indices, any type.
+// The distance functions on CUDA where edt.cu's kernels for maps of square pixels do not serve: volumes, sampling,
+// indices, floating types, unsigned integers of more than 8 bits.
 //   1. mark    a thread reads 32 pixels of a column and writes their words.
 //   2. carry   a thread carries the nearest sites along a column.
 //   3. solve   a warp computes one line: its costs go to shared memory, a window settles what is near, and the tiles of
@@ -173,7 +173,8 @@ __device__ void solve_line(const Cost *costs, int32_t *places, int size, Cost si
       __syncwarp();
     };
     pivot(0, 0, size - 1);
-    // The last tile has no pixel behind it that could be a pivot: its last one would leave out equals after its best.
+    // The last tile has no pixel behind it that could be a pivot. Its last pixel cannot serve as one: a pivot takes the
+    // first of equally good pixels, and later ones would be left out.
     if (lane == 0) places[tiles] = size - 1;
     __syncwarp();
     for (int step = first_step(tiles); step; step /= 2)

@@ -66,7 +66,7 @@ void with_width(int width, const Body &body) {
   }
 }
 
-// One row, whose pixels lie `step` elements apart. Bits that `counts` leaves out make no pixel nonzero.
+// One row, whose pixels lie `step` elements apart. A pixel is nonzero if a bit of the mask `counts` is set in it.
 template <class T>
 CONTEXTRAST_HD void mark_zeros(const T *__restrict here, int64_t step, int width, T counts, int bit,
                                uint32_t *__restrict sites) {
@@ -79,7 +79,7 @@ struct Neighbours {
   int64_t up, down, above, below;
 };
 
-// One pixel of each of ROWS rows, `across` elements apart. Rows of maps are not BESIDE others.
+// One pixel of each of ROWS rows, `across` elements apart. BESIDE: there are neighbours along y, as in volumes.
 template <int ROWS, bool BESIDE, class T>
 CONTEXTRAST_HD void mark_edge(const T *here, int64_t across, const Neighbours &to, int64_t left, int64_t right,
                               bool has_sign, int bit, uint32_t &sites, uint32_t &wanted) {

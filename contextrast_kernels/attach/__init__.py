@@ -70,7 +70,10 @@ def attach(
         or len(layers) == 0
         or not all(isinstance(name, str) for name in layers)
     ):
-        raise TypeError(f'layers: expected "auto" or a list of module names, got {checks.describe(layers)}.')
+        raise TypeError(
+            f'layers: expected "auto" or a list of module names, got {checks.describe(layers)}. '
+            "Choose names from model.named_modules()."
+        )
     own = example_input is None
     calls, graph, reason = watch(model, default_example(model) if own else example_input, own)
     chosen, doubt = find_stages(calls, graph, reason) if layers == "auto" else (look_up(layers, calls), "")
@@ -95,7 +98,9 @@ def _show(text: str) -> None:
 
 def _check_model(model) -> None:
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, got {checks.describe(model)}.")
+        raise TypeError(
+            f"model: expected a torch.nn.Module, got {checks.describe(model)}. Pass the network that is trained."
+        )
     kind = type(model).__name__
     # FSDP is recognised by the name of the module's class or of one of its bases, because importing it takes a second.
     sharded = any(c.__name__ in _FSDP for module in model.modules() for c in type(module).__mro__)

@@ -188,7 +188,8 @@ class FeatureTap(nn.Module):
     def _fail(self, model: nn.Module, args: tuple, output) -> None:
         # This hook runs after every forward. After one that raised, it is the only one.
         if self._open:
-            self._open, self._maps, self._why_empty = False, None, "the last forward raised an exception"
+            self._open, self._maps = False, None
+            self._why_empty = "the last forward raised an exception. Call model(images) again"
 
     def forward(self, x):
         """Return ``x``. If the model is an nn.Sequential, the tap is one of its children and is called."""
@@ -205,7 +206,8 @@ class FeatureTap(nn.Module):
 
     def __getstate__(self):
         # What was recorded belongs to one forward and cannot be copied or pickled.
-        return {**self.__dict__, "_maps": None, "_open": False, "_why_empty": "this copy of the model has not run"}
+        why = "this copy of the model has not run. Call it on images"
+        return {**self.__dict__, "_maps": None, "_open": False, "_why_empty": why}
 
 
 class _Recorder:

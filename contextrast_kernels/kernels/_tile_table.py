@@ -46,7 +46,8 @@ class Tiles(NamedTuple):
     """Channels taken at a time where nothing but arithmetic asks for them: 16 bytes a thread and load."""
     NARROW: int = 32
     """The most pixels of a row where rows cannot be read 16 bytes at a time, as with camvid's of 60, 30 and 15: with 64
-    ``_class_anchors_fwd`` spills 592 B and ``_features_bwd`` 112 B on sm_90 (bfloat16, D 256), with 32 neither any."""
+    ``_class_anchors_fwd`` spills 592 B and ``_features_bwd`` 112 B on sm_90 (bfloat16, D 256). With 32 pixels neither
+    kernel spills."""
 
 
 class Row(NamedTuple):
@@ -123,8 +124,8 @@ RDNA = {
     # The numbers are vector registers spilled on gfx1100 and gfx1201 (bfloat16, D 256). This tile spills none; P 64
     # would spill 30 on gfx1100.
     "_class_anchors_fwd": {"P": 32},
-    # This tile spills 17 and none. 128 columns would spill 91 and 49, 32 pixels as well 220 and 126, and the tile of
-    # the table 550 and 431.
+    # This tile spills 17 registers on gfx1100 and none on gfx1201. With 128 columns it would spill 91 and 49, and with
+    # 32 pixels as well 220 and 126. The tile of the table would spill 550 and 431.
     "_pixel_anchor_fwd": {"P": 16, "COLUMNS": 64},
     # This tile spills none. P 64 would spill 79 and 77.
     "_features_bwd": {"P": 32},

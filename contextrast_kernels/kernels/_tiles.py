@@ -25,7 +25,8 @@ FLOAT64_DOT = tl.constexpr(TRITON >= (3, 9))
 the versions between were not tried."""
 ON_AMD = tl.constexpr(torch.version.hip is not None)
 FLOAT32_DOT = tl.constexpr("ieee" if torch.version.hip else "tf32x3")
-"""How float32 is multiplied. AMD's matrix cores have no TF32, which three products make precise; they take float32."""
+"""How float32 is multiplied. NVIDIA: three TF32 products, which together have float32's precision. AMD's matrix cores
+multiply float32 itself."""
 
 
 @triton.constexpr_function
@@ -301,8 +302,8 @@ def dot_features(a, x, acc, PIECES: tl.constexpr = 3, CHAINED: tl.constexpr = Fa
     are operands of the tensor-core product as they are; all weights are in the smaller operand a.
 
     bfloat16: a in PIECES pieces; three hold all of its bits, two hold 16 or more. float16: two TF32 pieces, since a
-    may leave float16's range and x is exact in TF32; the first has 8 bits, so that few of its sums need more than a
-    float32 has. float32: three TF32 products. float64: as it is. On AMD float16 and float32 are multiplied in float32.
+    may leave float16's range and x is exact in TF32; the first has 8 bits, so that most sums of its products are exact
+    in float32. float32: three TF32 products. float64: as it is. On AMD float16 and float32 are multiplied in float32.
 
     Tensor cores truncate the accumulator after every few products, which shrinks a long sum. A sum here starts at zero
     with the smallest pieces and is added to acc in float32, rounded to nearest. CHAINED saves that addition where only

@@ -282,4 +282,7 @@ def _by_width(name: str, widths: Sequence[str], per_class: Tensor) -> dict[str, 
 
 def _check_list(name: str, values: object) -> None:
     if not isinstance(values, Sequence) or isinstance(values, str) or len(values) == 0:
-        raise TypeError(f"{name}: expected a list of numbers, such as (5, 7, 10), got {checks.describe(values)}.")
+        raise TypeError(
+            f"{name}: expected a list of numbers, such as (5, 7, 10), got {checks.describe(values)}. "
+            "Pass a list of at least one number."
+        )

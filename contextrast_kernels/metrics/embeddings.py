@@ -66,7 +66,10 @@ class AlignmentUniformity(Metric):
     ):
         super().__init__(num_classes, ignore_index, group)
         if not isinstance(nearest, Sequence) or isinstance(nearest, str):
-            raise TypeError(f"nearest: expected a list of integers, such as (3, 5), got {checks.describe(nearest)}.")
+            raise TypeError(
+                f"nearest: expected a list of integers, such as (3, 5), got {checks.describe(nearest)}. "
+                "Put a single number into a list."
+            )
         for k in nearest:
             checks.integer("nearest", k, low=1)
         checks.integer("samples", samples, low=2)
@@ -169,11 +172,12 @@ class AnchorSimilarity(Metric):
 
     It is the paper's figure 5 and shows whether the pixels near the edge are harder.
 
-    ``compute()`` gives "distance" (bins,), the lower ends of the bins of 1 px; the last bin is open. For each layer it
-    gives "true_class" (layers, bins), the mean cosine to the anchor of the label's class, "predicted_class" (layers,
-    bins), that to the anchor of the class the pixel was mistaken for, and "pixels" (layers, bins). A bin without pixels
-    is NaN. An error region that fills the image has no edge and is left out. "predicted_class" also leaves out pixels
-    mistaken for a class that is in no label of the batch. Anchors are the fused ones of each batch (Eq. 1).
+    ``compute()`` gives "distance", int64 (bins,), the lower ends of the bins of 1 px; the last bin is open. For each
+    layer it gives "true_class" (layers, bins), the mean cosine to the anchor of the label's class, "predicted_class"
+    (layers, bins), that to the anchor of the class the pixel was mistaken for, and "pixels", int64 (layers, bins), the
+    number of pixels. The cosines of a bin without pixels are NaN. An error region that fills the image has no edge and
+    is left out. "predicted_class" also leaves out pixels mistaken for a class that is in no label of the batch. Anchors
+    are the fused ones of each batch (Eq. 1).
 
     Args:
         num_classes: N.

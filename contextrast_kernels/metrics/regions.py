@@ -63,7 +63,10 @@ class ConfusionMatrix(Metric):
         if mask is not None:
             checks.tensor("mask", mask, f"bool of shape {tuple(classes.shape)}")
             if mask.dtype != torch.bool or mask.shape != classes.shape:
-                raise ValueError(f"mask: expected bool of shape {tuple(classes.shape)}, got {checks.describe(mask)}.")
+                raise ValueError(
+                    f"mask: expected bool of shape {tuple(classes.shape)}, got {checks.describe(mask)}. "
+                    "Pass a comparison of a map of the labels' size, such as mask != 0."
+                )
             checks.together("labels", labels, "mask", mask)
             counted = counted & mask
         self._add({"counts": confusion(predicted, classes, counted, self.num_classes)})
@@ -247,6 +250,10 @@ def _sums(values: Tensor, cells: Tensor, counted: Tensor, size: int) -> Tensor:
 
 def _one_for_each_class(name: str, values: object, num_classes: int) -> None:
     if not isinstance(values, Sequence) or isinstance(values, str):
-        raise TypeError(f"{name}: expected a list with one entry for each class, got {checks.describe(values)}.")
+        raise TypeError(
+            f"{name}: expected a list with one entry for each class, got {checks.describe(values)}. Pass a list."
+        )
     if len(values) != num_classes:
-        raise ValueError(f"{name}: expected {num_classes} entries (num_classes), got {len(values)}.")
+        raise ValueError(
+            f"{name}: expected {num_classes} entries (num_classes), got {len(values)}. Pass one entry for each class."
+        )

@@ -16,9 +16,10 @@ from contextrast_kernels import checks, maps
 class Metric(ABC):
     """Counts over batches, and the results that follow from them.
 
-    The counts are kept on the device of the maps and are integers wherever possible, so that neither the order of the
-    batches nor the number of ranks changes a result. Only ``compute()`` synchronises or communicates, and only the
-    first batch may copy options to the device.
+    The counts are kept on the device of the maps. Integer counts depend neither on the order of the batches nor on the
+    number of ranks. BoundaryF1 and AlignmentUniformity also hold float64 sums, whose rounding depends on both. The
+    pixels that AlignmentUniformity draws depend on both, too. Only ``compute()`` synchronises or communicates, and only
+    the first batch may copy options to the device.
 
     A metric is not an ``nn.Module``, because DistributedDataParallel would overwrite its counts with those of rank 0.
     """
@@ -32,7 +33,7 @@ class Metric(ABC):
         if not (group is None or group == "auto" or (dist.is_available() and isinstance(group, dist.ProcessGroup))):
             raise TypeError(
                 "group: expected 'auto' (all ranks), None (this rank alone) or a torch.distributed process group, "
-                f"got {checks.describe(group)}."
+                f"got {checks.describe(group)}. Leave it out for all ranks."
             )
         self.num_classes = num_classes
         self.ignore_index = ignore_index
@@ -69,7 +70,10 @@ class Metric(ABC):
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Replace the counts by saved ones."""
         if not isinstance(state, dict):
-            raise TypeError(f"state: expected the result of state_dict(), got {checks.describe(state)}.")
+            raise TypeError(
+                f"state: expected the result of state_dict(), got {checks.describe(state)}. "
+                "Pass the dict that it returned."
+            )
         wanted = {name: dtype for name, (_, dtype) in self._layout.items()}
         got = {name: getattr(value, "dtype", type(value)) for name, value in state.items()}
         if got not in ({}, wanted):

@@ -109,7 +109,10 @@ def one_map(features, layer: int) -> Tensor:
     """The feature map of a loss that uses one layer: the tensor itself, or one of a list."""
     if isinstance(features, Sequence) and not isinstance(features, str):
         if not -len(features) <= layer < len(features):
-            raise ValueError(f"layer: expected the index of one of {len(features)} layers, got {layer}.")
+            raise ValueError(
+                f"layer: expected the index of one of {len(features)} layers, got {layer}. "
+                "Pass a smaller index, or more layers in features."
+            )
         checks.feature_map(f"features[{layer}]", features[layer])
         return features[layer]
     checks.feature_map("features", features)

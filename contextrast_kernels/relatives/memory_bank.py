@@ -13,6 +13,8 @@ from contextrast_kernels.state import lasting
 class MemoryBank(nn.Module):
     """A first-in-first-out queue of pixel embeddings and one of region centres for every class.
 
+    A region centre is the mean embedding of the pixels of one class in one image, scaled to unit length.
+
     Unused places are not columns of any loss, so an empty bank gives a loss of 0, not a contrast with random vectors.
     Writing does not synchronise. Embeddings that are not finite are skipped, because one overflow would otherwise stay
     for thousands of steps.
@@ -167,7 +169,9 @@ class MemoryBank(nn.Module):
 def check_bank(bank, num_classes: int) -> None:
     """Check the bank that is passed to a loss."""
     if not isinstance(bank, MemoryBank):
-        raise TypeError(f"bank: expected a MemoryBank, got {checks.describe(bank)}.")
+        raise TypeError(
+            f"bank: expected a MemoryBank, got {checks.describe(bank)}. Pass ck.MemoryBank(num_classes, dim)."
+        )
     if bank.num_classes != num_classes:
         raise ValueError(
             f"bank: expected a MemoryBank of {num_classes} classes (num_classes), got one of {bank.num_classes}. "

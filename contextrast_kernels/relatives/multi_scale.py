@@ -3,8 +3,8 @@ scale against those of the coarsest.
 
     L = Σ_s w_s NCE(X_s, X_s) + w_low NCE(X_1, X_S) + w_mid NCE(X_1, X_{S-1})
 
-NCE is the loss of ``info_nce.py``, without self pairs within a scale. X_s are the sampled embeddings of scale s,
-from high to low resolution. The last term needs three scales, and the term before it two.
+NCE is ``info_nce`` with ``positives="each"``, without self pairs within a scale. X_s are the sampled embeddings of
+scale s, from high to low resolution. The last term needs three scales, and the term before it two.
 """
 
 from collections.abc import Callable, Sequence
@@ -74,7 +74,7 @@ class MultiScaleContrastLoss(SampledLoss):
         if len(cross_weights) != 2:
             raise ValueError(
                 f"cross_weights: expected two weights, of the coarsest and of the second coarsest scale, "
-                f"got {len(cross_weights)}."
+                f"got {len(cross_weights)}. Pass two; a weight of zero leaves its term out."
             )
         checks.flag("detach_deepest", detach_deepest)
         self.layer_weights, self.cross_weights = tuple(layer_weights), tuple(cross_weights)

@@ -45,9 +45,9 @@ class PixelContrastLoss(SampledLoss):
     * Mining: the paper draws semi-hard pairs; the code takes all columns. Our default is all columns, which gave the
       code's published numbers; ``mining="semi-hard"`` is that of the paper.
     * Bank: the code's pixel queue advances by one place for ten written, takes pixels of other classes, overwrites its
-      newest entries at the end, leaves class 0 out, starts with random vectors, drops the diagonal of anchors x bank
-      and loses the entries of all ranks but the first. ``MemoryBank`` does none of these. The paper's region memory has
-      one place for each training image; ours, as the code's, is a queue.
+      newest entries at the end, leaves class 0 out, starts with random vectors, drops the diagonal of the matrix of
+      sampled pixels x bank entries and loses the entries of all ranks but the first. ``MemoryBank`` does none of these.
+      The paper's region memory has one place for each training image; ours, as the code's, is a queue.
     * No class with more than ``max_views`` pixels, or more pairs (image, class) than ``max_samples``: the code raises.
       Here the loss is 0, still attached to the autograd graph, in the first case, and each pair has one pixel in the
       second.
@@ -161,7 +161,7 @@ class PixelContrastLoss(SampledLoss):
 
 
 def region_centres(x: Tensor, targets: Tensor, num_classes: int, normalize: bool) -> tuple[Tensor, Tensor]:
-    """The mean embedding of every class of every image at unit length, (B · N, D), and its class, -1 without pixels."""
+    """The region centre of every image and class, (B · N, D), and its class (B · N,), -1 without pixels."""
     B, N = x.shape[0], num_classes
     image = images_of(targets)
     pair = torch.where(targets >= 0, image * N + targets, -1)

@@ -43,8 +43,10 @@ class PNELoss(SampledLoss):
       ones. ``parity=True`` takes the first.
     * Gradient: the code treats a hard pixel's norm as a constant, so that a part of the gradient only changes the norm;
       we differentiate the cosine. ``parity=True`` treats it as a constant.
-    * A feature of length zero: NaN in the code, cosine 0 here. Label 254 is an ordinary class.
-    * No pair: the code returns 1e-16 times sums of logits and features, which propagates any pixel's inf or NaN.
+    * A feature of length zero: NaN in the code, cosine 0 here.
+    * Label 254: the code leaves out the hard pixels of this class; here it is an ordinary class.
+    * No pair: the code returns 1e-16 times sums of logits and features, which propagates any pixel's inf or NaN; here
+      the loss is 0, still attached to the autograd graph.
     * The code's default arguments fail (a comparison function does not exist); only its configuration runs, whose
       settings are the defaults here.
 

@@ -1,9 +1,9 @@
-"""RegionContrast: each image's class centres against a bank of centres (Hu, Cui and Wang, ICCV 2021).
+"""RegionContrast: the region centres of the batch against a bank of region centres (Hu, Cui and Wang, ICCV 2021).
 
     q_b^n = unit( mean of x over the pixels of class n in image b )
     L = mean over (b, n) of 1/|P| Σ_{j∈P} softplus(Z - q · k_j / τ),   Z = log Σ_{j∉P} exp(q · k_j / τ)
 
-k_j are earlier centres, and P those of class n.
+q_b^n is the region centre of class n in image b. k_j are earlier region centres, and P those of class n.
 """
 
 from collections.abc import Sequence
@@ -23,29 +23,31 @@ REGIONS = ("labels", "predictions")
 class RegionContrastLoss(RelativeLoss):
     """The region contrast that RegionContrast describes. Add 0.1 of it to the cross-entropy.
 
+    A region centre is the mean embedding of the pixels of one class in one image, scaled to unit length.
+
     Where the official code (hzhupku/RegionContrast) and the paper's stated intent differ, we follow the intent:
 
-    * The code multiplies a centre with the bank channel by channel and takes a softmax over the bank for each of 256
-      channels, with queue place 0 as the target. Its value stays near classes x log(2 x places). Here similarities are
-      inner products, and all centres of a class are positives. There is no parity mode.
-    * Our centres are those of one image; the code pools the batch.
+    * The code multiplies the mean embedding of a class with the bank channel by channel and takes a softmax over the
+      bank for each of 256 channels, with queue place 0 as the target. Its value stays near classes x log(2 x places).
+      Here similarities are inner products, and all region centres of a class are positives. There is no parity mode.
+    * The code averages over the pixels of a class in all images of the batch; we average over those of one image.
     * The code's queue starts with random vectors, skips places for batches of more than one image, is written in
       evaluation too, keeps a growing autograd history and loses the entries of all ranks but the first.
-    * The code takes regions from the predictions and does not use the labels. Our default is "labels", because the
-      method is supervised; ``regions="predictions"`` is that of the code, without the ignored pixels.
-    * The code sums over classes; we take the mean over centres.
+    * The code takes a pixel's class from the predictions and does not use the labels. Our default is "labels", because
+      the method is supervised; ``regions="predictions"`` is that of the code, without the ignored pixels.
+    * The code sums over classes; we take the mean over region centres.
 
     Args:
         num_classes: N.
-        bank: a MemoryBank with a queue of regions. The paper's has 2975 places, one for each training image of
+        bank: a MemoryBank with a queue of region centres. The paper's has 2975 places, one for each training image of
             Cityscapes. Until the first write the loss is 0.
         ignore_index: the label of ignored pixels.
         temperature: τ.
-        regions: "labels" or "predictions".
-        normalize: average x / ‖x‖₂ instead of x, as the paper does. A centre has unit length in both cases.
+        regions: "labels" or "predictions", the map that gives the class of each pixel.
+        normalize: average x / ‖x‖₂ instead of x, as the paper does. A region centre has unit length in both cases.
         layer: the index of the layer, if the features are a list; 0 is the highest resolution.
 
-    After a forward ``last`` holds detached scalars: "loss" and "samples", the number of centres.
+    After a forward ``last`` holds detached scalars: "loss" and "samples", the number of region centres.
 
     Raises:
         TypeError, ValueError: an option or a batch cannot be used; the error names the argument.
@@ -65,7 +67,9 @@ class RegionContrastLoss(RelativeLoss):
         super().__init__(num_classes, ignore_index, temperature, normalize)
         check_bank(bank, num_classes)
         if bank.lengths[1] == 0:
-            raise ValueError("bank: expected a MemoryBank with a queue of regions, got regions=0. Set regions above 0.")
+            raise ValueError(
+                "bank: expected a MemoryBank with a queue of region centres, got regions=0. Set regions above 0."
+            )
         checks.choice("regions", regions, REGIONS)
         checks.integer("layer", layer)
         self.bank, self.regions, self.layer = bank, regions, layer

@@ -1,5 +1,7 @@
 """Calls with valid arguments, one of which a row of an error table replaces, and the form that every error has."""
 
+import re
+
 import pytest
 import torch
 
@@ -83,11 +85,12 @@ def swapped(i, x):
 
 
 def assert_one_sentence(call, exception, argument, quoted):
-    """The message starts with the argument's name, quotes what was passed, and is one short line."""
+    """The message starts with the argument's name, quotes what was passed, ends with a fix, and is one short line."""
     with pytest.raises(exception, match=f"^{argument}.*{quoted}") as caught:
         call()
     sentence = str(caught.value)
     assert "\n" not in sentence
     assert "expected" in sentence
+    assert re.search(r"\. [A-Z]\w", sentence)  # the fix follows the problem
     assert sentence.endswith(".")
     assert len(sentence) < 300

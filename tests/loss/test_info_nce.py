@@ -1,4 +1,4 @@
-"""The rows-against-columns contrast of Eq. 2 against loops, hand-worked numbers and central differences."""
+"""The rows-against-columns contrast of info_nce against loops, hand-worked numbers and central differences."""
 
 import math
 

@@ -1,5 +1,7 @@
 """Invalid arguments of the relatives, their samplers and their memory bank raise clear errors."""
 
+import re
+
 import pytest
 import torch
 from test_relatives import D, N, bank, batch
@@ -79,3 +81,4 @@ def test_invalid_arguments_raise_clear_errors(call, exception, argument, quoted)
     with pytest.raises(exception, match=rf"(?s)^{argument}: .*{quoted}") as raised:
         call()
     assert "\n" not in str(raised.value)
+    assert re.search(r"\. [A-Z]\w", str(raised.value))  # the fix follows the problem

@@ -267,7 +267,7 @@ def test_the_legend_of_the_negatives_names_the_classes_that_are_shown():
         ("sky", pytest.approx(colours[0])),
         ("tree", pytest.approx(colours[2])),
         ("car", pytest.approx(colours[3])),
-        ("void", viz.VOID_COLOUR),
+        ("ignored", viz.VOID_COLOUR),
         ("correct", viz.CORRECT_COLOUR),
     ]
 
