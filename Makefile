@@ -23,7 +23,7 @@ test: $(VENV)/.all
 	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder --ignore tests/compiled --durations 10 $(ARGS); \
 	failed=$$?; wait $$compiled; failed=$$((failed + $$?)); cat build/compiled.log; exit $$failed
 
-# The tests that CI runs besides: native code under sanitizers, and kernels compiled for GPUs.
+# The longest tests, which CI runs besides: native code under sanitizers, kernels compiled for GPUs, whole programs.
 test-long: $(VENV)/.all
 	$(RUN) -m pytest -n 2 --dist loadfile -m "long and not slow" --durations 10 $(ARGS)
 

@@ -195,6 +195,7 @@ def small(monkeypatch):
 
 
 @cpu_only
+@pytest.mark.long
 def test_the_runner_measures_every_row_once(tmp_path, capsys):
     parts = ("--parts", "distances", "peers", "host")
     assert runs(tmp_path, *parts, "--minutes", "0") == 0
@@ -297,6 +298,7 @@ def test_results_of_a_different_schema_are_not_changed(tmp_path, capsys):
 
 
 @cpu_only
+@pytest.mark.long
 def test_rows_that_differ_or_crash_are_recorded_as_failed(tmp_path, monkeypatch, capsys):
     exact = ck.edge_distance
 

@@ -462,6 +462,7 @@ def start(code_or_module: list[str], tmp_path: pathlib.Path) -> subprocess.Compl
     )
 
 
+@pytest.mark.long
 def test_a_quick_run_end_to_end(tmp_path):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     done = start(["-m", "contextrast_kernels", "demo", "--quick", "--device", "cpu"], tmp_path)
