@@ -408,6 +408,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     drawings = camvid.plots(trainings)
     pages = (options.root / "README.md", docs / "method.md", docs / "distance.md")
     parts = blocks(rows) | {"camvid-evidence": camvid.evidence(trainings)}
+    parts["camvid-in-short"] = f"Does it help? {camvid.headline(trainings)}."
     texts = {path: filled(path.read_text(), parts) for path in pages}
     texts |= {
         docs / "performance.md": performance(rows, counted),
