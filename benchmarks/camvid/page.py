@@ -386,11 +386,6 @@ def page(rows: Sequence[Result], drawn: Iterable[str]) -> str:
         "times": "Time of a step of each arm",
     }
     fields = {
-        f"picture_{name.replace('-', '_')}": f"![{text}](camvid/{name}.png)"
-        for name, text in pictures.items()
-        if name in drawn
-    }
-    fields = {
         f"picture_{name.replace('-', '_')}": f"![{text}](camvid/{name}.png)" if name in drawn else ""
         for name, text in pictures.items()
     }
