@@ -308,8 +308,8 @@ LOSS_ON_GPU = """\
 The times cover forward and backward of all layers and the choice of negatives. × is the other implementation's time \
 divided by that of the fused loss, as a CUDA graph if one was measured. The floor is the time of a copy of four times \
 the features' bytes (three reads and one write) at the bandwidth measured in the same run. The share of the copy \
-bandwidth is based on the planned bytes, which assume that all features are read once for the similarities of \
-negatives. The kernels read only rows with negatives."""
+bandwidth is based on the planned bytes. They are an upper bound: the plan reads all features once more for the \
+similarities of negatives, and the kernels read only the rows that have negatives."""
 COLUMNS = """\
 "× ours" is the time divided by that of the fastest row {ours} of the same sizes. A related loss is compared with the \
 Contextrast loss. "Launches / syncs" counts kernels, fills and copies on the device, and the times that the host waits \
@@ -362,8 +362,7 @@ def performance(rows: Sequence[Row], counted: str = "") -> str:
         "# Performance",
         HOW_MEASURED,
         "## The loss on a GPU",
-        LOSS_ON_GPU,
-        *(on_gpu if any(row.driver for row in rows) else [NOTHING_ON_GPU]),
+        *([LOSS_ON_GPU, *on_gpu] if any(row.driver for row in rows) else [NOTHING_ON_GPU]),
         "## Counted, not timed" if counted else "",
         counted.strip(),
         "## On a CPU",

@@ -4,8 +4,8 @@
     D(p)   = min_{q ∈ E^n} ‖p - q‖₂,  n = e(p)                               Eq. 7: E^n are the edge pixels of B^n
     chosen = for every image and class, the ⌈ratio · |B^n|⌉ pixels of smallest (D, hash)
 
-An edge pixel of B^n has a neighbour inside the image that is not in B^n (distance.py). Squared distances are integers,
-so the order is exact.
+An edge pixel of B^n has a neighbour inside the image that is not in B^n (distance.py). Squared distances are
+integers, so the order is exact; with ``sampling`` they are float64, with the same bits on every backend.
 """
 
 import math

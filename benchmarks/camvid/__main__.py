@@ -4,7 +4,7 @@
 
 trains what OUT/camvid.csv lacks, in the order of ``arms.plan``, and appends a row for each finished training. A call
 that is stopped, by --minutes, Ctrl-C or a signal, is taken up by the next one from a checkpoint at most two minutes
-old. All rows of a file are of one commit. docs/camvid.md is generated from them by ``python -m benchmarks.report``.
+old. All trainings in a file are of one commit. ``python -m benchmarks.report`` generates docs/camvid.md from them.
 """
 
 import argparse

@@ -40,9 +40,10 @@ def attach(
             (B, z, h, w, C), or tokens (B, L, C) in row-major order. If a model orders its tokens differently, as Hiera
             does, name layers that give maps.
         layers: names of modules, as in ``model.named_modules()``. ``"encoder[2]"`` is one map of an output that holds
-            several, and ``"encoder"`` its last four of stride 4 or more. ``"auto"`` records which operation reads which
-            result in one forward and takes the last map of each resolution between the image and the encoder's
-            deepest map, at most the coarsest four. docs/attach.md has the rules.
+            several, and ``"encoder"`` its maps of stride 4 or more: all of them up to four; of more, the last of each
+            size, or the last four if all have one size. ``"auto"`` records which operation reads which result in one
+            forward and takes the last map of each resolution between the image and the encoder's deepest map, at most
+            the coarsest four. docs/attach.md has the rules.
         example_input: the input of one forward in evaluation mode and without gradients, from which shapes are read: a
             tensor, a tuple of arguments, or a dict of keywords; one image is enough. None: a black image of 256 x 320
             pixels or a black volume of 64 x 96 x 64, with the channels of the first convolution.

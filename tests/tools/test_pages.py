@@ -105,6 +105,19 @@ def test_the_code_about_distances_runs():
     assert 0 < names["hausdorff_95"] <= names["hausdorff"]
 
 
+def test_the_hausdorff_distance_of_the_page_is_that_of_the_surfaces():
+    """A spike of five pixels on a straight side: its tip is 5 px from the other mask's surface."""
+    block = next(block for block in blocks("docs/distance.md") if "hausdorff_95" in block)
+    mask = torch.zeros(2, 2, 40, 30, dtype=torch.bool)
+    mask[1, :, :, :10] = True
+    mask[1, 1, 20, 10:15] = True
+    exec(block, names := {"ck": ck, "torch": torch, "mask": mask})
+    assert names["hausdorff"] == 5 and names["hausdorff_95"] < 5
+    surfaces = names["surface_a"].nonzero().double(), names["surface_b"].nonzero().double()
+    apart = torch.cdist(*surfaces)
+    assert names["hausdorff"] == torch.maximum(apart.amin(0).max(), apart.amin(1).max())
+
+
 RECIPES = blocks("docs/recipes.md")
 
 
