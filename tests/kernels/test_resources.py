@@ -124,6 +124,8 @@ def test_the_tile_table_serves_every_dtype_and_number_of_channels():
                 for name in ("P", "CHUNK", "K", "CLASSES"):
                     assert getattr(tiles, name).bit_count() == 1, (kernel, D, name)
                 assert tiles.COLUMNS % tiles.K == 0
+                if kernel == "_features_bwd":  # each thread has 16 bytes to load and store, down to one warp
+                    assert tiles.num_warps == 1 or tiles.P * tiles.CHUNK * dtype.itemsize >= 512 * tiles.num_warps
                 if kernel == "_features_bwd_dense":
                     assert tiles.COLUMNS.bit_count() == 1
             dense = [tiles_of(kernel, dtype, D) for kernel in DENSE]
